@@ -1,0 +1,124 @@
+"""The one file layer: folders on any filesystem that pyarrow knows (a local path, `s3://…`, `gs://…`)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from sae_ray.errors import SaeRayError
+
+
+class Folder:
+    """A directory, local or in an object store. Nothing is created until something is written.
+
+    Names are POSIX paths relative to the folder. Writes appear whole or not at all: local files are written beside
+    their place and renamed; object stores show an object only once its upload is complete.
+    """
+
+    def __init__(self, uri: str | Path):
+        self.uri = str(uri)
+        if "://" in self.uri:
+            self.filesystem, self.path = fs.FileSystem.from_uri(self.uri)
+        else:
+            self.uri = str(Path(self.uri).expanduser().absolute())
+            self.filesystem, self.path = fs.LocalFileSystem(), self.uri
+        self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(f"{self.uri.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __repr__(self) -> str:
+        return f"Folder({self.uri!r})"
+
+    def __reduce__(self):
+        return Folder, (self.uri,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Folder) and self.uri == other.uri
+
+    def __hash__(self) -> int:
+        return hash(self.uri)
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    def path_of(self, name: str) -> str:
+        """The path of `name` as `self.filesystem` takes it."""
+        return f"{self.path.rstrip('/')}/{name}"
+
+    def exists(self, name: str = "") -> bool:
+        path = self.path_of(name) if name else self.path
+        return self.filesystem.get_file_info(path).type != fs.FileType.NotFound
+
+    def files(self, recursive: bool = False) -> dict[str, int]:
+        """Relative path -> size in bytes of every file, sorted by path; empty when the folder does not exist."""
+        selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+        found = [info for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
+        prefix = len(self.path.rstrip("/")) + 1
+        return dict(sorted((info.path[prefix:], info.size) for info in found))
+
+    def folders(self) -> list[str]:
+        """Names of the direct sub-folders, sorted."""
+        selector = fs.FileSelector(self.path, recursive=False, allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.filesystem.open_input_stream(self.path_of(name)) as stream:
+            return stream.read()
+
+    def read_json(self, name: str) -> Any:
+        """Raises SaeRayError when the file is not JSON: it was torn by something other than this program."""
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise SaeRayError(f"{self / name} is not JSON ({error}); delete its folder and run again") from error
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        path = self.path_of(name)
+        self.filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
+        target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if self.is_local else path
+        with self.filesystem.open_output_stream(target) as stream:
+            stream.write(data)
+        if self.is_local:
+            self.filesystem.move(target, path)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+    def write_parquet(self, name: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self.write_bytes(name, sink.getvalue().to_pybytes())
+
+    def read_parquet(self, name: str) -> pa.Table:
+        with self.filesystem.open_input_file(self.path_of(name)) as source:
+            return pq.read_table(source)
+
+    def delete(self, name: str) -> None:
+        """Removes a file or a whole sub-folder; silent when it is not there."""
+        info = self.filesystem.get_file_info(self.path_of(name))
+        if info.type == fs.FileType.Directory:
+            self.filesystem.delete_dir(info.path)
+        elif info.type == fs.FileType.File:
+            self.filesystem.delete_file(info.path)
+
+    def free_bytes(self) -> int | None:
+        """Free space in bytes, or None where the store has no such notion."""
+        if not self.is_local:
+            return None
+        here = Path(self.path)
+        while not here.exists():
+            here = here.parent
+        return shutil.disk_usage(here).free
