@@ -1,0 +1,180 @@
+"""Encoders that open_clip loads: its own vision transformers, timm's as trunks, and ResNets (projection only)."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from sae_ray.encoders.base import EncoderInfo, Tower
+from sae_ray.encoders.sources import FORMS, check_revision, directory_digest, local_directory
+from sae_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
+    from PIL import Image
+
+
+class _Source(NamedTuple):
+    """What names a model to open_clip, and what it says of it."""
+
+    name: str
+    """Architecture, or `local-dir:<path>`."""
+    tag: str | None
+    """Of the pretrained weights; None for a directory."""
+    revision: str
+    model_config: dict[str, Any]
+    preprocess_config: dict[str, Any]
+
+
+class _Trunk(NamedTuple):
+    """The residual stream of a vision tower."""
+
+    blocks: list[nn.Module]
+    width: int | None
+    has_cls: bool
+    n_registers: int
+    n_tokens: int
+
+
+def describe(model: str, revision: str | None) -> EncoderInfo:
+    source = _find(model, revision)
+    tower = _skeleton(source)
+    trunk = _trunk(tower)
+    return EncoderInfo(
+        model=model,
+        revision=source.revision,
+        family="open_clip",
+        n_layers=len(trunk.blocks),
+        residual_width=trunk.width,
+        projection_width=source.model_config["embed_dim"],
+        pooled_width=None,
+        has_cls=trunk.has_cls,
+        n_registers=trunk.n_registers,
+        n_tokens=trunk.n_tokens,
+        image_size=_pair(tower.image_size),
+    )
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resizes and crops as the model's own transform does."""
+
+    transform: Any
+
+    def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "3 h w"]:
+        return np.asarray(self.transform(image)).transpose(2, 0, 1)
+
+
+def preprocess(model: str, revision: str | None) -> Preprocess:
+    from torchvision.transforms import Compose
+
+    steps = _transform(_find(model, revision))
+    # The last two steps make a tensor and normalise it, which is done on the device.
+    return Preprocess(Compose(steps[:-2]))
+
+
+def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
+    import open_clip
+    from safetensors import SafetensorError
+
+    source = _find(info.model, info.revision)
+    try:
+        model: Any = open_clip.create_model(source.name, source.tag, require_pretrained=True, weights_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"the encoder {info.model} cannot be loaded: {reason} ({FORMS})") from error
+    tower = model.visual.to(device, dtype).eval()
+    tower.output_tokens = False  # CoCa's towers give their tokens beside the embedding
+    normalise = _transform(source)[-1]
+    return Tower(
+        tower,
+        blocks=_trunk(tower).blocks,
+        embed=lambda pixels: {"projection": tower(pixels)},
+        rescale=1 / 255,
+        mean=normalise.mean,
+        std=normalise.std,
+    )
+
+
+def _find(model: str, revision: str | None) -> _Source:
+    import open_clip
+
+    name = model.removeprefix("open_clip:")
+    if name.startswith("local-dir:"):
+        directory = local_directory(name.removeprefix("local-dir:"))
+        if directory is None or not (directory / "open_clip_config.json").is_file():
+            raise UsageError(f"{model} names no directory with an open_clip_config.json; {FORMS}")
+        digest = directory_digest(directory)
+        check_revision(model, revision, digest)
+        model_config, preprocess_config = _read_config(directory / "open_clip_config.json")
+        return _Source(f"local-dir:{directory}", None, digest, model_config, preprocess_config)
+
+    architecture, _, tag = name.rpartition("/")
+    architecture = architecture.replace("/", "-")
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag not in tags:
+        there = f"{architecture} has the tags {', '.join(tags)}" if tags else FORMS
+        raise UsageError(f"the encoder {model} is not known to open_clip; {there}")
+    check_revision(model, revision, tag)
+    model_config: Any = open_clip.get_model_config(architecture)
+    return _Source(architecture, tag, tag, model_config, open_clip.get_pretrained_cfg(architecture, tag))
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        config = json.loads(path.read_bytes())
+        return config["model_cfg"], config.get("preprocess_cfg", {})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is no configuration of open_clip: it needs a JSON object with model_cfg") from error
+
+
+def _skeleton(source: _Source) -> Any:
+    """The vision tower without weights."""
+    from open_clip.model import _build_vision_tower
+
+    vision: Any = {**source.model_config["vision_cfg"], "timm_model_pretrained": False}
+    with torch.device("meta"):
+        return _build_vision_tower(source.model_config["embed_dim"], vision)
+
+
+def _transform(source: _Source) -> list[Any]:
+    """The steps of open_clip's own inference transform."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+
+    overlay = {**source.preprocess_config, "size": _skeleton(source).image_size}
+    config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), overlay))
+    transform: Any = image_transform_v2(config, is_train=False)
+    return transform.transforms
+
+
+def _trunk(tower: Any) -> _Trunk:
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+    from timm.models import Eva
+    from timm.models import VisionTransformer as TimmVisionTransformer
+
+    if isinstance(tower, VisionTransformer):
+        n_patches = tower.grid_size[0] * tower.grid_size[1]
+        return _Trunk(list(tower.transformer.resblocks), tower.transformer.width, True, 0, 1 + n_patches)
+    if isinstance(tower, TimmModel) and isinstance(tower.trunk, TimmVisionTransformer | Eva):
+        trunk = tower.trunk
+        has_cls = trunk.cls_token is not None
+        # Some trunks take any size, so the patches follow from the images rather than from the trunk's own default.
+        rows, columns = (
+            size // patch for size, patch in zip(_pair(tower.image_size), trunk.patch_embed.patch_size, strict=True)
+        )
+        return _Trunk(list(trunk.blocks), trunk.embed_dim, has_cls, trunk.num_reg_tokens, has_cls + rows * columns)
+    return _Trunk([], None, False, 0, 0)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

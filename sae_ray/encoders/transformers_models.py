@@ -1,0 +1,225 @@
+"""Encoders that transformers loads: CLIP, SigLIP, DINOv2 (with registers too) and the vision tower of a LLaVA."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sae_ray.encoders.base import EncoderInfo, Tower
+from sae_ray.encoders.sources import FORMS, check_revision, directory_digest, local_directory
+from sae_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
+    from PIL import Image
+
+FAMILIES = "CLIP, SigLIP (fixed resolution), DINOv2 (with or without registers) and LLaVA with a CLIP or SigLIP tower"
+_SILENT = 100
+_LLAVA_TOWER = r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"
+"""How the tower's weights begin in a LLaVA: on the hub, and as the several versions of transformers save them."""
+
+
+class _Source(NamedTuple):
+    """Where `from_pretrained` finds everything."""
+
+    path: str
+    revision: str | None
+    """What pins the files, for the record."""
+    commit: str | None
+    """What `from_pretrained` takes as its revision; None for a directory."""
+    config: Any
+
+
+class _Plan(NamedTuple):
+    """How the vision tower of a checkpoint is loaded."""
+
+    family: str
+    loader: str
+    """Name of the transformers class."""
+    config: Any
+    """That class's configuration."""
+    projection_width: int | None = None
+    pooled: bool = True
+    key_mapping: dict[str, str] | None = None
+    """Renames the checkpoint's weights to the class's."""
+
+
+def describe(model: str, revision: str | None) -> EncoderInfo:
+    source = _find(model, revision)
+    plan = _plan(model, source.config)
+    vision = plan.config
+    height, width = preprocess(model, revision).image_size()
+    if plan.loader.startswith(("CLIP", "Siglip")) and (height, width) != (vision.image_size, vision.image_size):
+        raise UsageError(
+            f"{model} takes images of {vision.image_size} × {vision.image_size} pixels, but its preprocessing yields "
+            f"{height} × {width}; mend preprocessor_config.json"
+        )
+    has_cls = not plan.loader.startswith("Siglip")
+    return EncoderInfo(
+        model=model,
+        revision=source.revision,
+        family=plan.family,
+        n_layers=vision.num_hidden_layers,
+        residual_width=vision.hidden_size,
+        projection_width=plan.projection_width,
+        pooled_width=vision.hidden_size if plan.pooled else None,
+        has_cls=has_cls,
+        n_registers=getattr(vision, "num_register_tokens", 0),
+        n_tokens=has_cls + (height // vision.patch_size) * (width // vision.patch_size),
+        image_size=(height, width),
+    )
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resizes and crops as the model's own processor does."""
+
+    processor: Any
+
+    def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "3 h w"]:
+        return self.processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
+
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of what comes out.
+
+        Raises:
+            UsageError: They depend on the image.
+        """
+        from PIL import Image
+
+        wide, tall = (self(Image.new("RGB", size)) for size in ((64, 32), (32, 64)))
+        if wide.shape != tall.shape or wide.ndim != 3:
+            raise UsageError(
+                f"preprocessing gives {wide.shape} for a wide and {tall.shape} for a tall image; "
+                "it must crop or resize all images to one size: mend preprocessor_config.json"
+            )
+        return wide.shape[1], wide.shape[2]
+
+
+def preprocess(model: str, revision: str | None) -> Preprocess:
+    from transformers import AutoImageProcessor
+
+    source = _find(model, revision)
+    with _refusing(model):
+        processor = AutoImageProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
+    return Preprocess(processor)
+
+
+def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
+    import transformers
+
+    source = _find(info.model, info.revision)
+    plan = _plan(info.model, source.config)
+    with _refusing(info.model):
+        module, loading = getattr(transformers, plan.loader).from_pretrained(
+            source.path,
+            config=plan.config,
+            revision=source.commit,
+            dtype=dtype,
+            key_mapping=plan.key_mapping,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    # transformers fills in what a checkpoint lacks at random.
+    if loading["missing_keys"]:
+        raise UsageError(
+            f"{info.model} lacks weights of its vision tower, {min(loading['missing_keys'])} first; {FORMS}"
+        )
+    module = module.to(device).eval()
+    processor = preprocess(info.model, info.revision).processor
+    return Tower(
+        module,
+        blocks=_blocks(module),
+        embed=lambda pixels: _embed(module, plan, pixels),
+        rescale=processor.rescale_factor if processor.do_rescale else 1.0,
+        mean=_channels(processor.image_mean) if processor.do_normalize else (0.0,) * 3,
+        std=_channels(processor.image_std) if processor.do_normalize else (1.0,) * 3,
+    )
+
+
+def _find(model: str, revision: str | None) -> _Source:
+    from transformers import AutoConfig
+    from transformers.utils import cached_file
+
+    directory = local_directory(model)
+    if directory is not None:
+        digest = directory_digest(directory)
+        check_revision(model, revision, digest)
+        with _refusing(model):
+            return _Source(str(directory), digest, None, AutoConfig.from_pretrained(directory))
+    if model.startswith(("/", "./", "../", "~")):
+        raise UsageError(f"there is no directory {model}; {FORMS}")
+    with _refusing(model):
+        # The cache keeps each commit's files in a folder named by it.
+        commit = Path(str(cached_file(model, "config.json", revision=revision))).parent.name
+        return _Source(model, commit, commit, AutoConfig.from_pretrained(model, revision=commit))
+
+
+def _plan(model: str, config: Any) -> _Plan:
+    match config.model_type:
+        case "clip":
+            vision = config.vision_config
+            vision.projection_dim = config.projection_dim  # the outer one sized the weights
+            return _Plan("clip", "CLIPVisionModelWithProjection", vision, config.projection_dim)
+        case "clip_vision_model" if "CLIPVisionModelWithProjection" in (config.architectures or ()):
+            return _Plan("clip", "CLIPVisionModelWithProjection", config, config.projection_dim)
+        case "clip_vision_model":
+            return _Plan("clip", "CLIPVisionModel", config)
+        case "siglip":
+            # SigLIP compares the pooler output itself with text.
+            plan = _plan(model, config.vision_config)
+            return plan._replace(projection_width=plan.config.hidden_size if plan.pooled else None)
+        case "siglip_vision_model":
+            return _Plan("siglip", "SiglipVisionModel", config, pooled=getattr(config, "vision_use_head", True))
+        case "dinov2":
+            return _Plan("dinov2", "Dinov2Model", config)
+        case "dinov2_with_registers":
+            return _Plan("dinov2_with_registers", "Dinov2WithRegistersModel", config)
+        case "llava" if config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model"):
+            plan = _plan(model, config.vision_config)
+            return plan._replace(family="llava", key_mapping={_LLAVA_TOWER: ""})
+        case other:
+            raise UsageError(f"{model} is of the model type {other}; encoders are {FAMILIES}")
+
+
+def _blocks(module: Any) -> list[nn.Module]:
+    encoder = getattr(module, "vision_model", module).encoder
+    return list(encoder.layer if hasattr(encoder, "layer") else encoder.layers)
+
+
+def _embed(module: Any, plan: _Plan, pixels: Tensor) -> dict[str, Tensor]:
+    if plan.loader == "CLIPVisionModelWithProjection":
+        pooled = module.vision_model(pixel_values=pixels).pooler_output
+        return {"pooled": pooled, "projection": module.visual_projection(pooled)}
+    pooled = module(pixel_values=pixels).pooler_output
+    return {"pooled": pooled, "projection": pooled}
+
+
+def _channels(value: float | Sequence[float]) -> tuple[float, ...]:
+    return (value,) * 3 if isinstance(value, float | int) else tuple(value)
+
+
+@contextlib.contextmanager
+def _refusing(model: str) -> Iterator[None]:
+    """Turns what transformers raises on bad files into a UsageError, and keeps its reports of unused weights quiet."""
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(_SILENT)
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"the encoder {model} cannot be loaded: {str(error).splitlines()[0]} ({FORMS})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,104 @@
+"""Sites: where an encoder is tapped."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from sae_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+TOKENS = "cls, mean, all or random:n (n tokens per image)"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A point of an encoder and the tokens that are taken there.
+
+    Tokens are numbered by their position in the sequence once register tokens are removed: 0 is the CLS token where
+    there is one. A row that stands for the whole image has the number -1.
+    """
+
+    point: Literal["residual", "projection", "pooled"]
+    """`residual`: the residual stream after a block. `projection`: the image embedding in the space shared with text.
+    `pooled`: the vision tower's pooler output, before any projection."""
+    layer: int | None = None
+    """For `residual`: the block, counted from 0, whose output is taken (`hidden_states[layer + 1]` in transformers)."""
+    tokens: str = "image"
+    """For `residual`: `cls`, `all`, `mean` (the mean of what `all` gives) or `random:n` (n tokens of what `all` gives,
+    drawn without replacement per image). For `projection` and `pooled`: `image`, one vector per image."""
+
+    def __post_init__(self):
+        match self.point:
+            case "residual":
+                if not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 0:
+                    raise UsageError(
+                        f"layer is {self.layer!r}; a residual site names its block by a number, counted from 0"
+                    )
+                if self.tokens not in ("cls", "mean", "all") and not re.fullmatch(r"random:[1-9]\d*", self.tokens):
+                    raise UsageError(f"tokens is {self.tokens!r}; for a residual site it must be {TOKENS}")
+            case "projection" | "pooled":
+                if self.layer is not None:
+                    raise UsageError(f"layer is {self.layer!r}; a {self.point} site has no layer: leave it out")
+                if self.tokens != "image":
+                    raise UsageError(
+                        f"tokens is {self.tokens!r}; a {self.point} site has one vector per image: leave it out"
+                    )
+            case unknown:
+                raise UsageError(f"point is {unknown!r}; it must be residual, projection or pooled")
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Reads `layer22:cls`, `layer22:random:2`, `projection` or `pooled`, the form of study files.
+
+        Raises:
+            UsageError: The text has another form.
+        """
+        if text in ("projection", "pooled"):
+            return cls(point=text)
+        found = re.fullmatch(r"layer(\d+):(.+)", text)
+        if found is None:
+            raise UsageError(
+                f"site is {text!r}; write layer<number>:<tokens> with tokens {TOKENS}, projection or pooled"
+            )
+        return cls(point="residual", layer=int(found[1]), tokens=found[2])
+
+    @property
+    def name(self) -> str:
+        """A name that is safe in file names: `layer22.cls`, `layer22.random-2`, `projection`."""
+        return f"layer{self.layer}.{self.tokens.replace(':', '-')}" if self.point == "residual" else self.point
+
+    @property
+    def n_random(self) -> int | None:
+        """n of `random:n`."""
+        return int(self.tokens.removeprefix("random:")) if self.tokens.startswith("random:") else None
+
+
+def select_tokens(site: Site, n_tokens: int, image_id: str, seed: int) -> Int[np.ndarray, " k"]:
+    """The numbers of the tokens that a residual site takes of one image, ascending.
+
+    `random:n` depends on the seed and the image's id alone: not on its place in a batch, the layer or the machine.
+
+    Args:
+        n_tokens: Length of the sequence without registers, with CLS.
+
+    Raises:
+        UsageError: `random:n` asks for more tokens than there are.
+    """
+    if site.tokens == "cls":
+        return np.zeros(1, np.int64)
+    if site.n_random is None:
+        return np.arange(n_tokens)
+    if site.n_random > n_tokens:
+        raise UsageError(
+            f"tokens is {site.tokens!r}, but the sequence has {n_tokens} tokens; ask for at most {n_tokens}"
+        )
+    digest = hashlib.sha256(f"{seed}\0{image_id}".encode()).digest()
+    generator = np.random.default_rng(int.from_bytes(digest[:16]))
+    return np.sort(generator.choice(n_tokens, site.n_random, replace=False))
