@@ -1,0 +1,49 @@
+"""AuxK: dead latents learn to explain what the living ones leave over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from sae_ray.sae.sparse import Pattern, decode_entries, encode_entries
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+    from sae_ray.sae.architectures import Forward, Weights
+    from sae_ray.sae.ranks import Ranks
+
+
+def auxk_loss(
+    weights: Weights,
+    x: Float[Tensor, "batch d_in"],
+    forward: Forward,
+    dead: Bool[Tensor, " d_sae"],
+    select: Literal["post", "pre"],
+    ranks: Ranks,
+) -> Float[Tensor, ""]:
+    """Squared error with which each sample's `d_in // 2` strongest dead latents explain the residual, without `b_dec`.
+
+    It is relative to the residual's variance over the batch of all ranks (Gao et al. 2024, arXiv 2406.04093, A.2), and
+    0 while no latent is dead or where the residual does not vary. With "post" latents with a negative pre-activation
+    are left out; with "pre" they take part with that negative value.
+    """
+    dead_latents = dead.nonzero().squeeze(1)
+    k_aux = min(x.shape[1] // 2, len(dead_latents))
+    if k_aux == 0:
+        return x.new_zeros(())
+    top = forward.pre[:, dead_latents].topk(k_aux, dim=1, sorted=False)
+    # A value of 0 after the ReLU neither adds to the reconstruction nor has a gradient.
+    chosen = top.values > 0 if select == "post" else torch.ones_like(top.values, dtype=torch.bool)
+    rows, columns = chosen.nonzero(as_tuple=True)
+    d_sae = len(dead)
+    flat = (rows * d_sae + dead_latents[top.indices[rows, columns]]).sort().values
+    pattern = Pattern.of_flat(flat, len(x), d_sae)
+    pre = forward.pre.flatten()[flat]
+    values = encode_entries(pre, x, weights.W_enc_t, weights.b_enc, weights.b_dec, pattern)
+    error = forward.residual - decode_entries(values, weights.W_dec, pattern)
+    mean = ranks.mean(forward.residual.mean(0))
+    variance = ranks.mean((forward.residual - mean).square().sum(-1).mean())
+    return error.square().sum(-1).mean() * torch.where(variance > 0, 1 / variance, 0.0)

@@ -1,0 +1,179 @@
+"""SAEs on disk: SAELens v6 directories, ours and others', and the checkpoints of the paper's reference code.
+
+The native format is a directory of `cfg.json` and `sae_weights.safetensors` that SAELens 6 opens as it is. Facts that
+SAELens does not know stand in `cfg.json` under `metadata.sae_ray`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.files import Folder
+from sae_ray.sae.config import ArchitectureName
+from sae_ray.sae.model import SAE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+# Without a version in the metadata SAELens takes the directory for one of its older formats.
+_SAE_LENS_VERSION = "6.54.0"
+_TO_SAE_LENS: dict[ArchitectureName, str] = {
+    "batch_topk": "jumprelu",
+    "matryoshka_batch_topk": "jumprelu",
+    "jumprelu": "jumprelu",
+    "topk": "topk",
+    "relu": "standard",
+}
+_FROM_SAE_LENS: dict[str, ArchitectureName] = {"jumprelu": "jumprelu", "topk": "topk", "standard": "relu"}
+
+
+def save_sae(sae: SAE, folder: Folder) -> None:
+    """Writes the SAE into `folder`, in float32; `cfg.json` comes last."""
+    tensors = {name: getattr(sae, name).detach().cpu().float().contiguous() for name in _names(sae.architecture)}
+    config: dict[str, Any] = {
+        "architecture": _TO_SAE_LENS[sae.architecture],
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": _SAE_LENS_VERSION,
+            "sae_ray": {"schema": 1, "architecture": sae.architecture, "k": sae.k, "facts": sae.metadata},
+        },
+    }
+    if sae.architecture == "topk":
+        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    folder.write_bytes(WEIGHTS_FILE, safetensors.torch.save(tensors))
+    folder.write_json(CONFIG_FILE, config)
+
+
+def load_sae(path: str | Path | Folder) -> SAE:
+    """Opens an SAE: a SAELens v6 directory (architecture standard, topk or jumprelu), or a reference `.pt` file.
+
+    Raises:
+        UsageError: nothing is there, or it uses a convention that cannot be expressed; the message names it.
+        SaeRayError: the files are damaged.
+    """
+    text = str(path)
+    if text.endswith(".pt"):
+        parent, _, name = text.rpartition("/")
+        folder = Folder(parent or ".")
+        if not folder.exists(name):
+            raise UsageError(f"{text} does not exist")
+        return _from_reference(folder.read_bytes(name), text)
+    folder = path if isinstance(path, Folder) else Folder(path)
+    if not folder.exists(CONFIG_FILE):
+        raise UsageError(f"{folder} is not an SAE: it has no {CONFIG_FILE}; give a SAELens v6 directory or a .pt file")
+    return _from_sae_lens(folder)
+
+
+def _names(architecture: ArchitectureName) -> list[str]:
+    names = ["W_enc", "W_dec", "b_enc", "b_dec"]
+    return [*names, "threshold"] if _TO_SAE_LENS[architecture] == "jumprelu" else names
+
+
+def _from_sae_lens(folder: Folder) -> SAE:
+    config = folder.read_json(CONFIG_FILE)
+    metadata = dict(config.get("metadata") or {})
+    ours = metadata.get("sae_ray")
+    version = str(metadata.get("sae_lens_version") or config.get("sae_lens_version") or "")
+    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
+        raise UsageError(
+            f"{folder}: sae_lens_version = {version or None!r} is older than 6, whose files mean other things; open "
+            "and save it with SAELens 6"
+        )
+    if config.get("architecture") not in _FROM_SAE_LENS:
+        raise UsageError(
+            f"{folder}: architecture {config.get('architecture')!r} cannot be opened; known are "
+            f"{', '.join(_FROM_SAE_LENS)}. A training checkpoint of SAELens is first saved for inference there"
+        )
+    architecture = ours["architecture"] if ours else _FROM_SAE_LENS[config["architecture"]]
+    refused = {
+        "normalize_activations": ("none", "fold the normalisation into the weights in SAELens"),
+        "reshape_activations": ("none", "save it for flat activations in SAELens"),
+        "rescale_acts_by_decoder_norm": (False, "call fold_W_dec_norm() and set it to false in SAELens"),
+    }
+    for key, (needed, remedy) in refused.items():
+        if config.get(key) not in (None, needed):
+            raise UsageError(f"{folder}: {key} = {config[key]!r} cannot be opened; {remedy} and save it again")
+    tensors = _read_weights(folder, _names(architecture))
+    if tuple(tensors["W_enc"].shape) != (config["d_in"], config["d_sae"]):
+        raise SaeRayError(
+            f"{folder}: W_enc has shape {list(tensors['W_enc'].shape)}, {CONFIG_FILE} says d_in = {config['d_in']}, "
+            f"d_sae = {config['d_sae']}; the two files do not belong together"
+        )
+    if not config.get("apply_b_dec_to_input", True):
+        # x @ W_enc + b_enc = (x - b_dec) @ W_enc + (b_enc + b_dec @ W_enc)
+        tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
+    return SAE(
+        architecture=architecture,
+        k=ours["k"] if ours else config.get("k"),
+        metadata=ours["facts"] if ours else {"sae_lens": metadata},
+        **tensors,
+    )
+
+
+def _read_weights(folder: Folder, names: list[str]) -> dict[str, Tensor]:
+    if not folder.exists(WEIGHTS_FILE):
+        raise SaeRayError(f"{folder} has no {WEIGHTS_FILE}; copy it again")
+    try:
+        tensors = safetensors.torch.load(folder.read_bytes(WEIGHTS_FILE))
+    except safetensors.SafetensorError as error:
+        raise SaeRayError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy it again") from error
+    if set(tensors) != set(names):
+        raise UsageError(f"{folder / WEIGHTS_FILE} holds the tensors {sorted(tensors)}; needed are exactly {names}")
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _from_reference(data: bytes, where: str) -> SAE:
+    """A checkpoint of ExplainableML/sae-for-vlm: BatchTopK (torch Linear layers) or Matryoshka (plain matrices)."""
+    try:
+        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise SaeRayError(f"{where} is not a file of tensors that can be opened safely: {error}") from error
+    linear = {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k", "threshold"}
+    plain = {"W_enc", "W_dec", "b_enc", "b_dec", "k", "threshold", "group_sizes"}
+    facts: dict[str, Any] = {"reference_file": where.rpartition("/")[2]}
+    architecture: ArchitectureName
+    if isinstance(saved, dict) and linear <= set(saved):
+        architecture = "batch_topk"
+        W_enc, b_enc, W_dec = saved["encoder.weight"].T, saved["encoder.bias"], saved["decoder.weight"].T
+    elif isinstance(saved, dict) and plain <= set(saved):
+        architecture = "matryoshka_batch_topk"
+        W_enc, b_enc, W_dec = saved["W_enc"], saved["b_enc"], saved["W_dec"]
+        facts["group_sizes"] = saved["group_sizes"].tolist()
+    else:
+        held = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
+        raise UsageError(
+            f"{where} holds {held}; a reference checkpoint holds {sorted(linear)} (BatchTopK) or {sorted(plain)} "
+            "(Matryoshka)"
+        )
+    threshold = saved["threshold"].float()
+    if threshold < 0:
+        raise UsageError(
+            f"{where}: threshold = {threshold.item():g} means that it was never set: the SAE was saved before the "
+            "reference's threshold_start_step, and without a threshold it would keep every positive value; train longer"
+        )
+    return SAE(
+        architecture=architecture,
+        W_enc=W_enc.float().contiguous(),
+        W_dec=W_dec.float().contiguous(),
+        b_enc=b_enc.float(),
+        b_dec=saved["b_dec"].float(),
+        threshold=threshold.expand(len(b_enc)).clone(),
+        k=int(saved["k"]),
+        metadata=facts,
+    )

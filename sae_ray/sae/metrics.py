@@ -1,0 +1,110 @@
+"""How faithful an SAE is, as sums that merge over batches and workers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from sae_ray.sae.model import SAE
+    from sae_ray.sae.sparse import SparseCodes
+
+
+class FidelitySummary(NamedTuple):
+    """One SAE on one set of activations."""
+
+    n_samples: int
+    """Activations looked at."""
+    l0: float
+    """Active latents per sample at inference."""
+    r2: float
+    """Fraction of variance explained, mean subtracted: 1 - sum |x - x_hat|^2 / sum |x - mean|^2."""
+    nmse: float
+    """Squared error relative to the squared norm: sum |x - x_hat|^2 / sum |x|^2."""
+    cosine: float
+    """Mean over samples of the cosine between x and x_hat."""
+    dead_fraction: float
+    """Share of latents that were never active."""
+
+
+class LatentStatistics(NamedTuple):
+    """Per latent, over single samples (tokens)."""
+
+    frequency: Float[Tensor, " d_sae"]
+    """Share of samples on which it is active."""
+    mean_active: Float[Tensor, " d_sae"]
+    """Mean over those samples; 0 if there are none."""
+    max_token: Float[Tensor, " d_sae"]
+    """Largest value; 0 if it never fired."""
+
+
+class Fidelity:
+    """Sums over samples, in float64 on the CPU. Fidelities of parts of the data merge into that of the whole."""
+
+    def __init__(self, d_in: int, d_sae: int):
+        self.n_samples = 0
+        self.error = 0.0
+        """Sum of |x - x_hat|^2."""
+        self.power = 0.0
+        """Sum of |x|^2."""
+        self.cosine = 0.0
+        self.total: Float[Tensor, " d_in"] = torch.zeros(d_in, dtype=torch.float64)
+        """Sum of x."""
+        self.n_active: Int[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.int64)
+        self.activation: Float[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.float64)
+        """Sum of the codes."""
+        self.max_token: Float[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.float64)
+
+    def update(self, x: Float[Tensor, "n d_in"], codes: SparseCodes, x_hat: Float[Tensor, "n d_in"]) -> None:
+        """Adds samples with their codes and reconstructions."""
+        x, x_hat = x.double().cpu(), x_hat.double().cpu()
+        latents, values = codes.latents.cpu(), codes.values.double().cpu()
+        self.n_samples += len(x)
+        self.error += (x - x_hat).square().sum().item()
+        self.power += x.square().sum().item()
+        self.cosine += torch.nn.functional.cosine_similarity(x, x_hat, dim=1).sum().item()
+        self.total += x.sum(0)
+        self.n_active += torch.bincount(latents, minlength=len(self.n_active))
+        self.activation.index_add_(0, latents, values)
+        self.max_token.scatter_reduce_(0, latents, values, "amax")
+
+    def merge(self, other: Fidelity) -> None:
+        """Adds the samples of `other`."""
+        for name in ("n_samples", "error", "power", "cosine", "total", "n_active", "activation"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.max_token = torch.maximum(self.max_token, other.max_token)
+
+    def summary(self) -> FidelitySummary:
+        """NaN where there are no samples, and in `r2` and `nmse` where they do not vary or are all 0."""
+        n = self.n_samples or float("nan")
+        variance = self.power - (self.total.square().sum().item() / n)
+        return FidelitySummary(
+            n_samples=self.n_samples,
+            l0=self.n_active.sum().item() / n,
+            r2=1 - self.error / variance if variance > 0 else float("nan"),
+            nmse=self.error / self.power if self.power > 0 else float("nan"),
+            cosine=self.cosine / n,
+            dead_fraction=(self.n_active == 0).double().mean().item(),
+        )
+
+    def latents(self) -> LatentStatistics:
+        return LatentStatistics(
+            frequency=self.n_active / max(1, self.n_samples),
+            mean_active=self.activation / self.n_active.clamp_min(1),
+            max_token=self.max_token,
+        )
+
+
+def evaluate(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) -> Fidelity:
+    """Fidelity on activations that are not normalised, with inference-threshold codes."""
+    fidelity = Fidelity(sae.d_in, sae.d_sae)
+    for batch in batches:
+        codes = sae.encode_sparse(batch)
+        fidelity.update(batch, codes, sae.decode(codes))
+    return fidelity

@@ -1,0 +1,148 @@
+"""A trained sparse autoencoder, as it is used: encode, decode."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar, assert_never
+
+import torch
+
+from sae_ray.errors import UsageError
+from sae_ray.sae.config import ArchitectureName
+from sae_ray.sae.sparse import Pattern, SparseCodes, largest_positive_per_row
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+# Pre-activations held at once by `encode_sparse`: 64 MiB of float32. The cut depends on nothing but the SAE.
+_PRE_ENTRIES = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class SAE:
+    """A sparse autoencoder for inference.
+
+    `pre = (x - b_dec) @ W_enc + b_enc`; the codes keep `relu(pre)` where `pre > threshold` (strictly; the batch top-k
+    architectures and jumprelu), among the `k` largest of a sample (topk), or everywhere (relu); the reconstruction is
+    `codes @ W_dec + b_dec`. It is computed in float32, or in float64 if the weights are.
+    """
+
+    architecture: ArchitectureName
+    """How it was trained; decides which latents are kept."""
+    W_enc: Float[Tensor, "d_in d_sae"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_enc: Float[Tensor, " d_sae"]
+    b_dec: Float[Tensor, " d_in"]
+    threshold: Float[Tensor, " d_sae"] | None = None
+    """float32 whatever the dtype of the weights; None for topk and relu."""
+    k: int | None = None
+    """Active latents per sample, exactly or on average; None for relu and jumprelu."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Facts that travel with the SAE; plain JSON values."""
+
+    def __post_init__(self):
+        if self.W_enc.ndim != 2:
+            raise UsageError(f"W_enc has shape {tuple(self.W_enc.shape)}; an SAE needs [d_in, d_sae]")
+        d_in, d_sae = self.W_enc.shape
+        for name, shape in (("W_dec", (d_sae, d_in)), ("b_enc", (d_sae,)), ("b_dec", (d_in,)), ("threshold", (d_sae,))):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != shape:
+                raise UsageError(f"{name} has shape {tuple(tensor.shape)}; W_enc [{d_in}, {d_sae}] needs {shape}")
+        by_threshold = self.architecture in ("batch_topk", "matryoshka_batch_topk", "jumprelu")
+        if by_threshold != (self.threshold is not None):
+            raise UsageError(f"a {self.architecture} SAE {'needs a' if by_threshold else 'has no'} threshold")
+        if self.architecture == "topk" and self.k is None:
+            raise UsageError("a topk SAE needs k")
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_enc.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_enc.device
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
+        """The same SAE elsewhere, or with weights of another dtype; the threshold stays float32."""
+        weights = {name: getattr(self, name).to(device, dtype) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+        threshold = None if self.threshold is None else self.threshold.to(device)
+        return dataclasses.replace(self, **weights, threshold=threshold)
+
+    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        """Dense codes. Raises UsageError when x has another width than `d_in`."""
+        pre = self._pre(x)
+        match self.architecture:
+            case "batch_topk" | "matryoshka_batch_topk" | "jumprelu":
+                return pre.relu() * (pre > _known(self.threshold))
+            case "topk":
+                top = pre.topk(_known(self.k), dim=-1, sorted=False)
+                return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+            case "relu":
+                return pre.relu()
+            case _:
+                assert_never(self.architecture)
+
+    @torch.no_grad()
+    def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
+        """The active latents of each row. Memory follows their number: the dense codes of all rows never exist.
+
+        Raises UsageError when x is not [n, d_in]: tokens of several images are flattened into rows first.
+        """
+        if x.ndim != 2:
+            raise UsageError(f"the input has shape {list(x.shape)}; flatten it to [n, {self.d_in}] first")
+        chunks = x.split(max(1, _PRE_ENTRIES // self.d_sae))
+        active = [self._active(self._pre(chunk)) for chunk in chunks]
+        starts = [start * chunks[0].shape[0] for start in range(len(chunks))]
+        return SparseCodes(
+            torch.cat([flat // self.d_sae + start for (flat, _), start in zip(active, starts, strict=True)]),
+            torch.cat([flat % self.d_sae for flat, _ in active]),
+            torch.cat([values for _, values in active]),
+            len(x),
+            self.d_sae,
+        )
+
+    def decode(self, codes: SparseCodes | Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
+        """Reconstructions, [n_rows, d_in] for sparse codes."""
+        W_dec, b_dec = self.W_dec.to(self._dtype), self.b_dec.to(self._dtype)
+        if isinstance(codes, SparseCodes):
+            pattern = Pattern(codes.rows, codes.latents, codes.n_rows, codes.d_sae)
+            return pattern.row_sums(codes.values.to(self._dtype), W_dec) + b_dec
+        return codes.to(self._dtype) @ W_dec + b_dec
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.W_enc.dtype, torch.float32)
+
+    def _pre(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.d_in:
+            raise UsageError(
+                f"the input is {x.shape[-1]} wide, this SAE takes {self.d_in}; use the site it was trained on"
+            )
+        W_enc, b_enc, b_dec = (tensor.to(self._dtype) for tensor in (self.W_enc, self.b_enc, self.b_dec))
+        return (x.to(self.device, self._dtype) - b_dec) @ W_enc + b_enc
+
+    def _active(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """Ascending flat indices and values of the active entries of `pre`."""
+        match self.architecture:
+            case "batch_topk" | "matryoshka_batch_topk" | "jumprelu":
+                flat = ((pre > _known(self.threshold)) & (pre > 0)).flatten().nonzero().squeeze(1)
+            case "topk":
+                flat = largest_positive_per_row(pre, _known(self.k))
+            case "relu":
+                flat = (pre > 0).flatten().nonzero().squeeze(1)
+            case _:
+                assert_never(self.architecture)
+        return flat, pre.flatten()[flat]
+
+
+def _known(value: T | None) -> T:
+    assert value is not None, "checked when the SAE was made"
+    return value

@@ -1,0 +1,251 @@
+"""Training one cell, step by step: any number of cells may share a stream, none knows of the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.sae.architectures import ARCHITECTURES, Forward, Weights
+from sae_ray.sae.auxk import auxk_loss
+from sae_ray.sae.model import SAE
+from sae_ray.sae.ranks import Ranks
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+    from sae_ray.sae.config import Cell
+
+
+class NonFiniteLoss(SaeRayError):
+    """The loss or its gradient became NaN or infinite. The weights are those before the step."""
+
+
+class StepMetrics(NamedTuple):
+    """What one step showed, over the batch of all ranks."""
+
+    step: int
+    """Index of the step, from 0."""
+    loss: float
+    """The whole loss."""
+    reconstruction_loss: float
+    """Squared error, summed over dimensions, averaged over samples; for Matryoshka averaged twice over prefixes."""
+    auxk_loss: float
+    """AuxK loss before its weight; 0 while no latent is dead."""
+    sparsity_penalty: float
+    """Penalty before its coefficient."""
+    l0: float
+    """Active latents per sample, as selected in training."""
+    n_dead: int
+    """Latents that have not fired for `dead_after_samples` samples."""
+    threshold: float
+    """The inference threshold in units of the normalised input (mean over latents); NaN before there is one."""
+    gradient_norm: float
+    """Before clipping."""
+    learning_rate: float
+    """Of this step."""
+
+
+class CellTrainer:
+    """Trains the SAE of one cell on batches that the caller has divided by the norm scale.
+
+    With a process group each rank calls `step` with its equal share of the batch: latents are selected within the
+    share, gradients and statistics are reduced over ranks, and all ranks hold the same weights after every step.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        d_in: int,
+        device: torch.device | str = "cpu",
+        process_group: ProcessGroup | None = None,
+        selection_shares: int = 1,
+    ):
+        """
+        Args:
+            selection_shares: select within this many equal parts of the batch, as that many ranks would.
+
+        Raises:
+            UsageError: the cell does not fit `d_in`.
+        """
+        self.cell = cell
+        self.d_in, self.d_sae = d_in, cell.d_sae(d_in)
+        self.device = torch.device(device)
+        self.ranks = Ranks(process_group)
+        self.architecture = ARCHITECTURES[cell.architecture](cell, d_in, selection_shares)
+        self.weights = Weights(d_in, self.d_sae, cell.seed, self.architecture.learned_threshold, self.device)
+        self.optimizer = torch.optim.Adam(self.weights.named().values(), lr=0.0, betas=(0.9, 0.999), fused=True)
+        self.n_steps = 0
+        """Steps done."""
+        self.samples_since_fired = torch.zeros(self.d_sae, dtype=torch.int64, device=self.device)
+        self.threshold = torch.tensor(math.nan, device=self.device)
+        """Moving average of the smallest kept value, float32; NaN until there is one."""
+        self.failed: str | None = None
+        """Why training stopped for good."""
+
+    def step(self, batch: Float[Tensor, "batch d_in"]) -> StepMetrics:
+        """One optimiser step.
+
+        Raises:
+            UsageError: the batch is not [batch, d_in].
+            NonFiniteLoss: see there; `failed` then holds the reason, and every later step raises it again.
+        """
+        if self.failed is not None:
+            raise NonFiniteLoss(self.failed)
+        if batch.ndim != 2 or batch.shape[1] != self.d_in:
+            raise UsageError(f"the batch has shape {list(batch.shape)}; this trainer takes [batch, {self.d_in}]")
+        x = batch.to(self.device, torch.float32)
+        if self.n_steps == 0:
+            self.weights.b_dec.data.copy_(geometric_median(self.ranks.gather(x)))
+
+        forward = self.architecture.forward(self.weights, x)
+        n_rows = len(x) * self.ranks.size
+        self._count_firing(forward, n_rows)
+        training = self.cell.training
+        auxk = x.new_zeros(())
+        if self.architecture.revives and training.auxk_weight > 0:
+            auxk = auxk_loss(self.weights, x, forward, self._dead(), training.auxk_select, self.ranks)
+        sparsity = (self.cell.sparsity or 0.0) * training.sparsity_warmup_at(self.n_steps)
+        loss = forward.reconstruction_loss + sparsity * forward.sparsity_penalty + training.auxk_weight * auxk
+        loss.backward()
+        gradient_norm = self._finish_gradient()
+        self._update_threshold(forward)
+
+        metrics = self._metrics(loss, auxk, forward, gradient_norm)
+        if not (math.isfinite(metrics.loss) and math.isfinite(metrics.gradient_norm)):
+            self.failed = (
+                f"step {self.n_steps}: the loss is {metrics.loss}, the norm of its gradient {metrics.gradient_norm}"
+            )
+            raise NonFiniteLoss(self.failed)
+        self._update_weights(metrics.learning_rate)
+        self.n_steps += 1
+        return metrics
+
+    def export(self, norm_scale: float) -> SAE:
+        """The SAE for inputs that are not normalised; training goes on unchanged.
+
+        Args:
+            norm_scale: what the batches were divided by. `b_enc`, `b_dec` and the threshold are multiplied by it.
+
+        Raises:
+            SaeRayError: the threshold has not been estimated yet.
+        """
+        weights = {name: value.detach().clone() for name, value in self.weights.named().items()}
+        threshold = weights.get("threshold")
+        if self.architecture.estimates_threshold:
+            if torch.isnan(self.threshold):
+                raise SaeRayError(
+                    f"after {self.n_steps} steps no inference threshold has been estimated: it is averaged after step "
+                    f"training.threshold_start_step = {self.cell.training.threshold_start_step}, over batches in which "
+                    "a latent is active; train longer or lower that step"
+                )
+            threshold = self.threshold.expand(self.d_sae).clone()
+        return SAE(
+            architecture=self.cell.architecture,
+            W_enc=weights["W_enc_t"].T.contiguous(),
+            W_dec=weights["W_dec"],
+            b_enc=weights["b_enc"] * norm_scale,
+            b_dec=weights["b_dec"] * norm_scale,
+            threshold=None if threshold is None else threshold * norm_scale,
+            k=self.cell.k,
+            metadata={"cell": _plain(self.cell), "steps": self.n_steps, "norm_scale": norm_scale},
+        )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that `restore` needs to go on bit by bit: tensors, and plain JSON values."""
+        tensors = {name: parameter.detach().clone() for name, parameter in self.weights.named().items()}
+        for name, parameter in self.weights.named().items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if self.n_steps:
+                    tensors[f"adam.{moment}.{name}"] = self.optimizer.state[parameter][moment].clone()
+        tensors["samples_since_fired"] = self.samples_since_fired.clone()
+        tensors["threshold_estimate"] = self.threshold.clone()
+        facts = {"d_in": self.d_in, "cell": _plain(self.cell), "n_steps": self.n_steps, "failed": self.failed}
+        return tensors, facts
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Goes back to a state. Raises UsageError when it belongs to another cell."""
+        own = {"d_in": self.d_in, "cell": _plain(self.cell)}
+        if own != {name: facts.get(name) for name in own}:
+            raise UsageError(f"the checkpoint belongs to another cell: it holds {facts}, this one is {own}; delete it")
+        self.n_steps, self.failed = facts["n_steps"], facts["failed"]
+        for name, parameter in self.weights.named().items():
+            parameter.data.copy_(tensors[name])
+            if self.n_steps:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.n_steps), device=self.device),
+                    "exp_avg": tensors[f"adam.exp_avg.{name}"].to(self.device, copy=True),
+                    "exp_avg_sq": tensors[f"adam.exp_avg_sq.{name}"].to(self.device, copy=True),
+                }
+        self.samples_since_fired.copy_(tensors["samples_since_fired"])
+        self.threshold.copy_(tensors["threshold_estimate"])
+
+    def _dead(self) -> Bool[Tensor, " d_sae"]:
+        return self.samples_since_fired >= self.cell.training.dead_after_samples
+
+    def _count_firing(self, forward: Forward, n_rows: int) -> None:
+        fired = self.ranks.sum(forward.fired.float()) > 0
+        self.samples_since_fired += n_rows
+        self.samples_since_fired[fired] = 0
+
+    @torch.no_grad()
+    def _finish_gradient(self) -> Float[Tensor, ""]:
+        """Averages the gradients over ranks, keeps what turns the decoder rows, clips; the norm before clipping."""
+        for parameter in self.weights.named().values():
+            assert parameter.grad is not None
+            self.ranks.mean(parameter.grad)
+        W_dec = self.weights.W_dec
+        assert W_dec.grad is not None
+        W_dec.grad.addcmul_(torch.linalg.vecdot(W_dec, W_dec.grad).unsqueeze(1), W_dec, value=-1)
+        return torch.nn.utils.clip_grad_norm_(self.weights.named().values(), self.cell.training.gradient_clip)
+
+    @torch.no_grad()
+    def _update_threshold(self, forward: Forward) -> None:
+        if not self.architecture.estimates_threshold or self.n_steps <= self.cell.training.threshold_start_step:
+            return
+        smallest = self.ranks.smallest(forward.smallest_active)
+        beta = self.cell.training.threshold_beta
+        averaged = torch.where(self.threshold.isnan(), smallest, beta * self.threshold + (1 - beta) * smallest)
+        self.threshold = torch.where(smallest.isfinite(), averaged, self.threshold)
+
+    @torch.no_grad()
+    def _metrics(self, loss: Tensor, auxk: Tensor, forward: Forward, gradient_norm: Tensor) -> StepMetrics:
+        l0 = forward.n_active / len(forward.pre)
+        means = self.ranks.mean(torch.stack([loss, forward.reconstruction_loss, auxk, forward.sparsity_penalty, l0]))
+        threshold = self.threshold if self.weights.threshold is None else self.weights.threshold.mean()
+        same_on_all_ranks = torch.stack([self._dead().sum(), threshold, gradient_norm])
+        # One transfer from the device for all of them.
+        *averaged, n_dead, threshold, gradient_norm = torch.cat([means, same_on_all_ranks]).tolist()
+        learning_rate = self.cell.training.learning_rate_at(self.n_steps, self.d_sae)
+        return StepMetrics(self.n_steps, *averaged, int(n_dead), threshold, gradient_norm, learning_rate)
+
+    @torch.no_grad()
+    def _update_weights(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.weights.constrain()
+
+
+@torch.no_grad()
+def geometric_median(points: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
+    """The point with the smallest sum of distances to `points`, by Weiszfeld's iteration (at most 100 rounds)."""
+    median = points.mean(0)
+    for _ in range(100):
+        weights = 1 / torch.linalg.vector_norm(points - median, dim=1).clamp_min(1e-12)
+        previous, median = median, (weights / weights.sum()) @ points
+        if torch.linalg.vector_norm(median - previous) < 1e-5:
+            break
+    return median
+
+
+def _plain(cell: Cell) -> dict[str, Any]:
+    """The cell as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(cell)))
