@@ -1,0 +1,127 @@
+"""Scoring one SAE, or the raw activations, on one image set: fixed blocks in, two tables out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from sae_ray.activations import ActivationStore
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.statistics import IMAGES_PER_BLOCK, Entries, NeuronStats, neuron_blocks, pool_tokens
+
+if TYPE_CHECKING:
+    from sae_ray.sae import SAE
+
+
+def image_blocks(store: ActivationStore) -> list[range]:
+    """Part numbers of every block: whole parts of about `IMAGES_PER_BLOCK` images, whatever the cluster."""
+    per_block = max(1, IMAGES_PER_BLOCK // store.record["config"]["images_per_part"])
+    return [range(start, min(start + per_block, len(store.parts))) for start in range(0, len(store.parts), per_block)]
+
+
+def n_neurons(sae: SAE | None, store: ActivationStore) -> int:
+    """Latents of the SAE, or coordinates of the activation where there is no SAE.
+
+    Raises UsageError when the SAE was made for activations of another width.
+    """
+    if sae is None:
+        return store.d
+    if sae.d_in != store.d:
+        raise UsageError(
+            f"the SAE reads activations of width {sae.d_in}, {store.folder} holds width {store.d}; "
+            "choose the site it was trained on"
+        )
+    return sae.d_sae
+
+
+def score_block(
+    sae: SAE | None, store: ActivationStore, embeddings: ActivationStore | None, parts: range, n_top: int
+) -> list[NeuronStats]:
+    """Statistics of one block of images, one element per range of `neuron_blocks`.
+
+    Args:
+        sae: None scores the raw activation coordinates in the same way.
+        embeddings: the judge's, of the same images; None collects everything but the score.
+        parts: part numbers, the same in both stores.
+        n_top: top images kept per neuron.
+    """
+    part_entries, image_index, judged = [], [], []
+    n_seen = 0
+    for number in parts:
+        row_index, _, activation = store.read(number)
+        images, row_image = np.unique(row_index, return_inverse=True)
+        entries = _encode(sae, activation, row_image)
+        part_entries.append(entries._replace(image=entries.image + n_seen))
+        image_index.append(images)
+        n_seen += len(images)
+        if embeddings is not None:
+            judged_index, _, judged_part = embeddings.read(number)
+            if not np.array_equal(judged_index, images):
+                raise SaeRayError(
+                    f"{store.folder} and {embeddings.folder} do not hold the same images in part {number}; "
+                    "extract both from the same manifest"
+                )
+            judged.append(judged_part)
+
+    columns = [np.concatenate(column) for column in zip(*part_entries, strict=True)]
+    order = np.lexsort((columns[0], columns[1]))
+    entries = Entries(*(column[order] for column in columns))
+    width = embeddings.d if embeddings is not None else 0
+    return [
+        NeuronStats.of_block(
+            entries, block, np.concatenate(image_index), np.concatenate(judged) if judged else None, n_top
+        )
+        for block in neuron_blocks(n_neurons(sae, store), width)
+    ]
+
+
+def _encode(sae: SAE | None, activation: np.ndarray, row_image: np.ndarray) -> Entries:
+    if sae is None:
+        row, neuron = np.nonzero(activation)
+        return pool_tokens(row_image, row, neuron, activation[row, neuron])
+    import torch
+
+    codes = sae.encode_sparse(torch.from_numpy(activation.astype(np.float32)).to(sae.W_enc.device))
+    row, neuron, value = (tensor.cpu().numpy() for tensor in (codes.rows, codes.latents, codes.values))
+    return pool_tokens(row_image, row, neuron, value)
+
+
+def score_table(blocks: Sequence[NeuronStats]) -> pa.Table:
+    """One row per neuron, in order; `ms` is NaN for the dead, maxima are 0 for a latent that never fired."""
+    n_images = blocks[0].n_images
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(block, name) for block in blocks])
+
+    n_firing = column("n_firing")
+    return pa.table(
+        {
+            "neuron": np.arange(len(n_firing)),
+            "ms": np.concatenate([block.monosemanticity() for block in blocks]),
+            "n_active": column("n_active"),
+            "n_firing": n_firing,
+            "frequency": n_firing / n_images,
+            "mean": column("total") / n_images,
+            "mean_active": column("total_firing") / np.maximum(n_firing, 1),
+            "max_image": column("max_image"),
+            "max_token": column("max_token"),
+        }
+    )
+
+
+def top_images_table(blocks: Sequence[NeuronStats]) -> pa.Table:
+    """One row per (neuron, rank), rank from 0; only images on which the neuron is not 0 at least are listed."""
+    value = np.concatenate([block.top_value for block in blocks])
+    image = np.concatenate([block.top_image for block in blocks])
+    neuron, rank = np.nonzero(image >= 0)
+    return pa.table(
+        {
+            "neuron": neuron,
+            "rank": rank.astype(np.int16),
+            "image_index": image[neuron, rank],
+            "activation": value[neuron, rank].astype(np.float32),
+        }
+    )
