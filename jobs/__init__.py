@@ -1,0 +1,1 @@
+"""Ray drivers, one file per stage, and the command line."""

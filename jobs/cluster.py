@@ -1,0 +1,60 @@
+"""The Ray cluster that a driver works on."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from sae_ray.errors import SaeRayError
+
+
+def connect() -> None:
+    """Joins the cluster of `RAY_ADDRESS` (a submitted job has one), else starts one on this machine.
+
+    Does nothing where Ray is initialised already.
+    """
+    # Ray Train polls its workers; at the default of two seconds short runs spend most of their time waiting.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+        return
+    # Logical CPUs: readers and actors that mostly wait need more than two of them to run at once.
+    ray.init(
+        address="local",
+        num_cpus=max(4, os.cpu_count() or 1),
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+    )
+
+
+def n_gpus() -> int:
+    """GPUs of the cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def n_cpus() -> int:
+    """Logical CPUs of the cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def user_error(error: BaseException | None) -> SaeRayError | None:
+    """The error that a user can mend, if one lies beneath what Ray raised."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, SaeRayError):
+            # Ray raises a subclass of both whose text carries a remote traceback; the plain error says it better.
+            cause = getattr(error, "cause", None)
+            return cause if isinstance(cause, SaeRayError) else error
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None

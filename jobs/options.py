@@ -1,0 +1,113 @@
+"""How the command line names a study: a file, what overrides it, and where its results lie."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sae_ray.errors import UsageError
+from sae_ray.files import Folder
+from sae_ray.plan import StudyPlan
+from sae_ray.study import Study, field_help
+
+REMEMBERED = "study.json"
+SHORTHANDS = {
+    "--images": "images.train.path",
+    "--labels": "images.train.labels",
+    "--heldout": "images.heldout.path",
+    "--encoder": "encoder.model",
+    "--judge": "judge.model",
+    "--judge-point": "judge.point",
+    "--site": "grid.sites",
+    "--architecture": "grid.architectures",
+    "--expansion": "grid.expansions",
+    "--k": "grid.k",
+    "--steps": "training.steps",
+}
+LISTS = {"--site", "--architecture", "--expansion", "--k"}
+
+
+def study_options(command: Callable) -> Callable:
+    """The study's file, its root, and flags whose help is the docstring of the field they set."""
+    for flag, field in reversed(SHORTHANDS.items()):
+        option = click.option(flag, _parameter(field), multiple=flag in LISTS, help=f"{field}: {field_help(field)}")
+        command = option(command)
+    settings = click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="FIELD=VALUE",
+        help="Set any field of the study, as in --set training.batch_size=512; the value is TOML.",
+    )
+    root = click.option(
+        "--root",
+        metavar="DIR",
+        help="Where results lie: a directory or a URI. By default runs/<name of the study>, in a Ray job (whose "
+        "directory is a temporary copy) ~/sae-ray/<name of the study>.",
+    )
+    study = click.argument("study", required=False, type=click.Path(dir_okay=False))
+    return study(root(settings(command)))
+
+
+def open_plan(study: str | None, root: str | None, settings: tuple[str, ...], **flags: Any) -> StudyPlan:
+    """The plan of the study that the options name.
+
+    Without a study file it is what the root remembers from the command before, or what the flags alone say.
+    """
+    overrides = _overrides(settings, flags)
+    if study is not None:
+        loaded = Study.load(study, overrides)
+    elif root is not None and Folder(root).exists(REMEMBERED):
+        loaded = Study.from_dict(Folder(root).read_json(REMEMBERED), overrides)
+    elif overrides:
+        loaded = Study.from_dict({"name": "study"}, overrides)
+    else:
+        raise UsageError("no study: name a study file, or --images, --encoder and --site, or a --root that has one")
+    return StudyPlan(loaded, Folder(root or _default_root(loaded.name)))
+
+
+def remember(plan: StudyPlan) -> None:
+    """Lets later commands do with `--root` alone.
+
+    Raises UsageError when the root cannot be written.
+    """
+    try:
+        plan.root.write_json(REMEMBERED, plan.study.to_dict())
+    except OSError as error:
+        raise UsageError(f"--root {plan.root} cannot be written ({error}); choose a directory of yours") from error
+
+
+def _overrides(settings: tuple[str, ...], flags: Mapping[str, Any]) -> dict[str, Any]:
+    overrides: dict[str, Any] = {}
+    for flag, field in SHORTHANDS.items():
+        given = flags[_parameter(field)]
+        if given:
+            overrides[field] = [_value(text) for text in given] if flag in LISTS else _value(given)
+    for setting in settings:
+        field, equals, text = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set {setting}: write FIELD=VALUE, such as --set seed=1")
+        overrides[field] = _value(text)
+    return overrides
+
+
+def _parameter(field: str) -> str:
+    return field.replace(".", "__")
+
+
+def _value(text: str) -> Any:
+    """A TOML value; what is none is taken as a string, so that paths need no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _default_root(name: str) -> str:
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return str(Path.home() / "sae-ray" / name if in_job else Path("runs") / name)

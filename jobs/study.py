@@ -1,0 +1,79 @@
+"""The whole study: extraction, training, scoring, summary. `python -m jobs.study studies/demo.toml` runs it as a Ray job."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+
+from sae_ray.plan import StudyPlan
+from sae_ray.summary import compare, summarise, table_lines
+
+from . import extract, score, train
+from .disk import readable
+from .progress import say
+
+
+def run(plan: StudyPlan) -> dict:
+    """Does what is missing of a study and returns its summary, computed from the files.
+
+    Raises what the stages raise; what was finished by then stays.
+    """
+    started = time.monotonic()
+    steps = list(plan.steps)
+    missing = [step for step in steps if not step.finished]
+    if not missing:
+        say(f"{plan.study.name}: all {len(steps)} steps are done, nothing is left to do")
+    extract.run(plan)
+    train.run(plan)
+    score.run(plan)
+    summary = write_summary(plan)
+    if missing:
+        say(f"{plan.study.name}: done in {time.monotonic() - started:.0f} s")
+    return summary
+
+
+def write_summary(plan: StudyPlan) -> dict:
+    """The table of the grid and the comparisons, also written to `summary.json` under the root."""
+    rows = summarise(plan)
+    failed = {}
+    for one in plan.trains:
+        record = one.step.record()
+        if record is not None and record["status"] == "failed":
+            failed[one.grid_cell.name] = record["reason"]
+    summary = {
+        "study": plan.study.name,
+        "root": str(plan.root),
+        "cells": [_row(row) for row in rows],
+        "comparisons": [asdict(comparison) for comparison in compare(rows)],
+        "failed": failed,
+        "table": table_lines(rows),
+    }
+    plan.root.write_json("summary.json", summary)
+    return summary
+
+
+def _row(row) -> dict:
+    values = {name: value for name, value in asdict(row).items() if name != "grid_cell"}
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
+
+
+def summary_text(plan: StudyPlan, summary: dict) -> str:
+    """The summary as people read it."""
+    lines = [f"Study {summary['study']}: MonoSemanticity on held-out images", "", *summary["table"], ""]
+    comparisons = summary["comparisons"]
+    lines += [f"{'yes' if one['holds'] else 'NO '}  {one['statement']}" for one in comparisons]
+    lines += [f"{sum(one['holds'] for one in comparisons)} of {len(comparisons)} comparisons hold", ""]
+    lines += [f"FAILED  {name}: {reason}" for name, reason in summary["failed"].items()]
+    lines += ["Where everything lies:"]
+    for step in plan.steps:
+        record = step.record()
+        if record is not None:
+            lines.append(f"  {readable(sum(record['files'].values())):>8}  {step.folder}")
+    return "\n".join([*lines, f"  summary   {plan.root / 'summary.json'}"])
+
+
+if __name__ == "__main__":
+    from .cli import run as command
+
+    command()
