@@ -14,7 +14,7 @@ from sae_ray.errors import SaeRayError
 from .options import open_plan, remember, study_options
 
 
-class Group(click.Group):
+class Command(click.Command):
     """Shows what a user can mend as one message with its exit code; anything else keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -26,6 +26,12 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted. What is finished stays; the same command goes on from there.", err=True)
             ctx.exit(130)
+
+
+class Group(click.Group):
+    """The commands, each of which also runs on its own: `python -m jobs.extract`."""
+
+    command_class = Command
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -120,5 +126,14 @@ def world(folder: str, n_train: int, n_heldout: int) -> None:
 
     from .progress import Progress
 
-    with Progress(f"world in {folder}", n_train + n_heldout, "images") as progress:
-        write_world(folder, n_train=n_train, n_heldout=n_heldout, progress=progress.advance)
+    total = n_train + n_heldout
+    with Progress(f"world in {folder}", total, "images") as progress:
+
+        def show(written: int, missing: int) -> None:
+            progress.advance(total - missing + written - progress.done)
+
+        write_world(folder, n_train=n_train, n_heldout=n_heldout, progress=show)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,9 +15,10 @@ def connect() -> None:
     """
     # Ray Train polls its workers; at the default of two seconds short runs spend most of their time waiting.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are not about anything a user can change
     import ray
 
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it tells of its default at every start
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
@@ -49,12 +50,11 @@ def n_cpus() -> int:
 
 def user_error(error: BaseException | None) -> SaeRayError | None:
     """The error that a user can mend, if one lies beneath what Ray raised."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
+    while error is not None:
         if isinstance(error, SaeRayError):
-            # Ray raises a subclass of both whose text carries a remote traceback; the plain error says it better.
+            # Ray raises a subclass of both whose text carries a remote traceback; its cause says it better.
             cause = getattr(error, "cause", None)
             return cause if isinstance(cause, SaeRayError) else error
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+        failed_workers = getattr(error, "worker_failures", {})
+        error = getattr(error, "cause", None) or next(iter(failed_workers.values()), None) or error.__cause__
     return None

@@ -7,6 +7,7 @@ a function of its images alone, and what a killed run finished is not done again
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,14 +102,13 @@ def _extract(images: ImagePlan, todo: Sequence[ExtractPlan], plan: StudyPlan) ->
         _finish(extract, seconds, plan.study.images.max_bad_fraction)
 
 
-def _encoded(
-    images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[int], plan: StudyPlan
-) -> Iterator[int]:
+def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[int], plan: StudyPlan) -> Iterator[int]:
     """Runs the dataset over the missing parts; yields the number of each part as it is written."""
     connect()
     import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is shown in our own way
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -118,13 +118,11 @@ def _encoded(
     workers, gpus, decoders = _shares(resources)
     per_part = plan.study.extraction.images_per_part
     ids = images.manifest["image_id"]
-    rows = [
-        {"part": number, "image_ids": ids.slice(number * per_part, per_part).to_pylist()} for number in missing
-    ]
+    rows = [{"part": number, "image_ids": ids.slice(number * per_part, per_part).to_pylist()} for number in missing]
     decode = PartDecoder(images.folder, tuple(load_preprocess(job.model, job.revision) for job in jobs))
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map(decode, compute=TaskPoolStrategy(size=decoders))
+        .map(decode, compute=TaskPoolStrategy(size=min(decoders, len(rows))))
         .map_batches(
             PartEncoder,
             fn_constructor_args=(jobs, "cuda" if gpus else "cpu", per_part, resources.batch_size, plan.study.seed),

@@ -47,6 +47,19 @@ class Progress:
             say(f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second")
 
 
+class Board:
+    """Where bundles say how far they are: an actor, since Ray Train's own reports make a worker wait for its poll."""
+
+    def __init__(self):
+        self.done: dict[str, int] = {}
+
+    def set(self, name: str, amount: int) -> None:
+        self.done[name] = amount
+
+    def total(self) -> int:
+        return sum(self.done.values())
+
+
 def say(text: str) -> None:
     """A line on standard error that does not tear a progress bar."""
     tqdm.write(text, file=sys.stderr)

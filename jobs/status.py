@@ -86,7 +86,9 @@ def dry_run_lines(report: dict[str, Any]) -> list[str]:
     for entry in report["steps"]:
         work = f"{entry['flops'] / 1e12:,.3g} TFLOP" if entry.get("flops") else ""
         size = readable(entry["bytes"])
-        lines.append(f"{entry['status']:8} {entry['step']:{width}}  {entry['rows']:>15,} rows  {size:>8}  {work}".rstrip())
+        lines.append(
+            f"{entry['status']:8} {entry['step']:{width}}  {entry['rows']:>15,} rows  {size:>8}  {work}".rstrip()
+        )
     free = report["free_bytes"]
     lines += [
         "",

@@ -26,7 +26,7 @@ from sae_ray.stream import TrainingStream
 
 from .cluster import connect, n_gpus, user_error
 from .disk import check_disk
-from .progress import Progress, say
+from .progress import Board, Progress, say
 
 if TYPE_CHECKING:
     import torch
@@ -110,8 +110,13 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
     resources = plan.study.resources.train
     gpus = resources.gpus if resources.gpus is not None else float(n_gpus() > 0)
     at_once = resources.bundles or (max(1, int(n_gpus() / (gpus * resources.workers))) if gpus else 1)
-    scaling = {"workers": resources.workers, "cpus": resources.cpus, "gpus": gpus, "max_failures": resources.max_failures}
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    scaling = {
+        "workers": resources.workers,
+        "cpus": resources.cpus,
+        "gpus": gpus,
+        "max_failures": resources.max_failures,
+    }
+    board = ray.remote(num_cpus=0)(Board).remote()
     # The trainer blocks its caller: one task per bundle keeps this process free to show progress and to be interrupted.
     fit = ray.remote(num_cpus=0, max_retries=0)(fit_bundle)
 
@@ -141,30 +146,26 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
         raise problems[0]
 
 
-class ProgressBoard:
-    """Where workers say how far they are: an actor, since Ray Train's own reports make a worker wait for its poll."""
-
-    def __init__(self):
-        self.done: dict[str, int] = {}
-
-    def set(self, bundle: str, steps: int) -> None:
-        self.done[bundle] = max(steps, self.done.get(bundle, 0))
-
-    def total(self) -> int:
-        return sum(self.done.values())
-
-
 def _write_sae(job: CellJob, trainer: CellTrainer, scale: float, heldout: ActivationStore, seconds: float) -> None:
-    sae = trainer.export(scale)
+    folder = job.step.folder
+    try:
+        sae = trainer.export(scale)
+    except SaeRayError as error:
+        _fail(job, trainer, error, seconds)
+        return
     fidelity = evaluate(sae, _batches(heldout))
     latents = fidelity.latents()
     columns = {name: getattr(latents, name).numpy() for name in latents._fields}
-    folder = job.step.folder
     save_sae(sae, folder)
     folder.write_parquet("latents.parquet", pa.table({"latent": np.arange(sae.d_sae), **columns}))
     folder.delete(CHECKPOINTS)
     counts = {"steps": trainer.n_steps, "d_in": sae.d_in, "d_sae": sae.d_sae, **fidelity.summary()._asdict()}
     job.step.finish(seconds, counts)
+
+
+def _fail(job: CellJob, trainer: CellTrainer, error: SaeRayError, seconds: float) -> None:
+    job.step.folder.delete(CHECKPOINTS)
+    job.step.finish(seconds, {"steps": trainer.n_steps}, "failed", str(error))
 
 
 def _batches(store: ActivationStore) -> Iterator[torch.Tensor]:
@@ -250,7 +251,7 @@ def train_cells(
             except NonFiniteLoss as error:
                 del trainers[job.step.name]
                 if rank == 0:
-                    job.step.finish(time.monotonic() - started, {"steps": step}, "failed", str(error))
+                    _fail(job, trainer, error, time.monotonic() - started)
         if (step + 1) % bundle.checkpoint_every == 0 or step + 1 == bundle.steps:
             if rank == 0:
                 for job in jobs:

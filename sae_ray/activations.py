@@ -60,13 +60,13 @@ def activation_table(
     Raises SaeRayError when a value is not finite, or does not fit into `store_dtype`.
     """
     if not np.isfinite(activation).all():
-        raise SaeRayError("the encoder returned a value that is not finite; try encoder.dtype = \"float32\"")
+        raise SaeRayError('the encoder returned a value that is not finite; try encoder.dtype = "float32"')
     with np.errstate(over="ignore"):
         stored = activation.astype(_NUMPY[store_dtype])
     if not np.isfinite(stored).all():
         largest = float(np.abs(activation).max())
         raise SaeRayError(
-            f"an activation of {largest:.3g} does not fit into extraction.store_dtype = \"{store_dtype}\"; "
+            f'an activation of {largest:.3g} does not fit into extraction.store_dtype = "{store_dtype}"; '
             'set store_dtype = "float32"'
         )
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), stored.shape[1])

@@ -89,10 +89,15 @@ class Folder:
         path = self.path_of(name)
         self.filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
         target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if self.is_local else path
-        with self.filesystem.open_output_stream(target) as stream:
-            stream.write(data)
-        if self.is_local:
-            self.filesystem.move(target, path)
+        try:
+            with self.filesystem.open_output_stream(target) as stream:
+                stream.write(data)
+            if self.is_local:
+                self.filesystem.move(target, path)
+        except BaseException:
+            if self.is_local:
+                Path(target).unlink(missing_ok=True)
+            raise
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import fs
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.files import Folder
@@ -59,13 +60,17 @@ def list_images(folder: Folder, labels: str = "auto") -> pa.Table:
         the sorted label names and null where an image has none.
 
     Raises:
-        UsageError: The folder does not exist, or the labels do not fit its images.
-        SaeRayError: The folder holds no file.
+        UsageError: There is no such folder, or the labels do not fit its images.
+        SaeRayError: The folder holds no file, or one whose name is not UTF-8.
     """
-    if not folder.exists():
-        raise UsageError(f"the image folder {folder} does not exist; name a folder of JPEG, PNG or WebP files")
-    found = (path for path in folder.files(recursive=True) if not any(part[0] == "." for part in path.split("/")))
-    image_ids, label_names = read_labels(labels, folder, sorted(found, key=lambda path: path.encode()))
+    if folder.filesystem.get_file_info(folder.path).type != fs.FileType.Directory:
+        raise UsageError(f"there is no image folder {folder}; name a folder of JPEG, PNG or WebP files")
+    try:
+        found = folder.files(recursive=True)
+    except UnicodeDecodeError as error:
+        raise SaeRayError(f"{folder} holds a file whose name is not UTF-8: {error.object!r}; rename it") from error
+    visible = [path for path in found if not any(part[0] == "." for part in path.split("/"))]
+    image_ids, label_names = read_labels(labels, folder, sorted(visible, key=lambda path: path.encode()))
     if not image_ids:
         raise SaeRayError(f"the image folder {folder} holds no file; name a folder of JPEG, PNG or WebP files")
     classes = {name: label for label, name in enumerate(sorted({name for name in label_names if name is not None}))}

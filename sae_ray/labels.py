@@ -110,7 +110,7 @@ def _from_csv(file: str, text: str, parent: Folder, image_ids: list[str]) -> dic
         else:
             raise UsageError(f"{file} has the columns {', '.join(header) or '(none)'}; {FORMS}")
     except csv.Error as error:
-        raise UsageError(f"{file}, row {rows.line_num}: {error}; mend the row") from error
+        raise UsageError(f"{file}, row {rows.reader.line_num}: {error}; mend the row") from error
     for image_id in _images(image_ids):
         if keys[image_id] not in names:
             raise UsageError(

@@ -28,7 +28,8 @@ def monosemanticity(
         fewer than two images above its minimum.
 
     Raises:
-        UsageError: the two do not have the same number of rows, or hold values that are not finite.
+        UsageError: the two do not have the same number of rows, hold values that are not finite, or an embedding is
+            zero.
     """
     import torch
 
@@ -40,11 +41,18 @@ def monosemanticity(
     values, judged = (tensor.detach().to("cpu", torch.float64).numpy() for tensor in (activations, embeddings))
     if not (np.isfinite(values).all() and np.isfinite(judged).all()):
         raise UsageError("activations and embeddings must be finite; remove the rows with NaN or inf")
-    scores = [_block_scores(values[:, block], judged) for block in neuron_blocks(values.shape[1], judged.shape[1])]
-    return torch.from_numpy(np.concatenate(scores))
+    if not judged.any(axis=1).all():
+        raise UsageError("an embedding that is zero has no direction; remove its row from both matrices")
+    scores = np.empty(values.shape[1])
+    for block in neuron_blocks(values.shape[1], judged.shape[1]):
+        scores[block] = _block_scores(values[:, block], judged)
+    return torch.from_numpy(scores)
 
 
 def _block_scores(values: np.ndarray, judged: np.ndarray) -> np.ndarray:
+    # Scaled to [0, 1] as the paper has it, which changes no score: the sums of values far from 0 would cancel.
+    low, high = values.min(axis=0, initial=np.inf), values.max(axis=0, initial=-np.inf)
+    values = (values - low) / np.where(high > low, high - low, 1.0)
     neuron, image = np.nonzero(values.T)
     value = values[image, neuron]
     stats = NeuronStats.of_block(

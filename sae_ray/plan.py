@@ -131,6 +131,7 @@ class StudyPlan:
         for cell in study.cells():
             for site in (cell.site, cell.score_site):
                 check_site(self.encoder, site)
+            cell.cell.check(site_width(self.encoder, cell.site))
         self.judge_site = Site(point=study.judge.point)
         self.judge = describe_encoder(study.judge.model, study.judge.revision)
         check_site(self.judge, self.judge_site)
@@ -182,7 +183,10 @@ class StudyPlan:
         images = self.study.images
         listed = _list("images.train", images.train)
         if images.heldout is not None:
-            tables = {"train": (images.train, listed), "heldout": (images.heldout, _list("images.heldout", images.heldout))}
+            tables = {
+                "train": (images.train, listed),
+                "heldout": (images.heldout, _list("images.heldout", images.heldout)),
+            }
         else:
             fraction = images.heldout_fraction
             tables = {part: (images.train, select_split(listed, fraction, part)) for part in ("train", "heldout")}
@@ -220,7 +224,6 @@ class StudyPlan:
     def _train(self, grid_cell: GridCell) -> TrainPlan:
         activations = self._activations(self.images["train"], grid_cell.site)
         heldout = self._activations(self.images["heldout"], grid_cell.site)
-        grid_cell.cell.group_sizes(activations.width)  # refuses a cell that does not fit this width
         stream_seed = derived_seed(self.study.seed, grid_cell.site.name)
         config = {
             "activations": activations.step.name,

@@ -47,7 +47,14 @@ def score_block(
         embeddings: the judge's, of the same images; None collects everything but the score.
         parts: part numbers, the same in both stores.
         n_top: top images kept per neuron.
+
+    Raises:
+        UsageError: the SAE was made for activations of another width.
+        SaeRayError: the embeddings are of other images.
     """
+    blocks = list(neuron_blocks(n_neurons(sae, store), embeddings.d if embeddings is not None else 0))
+    if embeddings is not None and len(embeddings.parts) != len(store.parts):
+        raise _other_images(store, embeddings)
     part_entries, image_index, judged = [], [], []
     n_seen = 0
     for number in parts:
@@ -60,22 +67,25 @@ def score_block(
         if embeddings is not None:
             judged_index, _, judged_part = embeddings.read(number)
             if not np.array_equal(judged_index, images):
-                raise SaeRayError(
-                    f"{store.folder} and {embeddings.folder} do not hold the same images in part {number}; "
-                    "extract both from the same manifest"
-                )
+                raise _other_images(store, embeddings)
             judged.append(judged_part)
 
     columns = [np.concatenate(column) for column in zip(*part_entries, strict=True)]
     order = np.lexsort((columns[0], columns[1]))
     entries = Entries(*(column[order] for column in columns))
-    width = embeddings.d if embeddings is not None else 0
     return [
         NeuronStats.of_block(
             entries, block, np.concatenate(image_index), np.concatenate(judged) if judged else None, n_top
         )
-        for block in neuron_blocks(n_neurons(sae, store), width)
+        for block in blocks
     ]
+
+
+def _other_images(store: ActivationStore, embeddings: ActivationStore) -> SaeRayError:
+    return SaeRayError(
+        f"{store.folder} and {embeddings.folder} do not hold the same images part by part; "
+        "extract both from the same manifest"
+    )
 
 
 def _encode(sae: SAE | None, activation: np.ndarray, row_image: np.ndarray) -> Entries:

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -139,7 +139,8 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
     def beat() -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
             for step in steps:
-                step.folder.write_json(lock, owner | {"time": time.time()})
+                with suppress(OSError):  # a disk that is full for a while does not cost the lock
+                    step.folder.write_json(lock, owner | {"time": time.time()})
 
     heartbeat = threading.Thread(target=beat, daemon=True)
     held: list[Step] = []

@@ -55,6 +55,7 @@ class TrainingStream:
                     if missing == 0:
                         yield pending[0] if len(pending) == 1 else np.concatenate(pending)
                         pending, missing = [], self.batch_size
+                del vectors  # else the next window would be read while this one is held
                 offset = 0
             epoch += 1
 
@@ -73,8 +74,18 @@ class TrainingStream:
     def _load(self, window: tuple[int, ...]) -> np.ndarray:
         if self._loaded is None or self._loaded[0] != window:
             self._loaded = None  # frees the old window before the new one is read
-            self._loaded = window, np.concatenate([self.store.read(number)[2] for number in window])
+            self._loaded = window, self._read(window)
         return self._loaded[1]
+
+    def _read(self, window: tuple[int, ...]) -> Float[np.ndarray, "rows d"]:
+        rows = sum(self.store.parts[number].rows for number in window)
+        vectors = np.empty((rows, self.store.d), self.store.record["config"]["store_dtype"])
+        start = 0
+        for number in window:
+            part = self.store.read(number)[2]
+            vectors[start : start + len(part)] = part
+            start += len(part)
+        return vectors
 
     def _rng(self, epoch: int, *window: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, epoch, *window])

@@ -6,9 +6,11 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from pathlib import Path
 from types import UnionType
@@ -92,7 +94,7 @@ class Grid:
     `cls`, `mean`, `all` or `random:<n>`; `projection`; `pooled`."""
     architectures: tuple[ArchitectureName, ...] = ("batch_topk",)
     """Kinds of autoencoder."""
-    expansions: tuple[float, ...] = (8,)
+    expansions: tuple[float, ...] = (8.0,)
     """Widths as multiples of the activation's width."""
     k: tuple[int, ...] = (20,)
     """Average number of active latents per row, for the TopK family."""
@@ -100,6 +102,17 @@ class Grid:
     """Sparsity coefficients, for `relu` (L1) and `jumprelu` (L0)."""
     score_tokens: str | None = None
     """Tokens that scores are computed on where they differ from those trained on, such as `cls` or `all`."""
+
+    def __post_init__(self):
+        by_k = [architecture for architecture in self.architectures if architecture in TOPK_FAMILY]
+        by_sparsity = [architecture for architecture in self.architectures if architecture not in TOPK_FAMILY]
+        for name in ("sites", "architectures", "expansions"):
+            _check(bool(getattr(self, name)), f"grid.{name}", [], "name at least one")
+        _check(bool(self.k) or not by_k, "grid.k", [], f"{', '.join(by_k)}: name at least one")
+        _check(bool(self.sparsity) or not by_sparsity, "grid.sparsity", [],
+               f"{', '.join(by_sparsity)}: name at least one coefficient")  # fmt: skip
+        _check(bool(by_sparsity) or not self.sparsity, "grid.sparsity", list(self.sparsity),
+               "only relu and jumprelu have such a coefficient; leave it out")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,8 @@ class ExtractResources:
     gpus: float | None = None
     """GPUs of an encoder actor; 1 where the cluster has any."""
     decoders: int | None = None
-    """Tasks that read and decode images at once; the remaining CPUs where not given."""
+    """Tasks that read and decode images at once; the remaining CPUs where not given. Encoder actors of one CPU and no
+    GPU decode their images themselves."""
     batch_size: int = 64
     """Images per forward pass."""
 
@@ -265,10 +279,15 @@ class Study:
         }
         for name, value in at_least_1.items():
             _check(value is None or value >= 1, name, value, "choose 1 or more")
+        for stage in ("extract", "train", "score"):
+            resources = getattr(self.resources, stage)
+            for name, value in (("cpus", resources.cpus), ("gpus", resources.gpus)):
+                _check(value is None or 0 <= value < math.inf, f"resources.{stage}.{name}", value, "choose 0 or more")
         _check(self.scoring.min_images >= 2, "scoring.min_images", self.scoring.min_images, "choose 2 or more")
         _check(self.training.batch_size % self.resources.train.workers == 0, "resources.train.workers",
-               self.resources.train.workers, f"choose a divisor of training.batch_size = {self.training.batch_size}")  # fmt: skip
-        _check(bool(self.cells()), "grid", list(self.grid), "relu and jumprelu need `sparsity`, the others need `k`")
+               self.resources.train.workers,
+               f"choose a divisor of training.batch_size = {self.training.batch_size}")  # fmt: skip
+        self.cells()  # refuses those that cannot be
 
     def cells(self) -> list[GridCell]:
         """All SAEs of the study, without duplicates, in the order of the file."""
@@ -279,12 +298,16 @@ class Study:
                 score_site = dataclasses.replace(site, tokens=grid.score_tokens) if grid.score_tokens else site
                 by_k = architecture in TOPK_FAMILY
                 for amount in grid.k if by_k else grid.sparsity:
-                    sparsity = {"k": amount} if by_k else {"sparsity": amount}
+                    sparsity = {"k": amount} if by_k else {"sparsity": float(amount)}
+                    # 8 and 8.0 are the same expansion, but not the same JSON and so not the same step.
+                    expansion = float(expansion)
                     cell = Cell(architecture=architecture, expansion=expansion, training=self.training, **sparsity)
                     grid_cell = GridCell(site, score_site, cell)
                     # The seed comes from the name, not from a place in the grid: adding cells changes no other cell.
                     seeded = dataclasses.replace(cell, seed=derived_seed(self.seed, grid_cell.name))
-                    cells.setdefault(grid_cell.name, dataclasses.replace(grid_cell, cell=seeded))
+                    named = dataclasses.replace(grid_cell, cell=seeded)
+                    _check(cells.setdefault(named.name, named) == named, "grid", named.name,
+                           "two cells of this name differ in score_tokens or in late digits; keep one")  # fmt: skip
         return list(cells.values())
 
     @classmethod
@@ -299,12 +322,14 @@ class Study:
             UsageError: the file is missing or not TOML, a key is unknown, a value does not fit.
         """
         try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
+            data = Path(path).expanduser().read_bytes()
         except OSError as error:
-            raise UsageError(f"study file {path} cannot be read ({error.strerror}); give the path of a TOML file") from error
+            raise UsageError(
+                f"study file {path} cannot be read ({error.strerror}); give the path of a TOML file"
+            ) from error
         try:
-            values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            values = tomllib.loads(data.decode())
+        except ValueError as error:
             raise UsageError(f"study file {path} is not TOML: {error}") from error
         return cls.from_dict(values, overrides)
 
@@ -313,7 +338,7 @@ class Study:
         """As `load`, from nested dictionaries."""
         from pydantic import TypeAdapter, ValidationError
 
-        merged = json.loads(json.dumps(values))
+        merged = json.loads(json.dumps(values, default=str))  # a copy of plain values: TOML also knows dates
         for key, value in (overrides or {}).items():
             _override(merged, key, value)
         try:
@@ -328,16 +353,20 @@ class Study:
 
 def field_help(dotted: str) -> str:
     """The docstring of a study's field, such as `images.train.path`, as one line: the help text of the command line."""
-    from pydantic import TypeAdapter
-
-    schema = TypeAdapter(Study).json_schema()
-    node = schema
+    schema = node = _schema()
     for part in dotted.split("."):
         while "properties" not in node:
             options = [node, *node.get("anyOf", []), node.get("items", {})]
             node = next(schema["$defs"][o["$ref"].rsplit("/", 1)[1]] for o in options if "$ref" in o)
         node = node["properties"][part]
     return " ".join(node["description"].split())
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Study).json_schema()
 
 
 def derived_seed(seed: int, name: str) -> int:
@@ -354,19 +383,19 @@ def _override(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for part in parents:
         values = _descend(values, part, dotted)
-    if isinstance(values, list):
-        for element in values:
-            element[last] = value
-    else:
-        values[last] = value
+    for table in values if isinstance(values, list) else [values]:
+        table[last] = value
 
 
 def _descend(values: Any, part: str, dotted: str) -> Any:
-    if part == "grid" and isinstance(values, dict):
-        return values.setdefault("grid", [{}])
-    if not isinstance(values, dict):
+    """The table `part` of `values`, made where it is missing; of `grid` a list of them."""
+    below = values.get(part) if isinstance(values, dict) else 0
+    if below is None:
+        below = values[part] = [{}] if part == "grid" else {}
+    tables = below if isinstance(below, list) else [below]
+    if not all(isinstance(table, dict) for table in tables):
         raise UsageError(f"{dotted}: {part} is not a table of the study file")
-    return values.setdefault(part, {})
+    return below
 
 
 def _explain(problem: Any) -> str:
@@ -377,10 +406,10 @@ def _explain(problem: Any) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{'.'.join(where)}: unknown key; {hint}"
     if problem["type"] == "missing":
-        return f"{'.'.join(where)}: missing; {field_help('.'.join(part for part in where if not part.isdigit()))}"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{'.'.join(where)} = {problem['input']!r}: {problem['msg']}"
+        meaning = field_help(".".join(part for part in where if not part.isdigit()))
+        return f"{'.'.join(where)}: missing; add it: {meaning}"
+    message = problem["msg"].replace("a valid tuple", "a list")  # what TOML calls it
+    return f"{'.'.join(where)} = {problem['input']!r}: {message}"
 
 
 def _known_keys(where: list[str]) -> list[str]:

@@ -47,7 +47,11 @@ class Comparison:
 
 def summarise(plan: StudyPlan) -> list[CellSummary]:
     """One row per raw site and per SAE that was scored on held-out images."""
-    return [_summarise(score, plan.study.scoring.min_images) for score in plan.scores if score.embeddings and score.step.finished]
+    return [
+        _summarise(score, plan.study.scoring.min_images)
+        for score in plan.scores
+        if score.embeddings and score.step.finished
+    ]
 
 
 def _summarise(score: ScorePlan, min_images: int) -> CellSummary:
@@ -86,7 +90,9 @@ def compare(rows: list[CellSummary]) -> list[Comparison]:
         text = f"{sparser.name} above {denser.name}: mean MS {sparser.mean_ms:.3f}, {denser.mean_ms:.3f}"
         comparisons.append(Comparison(text, sparser.mean_ms > denser.mean_ms))
     for narrower, wider in _neighbours(rows, by="expansion"):
-        text = f"{wider.name} above {narrower.name}: mean MS of the {BEST} best {wider.top_ms:.3f}, {narrower.top_ms:.3f}"
+        text = (
+            f"{wider.name} above {narrower.name}: mean MS of the {BEST} best {wider.top_ms:.3f}, {narrower.top_ms:.3f}"
+        )
         comparisons.append(Comparison(text, wider.top_ms > narrower.top_ms))
     return comparisons
 
@@ -115,11 +121,17 @@ def table_lines(rows: list[CellSummary]) -> list[str]:
                 f"{row.n_neurons:,}",
                 f"{row.n_scored:,}",
                 *(f"{value:.3f}" for value in (row.mean_ms, row.top_ms, row.best_ms)),
-                *("–" if value is None else f"{value:.{digits}f}" for value, digits in zip(fidelity, (1, 3, 2), strict=True)),
+                *(
+                    "–" if value is None else f"{value:.{digits}f}"
+                    for value, digits in zip(fidelity, (1, 3, 2), strict=True)
+                ),
             ]
         )
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     return [
-        "  ".join(text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in cells
     ]

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Starts a Ray head on this machine, submits a study to it as a job, follows the job, and stops what it started.
+#   cluster/submit_local.sh STUDY [options of `sae-ray run`]
+# Give --root as an absolute path: a job runs in a temporary copy of this checkout.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ -d .venv ]; then PATH="$PWD/.venv/bin:$PATH"; fi
+
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+export RAY_AUTH_MODE=disabled # everything below listens on the loopback address alone
+port=$(free_port)
+dashboard=$(free_port)
+scratch=$(mktemp -d /tmp/sae-ray.XXXX)
+
+setsid ray start --head --block --disable-usage-stats --num-cpus "${NUM_CPUS:-4}" \
+    --node-ip-address 127.0.0.1 --port "$port" --temp-dir "$scratch" \
+    --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" >"$scratch/head.log" 2>&1 &
+head=$!
+stop() {
+    kill -TERM -- "-$head" 2>/dev/null || true
+    wait "$head" 2>/dev/null || true
+    rm -rf "$scratch"
+}
+trap stop EXIT
+
+export RAY_ADDRESS="http://127.0.0.1:$dashboard"
+for _ in $(seq 120); do
+    if ray job list >/dev/null 2>&1; then break; fi
+    kill -0 "$head" 2>/dev/null || { cat "$scratch/head.log" >&2; exit 1; }
+    sleep 1
+done
+ray job submit --working-dir . -- python -m jobs.study "$@"

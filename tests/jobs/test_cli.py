@@ -1,0 +1,196 @@
+"""What users see: commands, refusals, exit codes. In this process, but for what only a process can show."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from sae_ray.jobs.cli import main
+
+
+@pytest.fixture
+def study_file(study_values, tmp_path) -> Path:
+    """The small study as TOML text."""
+    path = tmp_path / "small.toml"
+    path.write_text(to_toml(study_values))
+    return path
+
+
+def to_toml(values: dict) -> str:
+    def inline(value) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key} = {inline(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, list):
+            return "[" + ", ".join(inline(item) for item in value) + "]"
+        return json.dumps(value)
+
+    return "\n".join(f"{key} = {inline(value)}" for key, value in values.items())
+
+
+def call(*arguments) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, code: int, *words: str) -> None:
+    """A message, the exit code, no traceback."""
+    assert result.exit_code == code, (result.output, result.exception)
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in result.stderr
+
+
+def test_missing_folder(study_file, tmp_path):
+    result = call("run", study_file, "--root", tmp_path / "root", "--images", tmp_path / "nowhere")
+    refused(result, 2, "images.train", str(tmp_path / "nowhere"), "does not exist")
+    assert not (tmp_path / "root").exists()
+
+
+def test_empty_folder(study_file, tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = call("run", study_file, "--root", tmp_path / "root", "--images", tmp_path / "empty")
+    refused(result, 1, "images.train", "holds no file")
+    assert not (tmp_path / "root").exists()
+
+
+def test_folder_of_broken_images_only(ray_cluster, study_file, tmp_path):
+    (tmp_path / "broken").mkdir()
+    for number in range(20):
+        (tmp_path / "broken" / f"{number}.jpg").write_bytes(b"\xff\xd8\xff broken")
+    root = tmp_path / "root"
+    result = call("extract", study_file, "--root", root, "--images", tmp_path / "broken")
+    refused(result, 1, "20 of 20 images", "0.jpg", "images.max_bad_fraction")
+    assert not list(root.glob("activations-train-*/step.json"))
+
+
+def test_unknown_encoder(study_file, tmp_path):
+    result = call("run", study_file, "--root", tmp_path / "root", "--encoder", "open_clip:ViT-B-33/none")
+    refused(result, 2, "ViT-B-33")
+    result = call("run", study_file, "--root", tmp_path / "root", "--encoder", tmp_path / "no-model")
+    refused(result, 2, str(tmp_path / "no-model"))
+    assert not (tmp_path / "root").exists()
+
+
+def test_layer_out_of_range(study_file, tmp_path):
+    result = call("run", study_file, "--root", tmp_path / "root", "--site", "layer5:cls")
+    refused(result, 2, "layer is 5", "0 to 4")
+
+
+def test_k_above_d_sae(study_file, tmp_path):
+    refused(call("run", study_file, "--root", tmp_path / "root", "--k", "200"), 2, "200", "d_sae = 128")
+
+
+def test_expansion_not_above_0(study_file, tmp_path):
+    refused(call("run", study_file, "--root", tmp_path / "root", "--expansion", "0"), 2, "expansion", "0")
+    refused(call("run", study_file, "--root", tmp_path / "root", "--expansion", "-2"), 2, "expansion", "-2")
+
+
+def test_unknown_key_suggests_the_nearest(study_file, tmp_path):
+    study_file.write_text(study_file.read_text().replace("expansions", "expansion"))
+    refused(call("run", study_file, "--root", tmp_path / "root"), 2, "grid.0.expansion", "'expansions'")
+
+
+def test_root_not_writable(study_file, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused(call("extract", study_file, "--root", tmp_path / "file" / "root"), 2, "--root", str(tmp_path / "file"))
+
+
+def test_torn_step_directory(finished, study_file, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(finished, root)
+    (victim,) = root.glob("sae-projection-batch_topk-*")
+    (victim / "sae_weights.safetensors").unlink()
+    refused(call("status", study_file, "--root", root), 1, "torn", "sae_weights.safetensors", "delete the directory")
+    refused(call("run", study_file, "--root", root), 1, "torn", str(victim))
+
+
+def test_step_of_another_schema_version(finished, study_file, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(finished, root)
+    (victim,) = root.glob("embeddings-heldout-*")
+    record = json.loads((victim / "step.json").read_text())
+    (victim / "step.json").write_text(json.dumps(record | {"schema_version": 99}))
+    refused(call("run", study_file, "--root", root), 1, "schema version 99", str(victim))
+
+
+def test_a_disk_that_is_too_full(study_file, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
+    root = tmp_path / "root"
+    refused(call("extract", study_file, "--root", root), 1, "extract needs about", "1 kB are free")
+    assert not list(root.glob("activations-*"))
+
+
+def test_another_driver_at_work(study_file, make_plan, tmp_path):
+    from sae_ray.steps import hold
+
+    plan = make_plan(tmp_path / "root")
+    with hold([plan.extracts[0].step]):
+        refused(call("extract", study_file, "--root", tmp_path / "root"), 1, "is being written by process")
+
+
+def test_no_study(tmp_path):
+    refused(call("run", "--root", tmp_path), 2, "no study", "--images")
+    refused(call("run", tmp_path / "none.toml"), 2, "none.toml", "cannot be read")
+    refused(call("run", "--set", "seed"), 2, "--set seed", "FIELD=VALUE")
+
+
+def test_dry_run_writes_nothing_and_counts_everything(study_file, tmp_path):
+    result = call("run", study_file, "--root", tmp_path / "root", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["images_to_encode"] == 650
+    rows = {entry["step"].rsplit("-", 1)[0]: entry["rows"] for entry in report["steps"]}
+    assert rows["activations-train-projection"] == 500
+    assert rows["embeddings-heldout"] == 150
+    assert rows["sae-projection-batch_topk-x2-k4"] == 64 * 120
+    assert report["flops"] > 2 * 2.0 * 64 * 128 * 64 * 120
+    assert not (tmp_path / "root").exists()
+    text = call("run", study_file, "--root", tmp_path / "root", "--dry-run")
+    assert "650 images to encode" in text.stdout
+
+
+def test_status(finished, study_file, make_plan, tmp_path):
+    entries = json.loads(call("status", study_file, "--root", finished, "--json").stdout)
+    assert [entry["step"] for entry in entries] == [step.name for step in make_plan(finished).steps]
+    assert {entry["status"] for entry in entries} == {"done"}
+    assert all(entry["bytes"] > 0 and entry["seconds"] >= 0 for entry in entries)
+    fresh = json.loads(call("status", study_file, "--root", tmp_path / "fresh", "--json").stdout)
+    assert {entry["status"] for entry in fresh} == {"missing"}
+
+
+def test_a_root_remembers_its_study(finished, study_values, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(finished, root)
+    (root / "study.json").write_text(json.dumps(study_values))
+    result = call("run", "--root", root, "--json")
+    assert result.exit_code == 0, result.output
+    assert "nothing is left to do" in result.stderr
+    assert json.loads(result.stdout)["study"] == "small"
+
+
+def test_ctrl_c_leaves_a_state_that_resumes(study_file, world, tmp_path):
+    root = tmp_path / "root"
+    command = [sys.executable, "-m", "sae_ray.jobs.cli", "extract", str(study_file), "--root", str(root)]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(root.glob("activations-train-*/parts/*.json")):
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(driver.pid, signal.SIGINT)
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 130, errors
+    assert "goes on from there" in errors
+    assert "Traceback" not in errors
+    assert not list(root.glob("*/lock-*"))
+    statuses = {entry["status"] for entry in json.loads(call("status", study_file, "--root", root, "--json").stdout)}
+    assert "partial" in statuses

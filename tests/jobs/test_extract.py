@@ -1,0 +1,131 @@
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from sae_ray.activations import ActivationStore
+from sae_ray.encoders import load_encoder, load_preprocess
+from sae_ray.errors import SaeRayError
+from sae_ray.files import Folder
+from sae_ray.images import decode_image
+from sae_ray.jobs import extract
+
+
+def rows(folder: Folder) -> list[tuple[int, int, bytes]]:
+    """Everything a store holds, in reading order, values as bytes: equal lists are equal bits."""
+    store = ActivationStore(folder)
+    found = []
+    for number in range(len(store.parts)):
+        index, token, activation = store.read(number)
+        found += [(int(i), int(t), a.tobytes()) for i, t, a in zip(index, token, activation, strict=True)]
+    return found
+
+
+def test_activations_are_those_of_the_encoder(extracted, make_plan, world):
+    plan = make_plan(extracted)
+    chosen = next(e for e in plan.extracts if e.images.name == "heldout" and e.step.label.startswith("activations"))
+    store = ActivationStore(chosen.step.folder)
+    ids = chosen.images.manifest["image_id"].to_pylist()
+    encoder = load_encoder(f"{world}/clip")
+    preprocess = load_preprocess(f"{world}/clip")
+    index, token, activation = store.read(1)
+    assert index.tolist() == list(range(50, 100))
+    assert set(token.tolist()) == {-1}
+    import torch
+
+    images = [decode_image((world / "heldout" / ids[i]).read_bytes()) for i in index]
+    pixels = torch.from_numpy(np.stack([preprocess(image) for image in images]))
+    expected = encoder.tap(pixels, [chosen.site], [ids[i] for i in index], seed=0)[chosen.site].activation
+    np.testing.assert_allclose(activation.astype(np.float32), expected.numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_a_killed_run_resumes_with_identical_values(extracted, make_plan, study_values, kill_driver_when, tmp_path):
+    root = tmp_path / "root"
+    plan = make_plan(root)
+    train = next(e for e in plan.extracts if e.images.name == "train")
+    root.mkdir()
+    (root / "study.json").write_text(json.dumps(study_values))
+
+    parts = root / train.step.name / "parts"
+    kill_driver_when(["extract", "--root", str(root)], lambda: len(list(parts.glob("*.json"))) >= 2)
+    survived = {path.name: path.read_bytes() for path in parts.glob("*.json")}
+    assert 2 <= len(survived) < 10
+    assert train.step.status() == "partial"
+
+    extract.run(plan)
+    for one, reference in zip(plan.extracts, make_plan(extracted).extracts, strict=True):
+        assert rows(one.step.folder) == rows(reference.step.folder)
+    for name, marker in survived.items():
+        assert (parts / name).read_bytes() == marker, "a finished part was done again"
+    listed = {part.file for part in ActivationStore(train.step.folder).parts}
+    assert {f"data/{path.name}" for path in (root / train.step.name / "data").iterdir()} == listed
+
+
+def test_another_site_extracts_only_that_site(ray_cluster, extracted, make_plan, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(extracted, root)
+    before = {step.name for step in make_plan(root).steps if step.finished}
+    plan = make_plan(root, **{"grid.sites": ["projection", "layer2:random:3"], "grid.score_tokens": None})
+    todo = [e for e in plan.extracts if not e.step.finished]
+    assert {e.site.name for e in todo} == {"layer2.random-3"}
+    extract.run(plan)
+    store = ActivationStore(todo[0].step.folder)
+    index, token, _ = store.read(0)
+    assert np.bincount(index).tolist() == [3] * 50
+    assert all(len(set(token[index == i])) == 3 for i in range(50))
+    assert before <= {step.name for step in plan.steps if step.finished}
+
+
+def test_bad_images_become_rejects(ray_cluster, make_plan, world, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(world / "heldout", images)
+    files = sorted(images.rglob("*.png"))
+    (images / "a").mkdir()
+    (images / "a" / "empty.png").write_bytes(b"")
+    (images / "a" / "notes.txt").write_text("no picture")
+    (images / "a" / "torn.png").write_bytes(files[0].read_bytes()[:200])
+    Image.open(files[1]).convert("L").save(images / "a" / "gray.webp")
+    overrides = {"images.train.path": str(images), "images.max_bad_fraction": 0.05}
+    plan = make_plan(tmp_path / "root", **overrides)
+    extract.run(plan)
+    train = next(e for e in plan.extracts if e.images.name == "train")
+    rejects = train.step.folder.read_parquet("rejects.parquet").to_pydict()
+    assert dict(zip(rejects["image_id"], rejects["reason"], strict=True)) == {
+        "a/empty.png": "zero bytes",
+        "a/notes.txt": "not an image",
+        "a/torn.png": "truncated",
+    }
+    store = ActivationStore(train.step.folder)
+    assert store.n_images == len(train.images.manifest) - 3
+    stored = pq.read_table(str(train.step.folder / "data"))["image_index"].to_pylist()
+    ids = train.images.manifest["image_id"].to_pylist()
+    assert {ids[i] for i in range(len(ids))} - {ids[i] for i in stored} == set(rejects["image_id"])
+
+    strict = make_plan(tmp_path / "strict", **overrides | {"images.max_bad_fraction": 0.01})
+    with pytest.raises(SaeRayError, match=r"(?s)3 of .* could not be read.*a/torn.png: truncated"):
+        extract.run(strict)
+    assert not next(e for e in strict.extracts if e.images.name == "train").step.finished
+    # The same images with a wider margin: all parts are there, only the verdict changes.
+    relaxed = make_plan(tmp_path / "strict", **overrides)
+    extract.run(relaxed)
+    assert all(e.step.finished for e in relaxed.extracts)
+
+
+def test_overflow_names_the_remedy(ray_cluster, make_plan, world, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    loud = tmp_path / "loud"
+    shutil.copytree(world / "clip", loud)
+    weights = load_file(loud / "model.safetensors")
+    weights["visual_projection.weight"] = weights["visual_projection.weight"].float() * 1e6
+    save_file(weights, loud / "model.safetensors", metadata={"format": "pt"})
+    overrides = {"encoder.model": str(loud)}
+    plan = make_plan(tmp_path / "root", **overrides)
+    with pytest.raises(SaeRayError, match='store_dtype = "float32"'):
+        extract.run(plan)
+    wide = make_plan(tmp_path / "root", **overrides | {"extraction.store_dtype": "float32"})
+    extract.run(wide)
+    assert all(e.step.finished for e in wide.extracts)

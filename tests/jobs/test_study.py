@@ -1,0 +1,53 @@
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from sae_ray.jobs import study
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def snapshot(root: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != "summary.json"}
+
+
+def test_a_finished_study_has_nothing_left_to_do(finished, make_plan, capsys):
+    before = snapshot(finished)
+    summary = study.run(make_plan(finished))
+    assert snapshot(finished) == before
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert summary == json.loads((finished / "summary.json").read_text())
+    assert [row["name"] for row in summary["cells"]] == [
+        "raw-projection",
+        "projection-batch_topk-x2-k4",
+        "projection-matryoshka_batch_topk-x2-k4",
+    ]
+
+
+def test_the_summary_shows_where_everything_lies(finished, make_plan):
+    plan = make_plan(finished)
+    text = study.summary_text(plan, study.write_summary(plan))
+    for step in plan.steps:
+        assert str(step.folder) in text
+
+
+def test_a_study_runs_as_a_submitted_job(world, study_values, tmp_path):
+    """`ray start --head` and `ray job submit` for real, by the script that users have."""
+    root = tmp_path / "root"
+    settings = [
+        f"images.train.path={world}/train",
+        f"images.heldout.path={world}/heldout",
+        f"encoder.model={world}/clip",
+        f"judge.model=open_clip:local-dir:{world}/judge",
+    ]
+    command = ["cluster/submit_local.sh", "tests/data/two_cells.toml", "--root", str(root)]
+    for setting in settings:
+        command += ["--set", setting]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "comparisons hold" in done.stdout
+    summary = json.loads((root / "summary.json").read_text())
+    assert len(summary["cells"]) == 3
+    assert not summary["failed"]

@@ -1,0 +1,143 @@
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sae_ray.activations import ActivationStore
+from sae_ray.files import Folder
+from sae_ray.jobs import train
+from sae_ray.sae import CellTrainer, load_sae
+from sae_ray.stream import TrainingStream
+
+SLOW = {"training.steps": 3000}
+"""Long enough to be killed in the middle."""
+
+
+def weights(folder: Folder) -> dict[str, torch.Tensor]:
+    sae = load_sae(folder)
+    return {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+
+
+def assert_equal_weights(plan, reference) -> None:
+    for one, other in zip(plan.trains, reference.trains, strict=True):
+        found, expected = weights(one.step.folder), weights(other.step.folder)
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), (one.grid_cell.name, name)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    return sorted(root.glob("sae-*/checkpoints/*.json"))
+
+
+def test_a_cell_is_what_it_would_be_alone(finished, make_plan):
+    """The bundle's result equals a plain loop over one cell: no Ray, no bundle, no checkpoints."""
+    plan = make_plan(finished)
+    torch.set_num_threads(1)
+    for one in plan.trains:
+        store = ActivationStore(one.activations.step.folder)
+        scale = store.root_mean_square_norm
+        trainer = CellTrainer(one.grid_cell.cell, store.d)
+        stream = TrainingStream(store, 64, one.stream_seed, plan.study.shuffle_rows)
+        for _, rows in zip(range(120), stream.batches(), strict=False):
+            trainer.step(torch.from_numpy(rows).float() / scale)
+        alone = trainer.export(scale)
+        for name, tensor in weights(one.step.folder).items():
+            torch.testing.assert_close(getattr(alone, name), tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_every_sae_comes_with_its_figures(finished, make_plan):
+    for one in make_plan(finished).trains:
+        counts = one.step.record()["counts"]
+        assert counts["steps"] == 120
+        assert 0 < counts["l0"] < counts["d_sae"]
+        assert counts["r2"] <= 1
+        latents = one.step.folder.read_parquet("latents.parquet").to_pydict()
+        assert latents["latent"] == list(range(counts["d_sae"]))
+        assert sum(latents["frequency"]) == pytest.approx(counts["l0"])
+        dead = [m == 0 for m in latents["max_token"]]
+        assert sum(dead) / len(dead) == counts["dead_fraction"]
+        assert not one.step.folder.exists("checkpoints")
+
+
+def test_bundling_changes_nothing(ray_cluster, extracted, finished, make_plan, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(extracted, root)
+    plan = make_plan(root, **{"resources.train.cells_per_bundle": 1, "resources.train.bundles": 2})
+    train.run(plan)
+    assert_equal_weights(plan, make_plan(finished))
+
+
+def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
+    ray_cluster, extracted, make_plan, study_values, kill_driver_when, tmp_path
+):
+    whole = tmp_path / "whole"
+    shutil.copytree(extracted, whole)
+    reference = make_plan(whole, **SLOW)
+    train.run(reference)
+
+    root = tmp_path / "root"
+    shutil.copytree(extracted, root)
+    plan = make_plan(root, **SLOW)
+    slow = json.loads(json.dumps(study_values))
+    slow["training"]["steps"] = SLOW["training.steps"]
+    (root / "study.json").write_text(json.dumps(slow))
+    kill_driver_when(["train", "--root", str(root)], lambda: len(checkpoints(root)) >= 2)
+    left = {path.stem for path in checkpoints(root)}
+    assert left, "a checkpoint survives"
+    assert not any(one.step.finished for one in plan.trains)
+
+    killed = []
+
+    def kill_a_worker() -> None:
+        while not killed:
+            newer = {path.stem for path in checkpoints(root)} - left
+            for process in psutil.Process().children(recursive=True) if newer else []:
+                if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline()):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill_a_worker, daemon=True)
+    killer.start()
+    train.run(plan)
+    assert killed, "no worker was there to be killed"
+    assert_equal_weights(plan, reference)
+
+
+def test_a_cell_that_diverges_is_reported_and_the_others_go_on(ray_cluster, extracted, make_plan, finished, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(extracted, root)
+    overrides = {"grid.architectures": ["batch_topk", "relu"], "grid.sparsity": [1e38]}
+    plan = make_plan(root, **overrides)
+    train.run(plan)
+    records = {one.grid_cell.cell.architecture: one.step.record() for one in plan.trains}
+    assert records["batch_topk"]["status"] == "done"
+    assert records["relu"]["status"] == "failed"
+    assert "loss" in records["relu"]["reason"]
+    healthy = next(one for one in plan.trains if one.grid_cell.cell.architecture == "batch_topk")
+    same = next(one for one in make_plan(finished).trains if one.step.name == healthy.step.name)
+    assert torch.equal(weights(healthy.step.folder)["W_enc"], weights(same.step.folder)["W_enc"])
+
+
+def test_two_workers_share_a_batch(ray_cluster, extracted, make_plan, tmp_path):
+    """Each rank selects on its share: the result is that of one process which selects per half batch."""
+    root = tmp_path / "root"
+    shutil.copytree(extracted, root)
+    plan = make_plan(root, **{"resources.train.workers": 2, "grid.architectures": ["batch_topk"]})
+    train.run(plan)
+    (one,) = plan.trains
+    store = ActivationStore(one.activations.step.folder)
+    scale = store.root_mean_square_norm
+    trainer = CellTrainer(one.grid_cell.cell, store.d, selection_shares=2)
+    stream = TrainingStream(store, 64, one.stream_seed, plan.study.shuffle_rows)
+    for _, rows in zip(range(120), stream.batches(), strict=False):
+        trainer.step(torch.from_numpy(rows).float() / scale)
+    for name, tensor in weights(one.step.folder).items():
+        torch.testing.assert_close(getattr(trainer.export(scale), name), tensor, rtol=1e-3, atol=1e-4)
