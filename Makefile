@@ -28,11 +28,12 @@ format: .venv/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch is named first: a looser range would take the newest CUDA build, several GB, where a CPU build will do.
+# torch and the torchvision that goes with it are named first: a looser range takes the newest CUDA builds, several GB.
 .venv/.torch:
 	$(PYTHON) -c 'import sys; sys.exit("sae-ray needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet torchvision==0.28.0
 	touch $@
 
 .venv/.demo: .venv/.torch pyproject.toml

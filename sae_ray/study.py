@@ -299,9 +299,8 @@ class Study:
                 by_k = architecture in TOPK_FAMILY
                 for amount in grid.k if by_k else grid.sparsity:
                     sparsity = {"k": amount} if by_k else {"sparsity": float(amount)}
-                    # 8 and 8.0 are the same expansion, but not the same JSON and so not the same step.
-                    expansion = float(expansion)
-                    cell = Cell(architecture=architecture, expansion=expansion, training=self.training, **sparsity)
+                    # Floats, however they were written: 8 and 8.0 are not the same JSON and would be two steps.
+                    cell = Cell(architecture, float(expansion), training=self.training, **sparsity)
                     grid_cell = GridCell(site, score_site, cell)
                     # The seed comes from the name, not from a place in the grid: adding cells changes no other cell.
                     seeded = dataclasses.replace(cell, seed=derived_seed(self.seed, grid_cell.name))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +31,7 @@ class _Source(NamedTuple):
     revision: str
     model_config: dict[str, Any]
     preprocess_config: dict[str, Any]
+    """Of a tag it also says whether its weights want QuickGELU."""
 
 
 class _Trunk(NamedTuple):
@@ -87,7 +87,14 @@ def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
 
     source = _find(info.model, info.revision)
     try:
-        model: Any = open_clip.create_model(source.name, source.tag, require_pretrained=True, weights_only=True)
+        model: Any = open_clip.create_model(
+            source.name,
+            source.tag,
+            # open_clip itself only warns when the tag's weights were trained with the other activation function.
+            force_quick_gelu=source.preprocess_config.get("quick_gelu", False),
+            require_pretrained=True,
+            weights_only=True,
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"the encoder {info.model} cannot be loaded: {reason} ({FORMS})") from error
@@ -165,16 +172,17 @@ def _trunk(tower: Any) -> _Trunk:
         n_patches = tower.grid_size[0] * tower.grid_size[1]
         return _Trunk(list(tower.transformer.resblocks), tower.transformer.width, True, 0, 1 + n_patches)
     if isinstance(tower, TimmModel) and isinstance(tower.trunk, TimmVisionTransformer | Eva):
-        trunk = tower.trunk
+        trunk: Any = tower.trunk
         has_cls = trunk.cls_token is not None
         # Some trunks take any size, so the patches follow from the images rather than from the trunk's own default.
         rows, columns = (
             size // patch for size, patch in zip(_pair(tower.image_size), trunk.patch_embed.patch_size, strict=True)
         )
-        return _Trunk(list(trunk.blocks), trunk.embed_dim, has_cls, trunk.num_reg_tokens, has_cls + rows * columns)
+        n_registers = trunk.num_prefix_tokens - has_cls
+        return _Trunk(list(trunk.blocks), trunk.embed_dim, has_cls, n_registers, has_cls + rows * columns)
     return _Trunk([], None, False, 0, 0)
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+def _pair(size: Any) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return height, width

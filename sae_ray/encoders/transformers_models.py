@@ -146,7 +146,7 @@ def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
 
 def _find(model: str, revision: str | None) -> _Source:
     from transformers import AutoConfig
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     directory = local_directory(model)
     if directory is not None:

@@ -228,7 +228,7 @@ class _JumpReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_codes, grad_active):  # pyright: ignore[reportIncompatibleMethodOverride]
         z, threshold = ctx.saved_tensors
-        window = ((z - threshold).abs() < ctx.bandwidth / 2) / ctx.bandwidth
+        window = ((z - threshold).abs() < ctx.bandwidth / 2).to(z.dtype) / ctx.bandwidth
         grad_threshold = -(window * (threshold * grad_codes + grad_active)).sum(0)
         return grad_codes * ((z > threshold) & (z > 0)), grad_threshold, None
 

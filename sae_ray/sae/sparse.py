@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
+with warnings.catch_warnings():
+    # Torch says once per process that CSR is in beta; this is that once.
+    warnings.simplefilter("ignore")
+    torch.zeros(1, 1).to_sparse_csr()
 
 
 class SparseCodes(NamedTuple):

@@ -223,7 +223,7 @@ class CellTrainer:
         # One transfer from the device for all of them.
         *averaged, n_dead, threshold, gradient_norm = torch.cat([means, same_on_all_ranks]).tolist()
         learning_rate = self.cell.training.learning_rate_at(self.n_steps, self.d_sae)
-        return StepMetrics(self.n_steps, *averaged, int(n_dead), threshold, gradient_norm, learning_rate)
+        return StepMetrics._make([self.n_steps, *averaged, int(n_dead), threshold, gradient_norm, learning_rate])
 
     @torch.no_grad()
     def _update_weights(self, learning_rate: float) -> None:

@@ -1,0 +1,105 @@
+"""What all tests share: the environment, hypothesis' profile, small stores, images and encoders."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+from sae_ray.activations import ActivationStore, activation_table, write_part
+from sae_ray.files import Folder
+from sae_ray.steps import Step
+
+settings.register_profile(
+    "sae-ray", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("sae-ray")
+
+
+@pytest.fixture(scope="session")
+def write_store() -> Callable[..., ActivationStore]:
+    """Writes a finished extraction step and opens it.
+
+    Call it with a root and the parts, each `(image_index, token, activation)`; `label` tells stores of a root apart.
+    """
+
+    def write(
+        root: Path | str,
+        parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+        store_dtype: str = "float32",
+        images_per_part: int = 512,
+        label: str = "activations",
+    ) -> ActivationStore:
+        config = {"store_dtype": store_dtype, "images_per_part": images_per_part}
+        step = Step(Folder(root), "extract", label, config)
+        written = [
+            write_part(step.folder, number, activation_table(*rows, store_dtype), [])
+            for number, rows in enumerate(parts)
+        ]
+        counts = {
+            "images": sum(part.images for part in written),
+            "rejects": 0,
+            "rows": sum(part.rows for part in written),
+            "width": parts[0][2].shape[1],
+        }
+        step.finish(0.0, counts)
+        return ActivationStore(step.folder)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def make_clip() -> Callable[..., str]:
+    """Saves a randomly initialised CLIP of 28 × 28 pixels in the transformers format and returns its directory."""
+
+    def make(directory: Path, n_layers: int = 2, width: int = 32, projection: int = 16, seed: int = 0) -> str:
+        import torch
+        from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+        shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2}
+        text = {"num_hidden_layers": 1, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+        vision = {"num_hidden_layers": n_layers, "image_size": 28, "patch_size": 14}
+        torch.manual_seed(seed)
+        config = CLIPConfig(text_config=shape | text, vision_config=shape | vision, projection_dim=projection)
+        CLIPModel(config).save_pretrained(directory)
+        processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        processor.save_pretrained(directory)
+        return str(directory)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(make_clip: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A CLIP of two layers, 32 wide, with a projection to 16."""
+    return make_clip(tmp_path_factory.mktemp("encoders") / "clip")
+
+
+@pytest.fixture(scope="session")
+def tiny_judge(make_clip: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Another CLIP of that shape, for a judge."""
+    return make_clip(tmp_path_factory.mktemp("encoders") / "judge", seed=1)
+
+
+@pytest.fixture(scope="session")
+def make_images() -> Callable[..., Path]:
+    """Writes `n` PNG files of random pixels, spread over the class folders `c0` to `c3`, and returns the folder."""
+
+    def make(folder: Path, n: int, seed: int = 0) -> Path:
+        from PIL import Image
+
+        rng = np.random.default_rng(seed)
+        for index in range(n):
+            file = folder / f"c{index % 4}" / f"{index:04d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(file)
+        return folder
+
+    return make

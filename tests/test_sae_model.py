@@ -1,0 +1,120 @@
+"""Encoding and decoding of a trained SAE."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sae_ray.errors import UsageError
+from sae_ray.sae import SAE, model
+
+NAMES = ("batch_topk", "matryoshka_batch_topk", "jumprelu", "topk", "relu")
+D_IN, D_SAE = 6, 20
+
+
+def make_sae(name: str) -> SAE:
+    generator = torch.Generator().manual_seed(0)
+    return SAE(
+        architecture=name,
+        W_enc=torch.randn(D_IN, D_SAE, generator=generator),
+        W_dec=torch.randn(D_SAE, D_IN, generator=generator),
+        b_enc=torch.randn(D_SAE, generator=generator),
+        b_dec=torch.randn(D_IN, generator=generator),
+        threshold=None if name in ("topk", "relu") else torch.rand(D_SAE, generator=generator),
+        k=3 if name == "topk" else None,
+    )
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, D_IN, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sparse_codes_are_the_dense_ones_whatever_the_chunks(monkeypatch, name):
+    sae, x = make_sae(name), inputs(50)
+    whole = sae.encode_sparse(x)
+    monkeypatch.setattr(model, "_PRE_ENTRIES", 7 * D_SAE + 3)
+    chunked = sae.encode_sparse(x)
+    for codes in (whole, chunked):
+        torch.testing.assert_close(codes.to_dense(), sae.encode(x))
+        flat = codes.rows * D_SAE + codes.latents
+        assert torch.equal(flat, flat.unique())
+        assert (codes.values > 0).all()
+        torch.testing.assert_close(sae.decode(codes), sae.decode(sae.encode(x)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_leading_axes_are_samples_like_any_other(name):
+    sae, x = make_sae(name), inputs(4, 5)
+    torch.testing.assert_close(sae.encode(x), sae.encode(x.view(20, D_IN)).view(4, 5, D_SAE))
+    torch.testing.assert_close(sae.encode(x[0, 0]), sae.encode(x)[0, 0])
+    assert sae.decode(sae.encode(x)).shape == x.shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_sample_gives_no_codes(name):
+    sae = make_sae(name)
+    codes = sae.encode_sparse(inputs(0))
+    assert codes.values.numel() == 0
+    assert sae.decode(codes).shape == (0, D_IN)
+
+
+def test_the_threshold_is_strict_and_never_lets_negative_values_pass():
+    sae = SAE(
+        architecture="jumprelu",
+        W_enc=torch.eye(4),
+        W_dec=torch.eye(4),
+        b_enc=torch.zeros(4),
+        b_dec=torch.zeros(4),
+        threshold=torch.tensor([0.5, 0.5, -2.0, 0.0]),
+    )
+    x = torch.tensor([[0.5, 0.75, -1.0, 0.25]])
+    expected = torch.tensor([[0.0, 0.75, 0.0, 0.25]])
+    assert torch.equal(sae.encode(x), expected)
+    assert torch.equal(sae.encode_sparse(x).to_dense(), expected)
+
+
+def test_topk_keeps_fewer_than_k_where_fewer_are_positive():
+    sae = make_sae("topk")
+    sae.b_enc[2:] = -1e3
+    codes = sae.encode(inputs(30))
+    assert (codes >= 0).all()
+    assert (codes[:, 2:] == 0).all()
+    assert torch.equal(sae.encode_sparse(inputs(30)).to_dense(), codes)
+
+
+def test_bfloat16_weights_keep_a_float32_threshold_and_float32_codes():
+    exact = make_sae("batch_topk")
+    sae = exact.to(dtype=torch.bfloat16)
+    assert sae.W_enc.dtype == sae.b_dec.dtype == torch.bfloat16
+    assert torch.equal(sae.threshold, exact.threshold)
+    codes = sae.encode(inputs(9).bfloat16())
+    assert codes.dtype == sae.decode(codes).dtype == torch.float32
+    assert sae.encode_sparse(inputs(9)).values.dtype == torch.float32
+    rounded = exact.to(dtype=torch.bfloat16).to(dtype=torch.float32)
+    assert torch.equal(rounded.encode(inputs(9)), sae.encode(inputs(9)))
+
+
+def test_inputs_of_another_width_are_refused_with_both_widths():
+    sae = make_sae("relu")
+    for encode in (sae.encode, sae.encode_sparse):
+        with pytest.raises(UsageError, match="7 wide, this SAE takes 6"):
+            encode(torch.zeros(3, 7))
+    with pytest.raises(UsageError, match="flatten"):
+        sae.encode_sparse(inputs(2, 3))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"W_dec": torch.zeros(D_IN, D_SAE)},
+        {"b_enc": torch.zeros(D_IN)},
+        {"threshold": None},
+        {"threshold": torch.zeros(1)},
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(change):
+    sae = make_sae("batch_topk")
+    fields = {name: getattr(sae, name) for name in ("architecture", "W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+    with pytest.raises(UsageError, match=next(iter(change))):
+        SAE(**fields | change)
