@@ -10,14 +10,18 @@ free_port() {
     python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-export RAY_AUTH_MODE=disabled # everything below listens on the loopback address alone
-port=$(free_port)
+# Ray listens on this machine's address, not only on the loopback: a token of our own keeps others out.
+export RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN
 dashboard=$(free_port)
 scratch=$(mktemp -d /tmp/sae-ray.XXXX)
 
-setsid ray start --head --block --disable-usage-stats --num-cpus "${NUM_CPUS:-4}" \
-    --node-ip-address 127.0.0.1 --port "$port" --temp-dir "$scratch" \
-    --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" >"$scratch/head.log" 2>&1 &
+# Ports of our own, so that another Ray on this machine is not in the way.
+setsid ray start --head --block --disable-usage-stats --num-cpus "${NUM_CPUS:-4}" --temp-dir "$scratch" \
+    --port "$(free_port)" --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
+    --dashboard-agent-listen-port "$(free_port)" --dashboard-agent-grpc-port "$(free_port)" \
+    --metrics-export-port "$(free_port)" --ray-client-server-port "$(free_port)" >"$scratch/head.log" 2>&1 &
 head=$!
 stop() {
     kill -TERM -- "-$head" 2>/dev/null || true
@@ -27,8 +31,8 @@ stop() {
 trap stop EXIT
 
 export RAY_ADDRESS="http://127.0.0.1:$dashboard"
-for _ in $(seq 120); do
-    if ray job list >/dev/null 2>&1; then break; fi
+for _ in $(seq 30); do
+    if ray job submit -- true >/dev/null 2>&1; then break; fi # the head answers before it can run jobs
     kill -0 "$head" 2>/dev/null || { cat "$scratch/head.log" >&2; exit 1; }
     sleep 1
 done

@@ -32,7 +32,7 @@ from sae_ray.sites import Site
 from sae_ray.steps import hold
 from sae_ray.study import ExtractResources
 
-from .cluster import connect, n_cpus, n_gpus, user_error
+from .cluster import connect, n_cpus, n_gpus
 from .disk import check_disk
 from .progress import Progress, say
 
@@ -133,14 +133,10 @@ def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[i
             num_gpus=gpus,
         )
     )
-    try:
-        for row in dataset.iter_rows():
-            yield row["part"]
-    except Exception as error:
-        known = user_error(error)
-        if known is not None:
-            raise known from None
-        raise
+    for row in dataset.iter_rows():
+        if row["problem"]:
+            raise SaeRayError(row["problem"])
+        yield row["part"]
 
 
 def _shares(resources: ExtractResources) -> tuple[int, float, int]:
@@ -190,7 +186,7 @@ class PartDecoder:
 
 
 class PartEncoder:
-    """An actor that encodes parts and writes them; returns the numbers of the parts it wrote."""
+    """An actor that encodes parts and writes them; returns which part it wrote, or what stood in its way."""
 
     def __init__(self, jobs: tuple[EncoderJob, ...], device: str, per_part: int, batch_size: int, seed: int):
         self.jobs = jobs
@@ -201,6 +197,14 @@ class PartEncoder:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         part = batch["part"][0].as_py()
+        try:
+            self._write(part, batch)
+            problem = ""
+        except SaeRayError as error:  # as a row: raised, it would reach the driver without its type
+            problem = str(error)
+        return pa.table({"part": [part], "problem": [problem]})
+
+    def _write(self, part: int, batch: pa.Table) -> None:
         ids = batch["image_ids"][0].as_py()
         accepted = batch["accepted"][0].as_py() or []
         rejects = [(reject["image_id"], reject["reason"]) for reject in batch["rejects"][0].as_py() or []]
@@ -213,7 +217,6 @@ class PartEncoder:
             tables = self._tables(encoder, job.steps, pixels, image_index, image_ids)
             for step, table in zip(job.steps, tables, strict=True):
                 write_part(step.folder, part, table, rejects)
-        return pa.table({"part": [part]})
 
     def _tables(
         self,
