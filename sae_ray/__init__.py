@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sae_ray.monosemanticity import monosemanticity
+    from sae_ray.statistics import monosemanticity
     from sae_ray.sae import load_sae
     from sae_ray.study import Study
 
 _HOMES = {
     "Study": "sae_ray.study",
     "load_sae": "sae_ray.sae",
-    "monosemanticity": "sae_ray.monosemanticity",
+    "monosemanticity": "sae_ray.statistics",
 }
 
 __all__ = ["Study", "load_sae", "monosemanticity"]

@@ -123,7 +123,7 @@ def score_table(blocks: Sequence[NeuronStats]) -> pa.Table:
 
 
 def top_images_table(blocks: Sequence[NeuronStats]) -> pa.Table:
-    """One row per (neuron, rank), rank from 0; only images on which the neuron is not 0 at least are listed."""
+    """One row per (neuron, rank), rank from 0; images on which the neuron is 0 are not listed."""
     value = np.concatenate([block.top_value for block in blocks])
     image = np.concatenate([block.top_image for block in blocks])
     neuron, rank = np.nonzero(image >= 0)

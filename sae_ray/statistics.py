@@ -1,4 +1,4 @@
-"""Mergeable statistics of neurons over images: one pass gives MonoSemanticity scores, frequencies, maxima and top images.
+"""Mergeable statistics of neurons over images: one pass gives MonoSemanticity scores, frequencies, maxima, top images.
 
 A `NeuronStats` covers a range of neurons over a set of images. Two over disjoint images merge by adding sums and
 keeping extremes; merged in image order, blocks of fixed size give the same bits whoever computed them. Cost and memory
@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from sae_ray.errors import UsageError
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+    from torch import Tensor
 
 BLOCK_BYTES = 64 * 2**20
 """Largest `weighted_embeddings` of one block of neurons; part of the format, since blocks decide the order of sums."""
@@ -180,13 +183,60 @@ class NeuronStats:
         """
         if not self.embedding_sum.size:
             return np.full(len(self.total), np.nan)
-        low = self.minimum
+        alive = self.n_active >= 2
+        low = np.where(alive, self.minimum, 0.0)
         shifted = self.weighted_embeddings - low[:, None] * self.embedding_sum
         total = self.total - self.n_images * low
         squares = self.total_squares - 2 * low * self.total + self.n_images * low**2
-        alive = self.n_active >= 2
         denominator = np.where(alive, total**2 - squares, 1.0)
         return np.where(alive, (np.square(shifted).sum(axis=1) - squares) / denominator, np.nan)
+
+
+def monosemanticity(
+    activations: Float[Tensor, "images neurons"], embeddings: Float[Tensor, "images d"]
+) -> Float[Tensor, " neurons"]:
+    """MonoSemanticity score of every neuron (Pach et al., arXiv 2504.02821, eq. 5-9).
+
+    Args:
+        activations: one value per image and neuron, any scale and sign.
+        embeddings: of the same images by a judge (DINOv2, say); normalised to unit length here.
+
+    Returns:
+        Scores in [-1, 1], float64: how similar the images are on which a neuron is active. NaN for a neuron that has
+        fewer than two images above its minimum.
+
+    Raises:
+        UsageError: the two do not have the same number of rows, hold values that are not finite, or an embedding is
+            zero.
+    """
+    import torch
+
+    if activations.ndim != 2 or embeddings.ndim != 2 or len(activations) != len(embeddings):
+        raise UsageError(
+            f"activations {tuple(activations.shape)} and embeddings {tuple(embeddings.shape)} must be two matrices "
+            "with one row per image"
+        )
+    values, judged = (tensor.detach().to("cpu", torch.float64).numpy() for tensor in (activations, embeddings))
+    if not (np.isfinite(values).all() and np.isfinite(judged).all()):
+        raise UsageError("activations and embeddings must be finite; remove the rows with NaN or inf")
+    if not judged.any(axis=1).all():
+        raise UsageError("an embedding that is zero has no direction; remove its row from both matrices")
+    scores = np.empty(values.shape[1])
+    for block in neuron_blocks(values.shape[1], judged.shape[1]):
+        scores[block] = _block_scores(values[:, block], judged)
+    return torch.from_numpy(scores)
+
+
+def _block_scores(values: np.ndarray, judged: np.ndarray) -> np.ndarray:
+    # Scaled to [0, 1] as the paper has it, which changes no score: the sums of values far from 0 would cancel.
+    low, high = values.min(axis=0, initial=np.inf), values.max(axis=0, initial=-np.inf)
+    values = (values - low) / np.where(high > low, high - low, 1.0)
+    neuron, image = np.nonzero(values.T)
+    value = values[image, neuron]
+    stats = NeuronStats.of_block(
+        Entries(image, neuron, value, value), range(values.shape[1]), np.arange(len(values)), judged, n_top=1
+    )
+    return stats.monosemanticity()
 
 
 def neuron_blocks(n_neurons: int, embedding_width: int) -> Iterator[range]:

@@ -1,4 +1,4 @@
-"""Steps: directories named by what decides their content, finished once, resumed when half done, locked while written."""
+"""Steps: directories named by what decides their content, done once, resumed when half done, locked while written."""
 
 from __future__ import annotations
 

@@ -14,11 +14,14 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sae_ray.errors import UsageError
 from sae_ray.sae.config import TOPK_FAMILY, ArchitectureName, Cell, TrainingConfig
 from sae_ray.sites import Site
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 STRICT = {"extra": "forbid", "use_attribute_docstrings": True}
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -298,9 +301,14 @@ class Study:
                 score_site = dataclasses.replace(site, tokens=grid.score_tokens) if grid.score_tokens else site
                 by_k = architecture in TOPK_FAMILY
                 for amount in grid.k if by_k else grid.sparsity:
-                    sparsity = {"k": amount} if by_k else {"sparsity": float(amount)}
                     # Floats, however they were written: 8 and 8.0 are not the same JSON and would be two steps.
-                    cell = Cell(architecture, float(expansion), training=self.training, **sparsity)
+                    cell = Cell(
+                        architecture,
+                        float(expansion),
+                        k=int(amount) if by_k else None,
+                        sparsity=None if by_k else float(amount),
+                        training=self.training,
+                    )
                     grid_cell = GridCell(site, score_site, cell)
                     # The seed comes from the name, not from a place in the grid: adding cells changes no other cell.
                     seeded = dataclasses.replace(cell, seed=derived_seed(self.seed, grid_cell.name))
@@ -335,13 +343,13 @@ class Study:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Study:
         """As `load`, from nested dictionaries."""
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
         merged = json.loads(json.dumps(values, default=str))  # a copy of plain values: TOML also knows dates
         for key, value in (overrides or {}).items():
             _override(merged, key, value)
         try:
-            return TypeAdapter(cls).validate_python(merged)
+            return _adapter().validate_python(merged)
         except ValidationError as error:
             raise UsageError("\n".join(_explain(problem) for problem in error.errors())) from None
 
@@ -352,7 +360,7 @@ class Study:
 
 def field_help(dotted: str) -> str:
     """The docstring of a study's field, such as `images.train.path`, as one line: the help text of the command line."""
-    schema = node = _schema()
+    schema = node = _adapter().json_schema()
     for part in dotted.split("."):
         while "properties" not in node:
             options = [node, *node.get("anyOf", []), node.get("items", {})]
@@ -362,10 +370,10 @@ def field_help(dotted: str) -> str:
 
 
 @cache
-def _schema() -> dict[str, Any]:
+def _adapter() -> TypeAdapter[Study]:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(Study).json_schema()
+    return TypeAdapter(Study)
 
 
 def derived_seed(seed: int, name: str) -> int:
@@ -380,9 +388,10 @@ def _check(holds: bool, name: str, value: Any, remedy: str) -> None:
 
 def _override(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
+    below: Any = values
     for part in parents:
-        values = _descend(values, part, dotted)
-    for table in values if isinstance(values, list) else [values]:
+        below = _descend(below, part, dotted)
+    for table in below if isinstance(below, list) else [below]:
         table[last] = value
 
 

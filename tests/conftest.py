@@ -86,20 +86,3 @@ def tiny_clip(make_clip: Callable[..., str], tmp_path_factory: pytest.TempPathFa
 def tiny_judge(make_clip: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """Another CLIP of that shape, for a judge."""
     return make_clip(tmp_path_factory.mktemp("encoders") / "judge", seed=1)
-
-
-@pytest.fixture(scope="session")
-def make_images() -> Callable[..., Path]:
-    """Writes `n` PNG files of random pixels, spread over the class folders `c0` to `c3`, and returns the folder."""
-
-    def make(folder: Path, n: int, seed: int = 0) -> Path:
-        from PIL import Image
-
-        rng = np.random.default_rng(seed)
-        for index in range(n):
-            file = folder / f"c{index % 4}" / f"{index:04d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(file)
-        return folder
-
-    return make

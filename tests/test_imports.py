@@ -25,7 +25,6 @@ NUMERIC_ROOMS = (
     "sae_ray.checkpoints",
     "sae_ray.encoders",
     "sae_ray.files",
-    "sae_ray.monosemanticity",
     "sae_ray.sae",
     "sae_ray.scores",
     "sae_ray.sites",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import sae_ray
 from sae_ray.errors import UsageError
-from sae_ray.monosemanticity import monosemanticity
+from sae_ray.statistics import monosemanticity
 
 GOLDEN = Path(__file__).parent / "golden" / "monosemanticity.safetensors"
 
@@ -119,9 +119,13 @@ def test_several_blocks_of_neurons_equal_one(monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_allclose(scores_of(activations, embeddings), whole, atol=1e-12)
 
 
+def test_the_package_offers_the_function_however_often_it_is_asked():
+    assert sae_ray.monosemanticity is sae_ray.monosemanticity is monosemanticity
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (1, 3), (4, 0)])
 def test_too_few_images_or_no_neurons_are_no_error(shape: tuple[int, int]):
-    scores = sae_ray.monosemanticity(torch.ones(shape), torch.ones(shape[0], 2))
+    scores = monosemanticity(torch.ones(shape), torch.ones(shape[0], 2))
     assert scores.shape == (shape[1],)
     assert scores.isnan().all()
 

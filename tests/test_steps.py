@@ -218,11 +218,13 @@ def test_a_lock_is_let_go_when_the_work_fails(step: Step):
 def test_the_heartbeat_survives_a_disk_that_fails_for_a_while(step: Step, monkeypatch: pytest.MonkeyPatch):
     def beats(seen: float) -> float:
         """The time of the first heartbeat after `seen`."""
-        while True:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
             for name in step.folder.files():
                 if name.endswith(".json") and (beat := step.folder.read_json(name)["time"]) > seen:
                     return beat
             time.sleep(0.01)
+        pytest.fail("the heart stands still")
 
     monkeypatch.setattr(steps, "HEARTBEAT_SECONDS", 0.01)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
