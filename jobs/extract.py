@@ -147,7 +147,7 @@ def _shares(resources: ExtractResources) -> tuple[int, float, int]:
 
 
 def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
-    by_encoder: dict[tuple, list[SitePart]] = {}
+    by_encoder: dict[tuple[str, str | None, str], list[SitePart]] = {}
     for extract in todo:
         key = (extract.encoder.model, extract.encoder.revision, extract.encoder.dtype)
         part = SitePart(extract.step.folder, extract.site, extract.step.config["store_dtype"])

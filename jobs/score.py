@@ -107,7 +107,7 @@ class Pass:
     def submit(self, parts: range) -> Any:
         """Starts one block, in image order, and appends it to the fold; returns what to wait for."""
         n_top = self.step.config["top_images"]
-        result = self._block.remote(self._sae, self._activations, self._embeddings, parts, n_top)
+        result: Any = self._block.remote(self._sae, self._activations, self._embeddings, parts, n_top)
         blocks = result if isinstance(result, list) else [result]
         if self._folded:
             self._folded = [self._merge.remote(*pair) for pair in zip(self._folded, blocks, strict=True)]

@@ -1,4 +1,4 @@
-"""The whole study: extraction, training, scoring, summary. `python -m jobs.study studies/demo.toml` runs it as a Ray job."""
+"""The whole study: extraction, training, scoring, summary. `python -m jobs.study STUDY` runs it as a Ray job."""
 
 from __future__ import annotations
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 ROWS_PER_BATCH = 4096
+STEPS_PER_REPORT = 50
 
 
 def run(plan: StudyPlan) -> None:
@@ -116,7 +117,7 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
         "gpus": gpus,
         "max_failures": resources.max_failures,
     }
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
     # The trainer blocks its caller: one task per bundle keeps this process free to show progress and to be interrupted.
     fit = ray.remote(num_cpus=0, max_retries=0)(fit_bundle)
 
@@ -233,37 +234,35 @@ def train_cells(
     store = ActivationStore(bundle.activations)
     heldout = ActivationStore(bundle.heldout)
     scale = store.root_mean_square_norm
-    jobs = [job for job in bundle.cells if not job.step.finished]
-    trainers = {job.step.name: _resumed(job, store.d, device, group) for job in jobs}
+    active = [(job, _resumed(job, store.d, device, group)) for job in bundle.cells if not job.step.finished]
     batch_size = bundle.cells[0].cell.training.batch_size
-    stream = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows)
     share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    first = min((trainer.n_steps for trainer in trainers.values()), default=0)
+    stream = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows)
+    first = min((trainer.n_steps for _, trainer in active), default=bundle.steps)
 
     for step, rows in zip(range(first, bundle.steps), stream.batches(first), strict=False):
         batch = torch.from_numpy(rows).to(device).float() / scale
-        for job in jobs:
-            trainer = trainers.get(job.step.name)
-            if trainer is None or trainer.n_steps != step:
-                continue
+        for job, trainer in list(active):
+            if trainer.n_steps > step:
+                continue  # its checkpoint is newer than that of the others
             try:
                 trainer.step(batch[share])
             except NonFiniteLoss as error:
-                del trainers[job.step.name]
+                active.remove((job, trainer))
                 if rank == 0:
                     _fail(job, trainer, error, time.monotonic() - started)
-        if (step + 1) % bundle.checkpoint_every == 0 or step + 1 == bundle.steps:
-            if rank == 0:
-                for job in jobs:
-                    if job.step.name in trainers:
-                        save_checkpoint(job.step.folder / CHECKPOINTS, step + 1, *trainers[job.step.name].state())
-        if (step + 1) % 50 == 0:
-            report((step + 1) * len(bundle.cells))
+        done = step + 1
+        if rank == 0 and (done % bundle.checkpoint_every == 0 or done == bundle.steps):
+            for job, trainer in active:
+                save_checkpoint(job.step.folder / CHECKPOINTS, trainer.n_steps, *trainer.state())
+        if done % STEPS_PER_REPORT == 0:
+            report(done * len(bundle.cells))
+        if not active:
+            break
 
     if rank == 0:
-        for job in jobs:
-            if job.step.name in trainers:
-                _write_sae(job, trainers[job.step.name], scale, heldout, time.monotonic() - started)
+        for job, trainer in active:
+            _write_sae(job, trainer, scale, heldout, time.monotonic() - started)
         report(bundle.steps * len(bundle.cells))
 
 

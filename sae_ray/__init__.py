@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sae_ray.statistics import monosemanticity
     from sae_ray.sae import load_sae
+    from sae_ray.statistics import monosemanticity
     from sae_ray.study import Study
 
 _HOMES = {

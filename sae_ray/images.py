@@ -29,6 +29,7 @@ MANIFEST_SCHEMA = pa.schema(
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("label", pa.int32()),
         pa.field("label_name", pa.string()),
+        pa.field("n_bytes", pa.int64(), nullable=False),
     ]
 )
 
@@ -66,10 +67,10 @@ def list_images(folder: Folder, labels: str = "auto") -> pa.Table:
     if folder.filesystem.get_file_info(folder.path).type != fs.FileType.Directory:
         raise UsageError(f"there is no image folder {folder}; name a folder of JPEG, PNG or WebP files")
     try:
-        found = folder.files(recursive=True)
+        sizes = folder.files(recursive=True)
     except UnicodeDecodeError as error:
         raise SaeRayError(f"{folder} holds a file whose name is not UTF-8: {error.object!r}; rename it") from error
-    visible = [path for path in found if not any(part[0] == "." for part in path.split("/"))]
+    visible = [path for path in sizes if not any(part[0] == "." for part in path.split("/"))]
     image_ids, label_names = read_labels(labels, folder, sorted(visible, key=lambda path: path.encode()))
     if not image_ids:
         raise SaeRayError(f"the image folder {folder} holds no file; name a folder of JPEG, PNG or WebP files")
@@ -79,6 +80,7 @@ def list_images(folder: Folder, labels: str = "auto") -> pa.Table:
         pa.array(image_ids, pa.string()),
         pa.array([None if name is None else classes[name] for name in label_names], pa.int32()),
         pa.array(label_names, pa.string()),
+        pa.array([sizes[image_id] for image_id in image_ids], pa.int64()),
     ]
     return pa.table(columns, schema=MANIFEST_SCHEMA)
 
@@ -100,8 +102,8 @@ def select_split(table: pa.Table, heldout_fraction: float, part: Literal["train"
 
 
 def manifest_digest(table: pa.Table) -> str:
-    """SHA-256, in hexadecimal, over the ids and labels of a manifest, in order."""
-    columns = [table[name].to_pylist() for name in ("image_id", "label", "label_name")]
+    """SHA-256, in hexadecimal, over the ids, labels and file sizes of a manifest, in order."""
+    columns = [table[name].to_pylist() for name in ("image_id", "label", "label_name", "n_bytes")]
     return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
 
 

@@ -88,4 +88,5 @@ class TrainingStream:
         return vectors
 
     def _rng(self, epoch: int, *window: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, epoch, *window])
+        # The 1 keeps a window apart from its epoch: numpy ignores zeros at the end of a seed.
+        return np.random.default_rng([self.seed, epoch, 1, *window] if window else [self.seed, epoch])

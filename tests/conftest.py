@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Small matrices: threads that wait for one another cost more than they bring, above all beside Ray's processes.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

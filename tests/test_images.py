@@ -195,7 +195,7 @@ def test_links_are_followed(tmp_path):
 
 def manifest(image_ids: list[str]) -> pa.Table:
     n = len(image_ids)
-    columns = [pa.array(range(n)), image_ids, pa.array([0] * n, pa.int32()), ["cat"] * n]
+    columns = [pa.array(range(n)), image_ids, pa.array([0] * n, pa.int32()), ["cat"] * n, pa.array([9] * n)]
     return pa.table(columns, schema=MANIFEST_SCHEMA)
 
 
@@ -386,3 +386,10 @@ def test_damaged_files_decode_or_are_refused(kind, data):
     for _ in range(data.draw(st.integers(1, 6))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     assert 0 < len(outcome(bytes(good))) < 120
+
+
+def test_the_digest_sees_another_file_under_the_same_name(tmp_path):
+    folder = fill(tmp_path, "cat/1.jpg")
+    before = manifest_digest(list_images(folder))
+    (tmp_path / "cat" / "1.jpg").write_bytes(b"another picture, another size")
+    assert manifest_digest(list_images(folder)) != before

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-
 from sae_ray.jobs.cli import main
 
 
@@ -184,7 +183,8 @@ def test_ctrl_c_leaves_a_state_that_resumes(study_file, world, tmp_path):
     driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while not list(root.glob("activations-train-*/parts/*.json")):
-        assert driver.poll() is None and time.monotonic() < deadline
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(driver.pid, signal.SIGINT)
     _, errors = driver.communicate(timeout=60)

@@ -5,13 +5,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from sae_ray.jobs import extract
 
 from sae_ray.activations import ActivationStore
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.errors import SaeRayError
 from sae_ray.files import Folder
 from sae_ray.images import decode_image
-from sae_ray.jobs import extract
 
 
 def rows(folder: Folder) -> list[tuple[int, int, bytes]]:

@@ -3,11 +3,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from sae_ray.jobs import score
 
 from sae_ray import monosemanticity
 from sae_ray.activations import ActivationStore
 from sae_ray.errors import SaeRayError
-from sae_ray.jobs import score
 from sae_ray.sae import load_sae
 
 
@@ -44,7 +44,9 @@ def test_bits_do_not_depend_on_the_workers(ray_cluster, finished, make_plan, tmp
             shutil.rmtree(path)
         plan = make_plan(root, **{"resources.score.workers": workers})
         score.run(plan)
-        found.append([one.step.folder.read_bytes(f"{name}.parquet") for one in plan.scores for name in ("scores", "top_images")])
+        found.append(
+            [one.step.folder.read_bytes(f"{name}.parquet") for one in plan.scores for name in ("scores", "top_images")]
+        )
     assert found[0] == found[1]
 
 

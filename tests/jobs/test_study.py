@@ -9,7 +9,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def snapshot(root: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != "summary.json"}
+    return {
+        str(path): path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != "summary.json"
+    }
 
 
 def test_a_finished_study_has_nothing_left_to_do(finished, make_plan, capsys):

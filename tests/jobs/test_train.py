@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from sae_ray.jobs import train
 
 from sae_ray.activations import ActivationStore
 from sae_ray.files import Folder
-from sae_ray.jobs import train
 from sae_ray.sae import CellTrainer, load_sae
 from sae_ray.stream import TrainingStream
 
