@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import CLIPModel
 
-STEPS, BATCH, PEAK_LR = 1100, 256, 1.5e-3
+STEPS, BATCH, PEAK_LR = 1500, 256, 1.5e-3
 LABEL_WEIGHTS = (1.0, 0.3, 0.3)
 """Of shape, colour and background in the auxiliary loss."""
 MAX_WORDS = 16
@@ -41,7 +41,7 @@ def make_clip(train: Rendered, folder: Path) -> None:
         pixels = train.normalized(rows)
         seen = model(input_ids=texts["input_ids"], pixel_values=pixels, output_hidden_states=True)
         patches = seen.vision_model_output.hidden_states[-2][:, 1:]
-        return contrastive_loss(seen.logits_per_image, said) + patch_loss(heads(patches), labels)
+        return contrastive_loss(seen.logits_per_image, is_true(said, labels)) + patch_loss(heads(patches), labels)
 
     fit("clip", [*model.parameters(), *heads.parameters()], loss_on, len(train.shown), STEPS, BATCH, PEAK_LR)
     model.half().save_pretrained(folder)
@@ -120,11 +120,17 @@ def words(said: list[int]) -> str:
     return start + (article(thing) if with_article else thing) + place
 
 
-def contrastive_loss(logits: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss [images, captions], both ways; images whose captions say the same share them as positives."""
-    same = (said[:, None] == said).all(2).float()
-    target = same / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+def is_true(said: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """bool [images, captions]: whether a caption holds for an image, be it its own or another's."""
+    agrees = (said == labels[:, None]) | (said == UNSAID)
+    return agrees.all(2) & ((said[:, 0] == BLANK) == (labels[:, 0] == BLANK)[:, None])
+
+
+def contrastive_loss(logits: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """CLIP's loss where every true pair is a positive: cross-entropy with the mean over the positives, both ways."""
+    by_image = (logits.log_softmax(1) * true).sum(1) / true.sum(1)
+    by_caption = (logits.log_softmax(0) * true).sum(0) / true.sum(0)
+    return -(by_image.mean() + by_caption.mean()) / 2
 
 
 def patch_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
