@@ -130,7 +130,8 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
             while waiting and len(running) < at_once:
                 running.append(fit.remote(waiting.pop(0), scaling, str(plan.root), board))
             finished, running = ray.wait(running, timeout=1.0)
-            progress.advance(ray.get(board.total.remote()) - progress.done)
+            done: Any = ray.get(board.total.remote())
+            progress.advance(done - progress.done)
             for reference in finished:
                 try:
                     ray.get(reference)
