@@ -21,5 +21,6 @@ def test_the_python_example_runs(finished, tmp_path, monkeypatch, capsys):
 
 def test_the_first_screen_holds_exactly_the_two_commands():
     first_screen = (REPOSITORY / "README.md").read_text().split("##")[0]
-    commands = re.findall(r"^(?:make|sae-ray|ray|pip|python) .*", first_screen, re.MULTILINE)
+    fences = "".join(re.findall(r"```\n(.*?)```", first_screen, re.DOTALL))
+    commands = re.findall(r"^(?:make|sae-ray|ray|pip|python) .*", fences, re.MULTILINE)
     assert [command.split("#")[0].strip() for command in commands] == ["make demo", "make test"]
