@@ -88,7 +88,7 @@ def train(**options: Any) -> None:
     stage.run(plan)
     for one in plan.trains:
         click.echo(one.step.folder)
-    if any((record := one.step.record()) and record["status"] == "failed" for one in plan.trains):
+    if any(one.step.failure for one in plan.trains):
         sys.exit(1)
 
 

@@ -20,7 +20,7 @@ from sae_ray.errors import SaeRayError
 from sae_ray.files import Folder
 from sae_ray.plan import ScorePlan, StudyPlan
 from sae_ray.sae import SAE, load_sae
-from sae_ray.scores import image_blocks, n_neurons, score_block, score_table, top_images_table
+from sae_ray.scores import image_blocks, score_block, score_table, top_images_table
 from sae_ray.statistics import NeuronStats, neuron_blocks
 from sae_ray.steps import hold
 from sae_ray.study import ScoreResources
@@ -36,7 +36,7 @@ def run(plan: StudyPlan) -> None:
     Raises:
         SaeRayError: activations or SAEs are missing, the disk is too full, another driver is at work on the same step.
     """
-    todo = [score for score in plan.scores if not score.step.finished and not _has_failed(score)]
+    todo = [score for score in plan.scores if not score.step.finished and not (score.sae and score.sae.step.failure)]
     if not todo:
         return
     for step in (step for score in todo for step in score.inputs):
@@ -53,11 +53,6 @@ def run(plan: StudyPlan) -> None:
             if known is not None:
                 raise known from None
             raise
-
-
-def _has_failed(score: ScorePlan) -> bool:
-    record = score.sae.step.record() if score.sae else None
-    return record is not None and record["status"] == "failed"
 
 
 def _score(passes: Sequence[Pass], resources: ScoreResources) -> None:
@@ -94,9 +89,8 @@ class Pass:
         self._embeddings = score.embeddings.step.folder if score.embeddings else None
         store = ActivationStore(self._activations)
         self.blocks = image_blocks(store)
-        neurons = n_neurons(load_sae(self._sae) if self._sae else None, store)
-        n_neuron_blocks = len(list(neuron_blocks(neurons, score.embeddings.width if score.embeddings else 0)))
-        self._counts = {"images": store.n_images, "neurons": neurons}
+        n_neuron_blocks = len(list(neuron_blocks(score.neurons, score.embeddings.width if score.embeddings else 0)))
+        self._counts = {"images": store.n_images, "neurons": score.neurons}
         options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "num_returns": n_neuron_blocks}
         self._block = ray.remote(**options)(block_statistics)
         self._merge = ray.remote(num_cpus=0)(NeuronStats.merge)

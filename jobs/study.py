@@ -36,17 +36,13 @@ def run(plan: StudyPlan) -> dict:
 def write_summary(plan: StudyPlan) -> dict:
     """The table of the grid and the comparisons, also written to `summary.json` under the root."""
     rows = summarise(plan)
-    failed = {}
-    for one in plan.trains:
-        record = one.step.record()
-        if record is not None and record["status"] == "failed":
-            failed[one.grid_cell.name] = record["reason"]
+    failures = {one.grid_cell.name: one.step.failure for one in plan.trains}
     summary = {
         "study": plan.study.name,
         "root": str(plan.root),
         "cells": [_row(row) for row in rows],
         "comparisons": [asdict(comparison) for comparison in compare(rows)],
-        "failed": failed,
+        "failed": {name: reason for name, reason in failures.items() if reason},
         "table": table_lines(rows),
     }
     plan.root.write_json("summary.json", summary)

@@ -138,9 +138,8 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
                 except Exception as error:  # the other bundles go on; all problems are raised at the end
                     problems.append(error)
     for train in todo:
-        record = train.step.record()
-        if record is not None and record["status"] == "failed":
-            say(f"{train.grid_cell.name} failed: {record['reason']}")
+        if reason := train.step.failure:
+            say(f"{train.grid_cell.name} failed: {reason}")
     if problems:
         known = user_error(problems[0])
         if known is not None:

@@ -76,6 +76,12 @@ class Step:
         """Whether there is nothing left to do: it is done, or failed for good."""
         return self.record() is not None
 
+    @property
+    def failure(self) -> str | None:
+        """Why it failed for good; None when it did not."""
+        record = self.record()
+        return record["reason"] if record is not None and record["status"] == "failed" else None
+
     def finish(
         self,
         seconds: float,
