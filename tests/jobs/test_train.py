@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import signal
@@ -11,13 +10,14 @@ import psutil
 import pytest
 import torch
 from sae_ray.jobs import train
+from sae_ray.jobs.options import remember
 
 from sae_ray.activations import ActivationStore
 from sae_ray.files import Folder
 from sae_ray.sae import CellTrainer, load_sae
 from sae_ray.stream import TrainingStream
 
-SLOW = {"training.steps": 3000}
+SLOW = {"training.steps": 1200, "resources.train.checkpoint_every": 50}
 """Long enough to be killed in the middle."""
 
 
@@ -76,7 +76,7 @@ def test_bundling_changes_nothing(ray_cluster, extracted, finished, make_plan, t
 
 
 def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
-    ray_cluster, extracted, make_plan, study_values, kill_driver_when, tmp_path
+    ray_cluster, extracted, make_plan, kill_driver_when, tmp_path
 ):
     whole = tmp_path / "whole"
     shutil.copytree(extracted, whole)
@@ -86,9 +86,7 @@ def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
     root = tmp_path / "root"
     shutil.copytree(extracted, root)
     plan = make_plan(root, **SLOW)
-    slow = json.loads(json.dumps(study_values))
-    slow["training"]["steps"] = SLOW["training.steps"]
-    (root / "study.json").write_text(json.dumps(slow))
+    remember(plan)
     kill_driver_when(["train", "--root", str(root)], lambda: len(checkpoints(root)) >= 2)
     left = {path.stem for path in checkpoints(root)}
     assert left, "a checkpoint survives"
