@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ROOT ?= runs/demo
 WORLD ?= $(HOME)/.cache/sae-ray/world
+INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
 .PHONY: demo test test-slow test-gpu lint format clean
 
@@ -43,6 +44,7 @@ format: .venv/.lint
 
 .venv/.test: .venv/.demo
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@command -v chromium >/dev/null || $(INSTALL_CHROMIUM) || echo 'There is no chromium here: the browser tests will be skipped.'
 	touch $@
 
 .venv/.lint: .venv/.test

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from sae_ray.errors import SaeRayError
+from sae_ray.steering import MAX_NEW_TOKENS, ONE_WORD
 
 from .options import open_plan, remember, study_options
 
@@ -107,6 +108,38 @@ def score(**options: Any) -> None:
 
 @main.command()
 @study_options
+def steering(**options: Any) -> None:
+    """Evaluate the steering of a study's LLaVA by the SAEs of the layer that it reads, and print the rates."""
+    from . import steering as stage
+    from . import study
+
+    plan = open_plan(**options)
+    remember(plan)
+    stage.run(plan)
+    click.echo(study.summary_text(plan, study.write_summary(plan)))
+
+
+@main.command()
+@click.argument("text")
+@study_options
+@click.option(
+    "--sae",
+    metavar="CELL",
+    help="The SAE, by its name in the summary; by default the one that steers, or the only one.",
+)
+@click.option("-n", "n", default=10, show_default=True, help="Latents to show.")
+@_json_option
+def find(text: str, sae: str | None, n: int, as_json: bool, **options: Any) -> None:
+    """Find the latents whose top images are most like TEXT, such as "star"."""
+    from .find import found, found_lines
+
+    plan = open_plan(**options)
+    rows = found(plan, text, sae)[:n]
+    click.echo(json.dumps(rows, indent=1) if as_json else "\n".join(found_lines(rows)))
+
+
+@main.command()
+@study_options
 @_json_option
 def status(as_json: bool, **options: Any) -> None:
     """Show every step of a study: done, running, partial or missing, with rows, bytes and time."""
@@ -114,6 +147,84 @@ def status(as_json: bool, **options: Any) -> None:
 
     entries = report.status(open_plan(**options))
     click.echo(json.dumps(entries, indent=1) if as_json else "\n".join(report.status_lines(entries)))
+
+
+@main.command()
+@study_options
+def report(**options: Any) -> None:
+    """Make the report of what is finished of a study, to look at in a browser, and print where it is."""
+    from . import study
+
+    click.echo(study.make_report(open_plan(**options)) / "index.html")
+
+
+@main.command()
+@click.argument("image")
+@click.argument("prompt", default=ONE_WORD)
+@click.option("--llava", required=True, metavar="DIR_OR_ID", help="The LLaVA: a directory or a model id on the hub.")
+@click.option("--sae", required=True, metavar="DIR", help="The SAE, trained where that LLaVA reads its vision tower.")
+@click.option(
+    "--latent",
+    "latents",
+    multiple=True,
+    metavar="LATENT[=STRENGTH]",
+    help="39=40, or 39=4x for 4 times the largest value of latent 39 on a token; 39 alone with --sweep and for ablate. "
+    "May be repeated.",
+)
+@click.option(
+    "--mode", help="What a strength does: set (as it is by default), add or scale. Or ablate, which takes none."
+)
+@click.option("--error", help="What becomes of what the SAE does not reconstruct: drop (by default) or keep.")
+@click.option("--isolate", is_flag=True, help="Zero all other latents.")
+@click.option(
+    "--token", "tokens", multiple=True, type=int, metavar="N", help="Edit this token, not all. May be repeated."
+)
+@click.option("--intervention", "file", metavar="FILE", help="All of this as a JSON file, and several modes at once.")
+@click.option("--sweep", metavar="STRENGTHS", help='Several strengths, as in "0x,1x,2x,4x", one answer for each.')
+@click.option("--max-new-tokens", default=MAX_NEW_TOKENS, show_default=True, help="Length of the answers.")
+@click.option("--device", default="cpu", show_default=True, help="A torch device.")
+@click.option("--dtype", default="float32", show_default=True, help="What the LLaVA computes in.")
+@_json_option
+def steer(
+    as_json: bool,
+    image: str,
+    prompt: str,
+    llava: str,
+    sae: str,
+    max_new_tokens: int,
+    device: str,
+    dtype: str,
+    sweep: str | None,
+    **options: Any,
+) -> None:
+    """Ask a LLaVA about IMAGE (a file, or the word white), without and with edited latents, and print both answers."""
+    from .steer import interventions_asked, lines, steered_answers
+
+    asked = interventions_asked(sweep=sweep, **options)
+    result = steered_answers(
+        image, prompt, llava, sae, asked=asked, max_new_tokens=max_new_tokens, device=device, dtype=dtype
+    )
+    click.echo(json.dumps(result, indent=1) if as_json else "\n".join(lines(result, sweep)))
+
+
+@main.command()
+@click.option("--root", metavar="DIR", help="The study whose SAEs steer: its directory or URI.")
+@click.option("--llava", metavar="DIR_OR_ID", help="The LLaVA; the study's by default.")
+@click.option("--sae", "saes", multiple=True, metavar="CELL", help="Only this SAE of the study. May be repeated.")
+@click.option("--engine", type=click.Choice(["transformers", "vllm"]), help="Who generates; transformers by default.")
+@click.option("--device", help="A torch device; cpu by default.")
+@click.option("--dtype", help="What the LLaVA computes in; float32 by default.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Others than this machine's need an API key.")
+@click.option("--port", default=8000, show_default=True)
+@click.option("--config", metavar="FILE", help="YAML with any of the application's arguments; options override it.")
+def serve(host: str, port: int, config: str | None, engine: str | None, **options: Any) -> None:
+    """Serve the steered LLaVA of a study: an OpenAI-compatible API, and a playground to open in a browser.
+
+    Clients must send the API key that the environment variable SAE_RAY_API_KEY holds, where it holds one.
+    """
+    from sae_ray.serve.local import read_config, run
+
+    run(read_config(config, engine, options), host, port, click.echo)
 
 
 @main.command()

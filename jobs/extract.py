@@ -44,9 +44,14 @@ def run(plan: StudyPlan) -> None:
         SaeRayError: too many images are bad, a value overflows the stored dtype, the disk is too full, another driver
             is at work on the same step.
     """
+    run_only(plan, plan.extracts)
+
+
+def run_only(plan: StudyPlan, wanted: Sequence[ExtractPlan]) -> None:
+    """As `run`, for some of the sites or for one that the study itself does not need."""
     for images in plan.images.values():
         _write_manifest(images)
-        todo = [extract for extract in plan.extracts if extract.images is images and not extract.step.finished]
+        todo = [extract for extract in wanted if extract.images is images and not extract.step.finished]
         if todo:
             check_disk(plan.root, "extract", sum(extract.bytes for extract in todo))
             with hold([extract.step for extract in todo]):

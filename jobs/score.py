@@ -20,7 +20,7 @@ from sae_ray.errors import SaeRayError
 from sae_ray.files import Folder
 from sae_ray.plan import ScorePlan, StudyPlan
 from sae_ray.sae import SAE, load_sae
-from sae_ray.scores import image_blocks, score_block, score_table, top_images_table
+from sae_ray.scores import histogram_table, image_blocks, score_block, score_table, top_images_table
 from sae_ray.statistics import NeuronStats, neuron_blocks
 from sae_ray.steps import hold
 from sae_ray.study import ScoreResources
@@ -111,13 +111,13 @@ class Pass:
         return self._folded[0]
 
     def write(self) -> None:
-        """Writes both tables and finishes the step."""
+        """Writes the tables and finishes the step."""
         import ray
 
-        scores, top_images = ray.get(self._tables.remote(*self._folded))
+        found = ray.get(self._tables.remote(*self._folded))
         self._folded = []
-        self.step.folder.write_parquet("scores.parquet", scores)
-        self.step.folder.write_parquet("top_images.parquet", top_images)
+        for name, table in found.items():
+            self.step.folder.write_parquet(f"{name}.parquet", table)
         self.step.finish(time.monotonic() - self._started, self._counts)
 
 
@@ -133,9 +133,13 @@ def block_statistics(
     return found if len(found) > 1 else found[0]
 
 
-def tables(*folded: NeuronStats) -> tuple[pa.Table, pa.Table]:
-    """The task that turns the statistics of all images into scores and top images."""
-    return score_table(folded), top_images_table(folded)
+def tables(*folded: NeuronStats) -> dict[str, pa.Table]:
+    """The task that turns the statistics of all images into what is written."""
+    return {
+        "scores": score_table(folded),
+        "top_images": top_images_table(folded),
+        "histogram": histogram_table(folded),
+    }
 
 
 @lru_cache(maxsize=1)

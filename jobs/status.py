@@ -61,6 +61,8 @@ def dry_run(plan: StudyPlan) -> dict[str, Any]:
     for score in plan.scores:
         rows = score.activations.rows
         steps.append({"step": score.step.name, "rows": rows, "bytes": score.bytes, "flops": score.flops})
+    for steering in plan.steerings:
+        steps.append({"step": steering.step.name, "rows": steering.answers, "bytes": steering.bytes})
     for entry, step in zip(steps, plan.steps, strict=True):
         entry |= {"stage": step.stage, "status": step.status()}
     left = [entry for entry in steps if entry["status"] not in ("done", "failed")]

@@ -1,4 +1,4 @@
-"""The whole study: extraction, training, scoring, summary. `python -m jobs.study STUDY` runs it as a Ray job."""
+"""The whole study: extraction, training, scoring, summary, report. As a Ray job: `python -m jobs.study STUDY`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import math
 import time
 from dataclasses import asdict
 
+from sae_ray.files import Folder
 from sae_ray.plan import StudyPlan
+from sae_ray.report import REPORT, write_report
+from sae_ray.steering.evaluation import rate_lines
+from sae_ray.study import Study
 from sae_ray.summary import compare, summarise, table_lines
 
-from . import extract, score, train
+from . import extract, score, steering, train
 from .disk import readable
 from .progress import say
 
@@ -27,7 +31,9 @@ def run(plan: StudyPlan) -> dict:
     extract.run(plan)
     train.run(plan)
     score.run(plan)
+    steering.run(plan)
     summary = write_summary(plan)
+    make_report(plan)
     if missing:
         say(f"{plan.study.name}: done in {time.monotonic() - started:.0f} s")
     return summary
@@ -42,11 +48,26 @@ def write_summary(plan: StudyPlan) -> dict:
         "root": str(plan.root),
         "cells": [_row(row) for row in rows],
         "comparisons": [asdict(comparison) for comparison in compare(rows)],
+        "steering": {one.name: record["counts"] for one in plan.steerings if (record := one.step.record())},
         "failed": {name: reason for name, reason in failures.items() if reason},
         "table": table_lines(rows),
     }
     plan.root.write_json("summary.json", summary)
     return summary
+
+
+def make_report(plan: StudyPlan) -> Folder:
+    """Makes the report, unless it shows all there is, and returns its folder."""
+    started = time.monotonic()
+    if write_report(plan):
+        say(f"report: done in {time.monotonic() - started:.1f} s")
+    return plan.root / REPORT
+
+
+def _edit(study: Study) -> str:
+    assert study.steering is not None, "it was evaluated"
+    times = " times their largest value on a token" if study.steering.unit == "max" else ""
+    return f'latents set to {study.steering.strength:g}{times}, "{study.steering.prompt}"'
 
 
 def _row(row) -> dict:
@@ -60,13 +81,18 @@ def summary_text(plan: StudyPlan, summary: dict) -> str:
     comparisons = summary["comparisons"]
     lines += [f"{'yes' if one['holds'] else 'NO '}  {one['statement']}" for one in comparisons]
     lines += [f"{sum(one['holds'] for one in comparisons)} of {len(comparisons)} comparisons hold", ""]
+    for name, counts in summary["steering"].items():
+        lines += [f"Steering by {name}: {_edit(plan.study)}", "", *rate_lines(counts), ""]
     lines += [f"FAILED  {name}: {reason}" for name, reason in summary["failed"].items()]
     lines += ["Where everything lies:"]
     for step in plan.steps:
         record = step.record()
         if record is not None:
             lines.append(f"  {readable(sum(record['files'].values())):>8}  {step.folder}")
-    return "\n".join([*lines, f"  summary   {plan.root / 'summary.json'}"])
+    lines.append(f"  summary   {plan.root / 'summary.json'}")
+    if (plan.root / REPORT).exists("index.html"):
+        lines.append(f"  report    {plan.root / REPORT / 'index.html'}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sae_ray.sae import load_sae
     from sae_ray.statistics import monosemanticity
+    from sae_ray.steering import Intervention, load_llava
     from sae_ray.study import Study
 
 _HOMES = {
+    "Intervention": "sae_ray.steering",
     "Study": "sae_ray.study",
+    "load_llava": "sae_ray.steering",
     "load_sae": "sae_ray.sae",
     "monosemanticity": "sae_ray.statistics",
 }
 
-__all__ = ["Study", "load_sae", "monosemanticity"]
+__all__ = ["Intervention", "Study", "load_llava", "load_sae", "monosemanticity"]
 
 
 def __getattr__(name: str):

@@ -107,12 +107,16 @@ def manifest_digest(table: pa.Table) -> str:
     return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int = PIXEL_LIMIT) -> Image.Image:
     """Decodes a JPEG, PNG or WebP file to RGB, upright as its EXIF orientation says; of an animation the first frame.
 
     Colours are taken as CLIP's own preprocessing takes them (`convert("RGB")`): transparency is dropped rather than
     composed over a background, palettes are resolved, CMYK is converted. 16-bit gray is scaled to 8 bits, where Pillow
     alone would clip it.
+
+    Args:
+        data: The file.
+        max_pixels: More are refused, by the header alone.
 
     Raises:
         BadImage: `zero bytes`, `not an image`, `unsupported format: …`, `truncated`, `pixel bomb: WxH`,
@@ -122,7 +126,7 @@ def decode_image(data: bytes) -> Image.Image:
         raise BadImage("zero bytes")
     image = _open(data)
     width, height = image.size
-    if width * height > PIXEL_LIMIT:
+    if width * height > max_pixels:
         raise BadImage(f"pixel bomb: {width}x{height}")
     if max(width, height) > ASPECT_LIMIT * min(width, height):
         raise BadImage(f"aspect ratio: {width}x{height}")

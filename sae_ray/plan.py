@@ -14,8 +14,10 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.files import Folder
 from sae_ray.images import list_images, manifest_digest, select_split
 from sae_ray.sites import Site
+from sae_ray.steering.llava import describe_llava
+from sae_ray.steering.text import check_text_side
 from sae_ray.steps import Step
-from sae_ray.study import EncoderConfig, GridCell, ImageSet, JudgeConfig, Study, derived_seed
+from sae_ray.study import EncoderConfig, GridCell, ImageSet, JudgeConfig, Steering, Study, derived_seed
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,56 @@ class ScorePlan:
 
     @property
     def bytes(self) -> int:
-        """About what both tables take on disk."""
-        return self.neurons * (72 + 22 * self.step.config["top_images"])
+        """About what the tables take on disk at most."""
+        return self.neurons * (72 + 22 * self.step.config["top_images"] + 8 * 32)
 
     @property
     def flops(self) -> float:
         """Of the encoder's product."""
         return 2.0 * self.activations.rows * self.activations.width * self.neurons if self.sae else 0.0
+
+
+@dataclass(frozen=True)
+class SteeringPlan:
+    """A LLaVA steered by one SAE. Concepts are found on training images, steering is judged on held-out ones."""
+
+    steering: Steering
+    scores: ScorePlan
+    """Of the SAE, on training images."""
+    raw_scores: ScorePlan
+    """Of the raw neurons there."""
+    embeddings: ExtractPlan
+    """The scorer's, of the training images."""
+    heldout: ImagePlan
+    step: Step
+
+    @property
+    def name(self) -> str:
+        """Name of the cell."""
+        return self.scores.name
+
+    @property
+    def sae(self) -> TrainPlan:
+        assert self.scores.sae is not None, "raw neurons are steered beside an SAE, never alone"
+        return self.scores.sae
+
+    @property
+    def inputs(self) -> list[Step]:
+        """The steps that are read."""
+        read = (self.heldout, self.scores.activations, self.embeddings, self.sae, self.scores, self.raw_scores)
+        return [plan.step for plan in read]
+
+    @property
+    def answers(self) -> int:
+        """About how many answers are generated at most: the same latents and directions are asked every question."""
+        images = min(self.steering.n_images, len(self.heldout.manifest))
+        prompts = 1 + len(self.steering.other_prompts)
+        return 3 * self.steering.n_white_latents + 2 * images * prompts * (1 + self.steering.n_image_latents)
+
+    @property
+    def bytes(self) -> int:
+        """About what the answers take on disk, with the parts that they are gathered in."""
+        return 200 * self.answers
 
 
 class StudyPlan:
@@ -136,11 +181,12 @@ class StudyPlan:
         self.judge = describe_encoder(study.judge.model, study.judge.revision)
         check_site(self.judge, self.judge_site)
         self.images = {images.name: images for images in self._image_plans()}
+        self.steerings = self._steerings()
 
     @property
     def steps(self) -> Iterator[Step]:
         """All steps, in the order in which they are done."""
-        for plan in (*self.images.values(), *self.extracts, *self.trains, *self.scores):
+        for plan in (*self.images.values(), *self.extracts, *self.trains, *self.scores, *self.steerings):
             yield plan.step
 
     @cached_property
@@ -158,6 +204,8 @@ class StudyPlan:
             want(self._activations(heldout, cell.score_site))
             want(self._activations(self.images[self.study.scoring.pictures], cell.score_site))
         want(self._embeddings)
+        if self.study.steering is not None:
+            want(self.text_space)
         return list(wanted.values())
 
     @cached_property
@@ -178,6 +226,42 @@ class StudyPlan:
             for plan in plans:
                 scores.setdefault(plan.step.name, plan)
         return list(scores.values())
+
+    def _steerings(self) -> list[SteeringPlan]:
+        """Every SAE of the layer that the study's LLaVA reads, but for those that know one vector per image alone."""
+        steering = self.study.steering
+        if steering is None:
+            return []
+        llava, layer = describe_llava(steering.llava, steering.revision)
+        if (llava.residual_width, llava.n_tokens) != (self.encoder.residual_width, self.encoder.n_tokens):
+            raise UsageError(
+                f"steering.llava = {steering.llava!r}: its vision tower has {llava.n_tokens} tokens of width "
+                f"{llava.residual_width}, the encoder {self.encoder.model} {self.encoder.n_tokens} of width "
+                f"{self.encoder.residual_width}; take the encoder that is its tower"
+            )
+        steered = [
+            train
+            for train in self.trains
+            if train.grid_cell.site.layer == layer and train.grid_cell.site.tokens not in ("cls", "mean")
+        ]
+        if not steered:
+            raise UsageError(
+                f"steering.llava = {steering.llava!r}: its language model reads layer {layer}, where no SAE is "
+                f'trained on its tokens; add a [[grid]] with sites = ["layer{layer}:random:2"]'
+            )
+        return [self._steering(steering, train, llava) for train in steered]
+
+    @cached_property
+    def text_space(self) -> ExtractPlan:
+        """The images of `pictures` as texts are compared with them: by the scorer, or without one by the encoder."""
+        pictures, site, steering = self.images[self.study.scoring.pictures], Site("projection"), self.study.steering
+        config = EncoderConfig(steering.scorer, steering.scorer_revision) if steering else self.study.encoder
+        check_text_side(config.model, config.revision)
+        info = describe_encoder(config.model, config.revision)
+        check_site(info, site)
+        if (_identity(info), config.dtype) == (_identity(self.encoder), self.study.encoder.dtype):
+            return self._activations(pictures, site)  # perhaps a site of the grid
+        return self._extract(pictures, config, info, site, f"embeddings-{pictures.name}-scorer")
 
     def _image_plans(self) -> Iterator[ImagePlan]:
         images = self.study.images
@@ -246,6 +330,26 @@ class StudyPlan:
         }
         label = f"scores-{activations.images.name}-{name}"
         return ScorePlan(name, sae, activations, embeddings, Step(self.root, "score", label, config))
+
+    def _steering(self, steering: Steering, train: TrainPlan, llava: EncoderInfo) -> SteeringPlan:
+        site = train.grid_cell.score_site
+        activations = self._activations(self.images["train"], site)
+        scores = self._score(train.grid_cell.name, train, activations, None)
+        raw_scores = self._score(f"raw-{site.name}", None, activations, None)
+        heldout = self.images["heldout"]
+        named = ("llava", "revision", "scorer", "scorer_revision")
+        config = {
+            "sae": train.step.name,
+            "scores": scores.step.name,
+            "raw_scores": raw_scores.step.name,
+            "embeddings": self.text_space.step.name,
+            "heldout": heldout.step.name,
+            "llava": _identity(llava),
+            "settings": {name: value for name, value in dataclasses.asdict(steering).items() if name not in named},
+            "seed": self.study.seed,
+        }
+        step = Step(self.root, "steer", f"steering-{train.grid_cell.name}", config)
+        return SteeringPlan(steering, scores, raw_scores, self.text_space, heldout, step)
 
 
 def _list(field: str, images: ImageSet) -> pa.Table:

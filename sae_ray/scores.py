@@ -1,4 +1,4 @@
-"""Scoring one SAE, or the raw activations, on one image set: fixed blocks in, two tables out."""
+"""Scoring one SAE, or the raw activations, on one image set: fixed blocks in, three tables out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from sae_ray.activations import ActivationStore
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.statistics import IMAGES_PER_BLOCK, Entries, NeuronStats, neuron_blocks, pool_tokens
+from sae_ray.statistics import HISTOGRAM_EDGES, IMAGES_PER_BLOCK, Entries, NeuronStats, neuron_blocks, pool_tokens
 
 if TYPE_CHECKING:
     from sae_ray.sae import SAE
@@ -133,5 +133,22 @@ def top_images_table(blocks: Sequence[NeuronStats]) -> pa.Table:
             "rank": rank.astype(np.int16),
             "image_index": image[neuron, rank],
             "activation": value[neuron, rank].astype(np.float32),
+        }
+    )
+
+
+def histogram_table(blocks: Sequence[NeuronStats]) -> pa.Table:
+    """One row per (neuron, bin) with images in it: how many have a value from `low` to below `high`, above 0.
+
+    The first and the last bin also hold what lies outside the bins (`HISTOGRAM_EDGES`).
+    """
+    counts = np.concatenate([block.histogram for block in blocks])
+    neuron, bins = np.nonzero(counts)
+    return pa.table(
+        {
+            "neuron": neuron,
+            "low": HISTOGRAM_EDGES[bins],
+            "high": HISTOGRAM_EDGES[bins + 1],
+            "n_images": counts[neuron, bins],
         }
     )

@@ -23,6 +23,9 @@ BLOCK_BYTES = 64 * 2**20
 """Largest `weighted_embeddings` of one block of neurons; part of the format, since blocks decide the order of sums."""
 IMAGES_PER_BLOCK = 4096
 """Images that one block covers (whole parts, so a little more or less); part of the format for the same reason."""
+HISTOGRAM_EDGES = 2.0 ** (np.arange(-32, 33) / 2)
+"""Half octaves from 2⁻¹⁶ to 2¹⁶: the edges of the bins in which values above 0 are counted. What lies outside goes to
+the first or the last bin."""
 
 
 class Entries(NamedTuple):
@@ -85,6 +88,8 @@ class NeuronStats:
     """Largest values, descending; -inf where there are fewer."""
     top_image: Int[np.ndarray, "neurons top"]
     """Their `image_index`; ties by the lower index; -1 where there are fewer."""
+    histogram: Int[np.ndarray, "neurons bins"]
+    """Images with a value in `[HISTOGRAM_EDGES[i], HISTOGRAM_EDGES[i + 1])`; a row sums to `n_firing`."""
     embedding_sum: Float[np.ndarray, " d"]
     """Sum of the judge's unit embeddings; `d` is 0 where there is no judge."""
     weighted_embeddings: Float[np.ndarray, "neurons d"]
@@ -141,6 +146,7 @@ class NeuronStats:
             max_token=max_token,
             top_value=top_value,
             top_image=top_image,
+            histogram=_histogram(neuron[firing], value[firing], n_neurons),
             embedding_sum=unit.sum(axis=0),
             weighted_embeddings=_sparse_dense(neuron, image, value, n_neurons, unit),
         )
@@ -165,6 +171,7 @@ class NeuronStats:
             max_token=np.maximum(self.max_token, later.max_token),
             top_value=np.take_along_axis(values, order, axis=1),
             top_image=np.take_along_axis(images, order, axis=1),
+            histogram=self.histogram + later.histogram,
             embedding_sum=self.embedding_sum + later.embedding_sum,
             weighted_embeddings=self.weighted_embeddings + later.weighted_embeddings,
         )
@@ -259,6 +266,13 @@ def _top(
     top_value[neuron[kept], rank[kept]] = value[kept]
     top_image[neuron[kept], rank[kept]] = image_index[kept]
     return top_value, top_image
+
+
+def _histogram(neuron: np.ndarray, value: np.ndarray, n_neurons: int) -> np.ndarray:
+    n_bins = len(HISTOGRAM_EDGES) - 1
+    bins = np.clip(np.searchsorted(HISTOGRAM_EDGES, value, side="right") - 1, 0, n_bins - 1)
+    counts = np.bincount(neuron * n_bins + bins, minlength=n_neurons * n_bins)
+    return counts.reshape(n_neurons, n_bins).astype(np.int32)
 
 
 def _unit(embeddings: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from sae_ray.errors import SaeRayError
 from sae_ray.files import Folder
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORD = "step.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0

@@ -145,6 +145,57 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Steering:
+    """How a LLaVA is steered by the SAEs of the layer that it reads, and how that is judged."""
+
+    __pydantic_config__ = STRICT
+
+    llava: str
+    """The LLaVA whose vision tower is the encoder: a hub id or a directory."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id."""
+    dtype: Dtype = "float32"
+    """Dtype of the LLaVA; float32 on CPU."""
+    scorer: str = "openai/clip-vit-base-patch32"
+    """The model of images and texts by which answers are compared with images, as `encoder.model`: CLIP, SigLIP or
+    open_clip."""
+    scorer_revision: str | None = None
+    """Commit, tag or branch of a hub id."""
+    prompt: str = "What is shown in this image? Use exactly one word!"
+    """The question; the first word of the answer counts."""
+    other_prompts: tuple[str, ...] = ()
+    """Questions about something else, whose answers steering should leave alone."""
+    max_new_tokens: int = 5
+    """Length of an answer."""
+    strength: float = 100.0
+    """What the latent is set to."""
+    unit: Literal["absolute", "max"] = "absolute"
+    """`max`: the strength counts in multiples of the latent's largest value on a token."""
+    error: Literal["drop", "keep"] = "drop"
+    """What becomes of the part of an activation that the SAE does not reconstruct."""
+    min_images: int = 16
+    """A latent stands for a class if it fires on so many training images ..."""
+    min_purity: float = 0.75
+    """... and this share of its top images is of the class."""
+    ignore_labels: tuple[str, ...] = ()
+    """Classes that are no concept, such as `blank`; their images are left out too."""
+    n_white_latents: int = 1000
+    """Latents, at most, that a white image is steered by: those that fire on most images."""
+    n_images: int = 1000
+    """Held-out images that are steered by a few latents."""
+    n_image_latents: int = 10
+    """Those latents, at most: the best ones of their classes, or where there are no labels, as on the white image."""
+
+    def __post_init__(self):
+        _check(math.isfinite(self.strength), "steering.strength", self.strength, "choose a finite number")
+        _check(0 < self.min_purity <= 1, "steering.min_purity", self.min_purity, "choose a share above 0, at most 1")
+        _check(self.prompt not in self.other_prompts, "steering.other_prompts", self.prompt,
+               "it is steering.prompt already; leave it out")  # fmt: skip
+        for name in ("max_new_tokens", "min_images", "n_white_latents", "n_images", "n_image_latents"):
+            _check(getattr(self, name) >= 1, f"steering.{name}", getattr(self, name), "choose 1 or more")
+
+
+@dataclass(frozen=True)
 class ExtractResources:
     """What extraction may use."""
 
@@ -200,6 +251,22 @@ class ScoreResources:
 
 
 @dataclass(frozen=True)
+class SteerResources:
+    """What steering may use."""
+
+    __pydantic_config__ = STRICT
+
+    workers: int | None = None
+    """LLaVAs at once; one per GPU, or one, where not given."""
+    cpus: float = 1
+    """CPUs of a LLaVA."""
+    gpus: float | None = None
+    """GPUs of a LLaVA; 1 where the cluster has any."""
+    batch_size: int = 64
+    """Answers generated together."""
+
+
+@dataclass(frozen=True)
 class Resources:
     """What the study may use. Nothing here changes what is computed, so changing it redoes nothing."""
 
@@ -211,6 +278,8 @@ class Resources:
     """For training."""
     score: ScoreResources = field(default_factory=ScoreResources)
     """For scoring."""
+    steer: SteerResources = field(default_factory=SteerResources)
+    """For steering."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +322,8 @@ class Study:
     """How activations are stored."""
     scoring: Scoring = field(default_factory=Scoring)
     """How neurons are scored."""
+    steering: Steering | None = None
+    """How a LLaVA is steered; without it that stage is left out."""
     resources: Resources = field(default_factory=Resources)
     """What the study may use."""
     shuffle_rows: int = 2_097_152
@@ -279,14 +350,18 @@ class Study:
             "resources.train.workers": self.resources.train.workers,
             "resources.train.checkpoint_every": self.resources.train.checkpoint_every,
             "resources.score.workers": self.resources.score.workers,
+            "resources.steer.workers": self.resources.steer.workers,
+            "resources.steer.batch_size": self.resources.steer.batch_size,
         }
         for name, value in at_least_1.items():
             _check(value is None or value >= 1, name, value, "choose 1 or more")
-        for stage in ("extract", "train", "score"):
+        for stage in ("extract", "train", "score", "steer"):
             resources = getattr(self.resources, stage)
             for name, value in (("cpus", resources.cpus), ("gpus", resources.gpus)):
                 _check(value is None or 0 <= value < math.inf, f"resources.{stage}.{name}", value, "choose 0 or more")
         _check(self.scoring.min_images >= 2, "scoring.min_images", self.scoring.min_images, "choose 2 or more")
+        _check(self.steering is None or self.scoring.pictures == "train", "scoring.pictures", self.scoring.pictures,
+               'steering finds its concepts on training images; choose "train"')  # fmt: skip
         _check(self.training.batch_size % self.resources.train.workers == 0, "resources.train.workers",
                self.resources.train.workers,
                f"choose a divisor of training.batch_size = {self.training.batch_size}")  # fmt: skip

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 
 from sae_ray.activations import ActivationStore, activation_table, write_part
 from sae_ray.files import Folder
+from sae_ray.plan import StudyPlan
 from sae_ray.steps import Step
 
 settings.register_profile(
@@ -88,3 +89,92 @@ def tiny_clip(make_clip: Callable[..., str], tmp_path_factory: pytest.TempPathFa
 def tiny_judge(make_clip: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """Another CLIP of that shape, for a judge."""
     return make_clip(tmp_path_factory.mktemp("encoders") / "judge", seed=1)
+
+
+@pytest.fixture(scope="session")
+def make_llava() -> Callable[..., str]:
+    """Saves a randomly initialised LLaVA of 28 × 28 pixels in the transformers format and returns its directory.
+
+    The vision tower is 32 wide and has 3 blocks and 16 patches; the weights are large enough that answers differ.
+    """
+
+    def make(
+        directory: Path, tower: str = "clip", strategy: str = "default", layer: int = -2, template: str | None = None
+    ) -> str:
+        import torch
+        import transformers as tf
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "initializer_range": 0.4}
+        seen = {"num_hidden_layers": 3, "image_size": 28, "patch_size": 7, "initializer_factor": 8.0}
+        vision = {"clip": tf.CLIPVisionConfig, "siglip": tf.SiglipVisionConfig}[tower](**{**shape, **seen})
+        special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        words = [*special.values(), "<image>", "USER", "ASSISTANT", ":", "?", *(f"w{i}" for i in range(51))]
+        ids = {word: i for i, word in enumerate(words)}
+        text = {"num_hidden_layers": 2, "vocab_size": len(words), "max_position_embeddings": 128}
+        ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+        llama = tf.LlamaConfig(**shape, **text, **ends)
+        config = tf.LlavaConfig(
+            vision_config=vision,
+            text_config=llama,
+            image_token_index=ids["<image>"],
+            vision_feature_layer=layer,
+            vision_feature_select_strategy=strategy,
+        )
+        torch.manual_seed(0)
+        model = tf.LlavaForConditionalGeneration(config)
+        model.generation_config = tf.GenerationConfig(**ends)
+        model.save_pretrained(directory)
+
+        backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+        tokenizer = tf.PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            **special,
+            additional_special_tokens=["<image>"],
+            clean_up_tokenization_spaces=False,
+        )
+        square = {"height": 28, "width": 28}
+        images = {
+            "clip": lambda: tf.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=square),
+            "siglip": lambda: tf.SiglipImageProcessor(size=square),
+        }[tower]()
+        tf.LlavaProcessor(
+            image_processor=images,
+            tokenizer=tokenizer,
+            patch_size=7,
+            vision_feature_select_strategy=strategy,
+            num_additional_image_tokens=int(tower == "clip"),
+            chat_template=template,
+        ).save_pretrained(directory)
+        return str(directory)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(make_llava: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A LLaVA whose language model reads the last block but one of a CLIP tower."""
+    return make_llava(tmp_path_factory.mktemp("llava") / "llava")
+
+
+@pytest.fixture(scope="session")
+def plan_small_study(tiny_llava: str, tiny_clip: str, tiny_judge: str) -> Callable[..., StudyPlan]:
+    """`plan_small_study(directory, **{"scoring.min_images": 5})`: the plan of `tests.small_study` there."""
+    from tests.small_study import plan_study
+
+    def plan(directory: Path, **overrides: object) -> StudyPlan:
+        return plan_study(directory, tiny_llava, tiny_clip, tiny_judge, **overrides)
+
+    return plan
+
+
+@pytest.fixture(scope="session")
+def small_study(plan_small_study: Callable[..., StudyPlan], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with its images and all its steps done, under `root`; copy it before writing to it."""
+    from tests.small_study import finish_study
+
+    directory = tmp_path_factory.mktemp("small_study") / "study"
+    finish_study(plan_small_study(directory))
+    return directory

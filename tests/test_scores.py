@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from hypothesis.extra import numpy as arrays
 from sae_ray.activations import ActivationStore
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE
-from sae_ray.scores import image_blocks, n_neurons, score_block, score_table, top_images_table
-from sae_ray.statistics import Entries, NeuronStats, neuron_blocks, pool_tokens
+from sae_ray.scores import histogram_table, image_blocks, n_neurons, score_block, score_table, top_images_table
+from sae_ray.statistics import HISTOGRAM_EDGES, Entries, NeuronStats, neuron_blocks, pool_tokens
 
 WriteStore = Callable[..., ActivationStore]
 D, JUDGE_WIDTH, D_SAE = 6, 5, 12
@@ -95,7 +96,7 @@ def merged(blocks: list[list[NeuronStats]]) -> list[NeuronStats]:
 
 
 def check_equal(stats: list[NeuronStats], image_index, mean, largest, embeddings, n_top: int) -> None:
-    """Both tables against the dense computation."""
+    """The tables against the dense computation."""
     table = {name: column.to_numpy() for name, column in zip(*_columns(score_table(stats)), strict=True)}
     np.testing.assert_array_equal(table["neuron"], np.arange(mean.shape[1]))
     np.testing.assert_array_equal(table["n_active"], (mean > mean.min(axis=0)).sum(axis=0))
@@ -115,6 +116,15 @@ def check_equal(stats: list[NeuronStats], image_index, mean, largest, embeddings
     for mine, expected in zip(found, top_images(mean, image_index, n_top), strict=True):
         assert [image for image, _ in mine] == [image for image, _ in expected]
         np.testing.assert_allclose([value for _, value in mine], [value for _, value in expected], atol=1e-6)
+
+    bins = [(row["neuron"], row["low"], row["high"], row["n_images"]) for row in histogram_table(stats).to_pylist()]
+    edges = HISTOGRAM_EDGES.tolist()
+    assert bins == [
+        (neuron, low, high, count)
+        for neuron, column in enumerate(mean.T)
+        for low, high in pairwise(edges)
+        if (count := ((column >= low) & (column < high)).sum())
+    ]
 
 
 def _columns(table) -> tuple[list[str], list]:
@@ -160,6 +170,7 @@ def test_statistics_merged_over_any_split_equal_those_of_one_block(data: st.Data
     np.testing.assert_array_equal(folded.n_firing, whole.n_firing)
     np.testing.assert_array_equal(folded.top_image, whole.top_image)
     np.testing.assert_array_equal(folded.top_value, whole.top_value)
+    np.testing.assert_array_equal(folded.histogram, whole.histogram)
     np.testing.assert_allclose(folded.monosemanticity(), whole.monosemanticity(), atol=1e-6)
     check_equal([folded], image_index, values, values, embeddings, n_top=3)
 
@@ -203,6 +214,20 @@ def test_a_store_is_scored_like_the_dense_computation(
     assert [len(block) for block in several] == [-(-neurons // 5)] * 3
     check_equal(merged(several), *expected, n_top=4)
     assert top_images_table(merged(several)).equals(top_images_table(one_block))
+    assert histogram_table(merged(several)).equals(histogram_table(one_block))
+
+
+def test_every_firing_image_is_in_a_bin_however_far_out_it_lies():
+    values = np.array([[0.0], [-1.0], [1e-30], [2.0**-16], [1.0], [1.4], [1.5], [2.0**16], [1e30]])
+    stats = NeuronStats.of_block(entries_of(values), range(1), np.arange(9), None, n_top=1)
+    first, octave = 2.0**-16, 2**0.5
+    assert [list(row.values())[1:] for row in histogram_table([stats]).to_pylist()] == [
+        [first, pytest.approx(first * octave), 2],
+        [1.0, pytest.approx(octave), 2],
+        [pytest.approx(octave), 2.0, 1],
+        [pytest.approx(2.0**16 / octave), 2.0**16, 2],
+    ]
+    assert stats.histogram.sum() == stats.n_firing[0] == 7
 
 
 def test_a_dead_latent_has_no_score(tmp_path: Path, write_store: WriteStore):
@@ -213,6 +238,7 @@ def test_a_dead_latent_has_no_score(tmp_path: Path, write_store: WriteStore):
     assert np.isnan(dead.pop("ms"))
     assert set(dead.values()) == {0}
     assert 0 not in top_images_table(stats)["neuron"].to_pylist()
+    assert 0 not in histogram_table(stats)["neuron"].to_pylist()
     assert len(set(top_images_table(stats)["neuron"].to_pylist())) > 5
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sae_ray import steps
 from sae_ray.errors import SaeRayError
 from sae_ray.files import Folder
-from sae_ray.steps import RECORD, STALE_SECONDS, Step, digest, hold, read_record
+from sae_ray.steps import RECORD, SCHEMA_VERSION, STALE_SECONDS, Step, digest, hold, read_record
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -91,7 +91,7 @@ def test_a_name_is_a_label_and_a_hash_of_what_decides_the_content(tmp_path: Path
     assert len(same_hash) == 1
     assert len(same_hash | others) == 5
     before = name()
-    monkeypatch.setattr(steps, "SCHEMA_VERSION", 2)
+    monkeypatch.setattr(steps, "SCHEMA_VERSION", steps.SCHEMA_VERSION + 1)
     assert name() != before
 
 
@@ -109,7 +109,7 @@ def test_a_step_from_missing_to_done(step: Step):
     assert record is not None
     assert record == read_record(step.folder) == json.loads((Path(str(step.folder)) / RECORD).read_text())
     expected = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "stage": "train",
         "status": "done",
         "reason": None,
@@ -141,11 +141,11 @@ def test_files_that_are_added_later_do_no_harm(step: Step):
         (lambda at, text: (at / RECORD).write_text(text[:40]), "step.json is not JSON"),
         (
             lambda at, _: (at / RECORD).write_text("[]"),
-            "was written by schema version None, this program reads 1; delete",
+            f"was written by schema version None, this program reads {SCHEMA_VERSION}; delete",
         ),
         (
-            lambda at, text: (at / RECORD).write_text(text.replace('"schema_version": 1', '"schema_version": 2')),
-            "was written by schema version 2, this program reads 1; delete",
+            lambda at, text: (at / RECORD).write_text(text.replace('"schema_version": ', '"schema_version": 9')),
+            f"was written by schema version 9{SCHEMA_VERSION}, this program reads {SCHEMA_VERSION}; delete",
         ),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.files import Folder
 from sae_ray.plan import StudyPlan
 from sae_ray.sae import TrainingConfig
-from sae_ray.study import Study, field_help
+from sae_ray.study import Steering, Study, field_help
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
 MINIMAL = {
@@ -42,6 +43,7 @@ def test_the_papers_study_is_read():
     assert paper.training == TrainingConfig()  # the defaults are the paper's settings
     assert (paper.judge.model, paper.judge.point) == ("facebook/dinov2-base", "pooled")
     assert paper.scoring.min_images == 2
+    assert paper.steering == Steering("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")  # the defaults again
     # Five sites, two kinds, six widths; four sparsities at two widths, two of which are there already; the steered one.
     assert len(cells) == 5 * 2 * 6 + (4 * 2 - 2) + 1
     assert {cell.site.name for cell in cells} == {
@@ -58,9 +60,13 @@ def test_the_papers_study_is_read():
 
 def test_the_demo_is_read():
     demo = Study.load(STUDIES / "demo.toml")
-    assert [cell.name for cell in demo.cells()] == [
+    *projection, steered = demo.cells()
+    assert [cell.name for cell in projection] == [
         f"projection-batch_topk-x{expansion}-k{k}" for expansion in (1, 4, 16) for k in (5, 20)
     ]
+    assert (steered.site.name, steered.cell.architecture) == ("layer3.random-4", "matryoshka_batch_topk")
+    assert demo.steering is not None
+    assert (demo.steering.strength, demo.steering.unit, demo.scoring.pictures) == (4, "max", "train")
     assert demo.training.steps == 1500
     assert (demo.resources.extract.workers, demo.resources.train.checkpoint_every) == (2, 500)
 
@@ -98,6 +104,7 @@ def test_a_study_comes_back_from_plain_values(name: str):
             {"extraction": {"zzz": 1}},
             "extraction.zzz: unknown key; known here: store_dtype, images_per_part",
         ),
+        ({"steering": {"llava": "m", "strenght": 4}}, "steering.strenght: unknown key; did you mean 'strength'?"),
     ],
 )
 def test_an_unknown_key_is_told_from_the_nearest_known_one(values: dict, message: str):
@@ -110,6 +117,7 @@ def test_an_unknown_key_is_told_from_the_nearest_known_one(values: dict, message
         ({"encoder": {}}, "encoder.model: missing; add it: A hub id, `open_clip:<architecture>/<pretrained tag>`"),
         ({"images": {"train": {}}}, "images.train.path: missing; add it: The folder: a local path"),
         ({"images": {}}, "images.train: missing; add it: The training images."),
+        ({"steering": {}}, "steering.llava: missing; add it: The LLaVA whose vision tower is the encoder: a hub id or"),
         ({"grid": [{"k": [1]}]}, "grid.0.sites: missing; add it: Where the encoder is tapped: `layer<L>:<tokens>`"),
     ],
 )
@@ -157,6 +165,16 @@ def test_all_problems_are_told_at_once():
         ({"resources.train.workers": 3}, "resources.train.workers = 3: choose a divisor of training.batch_size = 4096"),
         ({"resources.extract.workers": 0}, "resources.extract.workers = 0: choose 1 or more"),
         ({"resources.score.gpus": -1}, "resources.score.gpus = -1.0: choose 0 or more"),
+        ({"resources.steer.batch_size": 0}, "resources.steer.batch_size = 0: choose 1 or more"),
+        ({"steering.llava": "m"}, "scoring.pictures = 'heldout': steering finds its concepts on training images"),
+        ({"steering": {"llava": "m", "strength": math.inf}}, "steering.strength = inf: choose a finite number"),
+        ({"steering": {"llava": "m", "min_purity": 0}}, "steering.min_purity = 0.0: choose a share above 0, at most 1"),
+        ({"steering": {"llava": "m", "n_images": 0}}, "steering.n_images = 0: choose 1 or more"),
+        ({"steering": {"llava": "m", "unit": "x"}}, "steering.unit = 'x': Input should be 'absolute' or 'max'"),
+        (
+            {"steering": {"llava": "m", "prompt": "a?", "other_prompts": ["a?"]}},
+            "steering.other_prompts = 'a?': it is steering.prompt already; leave it out",
+        ),
         ({"trainig.steps": 5}, "trainig: unknown key; did you mean 'training'?"),
         ({"training.step": 5}, "training.step: unknown key; did you mean 'steps'?"),
         ({"name.first": 5}, "name.first: name is not a table of the study file"),
@@ -360,7 +378,7 @@ def test_resources_and_root_change_no_step(make_plan: MakePlan, tmp_path: Path):
         for stage, fields in resources.items()
         for name, value in fields.items()
     }
-    assert len(overrides) == 15
+    assert len(overrides) == 19
     assert names(make_plan(overrides)) == before
     assert names(make_plan(root=tmp_path / "elsewhere")) == before
 
@@ -439,27 +457,133 @@ def test_a_set_without_images_is_refused(make_plan: MakePlan, tmp_path: Path):
         make_plan({"images.train.path": str(tmp_path / "empty")})
 
 
-def test_the_papers_study_is_planned_by_the_same_code(make_clip: Callable[..., str], tmp_path: Path):
+def test_the_papers_study_is_planned_by_the_same_code(make_clip: Callable[..., str], tiny_llava: str, tmp_path: Path):
     for number in range(20):
         for part in ("train", "val"):
             (tmp_path / part / "n01").mkdir(parents=True, exist_ok=True)
             (tmp_path / part / "n01" / f"{number}.JPEG").touch()
     clip = make_clip(tmp_path / "clip", n_layers=24, width=64, projection=32)
+    llava = with_tower(tiny_llava, tmp_path / "llava", num_hidden_layers=24, hidden_size=64, patch_size=14)
     overrides = {
         "images.train.path": str(tmp_path / "train"),
         "images.heldout": {"path": str(tmp_path / "val")},
         "encoder.model": clip,
         "judge.model": clip,
         "judge.point": "projection",
+        "steering.llava": llava,
+        "steering.scorer": clip,
     }
     plan = StudyPlan(Study.load(STUDIES / "pach2025.toml", overrides), Folder(tmp_path / "root"))
     assert len(plan.trains) == 67
-    # Six sites on both image sets and the judge; every SAE once, and the raw neurons of every site.
-    assert len(plan.extracts) == 6 * 2 + 1
-    assert len(plan.scores) == 67 + 6
-    assert len({step.name for step in plan.steps}) == 2 + 13 + 67 + 73
+    # Six sites on both image sets, the judge and the scorer; every SAE and the raw neurons of every site, on both sets.
+    assert len(plan.extracts) == 6 * 2 + 2
+    assert len(plan.scores) == 2 * (67 + 6)
+    assert len({step.name for step in plan.steps}) == 2 + 14 + 67 + 146 + 1
     assert {train.d_sae for train in plan.trains if train.grid_cell.site.name == "projection"} == {
         32 * expansion for expansion in (1, 2, 4, 8, 16, 64)
     }
     steered = plan.trains[-1]
     assert (steered.activations.rows, steered.d_sae) == (2 * 20, 64 * 64)
+    assert [one.sae for one in plan.steerings] == [steered]
+    assert plan.steerings[0].answers == 3 * 1000 + 2 * 20 * (1 + 10)
+
+
+# The steering stage
+
+
+def with_tower(llava: str, directory: Path, **vision: int) -> str:
+    """A copy of the LLaVA with another tower in its configuration, which is all that planning reads."""
+    shutil.copytree(llava, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["vision_config"] |= vision
+    (directory / "config.json").write_text(json.dumps(config))
+    return str(directory)
+
+
+STEERING = {"steering-layer1.all-batch_topk-x2-k4", "steering-layer1.random-2-batch_topk-x2-k4"}
+
+
+@pytest.fixture
+def make_steered(make_plan: MakePlan, tiny_llava: str, tiny_clip: str) -> MakePlan:
+    """A plan whose encoder is the tower of a LLaVA that reads layer 1; there are SAEs that do not fit it."""
+
+    def make(overrides: dict[str, Any] | None = None) -> StudyPlan:
+        values = {
+            "encoder.model": tiny_llava,
+            "grid.sites": ["layer0:all", "layer1:all", "layer1:cls", "layer1:random:2"],
+            "scoring.pictures": "train",
+            "steering.llava": tiny_llava,
+            "steering.scorer": tiny_clip,
+        }
+        return make_plan(values | (overrides or {}))
+
+    return make
+
+
+def test_the_saes_of_the_layer_that_the_llava_reads_are_steered(make_steered: MakePlan):
+    plan = make_steered()
+    assert {one.step.label for one in plan.steerings} == STEERING
+    steps = list(plan.steps)
+    assert {step.label for step in steps[-2:]} == STEERING
+    for one in plan.steerings:
+        before = steps[: steps.index(one.step)]
+        assert all(step in before for step in one.inputs)
+        assert one.scores.activations.images.name == "train"
+        assert one.heldout.name == "heldout"
+    [scorer] = [extract for extract in plan.extracts if extract.step.label == "embeddings-train-scorer"]
+    assert (scorer.width, scorer.rows) == (16, len(plan.images["train"].manifest))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"steering.strength": 40}, STEERING),
+        ({"steering.other_prompts": ["And what else?"]}, STEERING),
+        ({"steering.ignore_labels": ["blank"]}, STEERING),
+        ({"steering.dtype": "bfloat16"}, STEERING),
+        ({"steering.strength": 100.0}, set()),
+        ({"scoring.min_images": 10}, set()),
+    ],
+    ids=str,
+)
+def test_settings_of_steering_change_its_own_steps(make_steered: MakePlan, overrides: dict, expected: set[str]):
+    assert changed(names(make_steered()), names(make_steered(overrides))) == expected
+
+
+def test_other_models_change_the_steps_that_they_decide(
+    make_steered: MakePlan, make_clip: Callable[..., str], make_llava: Callable[..., str], tmp_path: Path
+):
+    before = names(make_steered())
+    other = make_clip(tmp_path / "other", seed=2)
+    assert changed(before, names(make_steered({"steering.scorer": other}))) == STEERING | {"embeddings-train-scorer"}
+    llava = make_llava(tmp_path / "llava", layer=2)  # the same block, counted from below
+    assert changed(before, names(make_steered({"steering.llava": llava}))) == STEERING
+
+
+def test_the_encoder_as_scorer_embeds_the_images_once(make_plan: MakePlan, tiny_clip: str, tiny_llava: str, tmp_path):
+    llava = with_tower(tiny_llava, tmp_path / "llava", num_hidden_layers=2, patch_size=14)
+    steering = {"steering.llava": llava, "steering.scorer": tiny_clip, "scoring.pictures": "train"}
+    plan = make_plan(steering | {"grid.sites": ["projection", "layer0:all"]})
+    assert plan.text_space.step.label == "activations-train-projection"
+    assert plan.text_space.step.name in {train.activations.step.name for train in plan.trains}
+    assert make_plan().text_space.step.label == "activations-heldout-projection"  # without steering
+
+
+def test_what_cannot_be_steered_is_refused_before_any_work(
+    make_steered: MakePlan, tiny_clip: str, tiny_llava: str, tmp_path: Path
+):
+    def refused(overrides: dict[str, Any]) -> str:
+        with pytest.raises(UsageError) as raised:
+            make_steered(overrides)
+        return str(raised.value)
+
+    elsewhere = {"grid.sites": ["layer1:cls", "layer2:all"]}
+    assert (
+        'reads layer 1, where no SAE is trained on its tokens; add a [[grid]] with sites = ["layer1:random:2"]'
+        in refused(elsewhere)
+    )
+    assert "clip is of the model type clip, not llava" in refused({"steering.llava": tiny_clip})
+    wider = with_tower(tiny_llava, tmp_path / "wider", hidden_size=64)
+    assert "its vision tower has 17 tokens of width 64" in refused({"steering.llava": wider})
+    assert "which embeds no texts; name a CLIP, SigLIP" in refused({"steering.scorer": tiny_llava})
+    assert "there is no directory /nowhere" in refused({"steering.llava": "/nowhere"})

@@ -14,15 +14,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sae_ray.encoders.base import (
-    DTYPES,
     Encoder,
     EncoderInfo,
     Tapped,
     check_site,
+    placement,
     rows_per_image,
     site_width,
 )
-from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,14 +82,7 @@ def load_encoder(model: str, revision: str | None = None, device: str = "cpu", d
         UsageError: As `describe_encoder`; or the weights are missing, do not fit the configuration or are not
             safetensors; or the device or dtype is not available.
     """
-    import torch
-
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device is {device!r}, which this machine does not offer ({error}); try cpu") from error
+    place = placement(device, dtype)
     backend = _backend(model)
     info = backend.describe(model, revision)
-    return Encoder(info, backend.load(info, torch.device(device), DTYPES[dtype]))
+    return Encoder(info, backend.load(info, *place))

@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that a model is loaded to.
+
+    Raises:
+        UsageError: The dtype is not one of `DTYPES`, or this machine does not have the device.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    try:
+        return torch.empty(0, device=device).device, DTYPES[dtype]
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device is {device!r}, which this machine does not offer ({error}); try cpu") from error
+
+
 @dataclass(frozen=True)
 class EncoderInfo:
     """What is known of an encoder without its weights."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,23 +83,8 @@ def preprocess(model: str, revision: str | None) -> Preprocess:
 
 
 def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
-    import open_clip
-    from safetensors import SafetensorError
-
     source = _find(info.model, info.revision)
-    try:
-        model: Any = open_clip.create_model(
-            source.name,
-            source.tag,
-            # open_clip itself only warns when the tag's weights were trained with the other activation function.
-            force_quick_gelu=source.preprocess_config.get("quick_gelu", False),
-            require_pretrained=True,
-            weights_only=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"the encoder {info.model} cannot be loaded: {reason} ({FORMS})") from error
-    tower = model.visual.to(device, dtype).eval()
+    tower = _create(info.model, source).visual.to(device, dtype)
     tower.output_tokens = False  # CoCa's towers give their tokens beside the embedding
     normalise = _transform(source)[-1]
     return Tower(
@@ -109,6 +95,35 @@ def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
         mean=normalise.mean,
         std=normalise.std,
     )
+
+
+def load_text(model: str, revision: str | None, device: torch.device) -> Callable[[list[str]], torch.Tensor]:
+    """The text side: texts to vectors in the space of `projection`."""
+    import open_clip
+
+    source = _find(model, revision)
+    module = _create(model, source).to(device)
+    tokenizer = open_clip.get_tokenizer(source.name)
+    return lambda texts: module.encode_text(tokenizer(texts).to(device))
+
+
+def _create(model: str, source: _Source) -> Any:
+    import open_clip
+    from safetensors import SafetensorError
+
+    try:
+        created: Any = open_clip.create_model(
+            source.name,
+            source.tag,
+            # open_clip itself only warns when the tag's weights were trained with the other activation function.
+            force_quick_gelu=source.preprocess_config.get("quick_gelu", False),
+            require_pretrained=True,
+            weights_only=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"the encoder {model} cannot be loaded: {reason} ({FORMS})") from error
+    return created.eval()
 
 
 def _find(model: str, revision: str | None) -> _Source:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sae_ray.encoders.base import EncoderInfo, Tower
-from sae_ray.encoders.sources import FORMS, check_revision, directory_digest, local_directory
+from sae_ray.encoders.hub import find, load_weights, refusing
+from sae_ray.encoders.sources import FORMS
 from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,20 +20,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FAMILIES = "CLIP, SigLIP (fixed resolution), DINOv2 (with or without registers) and LLaVA with a CLIP or SigLIP tower"
-_SILENT = 100
 _LLAVA_TOWER = r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"
 """How the tower's weights begin in a LLaVA: on the hub, and as the several versions of transformers save them."""
-
-
-class _Source(NamedTuple):
-    """Where `from_pretrained` finds everything."""
-
-    path: str
-    revision: str | None
-    """What pins the files, for the record."""
-    commit: str | None
-    """What `from_pretrained` takes as its revision; None for a directory."""
-    config: Any
 
 
 class _Plan(NamedTuple):
@@ -52,7 +39,7 @@ class _Plan(NamedTuple):
 
 
 def describe(model: str, revision: str | None) -> EncoderInfo:
-    source = _find(model, revision)
+    source = find(model, revision, FORMS)
     plan = _plan(model, source.config)
     vision = plan.config
     height, width = preprocess(model, revision).image_size()
@@ -106,60 +93,26 @@ class Preprocess:
 def preprocess(model: str, revision: str | None) -> Preprocess:
     from transformers import AutoImageProcessor
 
-    source = _find(model, revision)
-    with _refusing(model):
+    source = find(model, revision, FORMS)
+    with refusing(model, FORMS):
         processor = AutoImageProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
     return Preprocess(processor)
 
 
 def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
-    import transformers
-
-    source = _find(info.model, info.revision)
+    source = find(info.model, info.revision, FORMS)
     plan = _plan(info.model, source.config)
-    with _refusing(info.model):
-        module, loading = getattr(transformers, plan.loader).from_pretrained(
-            source.path,
-            config=plan.config,
-            revision=source.commit,
-            dtype=dtype,
-            key_mapping=plan.key_mapping,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    # transformers fills in what a checkpoint lacks at random.
-    if loading["missing_keys"]:
-        raise UsageError(
-            f"{info.model} lacks weights of its vision tower, {min(loading['missing_keys'])} first; {FORMS}"
-        )
-    module = module.to(device).eval()
+    module = load_weights(source, plan.loader, dtype, FORMS, config=plan.config, key_mapping=plan.key_mapping)
+    module = module.to(device)
     processor = preprocess(info.model, info.revision).processor
     return Tower(
         module,
-        blocks=_blocks(module),
+        blocks=blocks_of(module),
         embed=lambda pixels: _embed(module, plan, pixels),
         rescale=processor.rescale_factor if processor.do_rescale else 1.0,
         mean=_channels(processor.image_mean) if processor.do_normalize else (0.0,) * 3,
         std=_channels(processor.image_std) if processor.do_normalize else (1.0,) * 3,
     )
-
-
-def _find(model: str, revision: str | None) -> _Source:
-    from transformers import AutoConfig
-    from transformers.utils.hub import cached_file
-
-    directory = local_directory(model)
-    if directory is not None:
-        digest = directory_digest(directory)
-        check_revision(model, revision, digest)
-        with _refusing(model):
-            return _Source(str(directory), digest, None, AutoConfig.from_pretrained(directory))
-    if model.startswith(("/", "./", "../", "~")):
-        raise UsageError(f"there is no directory {model}; {FORMS}")
-    with _refusing(model):
-        # The cache keeps each commit's files in a folder named by it.
-        commit = Path(str(cached_file(model, "config.json", revision=revision))).parent.name
-        return _Source(model, commit, commit, AutoConfig.from_pretrained(model, revision=commit))
 
 
 def _plan(model: str, config: Any) -> _Plan:
@@ -189,7 +142,8 @@ def _plan(model: str, config: Any) -> _Plan:
             raise UsageError(f"{model} is of the model type {other}; encoders are {FAMILIES}")
 
 
-def _blocks(module: Any) -> list[nn.Module]:
+def blocks_of(module: Any) -> list[nn.Module]:
+    """The blocks of a vision tower whose outputs are its residual stream."""
     encoder = getattr(module, "vision_model", module).encoder
     return list(encoder.layer if hasattr(encoder, "layer") else encoder.layers)
 
@@ -204,22 +158,3 @@ def _embed(module: Any, plan: _Plan, pixels: Tensor) -> dict[str, Tensor]:
 
 def _channels(value: float | Sequence[float]) -> tuple[float, ...]:
     return (value,) * 3 if isinstance(value, float | int) else tuple(value)
-
-
-@contextlib.contextmanager
-def _refusing(model: str) -> Iterator[None]:
-    """Turns what transformers raises on bad files into a UsageError, and keeps its reports of unused weights quiet."""
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(_SILENT)
-    logging.disable_progress_bar()
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"the encoder {model} cannot be loaded: {str(error).splitlines()[0]} ({FORMS})") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -158,6 +158,12 @@ def test_dry_run_writes_nothing_and_counts_everything(study_file, tmp_path):
     assert "650 images to encode" in text.stdout
 
 
+def test_report(finished, study_file):
+    result = call("report", study_file, "--root", finished)
+    assert result.stdout == f"{finished / 'report' / 'index.html'}\n"
+    assert "projection-matryoshka_batch_topk-x2-k4" in Path(result.stdout.strip()).read_text()
+
+
 def test_status(finished, study_file, make_plan, tmp_path):
     entries = json.loads(call("status", study_file, "--root", finished, "--json").stdout)
     assert [entry["step"] for entry in entries] == [step.name for step in make_plan(finished).steps]

@@ -44,9 +44,8 @@ def test_bits_do_not_depend_on_the_workers(ray_cluster, finished, make_plan, tmp
             shutil.rmtree(path)
         plan = make_plan(root, **{"resources.score.workers": workers})
         score.run(plan)
-        found.append(
-            [one.step.folder.read_bytes(f"{name}.parquet") for one in plan.scores for name in ("scores", "top_images")]
-        )
+        tables = ("scores", "top_images", "histogram")
+        found.append([one.step.folder.read_bytes(f"{name}.parquet") for one in plan.scores for name in tables])
     assert found[0] == found[1]
 
 

@@ -32,6 +32,7 @@ def test_the_summary_shows_where_everything_lies(finished, make_plan):
     text = study.summary_text(plan, study.write_summary(plan))
     for step in plan.steps:
         assert str(step.folder) in text
+    assert str(finished / "report" / "index.html") in text
 
 
 def test_a_study_runs_as_a_submitted_job(world, study_values, tmp_path):

@@ -1,0 +1,89 @@
+"""`sae-ray find`: the latents whose top images are like a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sae_ray.activations import ActivationStore
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.plan import ScorePlan, StudyPlan
+from sae_ray.steering.concepts import image_classes, label_concepts, mean_embeddings, search
+from sae_ray.steering.interventions import load_max_token
+from sae_ray.steering.text import load_text_encoder
+
+from . import extract
+
+
+def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, Any]]:
+    """All live latents of an SAE, those first whose top images are most like the text.
+
+    The text is compared by the study's scorer, or without steering by its encoder, whose embeddings of the images are
+    extracted where they are not there yet.
+
+    Args:
+        text: what to look for.
+        sae: name of the cell; by default the one that steers the study's LLaVA, or the only one.
+
+    Raises:
+        UsageError: there is no such SAE, or nothing to compare texts by.
+        SaeRayError: it is not scored yet.
+    """
+    space = plan.text_space
+    chosen = _chosen(plan, sae)
+    heldout, pictures = (_scores(plan, chosen, name) for name in ("heldout", plan.study.scoring.pictures))
+    for scores in (heldout, pictures):
+        if not scores.step.finished:
+            raise SaeRayError(f"{scores.step.label} is not there yet; run the score stage first")
+    extract.run_only(plan, [space])
+
+    table, top_images = (pictures.step.folder.read_parquet(f"{name}.parquet") for name in ("scores", "top_images"))
+    ms = heldout.step.folder.read_parquet("scores.parquet")["ms"].to_pylist()
+    assert pictures.sae is not None, "chosen among the SAEs"
+    max_token = load_max_token(pictures.sae.step.folder).numpy()
+    steering = plan.study.steering
+    classes = image_classes(pictures.activations.images.manifest, steering.ignore_labels if steering else ())
+    concepts = label_concepts(table, top_images, classes, max_token)
+    means = mean_embeddings(top_images, ActivationStore(space.step.folder), [one.latent for one in concepts])
+    vector = load_text_encoder(space.encoder.model, space.encoder.revision).embed_texts([text])[0].numpy()
+    return [
+        {
+            "latent": one.concept.latent,
+            "similarity": one.similarity,
+            "ms": None if np.isnan(ms[one.concept.latent]) else ms[one.concept.latent],
+            "label": one.concept.label,
+            "purity": one.concept.purity,
+            "frequency": one.concept.frequency,
+            "max_token": one.concept.max_token,
+        }
+        for one in search(vector, means, concepts)
+    ]
+
+
+def found_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The latents as people read them."""
+    lines = ["latent  similarity     MS  frequency  max_token  most of its top images"]
+    for row in rows:
+        ms = "–" if row["ms"] is None else f"{row['ms']:.3f}"
+        label = "" if row["label"] is None else f"{row['label']} ({row['purity']:.0%})"
+        lines.append(
+            f"{row['latent']:6d}  {row['similarity']:10.3f}  {ms:>5}  {row['frequency']:9.4f}  "
+            f"{row['max_token']:9.3g}  {label}".rstrip()
+        )
+    return lines
+
+
+def _chosen(plan: StudyPlan, sae: str | None) -> str:
+    there = [train.grid_cell.name for train in plan.trains]
+    likely = [one.name for one in plan.steerings] or there
+    if sae is None and len(likely) == 1:
+        return likely[0]
+    if sae not in there:
+        problem = "no SAE is chosen" if sae is None else f"--sae is {sae!r}, which the study does not have"
+        raise UsageError(f"{problem}; give --sae one of {', '.join(there)}")
+    return sae
+
+
+def _scores(plan: StudyPlan, sae: str, images: str) -> ScorePlan:
+    return next(one for one in plan.scores if one.name == sae and one.activations.images.name == images)

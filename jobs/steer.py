@@ -1,0 +1,171 @@
+"""Steering from the command line: one image, one question, answered without and with edited latents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sae_ray.encoders.base import placement
+from sae_ray.errors import UsageError
+from sae_ray.files import Folder
+from sae_ray.images import BadImage, decode_image
+from sae_ray.sae import load_sae
+from sae_ray.steering import Intervention, Llava, load_llava, load_max_token
+from sae_ray.steering.interventions import ALIASES, LATENTS_FILE
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+WHITE = "white"
+
+
+def steered_answers(
+    image: str,
+    prompt: str,
+    llava: str,
+    sae: str,
+    *,
+    asked: Sequence[dict[str, Any]],
+    max_new_tokens: int,
+    device: str,
+    dtype: str,
+) -> dict[str, Any]:
+    """The answer of the LLaVA as it is, and one per intervention that is asked for, as plain values.
+
+    Args:
+        image: A path or URI, or `white`.
+        asked: As `Intervention.from_dict` takes them.
+
+    Raises:
+        UsageError: Something cannot be as it was asked for.
+        SaeRayError: The SAE's files are damaged.
+    """
+    target, _ = placement(device, dtype)
+    max_token = load_max_token(sae) if Folder(sae).exists(LATENTS_FILE) else None
+    loaded = load_sae(sae).to(target)
+    interventions = [Intervention.from_dict(values, loaded, max_token) for values in asked]
+    picture = None if image == WHITE else _image(image)
+    model = load_llava(llava, device=device, dtype=dtype)
+    chains = [(), *((one,) for one in interventions)]
+    shown = [picture or _white(model)] * len(chains)
+    unsteered, *steered = model.answers(shown, [prompt] * len(chains), chains, max_new_tokens)
+    return {
+        "image": image,
+        "prompt": prompt,
+        "llava": llava,
+        "revision": model.info.revision,
+        "sae": sae,
+        "unsteered": unsteered,
+        "steered": [
+            {"intervention": one.to_dict(), "answer": answer}
+            for one, answer in zip(interventions, steered, strict=True)
+        ],
+    }
+
+
+def interventions_asked(
+    latents: Sequence[str],
+    mode: str | None,
+    error: str | None,
+    isolate: bool,
+    tokens: Sequence[int],
+    file: str | None,
+    sweep: str | None,
+) -> list[dict[str, Any]]:
+    """What the options ask for, one table per answer: several for a sweep.
+
+    Raises UsageError when they contradict one another or cannot be read.
+    """
+    if file is not None:
+        if latents or mode or error or isolate or tokens or sweep:
+            raise UsageError(
+                "--intervention FILE says everything; leave out --latent, --mode, --error, --isolate, --token "
+                "and --sweep, or the file"
+            )
+        return [_read_json(file)]
+    if not latents:
+        raise UsageError("no latent: name one, as in --latent 39=40, or give --intervention FILE")
+    edits = [_edit(text, mode, swept=sweep is not None) for text in latents]
+    strengths = [{}] if sweep is None else [_strength(text.strip(), "--sweep") for text in sweep.split(",")]
+    rest = {"error": error, "isolate": isolate or None, "tokens": list(tokens) or None}
+    rest = {key: value for key, value in rest.items() if value is not None}
+    return [{"edits": [edit | strength for edit in edits], **rest} for strength in strengths]
+
+
+def lines(result: dict[str, Any], sweep: str | None) -> list[str]:
+    """The answers side by side, or for a sweep one below the other."""
+    if sweep is None:
+        [steered] = result["steered"]
+        changes = ", ".join(_change(edit) for edit in steered["intervention"]["edits"])
+        columns = [("unsteered", result["unsteered"]), (f"steered: {changes or 'no latent edited'}", steered["answer"])]
+        rows = list(zip(*columns, strict=True))
+    else:
+        strengths = [text.strip() for text in sweep.split(",")]
+        answers = [steered["answer"] for steered in result["steered"]]
+        rows = [("strength", "answer"), ("unsteered", result["unsteered"]), *zip(strengths, answers, strict=True)]
+    width = max(len(left) for left, _ in rows)
+    return [f"{left:<{width}}  {right}" for left, right in rows]
+
+
+def _edit(text: str, mode: str | None, swept: bool) -> dict[str, Any]:
+    latent, equals, strength = text.partition("=")
+    try:
+        edit: dict[str, Any] = {"latent": int(latent)}
+    except ValueError:
+        raise UsageError(f"--latent {text}: write a latent's number and its strength, as in 39=40 or 39=4x") from None
+    if mode is not None:
+        edit["mode"] = mode
+    takes_none = swept or ALIASES.get(mode or "", mode) == "ablate"
+    if swept and equals:
+        raise UsageError(f"--latent {text}: the strengths are those of --sweep; write --latent {latent}")
+    if not takes_none and not equals:
+        raise UsageError(f"--latent {text}: the strength is missing, as in {latent}=40 or {latent}=4x")
+    return edit | (_strength(strength, f"--latent {text}") if equals else {})
+
+
+def _strength(text: str, where: str) -> dict[str, Any]:
+    in_multiples = text.endswith("x")
+    try:
+        return {"strength": float(text.removesuffix("x")), "unit": "max" if in_multiples else "absolute"}
+    except ValueError:
+        raise UsageError(
+            f"{where}: {text!r} is no strength; write a number, or a number and x for multiples of max_token"
+        ) from None
+
+
+def _change(edit: dict[str, Any]) -> str:
+    amount = f"{edit['strength']:g}{' × max' if edit['unit'] == 'max' else ''}"
+    what = {"set": f"set to {amount}", "add": f"plus {amount}", "scale": f"times {amount}", "ablate": "ablated"}
+    return f"latent {edit['latent']} {what[edit['mode']]}"
+
+
+def _white(model: Llava) -> Image.Image:
+    from PIL import Image
+
+    height, width = model.info.image_size
+    return Image.new("RGB", (width, height), "white")
+
+
+def _image(path: str) -> Image.Image:
+    try:
+        return decode_image(_read(path, "IMAGE"))
+    except BadImage as error:
+        raise UsageError(
+            f"IMAGE is {path}, which is no usable image ({error}); name a JPEG, PNG or WebP file, or {WHITE}"
+        ) from error
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(_read(path, "--intervention"))
+    except ValueError as error:
+        raise UsageError(f"--intervention is {path}, which is not JSON ({error}); mend the file") from error
+
+
+def _read(path: str, what: str) -> bytes:
+    parent, slash, name = path.rpartition("/")
+    try:
+        return Folder(parent + slash).read_bytes(name)
+    except OSError as error:
+        raise UsageError(f"{what} is {path}, which cannot be read ({str(error).splitlines()[0]})") from error

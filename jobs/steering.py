@@ -1,0 +1,274 @@
+"""The steering stage: Ray actors put the questions of the protocol to a LLaVA under edits, and the answers are judged.
+
+Questions are asked in blocks of fixed size, latents by images; an actor writes the answers of a block as one part. So a
+killed run redoes at most one block per actor, and the answers do not depend on the number of actors. Once all are there
+they are judged together: `answers.parquet`, `concepts.parquet`, and the rates in `step.json`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from sae_ray.activations import ActivationStore
+from sae_ray.errors import SaeRayError
+from sae_ray.files import Folder
+from sae_ray.images import decode_image
+from sae_ray.plan import ImagePlan, ScorePlan, SteeringPlan, StudyPlan
+from sae_ray.sae import load_sae
+from sae_ray.steering.concepts import Concept, image_classes, label_concepts, mean_embeddings
+from sae_ray.steering.diffmean import ClassSums, class_sums, diffmean
+from sae_ray.steering.evaluation import Yardstick, answer_table, best_scales, concept_table, rates, texts
+from sae_ray.steering.interventions import load_max_token
+from sae_ray.steering.llava import load_llava
+from sae_ray.steering.naming import class_names
+from sae_ray.steering.protocol import (
+    WHITE,
+    Question,
+    Subjects,
+    calibration_questions,
+    choose_subjects,
+    main_questions,
+    sample,
+    usable_images,
+)
+from sae_ray.steering.respondent import Respondent
+from sae_ray.steering.text import load_text_encoder
+from sae_ray.steps import hold
+from sae_ray.study import Steering, SteerResources
+
+from .cluster import connect, n_gpus, user_error
+from .disk import check_disk
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from PIL import Image
+
+QUESTIONS_PER_BLOCK = 256
+DIRECTIONS = "directions.parquet"
+DIRECTIONS_SCHEMA = pa.schema([("label", pa.string()), ("vector", pa.list_(pa.float64()))])
+
+
+def run(plan: StudyPlan) -> None:
+    """Evaluates the steering by every SAE that the study's LLaVA can be steered by, where that is not done yet.
+
+    Raises:
+        SaeRayError: what is read is missing, the disk is too full, another driver is at work on the same step.
+    """
+    todo = [one for one in plan.steerings if not one.step.finished and not one.sae.step.failure]
+    if not todo:
+        return
+    for step in (step for one in todo for step in one.inputs):
+        if not step.finished:
+            raise SaeRayError(f"{step.label} is not there yet; run the {step.stage} stage first")
+    check_disk(plan.root, "steer", sum(one.bytes for one in todo))
+    connect()
+    with hold([one.step for one in todo]):
+        try:
+            for one in todo:
+                Evaluation(one, plan.images["train"], plan.study.seed).run(plan.study.resources.steer)
+        except Exception as error:
+            known = user_error(error)
+            if known is not None:
+                raise known from None
+            raise
+
+
+class Evaluation:
+    """The evaluation of one SAE: what is known before the first question, and the way to the tables."""
+
+    def __init__(self, plan: SteeringPlan, train: ImagePlan, seed: int):
+        self.plan = plan
+        self.steering = plan.steering
+        self.folder = plan.step.folder
+        self.seed = seed
+        self.train = Images(train, self.steering, plan.scores.activations.step.folder)
+        self.heldout = Images(plan.heldout, self.steering, plan.sae.heldout.step.folder)
+        self.class_name = class_names(self.train.labels | self.heldout.labels)
+
+    def run(self, resources: SteerResources) -> None:
+        """Asks, judges and finishes the step."""
+        started = time.monotonic()
+        actors = Actors(self.plan, resources)
+        asked = calibration_questions(
+            self._directions(actors), self.train.classes, self.train.usable, self.steering, self.seed
+        )
+        answers = actors.answers("calibration", asked, self.train)
+        scales = best_scales(asked, answers, self.class_name)
+        images = sample(self.heldout.usable, self.steering.n_images, self.seed)
+        asked = main_questions(self.subjects, scales, self.heldout.classes, images, self.steering)
+        answers = actors.answers("answers", asked, self.heldout)
+        yardstick = self._yardstick(actors, answers)
+        judged, concepts = answer_table(asked, answers, yardstick), concept_table(self.subjects, yardstick)
+        self.folder.write_parquet("answers.parquet", judged)
+        self.folder.write_parquet("concepts.parquet", concepts)
+        for phase in ("calibration", "answers"):
+            self.folder.delete(phase)
+        counts = {"rows": judged.num_rows} | rates(judged, concepts, self.steering.prompt)
+        self.plan.step.finish(time.monotonic() - started, counts)
+
+    @cached_property
+    def subjects(self) -> Subjects:
+        """Who is steered."""
+        raw_scores = self.plan.raw_scores.step.folder
+        max_token = raw_scores.read_parquet("scores.parquet")["max_token"].to_numpy()
+        latents = self._concepts(self.plan.scores.step.folder, load_max_token(self.plan.sae.step.folder).numpy())
+        return choose_subjects(latents, self._concepts(raw_scores, max_token), self.steering)
+
+    def _concepts(self, scores: Folder, max_token: Float[np.ndarray, " neurons"]) -> list[Concept]:
+        table, top_images = (scores.read_parquet(f"{name}.parquet") for name in ("scores", "top_images"))
+        return label_concepts(table, top_images, self.train.classes, max_token)
+
+    def _directions(self, actors: Actors) -> list[str]:
+        """Writes the DiffMean vectors, and returns whose they are."""
+        if not self.folder.exists(DIRECTIONS):
+            labels = [one.label for one in self.subjects.best if one.label is not None]
+            code_of = {label: code for code, label in enumerate(labels)}
+            codes = np.array([code_of.get(label or "", -1) for label in self.train.classes])
+            vectors = diffmean(actors.class_sums(codes, len(labels))) if labels else np.zeros((0, 0))
+            known = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+            columns = [[labels[place] for place in known], vectors[known].tolist()]
+            self.folder.write_parquet(DIRECTIONS, pa.table(columns, schema=DIRECTIONS_SCHEMA))
+        return self.folder.read_parquet(DIRECTIONS)["label"].to_pylist()
+
+    def _yardstick(self, actors: Actors, answers: Sequence[str]) -> Yardstick:
+        words = texts(answers, self.class_name)
+        latents = {one.latent for one in (*self.subjects.concepts, *self.subjects.best, *self.subjects.impure)}
+        targets: dict = self._means("latent", self.plan.scores, latents)
+        targets |= {("class", one.label): targets["latent", one.latent] for one in self.subjects.best}
+        targets |= self._means("neuron", self.plan.raw_scores, {one.latent for one in self.subjects.neurons})
+        embeddings = dict(zip(words, actors.embed_texts(words), strict=True)) if words else {}
+        return Yardstick(self.steering.prompt, self.class_name, targets, embeddings)
+
+    def _means(self, unit: str, scores: ScorePlan, wanted: Iterable[int]) -> dict[tuple[str, int], np.ndarray]:
+        numbers = sorted(wanted)
+        top_images = scores.step.folder.read_parquet("top_images.parquet")
+        means = mean_embeddings(top_images, ActivationStore(self.plan.embeddings.step.folder), numbers)
+        return {(unit, number): mean for number, mean in zip(numbers, means, strict=True)}
+
+
+class Images:
+    """One image set as questions are asked about it."""
+
+    def __init__(self, plan: ImagePlan, steering: Steering, extracted: Folder):
+        rejected = set(extracted.read_parquet("rejects.parquet")["image_id"].to_pylist())
+        self.folder = plan.folder
+        self.ids = plan.manifest["image_id"].to_pylist()
+        self.classes = image_classes(plan.manifest, steering.ignore_labels)
+        self.usable = usable_images(plan.manifest, rejected, steering.ignore_labels)
+        self.labels = set(plan.manifest["label_name"].to_pylist()) - {None, *steering.ignore_labels}
+
+
+class Actors:
+    """The actors of one evaluation; they end with it."""
+
+    def __init__(self, plan: SteeringPlan, resources: SteerResources):
+        import ray
+        from ray.util import ActorPool
+
+        gpus = resources.gpus if resources.gpus is not None else float(n_gpus() > 0)
+        n_actors = resources.workers or (max(1, int(n_gpus() / gpus)) if gpus else 1)
+        actor = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3)(Actor)
+        activations = plan.scores.activations.step.folder
+        given = (plan.steering, plan.sae.step.folder, activations, plan.step.folder, resources.batch_size, gpus > 0)
+        self.name, self.folder = plan.name, plan.step.folder
+        self._n_parts = len(ActivationStore(activations).parts)
+        self._actors: list[Any] = [actor.remote(*given) for _ in range(n_actors)]
+        self._pool = ActorPool(self._actors)
+
+    def class_sums(self, codes: Int[np.ndarray, " images"], n_classes: int) -> Iterator[ClassSums]:
+        """Of every part of the training activations, in order."""
+        import ray
+
+        shared = ray.put(codes)
+        parts: Any = list(range(self._n_parts))
+        sums: Any = self._pool.map(lambda actor, part: actor.class_sums.remote(part, shared, n_classes), parts)
+        return sums
+
+    def answers(self, phase: str, asked: Sequence[Question], images: Images) -> list[str]:
+        """The answers to all questions, in order; those of parts that are there are read."""
+        folder = self.folder / phase
+        blocks = [asked[start : start + QUESTIONS_PER_BLOCK] for start in range(0, len(asked), QUESTIONS_PER_BLOCK)]
+        files = [f"part-{number:05d}.parquet" for number in range(len(blocks))]
+        present = folder.files()
+        missing = [place for place, file in enumerate(files) if file not in present]
+
+        def submit(actor: Any, place: int) -> Any:
+            wanted = {question.image_index for question in blocks[place]} - {WHITE}
+            ids = {index: images.ids[index] for index in wanted}
+            return actor.answer.remote(folder, files[place], blocks[place], images.folder, ids)
+
+        done = len(asked) - sum(len(blocks[place]) for place in missing)
+        with Progress(f"steer {self.name}: {phase}", len(asked), "answers", done) as progress:
+            answered: Any = self._pool.map_unordered(submit, missing)
+            for found in answered:
+                if isinstance(found, SaeRayError):
+                    raise found
+                progress.advance(found)
+        return [answer for file in files for answer in folder.read_parquet(file)["answer"].to_pylist()]
+
+    def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "texts d"]:
+        """By the scorer."""
+        import ray
+
+        return ray.get(self._actors[0].embed_texts.remote(texts))
+
+
+class Actor:
+    """Holds a LLaVA and the SAE that it is steered by."""
+
+    def __init__(
+        self, steering: Steering, sae: Folder, activations: Folder, step: Folder, batch_size: int, on_gpu: bool
+    ):
+        self.steering = steering
+        self.activations = ActivationStore(activations)
+        self.step = step
+        self.batch_size = batch_size
+        self.device = "cuda" if on_gpu else "cpu"
+        self.sae = load_sae(sae).to(self.device)
+        self.llava = load_llava(steering.llava, steering.revision, self.device, steering.dtype)
+
+    def class_sums(self, part: int, codes: Int[np.ndarray, " images"], n_classes: int) -> ClassSums:
+        """For the DiffMean vectors."""
+        return class_sums(self.activations, part, codes, n_classes)
+
+    def answer(
+        self, folder: Folder, file: str, asked: Sequence[Question], images: Folder, ids: Mapping[int, str]
+    ) -> int | SaeRayError:
+        """Answers one block, writes its part and returns its length, or what stood in its way."""
+
+        def image(index: int) -> Image.Image:
+            return decode_image(images.read_bytes(ids[index]))
+
+        try:
+            answers = self._respondent.answers(asked, image, self.batch_size)
+        except SaeRayError as error:  # returned: Ray would also report those that the driver no longer waits for
+            return error
+        folder.write_parquet(file, pa.table({"answer": answers}))
+        return len(answers)
+
+    def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "texts d"]:
+        """By the scorer."""
+        encoder = load_text_encoder(self.steering.scorer, self.steering.scorer_revision, self.device)
+        return encoder.embed_texts(texts).double().numpy()
+
+    @cached_property
+    def _respondent(self) -> Respondent:
+        import torch
+
+        table = self.step.read_parquet(DIRECTIONS)
+        vectors = (torch.tensor(vector) for vector in table["vector"].to_pylist())
+        directions = dict(zip(table["label"].to_pylist(), vectors, strict=True))
+        return Respondent(self.llava, self.sae, directions, self.steering)
+
+
+if __name__ == "__main__":
+    from .cli import steering as command
+
+    command()

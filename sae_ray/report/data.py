@@ -1,0 +1,127 @@
+"""What the page loads when it needs it: `.js` files that hand a name and a value to `report(…)`.
+
+A page opened from disk may load scripts but fetch nothing, so the data are scripts. A cell has an index (a few numbers
+of every neuron, for filters and sorting), chunks of `PER_CHUNK` neurons in the order of the index, so that a page of
+the best ones reads one chunk, and a file of heat maps.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sae_ray.report.album import SIDE, Album
+from sae_ray.report.heat import HeatMaps
+from sae_ray.report.neighbours import N_NEAREST, nearest_latents
+from sae_ray.report.neurons import Neurons
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+PER_CHUNK = 512
+WITH_NEIGHBOURS = 8192
+"""Neurons of a cell, the first of its order, whose decoder neighbours are looked up; each is compared with all."""
+DIGITS = 4
+"""Significant digits of the numbers in chunks."""
+
+
+def write_data(folder: Path, name: str, value: Any) -> None:
+    """Writes `<name>.js` under the data folder."""
+    path = folder / f"{name}.js"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    path.write_text(f"report({json.dumps(name)},{text})\n", encoding="utf-8")
+
+
+def write_captions(folder: Path, album: Album) -> None:
+    """The names of the images, sprite by sprite, those without a picture included."""
+    for sprite in range(-(-len(album) // SIDE**2)):
+        write_data(folder, f"images/{sprite}", album.captions(sprite))
+
+
+def write_cell(folder: Path, cell: Neurons, album: Album, heat: HeatMaps | None) -> None:
+    """Everything about the neurons of one cell."""
+    order = cell.order
+    write_data(
+        folder,
+        f"{cell.name}/index",
+        {
+            "neuron": _packed(order, "<i4"),
+            "ms": _packed(cell.columns["ms"][order], "<f4"),
+            "frequency": _packed(cell.columns["frequency"][order], "<f4"),
+            "max": _packed(cell.columns["max_image"][order], "<f4"),
+            "support": _packed(cell.columns["n_active"][order], "<i4"),
+            "label": _packed(cell.label[order], "<i4"),
+            "purity": _packed(cell.purity[order], "<f4"),
+        },
+    )
+    near, cosine = _neighbours(cell)
+    for start in range(0, len(order), PER_CHUNK):
+        part = order[start : start + PER_CHUNK]
+        images = album.numbers(cell.pictures.name, cell.top_image[part])
+        n_images = (images >= 0).sum(axis=1).tolist()
+        write_data(
+            folder,
+            f"{cell.name}/{start // PER_CHUNK}",
+            {
+                "images": _cut(images.tolist(), n_images),
+                "activations": _cut(rounded(cell.top_activation[part]), n_images),
+                "histogram": [_trimmed(counts) for counts in cell.histogram[part]],
+                "near": near[start : start + PER_CHUNK].tolist(),
+                "cosine": rounded(cosine[start : start + PER_CHUNK]),
+                **{name: rounded(cell.columns[name][part]) for name in ("mean", "mean_active", "max_token")},
+                "n_firing": cell.columns["n_firing"][part].tolist(),
+            },
+        )
+    if heat is not None:
+        write_data(folder, f"{cell.name}/heat", _heat(heat))
+
+
+def _neighbours(cell: Neurons) -> tuple[np.ndarray, np.ndarray]:
+    """Of the first neurons of the order; raw neurons have none."""
+    if cell.score.sae is None or len(cell.order) < 2:
+        return np.zeros((0, N_NEAREST), dtype=np.int64), np.zeros((0, N_NEAREST))
+    from sae_ray.sae import load_sae
+
+    return nearest_latents(load_sae(cell.score.sae.step.folder), cell.order[:WITH_NEIGHBOURS], cell.order)
+
+
+def _heat(heat: HeatMaps) -> dict[str, Any]:
+    """Per latent the largest value on any patch, and per image the values in 255ths of it; null without an image."""
+    found: dict[str, Any] = {"rows": heat.maps.shape[2], "columns": heat.maps.shape[3], "latents": {}}
+    for latent, maps in zip(heat.latents.tolist(), np.maximum(heat.maps, 0), strict=True):
+        missing = np.isnan(maps).any(axis=(1, 2))
+        largest = float(np.nan_to_num(maps).max(initial=0.0))
+        shares = np.rint(np.nan_to_num(maps) / (largest or 1.0) * 255)
+        found["latents"][latent] = {
+            "max": rounded(np.array(largest)),
+            "maps": [None if gone else _packed(one, "<u1") for one, gone in zip(shares, missing, strict=True)],
+        }
+    return found
+
+
+def _trimmed(counts: np.ndarray) -> list[int]:
+    """The first bin that holds anything, and the counts from there to the last that does; empty if none does."""
+    filled = np.flatnonzero(counts)
+    return [int(filled[0]), *counts[filled[0] : filled[-1] + 1].tolist()] if len(filled) else []
+
+
+def _cut(rows: list[list], lengths: list[int]) -> list[list]:
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+
+def _packed(values: np.ndarray, dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, dtype=dtype).tobytes()).decode()
+
+
+def rounded(values: Float[np.ndarray, "*shape"]) -> Any:
+    """The values with `DIGITS` significant digits, as nested lists."""
+    values = np.asarray(values, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        exponent = np.floor(np.log10(np.abs(values)))
+    scale = 10.0 ** (DIGITS - 1 - np.where(np.isfinite(exponent), exponent, 0))
+    return (np.rint(values * scale) / scale).tolist()

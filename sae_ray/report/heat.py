@@ -1,0 +1,154 @@
+"""Where on the patch grid a latent fires: its codes of every patch token of its top images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae_ray.plan import ImagePlan, StudyPlan, TrainPlan
+from sae_ray.report.album import read_pixels
+from sae_ray.report.neurons import Neurons
+from sae_ray.sites import Site
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from sae_ray.encoders import Encoder
+    from sae_ray.sae import SAE
+
+PER_CELL = 48
+"""Latents of a cell that get heat maps, the best ones, at most."""
+MOST = 1024
+"""Latents of all cells together."""
+BATCH = 32
+"""Images per forward pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeatMaps:
+    """The maps of some latents of one SAE."""
+
+    latents: Int[np.ndarray, " latents"]
+    maps: Float[np.ndarray, "latents top rows columns"]
+    """Codes of the patch tokens of each top image; NaN where there is no image."""
+
+
+def why_none(neurons: Neurons) -> str | None:
+    """Why the neurons of a cell cannot have heat maps; None where they can."""
+    if neurons.score.sae is None:
+        return "Heat maps are made for the latents of SAEs, not for raw neurons."
+    site = neurons.score.sae.grid_cell.site
+    if site.point != "residual":
+        return f"The {site.point} is one vector for the whole image: there is no patch grid to show."
+    return None
+
+
+def caution(neurons: Neurons) -> str | None:
+    """What to bear in mind when looking at the maps of an SAE that was not trained on single patch tokens."""
+    sae = neurons.score.sae
+    match sae.grid_cell.site.tokens if sae else "":
+        case "cls":
+            return "Out of distribution: this SAE was trained on the CLS token only and never saw a patch token."
+        case "mean":
+            return "Out of distribution: this SAE was trained on the mean of all tokens and never saw a single one."
+    return None
+
+
+def heat_maps(plan: StudyPlan, cells: Sequence[Neurons], chosen: dict[str, Sequence[int]]) -> dict[str, HeatMaps]:
+    """Heat maps of the best latents of every cell that has a patch grid, by one pass of the encoder over their images.
+
+    Args:
+        chosen: name of a cell -> latents that get maps in any case.
+
+    Raises:
+        UsageError: the encoder cannot be loaded.
+    """
+    import torch
+
+    from sae_ray.encoders import load_encoder, load_preprocess
+
+    cells = [cell for cell in cells if why_none(cell) is None]
+    if not cells:
+        return {}
+    images = plan.images[plan.study.scoring.pictures]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = load_encoder(plan.encoder.model, plan.encoder.revision, device, plan.study.encoder.dtype)
+    preprocess = load_preprocess(plan.encoder.model, plan.encoder.revision)
+    per_cell = max(1, min(PER_CELL, MOST // len(cells)))
+    makers = [_Maker(cell, [*chosen.get(cell.name, ()), *cell.order[:per_cell]], encoder) for cell in cells]
+    sites = {maker.site for maker in makers}
+    wanted = np.unique(np.concatenate([maker.top_image.ravel() for maker in makers]))
+    wanted = wanted[wanted >= 0]
+    for start in range(0, len(wanted), BATCH):
+        found = [(index, read_pixels(images, index, preprocess)) for index in wanted[start : start + BATCH].tolist()]
+        read = {index: pixels for index, pixels in found if pixels is not None}
+        if read:
+            pixels = torch.from_numpy(np.stack(list(read.values())))
+            tapped = encoder.tap(pixels, list(sites), _ids(images, read), plan.study.seed)
+            for maker in makers:
+                maker.add(list(read), tapped[maker.site].activation)
+    return {maker.name: HeatMaps(maker.latents, maker.maps) for maker in makers}
+
+
+def _ids(images: ImagePlan, indices) -> list[str]:
+    return [images.manifest["image_id"][index].as_py() for index in indices]
+
+
+class _Maker:
+    """Collects the maps of one cell, batch by batch."""
+
+    def __init__(self, cell: Neurons, latents: Sequence[int], encoder: Encoder):
+        from sae_ray.sae import load_sae
+
+        assert cell.score.sae is not None
+        train: TrainPlan = cell.score.sae
+        self.name = cell.name
+        self.site = Site("residual", train.grid_cell.site.layer, "all")
+        self.latents = np.unique(np.asarray(latents, dtype=np.int64))
+        self.top_image = cell.top_image[self.latents]
+        self.sae = load_sae(train.step.folder).to(encoder.device)
+        self.n_cls = int(encoder.info.has_cls)
+        grid = patch_grid(encoder.info.n_tokens - self.n_cls, encoder.info.image_size)
+        self.maps = np.full((*self.top_image.shape, *grid), np.nan, dtype=np.float32)
+
+    def add(self, indices: list[int], activation: Float[Tensor, "rows d_in"]) -> None:
+        """Takes what it needs from the tokens of a batch of images, sorted by (image, token)."""
+        codes = codes_of(self.sae, activation, self.latents).reshape(len(indices), -1, len(self.latents))
+        codes = codes[:, self.n_cls :].cpu().numpy()
+        for position, index in enumerate(indices):
+            for latent, rank in zip(*np.nonzero(self.top_image == index), strict=True):
+                self.maps[latent, rank] = codes[position, :, latent].reshape(self.maps.shape[2:])
+
+
+def codes_of(sae: SAE, x: Float[Tensor, "n d_in"], latents: Int[np.ndarray, " latents"]) -> torch.Tensor:
+    """The codes of a few latents, [n, latents]; all others are computed only where they compete with them (topk)."""
+    import torch
+
+    where = torch.from_numpy(latents).to(sae.device)
+    if sae.architecture == "topk":
+        codes = sae.encode_sparse(x)
+        place = torch.full((sae.d_sae,), -1, device=sae.device)
+        place[where] = torch.arange(len(where), device=sae.device)
+        kept = place[codes.latents] >= 0
+        found = torch.zeros(len(x), len(where), device=sae.device)
+        found[codes.rows[kept], place[codes.latents[kept]]] = codes.values[kept].to(found.dtype)
+        return found
+    part = replace(
+        sae,
+        W_enc=sae.W_enc[:, where],
+        W_dec=sae.W_dec[where],
+        b_enc=sae.b_enc[where],
+        threshold=None if sae.threshold is None else sae.threshold[where],
+    )
+    return part.encode(x)
+
+
+def patch_grid(n_patches: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the patches of an image of that height and width."""
+    rows = round((n_patches * image_size[0] / image_size[1]) ** 0.5)
+    return rows, n_patches // rows

@@ -1,0 +1,140 @@
+"""The neurons of one cell as the report shows them, read from the finished scoring steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae_ray.plan import ImagePlan, ScorePlan, StudyPlan
+from sae_ray.statistics import HISTOGRAM_EDGES
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True, eq=False)
+class Neurons:
+    """The latents of an SAE, or the raw neurons of a site. Arrays have one row per neuron."""
+
+    score: ScorePlan
+    """The pass over held-out images."""
+    pictures: ImagePlan
+    """The image set that top images come from."""
+    columns: dict[str, np.ndarray]
+    """`scores.parquet`."""
+    order: Int[np.ndarray, " live"]
+    """Neurons that ever fired: those with enough images behind their score first, by falling score; then the others."""
+    top_image: Int[np.ndarray, "neurons top"]
+    """`image_index` in the set of the pictures; -1 where there are fewer."""
+    top_activation: Float[np.ndarray, "neurons top"]
+    histogram: Int[np.ndarray, "neurons bins"]
+    """Held-out images by activation; the bins are `HISTOGRAM_EDGES`."""
+    label: Int[np.ndarray, " neurons"]
+    """The commonest label among the top images; -1 where none has one."""
+    purity: Float[np.ndarray, " neurons"]
+    """Its share of the top images."""
+
+    @property
+    def name(self) -> str:
+        return self.score.name
+
+    @property
+    def level_ends(self) -> list[int]:
+        """Where each Matryoshka level ends; one level for all other neurons."""
+        if self.score.sae is None:
+            return [self.score.neurons]
+        train = self.score.sae
+        return list(accumulate(train.grid_cell.cell.group_sizes(train.activations.width)))
+
+
+def read_neurons(plan: StudyPlan) -> list[Neurons]:
+    """One element per scored cell whose steps are all there."""
+    images = plan.images[plan.study.scoring.pictures]
+    found = []
+    for score in plan.scores:
+        pictures = _pictures_of(score, plan)
+        if score.embeddings is not None and _is_done(score) and _is_done(pictures):
+            found.append(_read(score, pictures, images, plan.study.scoring.min_images))
+    return found
+
+
+def _pictures_of(score: ScorePlan, plan: StudyPlan) -> ScorePlan:
+    """The pass that the top images of the same cell come from."""
+    wanted = plan.study.scoring.pictures
+    return next(one for one in plan.scores if one.name == score.name and one.activations.images.name == wanted)
+
+
+def _is_done(score: ScorePlan) -> bool:
+    return score.step.finished and score.step.failure is None
+
+
+def _read(score: ScorePlan, pictures: ScorePlan, images: ImagePlan, min_images: int) -> Neurons:
+    table = score.step.folder.read_parquet("scores.parquet")
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    n_neurons, n_top = table.num_rows, pictures.step.config["top_images"]
+
+    top = pictures.step.folder.read_parquet("top_images.parquet")
+    place = top["neuron"].to_numpy(), top["rank"].to_numpy()
+    top_image = np.full((n_neurons, n_top), -1, dtype=np.int32)
+    top_activation = np.zeros((n_neurons, n_top), dtype=np.float32)
+    top_image[place] = top["image_index"].to_numpy()
+    top_activation[place] = top["activation"].to_numpy()
+
+    label, purity = majority(top_image, image_labels(images.manifest))
+    return Neurons(
+        score=score,
+        pictures=images,
+        columns=columns,
+        order=_order(columns, top_image[:, 0] >= 0, min_images),
+        top_image=top_image,
+        top_activation=top_activation,
+        histogram=_histogram(score.step.folder.read_parquet("histogram.parquet"), n_neurons),
+        label=label,
+        purity=purity,
+    )
+
+
+def _order(columns: dict[str, np.ndarray], has_picture: np.ndarray, min_images: int) -> np.ndarray:
+    ms = columns["ms"]
+    unsupported = (columns["n_active"] < min_images) | np.isnan(ms)
+    order = np.lexsort((columns["neuron"], -np.nan_to_num(ms, nan=-2.0), unsupported))
+    return order[((columns["n_firing"] > 0) | has_picture)[order]]
+
+
+def _histogram(table: pa.Table, n_neurons: int) -> np.ndarray:
+    counts = np.zeros((n_neurons, len(HISTOGRAM_EDGES) - 1), dtype=np.int32)
+    bins = np.searchsorted(HISTOGRAM_EDGES, table["low"].to_numpy())
+    counts[table["neuron"].to_numpy(), bins] = table["n_images"].to_numpy()
+    return counts
+
+
+def image_labels(manifest: pa.Table) -> Int[np.ndarray, " images"]:
+    """The label of every image of a manifest; -1 where there is none."""
+    return manifest["label"].fill_null(-1).to_numpy().astype(np.int64)
+
+
+def majority(
+    top_image: Int[np.ndarray, "neurons top"], labels: Int[np.ndarray, " images"]
+) -> tuple[Int[np.ndarray, " neurons"], Float[np.ndarray, " neurons"]]:
+    """The commonest label among each neuron's images, the lower one of two that tie, and its share of the images.
+
+    -1 and 0 where no image has a label.
+    """
+    neuron, rank = np.nonzero(top_image >= 0)
+    label = labels[top_image[neuron, rank]]
+    n_images = np.bincount(neuron, minlength=len(top_image))
+    neuron, label = neuron[label >= 0], label[label >= 0]
+    n_labels = int(labels.max(initial=0)) + 1
+    pairs, counts = np.unique(neuron * n_labels + label, return_counts=True)
+    neuron, label = pairs // n_labels, pairs % n_labels
+    best = np.lexsort((label, -counts, neuron))
+    _, first = np.unique(neuron[best], return_index=True)
+    found, share = np.full(len(top_image), -1), np.zeros(len(top_image))
+    chosen = best[first]
+    found[neuron[chosen]] = label[chosen]
+    share[neuron[chosen]] = counts[chosen] / n_images[neuron[chosen]]
+    return found, share

@@ -1,0 +1,220 @@
+"""The page itself: what a study's steps say of it, put into the template."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae_ray.plan import StudyPlan
+from sae_ray.report import plots
+from sae_ray.report.album import SIDE, Album, thumbnail_size
+from sae_ray.report.data import PER_CHUNK
+from sae_ray.report.heat import caution, why_none
+from sae_ray.report.neurons import Neurons
+from sae_ray.report.steering import SteeringResult, show
+from sae_ray.report.wording import count, duration, model_name, number, share
+from sae_ray.statistics import HISTOGRAM_EDGES
+from sae_ray.summary import BEST, CellSummary, compare
+
+ASSETS = Path(__file__).parent / "assets"
+REJECTS_SHOWN = 200
+SETS = {"train": "training images", "heldout": "held-out images"}
+
+
+class Reject(NamedTuple):
+    """An image that could not be read."""
+
+    images: str
+    """The image set, in words."""
+    image_id: str
+    reason: str
+
+
+def render(
+    plan: StudyPlan,
+    rows: Sequence[CellSummary],
+    cells: Sequence[Neurons],
+    steering: Sequence[SteeringResult],
+    album: Album,
+    notes: Sequence[str],
+) -> str:
+    """The text of `index.html`."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"number": number, "count": count, "share": share}
+    min_images = plan.study.scoring.min_images
+    drawn = {
+        "grid_plots": plots.grid_plots(rows),
+        "curve_plots": plots.curve_plots(cells, min_images),
+        "fidelity_plots": plots.fidelity_plots(rows),
+    }
+    by_name = {cell.name: cell for cell in cells}
+    comparisons = compare(list(rows))
+    rejects = find_rejects(plan)
+    steps = [_step(step) for step in plan.steps]
+    return environment.get_template("index.html.jinja").render(
+        study=plan.study.name,
+        encoder=model_name(plan.study.encoder.model),
+        judge=model_name(plan.study.judge.model),
+        root=str(plan.root),
+        version=version("sae-ray"),
+        tiles=_tiles(plan, rows, steering, rejects),
+        notes=[*_missing(plan), *notes],
+        rows=rows,
+        best=BEST,
+        min_images=min_images,
+        comparisons=comparisons,
+        n_holding=sum(one.holds for one in comparisons),
+        facts=_facts(plan, rows, cells, steering, album),
+        steering=[show(result, by_name[result.plan.name], album) for result in steering],
+        run=_run(plan),
+        steps=steps,
+        seconds=duration(sum(step["seconds"] or 0 for step in steps)),
+        rejects=rejects,
+        rejects_shown=rejects[:REJECTS_SHOWN],
+        **{name: [plots.figure(plot) for plot in group] for name, group in drawn.items()},
+    )
+
+
+def find_rejects(plan: StudyPlan) -> list[Reject]:
+    """Every image that some extraction could not read, each reason once."""
+    found: dict[Reject, None] = {}
+    for extract in plan.extracts:
+        if extract.step.finished:
+            for row in extract.step.folder.read_parquet("rejects.parquet").to_pylist():
+                found[Reject(SETS[extract.images.name], row["image_id"], row["reason"])] = None
+    return list(found)
+
+
+def _facts(
+    plan: StudyPlan,
+    rows: Sequence[CellSummary],
+    cells: Sequence[Neurons],
+    steering: Sequence[SteeringResult],
+    album: Album,
+) -> dict[str, Any]:
+    """What the script needs to know from the start."""
+    height, width = thumbnail_size(plan.encoder.image_size)
+    saes = [row for row in rows if row.grid_cell is not None and not math.isnan(row.top_ms)]
+    return {
+        "study": plan.study.name,
+        "cells": [
+            {
+                "name": cell.name,
+                "n_neurons": cell.score.neurons,
+                "n_images": (cell.score.step.record() or {})["counts"]["images"],
+                "level_ends": cell.level_ends,
+                "heat_none": why_none(cell),
+                "heat_caution": caution(cell),
+                "steered": any(result.plan.name == cell.name for result in steering),
+            }
+            for cell in cells
+        ],
+        "first": max(saes, key=lambda row: row.top_ms).name if saes else None,
+        "labels": label_names(plan),
+        "thumbnail": {"side": SIDE, "width": width, "height": height},
+        "n_pictured": album.n_pictured,
+        "per_chunk": PER_CHUNK,
+        "histogram_edges": HISTOGRAM_EDGES.tolist(),
+    }
+
+
+def label_names(plan: StudyPlan) -> list[str]:
+    """The names of the labels of the images that pictures come from, by label; empty for one that none of them has."""
+    manifest = plan.images[plan.study.scoring.pictures].manifest
+    found = dict(zip(manifest["label"].to_pylist(), manifest["label_name"].to_pylist(), strict=True))
+    found.pop(None, None)
+    return [found.get(label, "") for label in range(max(found, default=-1) + 1)]
+
+
+def _tiles(
+    plan: StudyPlan,
+    rows: Sequence[CellSummary],
+    steering: Sequence[SteeringResult],
+    rejects: Sequence[Reject],
+) -> list[dict[str, str]]:
+    bad = Counter(reject.images for reject in {reject._replace(reason="") for reject in rejects})
+    tiles = [
+        {"name": SETS[name], "value": count(len(images.manifest)), "note": f"{count(bad[SETS[name]])} rejected"}
+        for name, images in plan.images.items()
+    ]
+    done = [train for train in plan.trains if train.step.finished and train.step.failure is None]
+    failed = [train for train in plan.trains if train.step.failure is not None]
+    note = f"of {len(plan.trains)}, {len(failed)} failed" if failed else f"of {len(plan.trains)}"
+    tiles.append({"name": "SAEs trained", "value": count(len(done)), "note": note})
+    saes = [row for row in rows if row.grid_cell is not None and not math.isnan(row.mean_ms)]
+    raw = {row.site: row for row in rows if row.grid_cell is None}
+    if saes:
+        best = max(saes, key=lambda row: row.mean_ms)
+        against = f"raw neurons {number(raw[best.site].mean_ms, 3)}" if best.site in raw else best.name
+        tiles.append({"name": "highest mean MS", "value": number(best.mean_ms, 3), "note": against})
+    comparisons = compare(list(rows))
+    if comparisons:
+        holding = sum(one.holds for one in comparisons)
+        value = f"{holding} of {len(comparisons)}"
+        tiles.append({"name": "comparisons", "value": value, "note": "come out as the paper's"})
+    white = [result.counts["kinds"]["white"] for result in steering if "white" in result.counts["kinds"]]
+    if white and white[0]["asked"]:
+        value = f"{count(white[0]['right'])} of {count(white[0]['asked'])}"
+        tiles.append({"name": "steering", "value": value, "note": "concepts named on a white image"})
+    return tiles
+
+
+def _missing(plan: StudyPlan) -> list[str]:
+    """What is not in the report because its step is not done."""
+    notes = [f"{train.grid_cell.name} failed: {train.step.failure}" for train in plan.trains if train.step.failure]
+    missing = [step for step in plan.steps if not step.finished]
+    if missing:
+        labels = ", ".join(step.label for step in missing[:6]) + (", …" if len(missing) > 6 else "")
+        notes.append(
+            f"{len(missing)} of {len(list(plan.steps))} steps are not done, so what they find is not shown: {labels}. "
+            "`sae-ray run` does them."
+        )
+    return notes
+
+
+def _run(plan: StudyPlan) -> list[tuple[str, str]]:
+    """Name and value of what the study was run with."""
+    study = plan.study
+    records = [record for step in plan.steps if (record := step.record()) is not None]
+    commits = sorted({record["git_commit"][:10] for record in records if record["git_commit"]})
+    versions: dict[str, set[str]] = {}
+    for record in records:
+        for package, found in record["versions"].items():
+            versions.setdefault(package, set()).add(found)
+    facts = [
+        ("encoder", _model(study.encoder.model, plan.encoder.revision)),
+        ("judge", _model(study.judge.model, plan.judge.revision)),
+        *((SETS[name], str(images.folder)) for name, images in plan.images.items()),
+        ("seed", str(study.seed)),
+        ("git commit", ", ".join(commits) or "–"),
+        *((package, ", ".join(sorted(found))) for package, found in versions.items()),
+    ]
+    if records:
+        facts.append(("last step done", max(record["finished_at"] for record in records)))
+    return facts
+
+
+def _model(model: str, revision: str | None) -> str:
+    return f"{model} @ {revision[:10]}" if revision else model
+
+
+def _step(step) -> dict[str, Any]:
+    record = step.record()
+    counts = record["counts"] if record else {}
+    return {
+        "name": step.name,
+        "stage": step.stage,
+        "status": step.status(),
+        "reason": record["reason"] if record else None,
+        "rows": counts.get("rows", counts.get("images")),
+        "seconds": record["seconds"] if record else None,
+        "time": duration(record["seconds"] if record else None),
+    }

@@ -1,0 +1,273 @@
+"""The plots of a study, as SVG that takes its colours of text and axes from the page around it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import numpy as np
+
+from sae_ray.report.neurons import Neurons
+from sae_ray.sae.config import Cell
+from sae_ray.study import GridCell
+from sae_ray.summary import BEST, CellSummary
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from matplotlib.axes import Axes
+
+# Told apart by people who see colours differently, on white as on black (Okabe and Ito's, darkened a little).
+COLOURS = ("#0b7bb5", "#d55e00", "#009e73", "#b5739d", "#c88a04", "#56b4e9", "#8c6bb1", "#7a7a7a")
+INK = "#010203"
+"""Stands for the colour of the page's text, which is not known here."""
+WIDTH, HEIGHT = 4.6, 3.1
+"""Of a plot, in inches of 72 points."""
+POINTS = 256
+"""Points of an MS curve at most; it is what is seen at the size of a plot."""
+
+
+SETTINGS: dict[str, Callable[[GridCell], str]] = {
+    "site": lambda grid_cell: grid_cell.site.name,
+    "architecture": lambda grid_cell: grid_cell.cell.architecture,
+    "expansion": lambda grid_cell: f"×{grid_cell.cell.expansion:g}",
+    "amount": lambda grid_cell: (
+        f"K\u00a0=\u00a0{grid_cell.cell.k}" if grid_cell.cell.k is not None else f"sparsity {grid_cell.cell.sparsity:g}"
+    ),
+}
+"""What tells the cells of a grid apart, in words."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot: what is on it, and the words around it."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: list[Line] = field(default_factory=list)
+    x_scale: str = "linear"
+    """`linear`, or `log2` or `log10` with ticks where the points are."""
+    markers: bool = True
+    y_from_0: bool = True
+
+    @property
+    def height(self) -> float:
+        return HEIGHT
+
+    @property
+    def description(self) -> str:
+        """In words, for those who do not see it."""
+        ranges = [f"{line.name} from {min(line.y):.3g} to {max(line.y):.3g}" for line in self.lines]
+        return f"{self.title}: {self.y_label} over {self.x_label}. {'; '.join(ranges)}."
+
+    def paint(self, axes: Axes) -> None:
+        from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+
+        coloured = 0
+        for line in self.lines:
+            look: dict[str, Any] = {"color": INK, "linestyle": "--"}
+            if not line.dashed:
+                look = {"color": COLOURS[coloured % len(COLOURS)]}
+                coloured += 1
+            marker = "o" if self.markers else None
+            axes.plot(line.x, line.y, label=line.name, linewidth=1.8, marker=marker, markersize=4.5, **look)
+        axes.set(xlabel=self.x_label, ylabel=self.y_label if self.y_label != self.title else "")
+        axes.grid(color=INK, alpha=0.12, linewidth=0.7)
+        if self.x_scale != "linear":
+            axes.set_xscale("log", base=int(self.x_scale.removeprefix("log")))
+            seen = sorted({x for line in self.lines for x in line.x})
+            major = FixedLocator(seen) if self.x_scale == "log2" else LogLocator(10, subs=(1.0, 2.0, 5.0))
+            axes.xaxis.set_major_locator(major)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if self.y_from_0:
+            values = [y for line in self.lines for y in line.y]
+            axes.set_ylim(1.08 * min(0.0, *values), 1.08 * max(values) or 1.0)
+        if len(self.lines) > 1:
+            axes.legend(frameon=False, fontsize=8, handlelength=1.6)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Shares side by side: with and without an edit."""
+
+    title: str
+    names: Sequence[str]
+    shares: Mapping[str, Sequence[float]]
+    """Name of the colour -> one share per name; NaN where there is none."""
+
+    @property
+    def height(self) -> float:
+        return 0.8 + 0.4 * len(self.names)
+
+    @property
+    def description(self) -> str:
+        """In words, for those who do not see it."""
+        rows = [
+            f"{name}: " + ", ".join(f"{colour} {values[row]:.0%}" for colour, values in self.shares.items())
+            for row, name in enumerate(self.names)
+        ]
+        return f"{self.title}. {'; '.join(rows)}."
+
+    def paint(self, axes: Axes) -> None:
+        tall = 0.8 / len(self.shares)
+        rows = np.arange(len(self.names))
+        for place, (name, values) in enumerate(self.shares.items()):
+            colour = COLOURS[0] if place == 0 else COLOURS[-1]
+            axes.barh(rows + place * tall, values, height=tall, align="edge", color=colour, label=name)
+        axes.set_yticks(rows + 0.4, [fill(name, 30) for name in self.names], fontsize=8)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.invert_yaxis()
+        axes.grid(axis="x", color=INK, alpha=0.12, linewidth=0.7)
+        axes.legend(frameon=False, fontsize=8, ncols=len(self.shares), loc="lower left", bbox_to_anchor=(0, 1))
+
+
+def grid_plots(rows: Sequence[CellSummary]) -> list[Plot]:
+    """What width and sparsity do: one plot per measure, one line per family of cells over the expansion factor."""
+    measures: list[tuple[str, Callable[[CellSummary], float | None]]] = [
+        ("mean MS", lambda row: row.mean_ms),
+        (f"mean MS of the {BEST} best", lambda row: row.top_ms),
+        ("best MS", lambda row: row.best_ms),
+        ("R²", lambda row: row.r2),
+        ("L0", lambda row: row.l0),
+        ("dead latents", lambda row: row.dead_fraction),
+    ]
+    saes = [row for row in rows if row.grid_cell is not None]
+    plots = []
+    for label, measure in measures:
+        plot = Plot(label, "expansion factor", label, x_scale="log2")
+        for name, family in _grouped(saes, lambda row: _family(row, rows, "expansion")):
+            points = sorted((row.grid_cell.cell.expansion, measure(row)) for row in family if _known(measure(row)))
+            _append(plot, str(name), points)
+        if plot.lines:
+            plots.append(plot)
+    return plots
+
+
+def fidelity_plots(rows: Sequence[CellSummary]) -> list[Plot]:
+    """R² against L0, one line per family of cells that differ in sparsity alone."""
+    x_label = "L0 (active latents per activation)"
+    plot = Plot("R² against L0", x_label, "R²", x_scale="log10", y_from_0=False)
+    saes = [row for row in rows if row.grid_cell is not None and _known(row.l0) and _known(row.r2)]
+    for name, family in _grouped(saes, lambda row: _family(row, rows, "amount")):
+        _append(plot, str(name), sorted((row.l0, row.r2) for row in family))
+    return [plot] if plot.lines else []
+
+
+def curve_plots(cells: Sequence[Neurons], min_images: int) -> list[Plot]:
+    """MS over the neurons of a cell from best to worst: per expansion and per sparsity, with the raw neurons dashed."""
+    raw = {cell.score.activations.site.name: cell for cell in cells if cell.score.sae is None}
+    saes = [(cell.score.sae.grid_cell, cell) for cell in cells if cell.score.sae is not None]
+    plots = []
+    for varies, fixed in (("expansion", "amount"), ("amount", "expansion")):
+
+        def shared(pair: tuple[GridCell, Neurons], fixed: str = fixed) -> tuple[str, str, str]:
+            grid_cell, _ = pair
+            return grid_cell.score_site.name, grid_cell.cell.architecture, SETTINGS[fixed](grid_cell)
+
+        for (site, architecture, setting), group in _grouped(saes, shared):
+            if varies == "amount" and len(group) < 2:
+                continue  # it is among the others
+            plot = Plot(f"{architecture} on {site}, {setting}", "neurons, best first (share)", "MS", markers=False)
+            for grid_cell, cell in sorted(group, key=lambda pair: _size(pair[0].cell)):
+                _append_curve(plot, SETTINGS[varies](grid_cell), cell, min_images)
+            if site in raw:
+                _append_curve(plot, "raw neurons", raw[site], min_images, dashed=True)
+            plots.append(plot)
+    return plots
+
+
+def ms_curve(ms: Float[np.ndarray, " neurons"]) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
+    """Rank as a share, and score, of neurons from best to worst; at most `POINTS` of them, both ends among these."""
+    ms = np.sort(ms)[::-1]
+    kept = np.unique(np.linspace(0, len(ms) - 1, min(POINTS, len(ms))).round().astype(int))
+    return kept / max(1, len(ms) - 1), ms[kept]
+
+
+def draw(plot: Plot | Bars) -> str:
+    """The plot as an `<svg>` element."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": plot.description,  # ids must not meet those of the other plots on the page
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(WIDTH, plot.height), layout="constrained")
+        plot.paint(figure.add_subplot())
+        out = StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(out.getvalue())
+
+
+def figure(plot: Plot | Bars) -> dict[str, str]:
+    """What the template needs of a plot."""
+    return {"title": plot.title, "description": plot.description, "svg": draw(plot)}
+
+
+def _inline(svg: str) -> str:
+    """The drawing alone: no XML prologue, no style that would reach the rest of the page, no fonts but the page's."""
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"font-family: [^;]*; ?", "", svg)
+    svg = re.sub(r' id="[a-z0-9_.]+_\d+"', "", svg)  # names of parts, the same in every plot
+    return svg.replace("xlink:href", "href").replace(INK, "currentColor")
+
+
+def _append(plot: Plot, name: str, points: Sequence[tuple[Any, Any]]) -> None:
+    if points:
+        plot.lines.append(Line(name, [x for x, _ in points], [y for _, y in points]))
+
+
+def _append_curve(plot: Plot, name: str, cell: Neurons, min_images: int, dashed: bool = False) -> None:
+    ms = cell.columns["ms"]
+    ms = ms[(cell.columns["n_active"] >= min_images) & ~np.isnan(ms)]
+    if len(ms):
+        x, y = ms_curve(ms)
+        plot.lines.append(Line(name, x.tolist(), y.tolist(), dashed))
+
+
+def _known(value: float | None) -> TypeGuard[float]:
+    return value is not None and not np.isnan(value)
+
+
+def _size(cell: Cell) -> tuple[float, float]:
+    """Narrow before wide, sparse before dense."""
+    return cell.expansion, cell.k if cell.k is not None else -(cell.sparsity or 0.0)
+
+
+def _family(row: CellSummary, rows: Sequence[CellSummary], varies: str) -> str:
+    """What cells share that differ in one setting alone, named by what is not the same in the whole study."""
+    assert row.grid_cell is not None
+    saes = [one.grid_cell for one in rows if one.grid_cell is not None]
+    others = [of for name, of in SETTINGS.items() if name != varies]
+    telling = [of for of in others if len({of(grid_cell) for grid_cell in saes}) > 1]
+    return ", ".join(of(row.grid_cell) for of in telling) or row.grid_cell.cell.architecture
+
+
+def _grouped(items: Sequence[Any], key: Callable[[Any], Hashable]) -> Iterator[tuple[Any, list[Any]]]:
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    yield from groups.items()

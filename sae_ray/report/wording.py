@@ -1,0 +1,34 @@
+"""Numbers and names as the report writes them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+
+def number(value: float | None, digits: int) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.1%}"
+
+
+def count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def duration(seconds: float | None) -> str:
+    """`1 h 02 min`, `3 min 05 s`, `4.2 s`."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def model_name(model: str) -> str:
+    """A hub id as it is; of a path its last part."""
+    path = model.removeprefix("open_clip:local-dir:")
+    return Path(path).name if path != model or path.startswith(("/", "~", ".")) else model

@@ -1,0 +1,264 @@
+"""Interventions: typed edits of SAE latents, applied to the tokens of one image (Pach et al., section 3.3)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, assert_never, get_args
+
+import pyarrow as pa
+import torch
+
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.files import Folder
+from sae_ray.sae.model import SAE
+from sae_ray.sae.sparse import Pattern
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+Mode = Literal["set", "add", "scale", "ablate"]
+Unit = Literal["absolute", "max"]
+OnError = Literal["drop", "keep"]
+
+ALIASES: dict[str, Mode] = {"clamp": "set", "pin": "set", "nudge": "add", "mul": "scale", "suppress": "ablate"}
+"""What other steering APIs call the modes; understood by `Intervention.from_dict`."""
+
+TowerEdit = Callable[["Float[Tensor, 'tokens d_in']"], "Float[Tensor, 'tokens d_in']"]
+"""Replaces one image's tokens, CLS included where there is one. An `Intervention` is one."""
+
+LATENTS_FILE = "latents.parquet"
+
+
+@dataclass(frozen=True)
+class LatentEdit:
+    """What happens to the value `a` of one latent on every token.
+
+    Raises UsageError for what cannot be: an unknown mode or unit, a strength that is not finite or has no meaning.
+    """
+
+    latent: int
+    mode: Mode = "set"
+    """`set`: a = strength. `add`: a + strength. `scale`: a * strength. `ablate`: a = 0."""
+    strength: float = 0.0
+    """Negative ones suppress. Left out for `ablate`."""
+    unit: Unit = "absolute"
+    """`max`: the strength counts in multiples of the latent's largest value on a single token. For `set` and `add`."""
+
+    def __post_init__(self):
+        if not _is_index(self.latent):
+            raise UsageError(f"latent is {self.latent!r}; latents are numbered from 0")
+        for name, value, known in (("mode", self.mode, Mode), ("unit", self.unit, Unit)):
+            if value not in get_args(known):
+                raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(get_args(known))}")
+        if isinstance(self.strength, bool) or not isinstance(self.strength, int | float):
+            raise UsageError(f"strength of latent {self.latent} is {self.strength!r}; it must be a number")
+        if not abs(self.strength) <= torch.finfo(torch.float32).max:  # NaN compares as false
+            raise UsageError(f"strength of latent {self.latent} is {self.strength}; it must be finite, in float32 too")
+        if self.mode == "ablate" and self.strength != 0:
+            raise UsageError(
+                f"strength of latent {self.latent} is {self.strength:g}, but ablate takes none; leave it out"
+            )
+        if self.unit == "max" and self.mode in ("scale", "ablate"):
+            raise UsageError(
+                f"unit of latent {self.latent} is 'max', which has no meaning for {self.mode}; it goes with set and add"
+            )
+
+    def affine(self, max_token: Tensor | None) -> tuple[float, float]:
+        """Factor and summand: the edited value is `factor * a + summand`."""
+        strength = float(self.strength)
+        if self.unit == "max":
+            assert max_token is not None, "checked when the intervention was made"
+            strength *= float(max_token[self.latent])
+        match self.mode:
+            case "set":
+                return 0.0, strength
+            case "add":
+                return 1.0, strength
+            case "scale":
+                return strength, 0.0
+            case "ablate":
+                return 0.0, 0.0
+            case _:
+                assert_never(self.mode)
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """Edits of latents that act on the tokens of an image: `intervention(x)` with x [tokens, d_in].
+
+    With `a = encode(x)` and ã its edited form, the result is `decode(ã)` (the paper), or with `error="keep"`
+    `x + (ã - a) @ W_dec`. It is computed in the SAE's precision, float32 or more, and on its device; the result has
+    the dtype and device of x.
+
+    Raises UsageError when an edit does not fit the SAE.
+    """
+
+    sae: SAE
+    edits: tuple[LatentEdit, ...] = ()
+    """At most one per latent."""
+    error: OnError = "drop"
+    """What becomes of the part of x that the SAE does not reconstruct."""
+    isolate: bool = False
+    """Zeroes all other latents."""
+    tokens: tuple[int, ...] | None = None
+    """The tokens that are replaced, numbered as in a `Site` (0 is CLS where there is one); None for all."""
+    max_token: Float[Tensor, " d_sae"] | None = None
+    """Largest value of each latent on single tokens (`load_max_token`); needed for the unit `max`."""
+
+    def __post_init__(self):
+        d_sae = self.sae.d_sae
+        if self.error not in get_args(OnError):
+            raise UsageError(f"error is {self.error!r}; it must be one of {', '.join(get_args(OnError))}")
+        if not isinstance(self.isolate, bool):
+            raise UsageError(f"isolate is {self.isolate!r}; it must be true or false")
+        if self.tokens is not None and (not self.tokens or not all(_is_index(token) for token in self.tokens)):
+            raise UsageError(
+                f"tokens is {list(self.tokens)!r}; give token numbers from 0 (the CLS token where there is one), "
+                "or leave it out for all"
+            )
+        if self.max_token is not None and self.max_token.shape != (d_sae,):
+            raise UsageError(f"max_token has shape {list(self.max_token.shape)}, but the SAE has {d_sae} latents")
+        latents = [edit.latent for edit in self.edits]
+        for edit in self.edits:
+            if edit.latent >= d_sae:
+                raise UsageError(f"latent is {edit.latent}; the SAE has latents 0 to {d_sae - 1} (d_sae = {d_sae})")
+            if latents.count(edit.latent) > 1:
+                raise UsageError(f"latent {edit.latent} is edited twice; leave one of the edits out")
+            if edit.unit == "absolute":
+                continue
+            if self.max_token is None:
+                raise UsageError(
+                    f"strength of latent {edit.latent} is in multiples of max_token, which is not known; give an "
+                    f"absolute strength, or an SAE whose directory holds {LATENTS_FILE}, as studies write it"
+                )
+            if not self.max_token[edit.latent] > 0:
+                raise UsageError(
+                    f"strength of latent {edit.latent} is in multiples of max_token, but this latent never fired; give "
+                    "an absolute strength or another latent"
+                )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], sae: SAE, max_token: Tensor | None = None) -> Intervention:
+        """From plain values, as in a JSON file; modes may go by their aliases.
+
+        Args:
+            values: `{"edits": [{"latent": 39, "mode": "set", "strength": 4, "unit": "max"}], "error": "drop",
+                "isolate": false, "tokens": null}`; everything but a latent's number has the default of its field.
+
+        Raises:
+            UsageError: A key is unknown, or a value cannot be.
+        """
+        values = _checked(values, "the intervention", ("edits", "error", "isolate", "tokens"))
+        edits = values.pop("edits", ())
+        if not _is_list(edits):
+            raise UsageError(f"edits is {edits!r}; it must be a list")
+        tokens = values.pop("tokens", None)
+        if tokens is not None and not _is_list(tokens):
+            raise UsageError(f"tokens is {tokens!r}; it must be a list of token numbers, or null for all")
+        return cls(
+            sae,
+            tuple(_edit_from(edit, f"edits[{place}]") for place, edit in enumerate(edits)),
+            tokens=None if tokens is None else tuple(tokens),
+            max_token=max_token,
+            **values,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` takes."""
+        return {
+            "edits": [asdict(edit) for edit in self.edits],
+            "error": self.error,
+            "isolate": self.isolate,
+            "tokens": None if self.tokens is None else list(self.tokens),
+        }
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
+        """The tokens after the intervention; x itself is left alone.
+
+        Raises UsageError when x is not as wide as the SAE, or has no such tokens.
+        """
+        if self.error == "keep" and not self.edits and not self.isolate:
+            return x
+        if self.tokens is None:
+            return self._replaced(x)
+        if max(self.tokens) >= len(x):
+            raise UsageError(f"tokens has {max(self.tokens)}; there are tokens 0 to {len(x) - 1}")
+        chosen = list(self.tokens)
+        result = x.clone()
+        result[chosen] = self._replaced(x[chosen])
+        return result
+
+    def _replaced(self, x: Tensor) -> Tensor:
+        sae, codes = self.sae, self.sae.encode_sparse(x)
+        latents = torch.tensor([edit.latent for edit in self.edits], dtype=torch.int64, device=sae.device)
+        column = torch.full((sae.d_sae,), -1, device=sae.device)
+        column[latents] = torch.arange(len(latents), device=sae.device)
+        column = column[codes.latents]
+
+        edited = column >= 0
+        before = codes.values.new_zeros(codes.n_rows, len(latents))
+        before[codes.rows[edited], column[edited]] = codes.values[edited]
+        factor, summand = before.new_tensor([edit.affine(self.max_token) for edit in self.edits]).view(-1, 2).T
+        after = before * factor + summand
+
+        start, change = (sae.b_dec, after) if self.error == "drop" else (x, after - before)
+        result = start.to(before) + change @ sae.W_dec[latents].to(before)
+        if self.isolate != (self.error == "drop"):
+            untouched = Pattern(codes.rows[~edited], codes.latents[~edited], codes.n_rows, codes.d_sae)
+            sums = untouched.row_sums(codes.values[~edited], sae.W_dec.to(before))
+            result = result - sums if self.isolate else result + sums
+        return result.to(x)
+
+
+def load_max_token(folder: str | Path | Folder) -> Float[Tensor, " d_sae"]:
+    """Each latent's largest value on a single token, float64, from the `latents.parquet` in an SAE's directory.
+
+    Raises:
+        UsageError: There is none.
+        SaeRayError: It is damaged.
+    """
+    folder = folder if isinstance(folder, Folder) else Folder(folder)
+    if not folder.exists(LATENTS_FILE):
+        raise UsageError(
+            f"{folder} has no {LATENTS_FILE}, so strengths in multiples of max_token mean nothing there; give absolute "
+            "strengths, or an SAE directory that a study wrote"
+        )
+    try:
+        return torch.from_numpy(folder.read_parquet(LATENTS_FILE).sort_by("latent")["max_token"].to_numpy().copy())
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise SaeRayError(f"{folder / LATENTS_FILE} has no max_token per latent ({error}); copy it again") from error
+
+
+def _edit_from(values: Any, where: str) -> LatentEdit:
+    values = _checked(values, where, [item.name for item in fields(LatentEdit)])
+    if "latent" not in values:
+        raise UsageError(f"{where}: latent is missing; name one by its number")
+    mode = values.get("mode")
+    if isinstance(mode, str):
+        values["mode"] = ALIASES.get(mode, mode)
+    return LatentEdit(**values)
+
+
+def _checked(values: Any, where: str, known: Sequence[str]) -> dict[str, Any]:
+    """A copy, once it is a table of known keys."""
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where} is {values!r}; it must be a table with the keys {', '.join(known)}")
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            raise UsageError(f"{where} has the unknown key {key!r}; {hint}")
+    return dict(values)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,274 @@
+"""A LLaVA whose vision tower can be edited: image, edits at the layer that the language model reads, answer."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from sae_ray.encoders.base import EncoderInfo, placement
+from sae_ray.encoders.hub import find, load_weights, refusing
+from sae_ray.encoders.transformers_models import blocks_of, describe
+from sae_ray.errors import UsageError
+from sae_ray.steering.interventions import Intervention, TowerEdit
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from PIL import Image
+    from torch import Tensor
+
+ONE_WORD = "What is shown in this image? Use exactly one word!"
+"""The paper's question."""
+
+MAX_NEW_TOKENS = 32
+
+FORMS = "a LLaVA is named by a local directory in the transformers format or a model id on the Hugging Face hub"
+
+
+def load_llava(model: str, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> Llava:
+    """Loads a `LlavaForConditionalGeneration` with a CLIP or SigLIP tower.
+
+    Args:
+        model: A directory in the transformers format, or a model id on the Hugging Face hub.
+        revision: Pins the weights: a commit, or the digest of a directory (`Llava.info.revision`).
+        device: A torch device.
+        dtype: What it computes in: `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        UsageError: There is no such model, it is no LLaVA of this kind, its weights are missing or not safetensors, its
+            language model reads several layers at once; or the device or dtype is not available.
+    """
+    from transformers import AutoProcessor
+
+    target, kind = placement(device, dtype)
+    info, read = describe_llava(model, revision)
+    source = find(model, info.revision, FORMS)
+    with refusing(model, FORMS):
+        processor = AutoProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
+    network = load_weights(source, "LlavaForConditionalGeneration", kind, FORMS).to(target)
+    return Llava(info, read, network, processor)
+
+
+def describe_llava(model: str, revision: str | None = None) -> tuple[EncoderInfo, int]:
+    """A LLaVA's vision tower and the tower's block, from 0, whose output its language model reads; loads no weights.
+
+    Raises:
+        UsageError: There is no such model, it is no LLaVA of this kind, or its language model reads several layers.
+    """
+    source = find(model, revision, FORMS)
+    if source.config.model_type != "llava":
+        raise UsageError(f"{model} is of the model type {source.config.model_type}, not llava; {FORMS}")
+    info = describe(model, source.revision)
+    return info, _block_read(model, source.config.vision_feature_layer, info.n_layers)
+
+
+def _block_read(model: str, feature_layer: int | Sequence[int], n_layers: int) -> int:
+    """The block named by `vision_feature_layer`, which indexes hidden states: the first of those is block 0's input."""
+    if not isinstance(feature_layer, int):
+        raise UsageError(
+            f"vision_feature_layer of {model} is {list(feature_layer)}: its language model reads several layers; "
+            "steering takes a LLaVA that reads one"
+        )
+    block = feature_layer - 1 if feature_layer >= 0 else n_layers + feature_layer
+    if not 0 <= block < n_layers:
+        raise UsageError(
+            f"vision_feature_layer of {model} is {feature_layer}, which is no block's output; its tower has {n_layers}"
+        )
+    return block
+
+
+class Llava:
+    """A LLaVA that answers questions about images, each of which may be edited inside the vision tower."""
+
+    def __init__(self, info: EncoderInfo, layer: int, model: Any, processor: Any):
+        self.info = info
+        """Of the vision tower."""
+        self.layer = layer
+        """The tower's block, from 0, whose output the language model reads and interventions edit."""
+        self.model = model
+        self.processor = processor
+        self.device, self.dtype = model.device, model.dtype
+        self._block: nn.Module = blocks_of(model.model.vision_tower)[layer]
+        self._tower_in_use = threading.Lock()
+
+    @property
+    def width(self) -> int:
+        """Of the tower's residual stream; the `d_in` that an SAE must have."""
+        assert self.info.residual_width is not None, "a LLaVA's tower is a transformer"
+        return self.info.residual_width
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens per image that an edit sees, CLS included where there is one."""
+        return self.info.n_tokens
+
+    def answer(
+        self,
+        image: Image.Image,
+        prompt: str,
+        interventions: Sequence[TowerEdit] = (),
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> str:
+        """The greedy answer to a question about one image.
+
+        Args:
+            image: RGB, of any size.
+            prompt: A plain question; the model's chat template goes around it.
+            interventions: Applied in this order; none leaves the model as it is.
+
+        Raises:
+            UsageError: An intervention does not fit the tower, or the prompt does not fit the language model.
+        """
+        return self.answers([image], [prompt], [interventions], max_new_tokens)[0]
+
+    def answers(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        interventions: Sequence[Sequence[TowerEdit]],
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> list[str]:
+        """As `answer`, for a batch: one image, prompt and list of interventions per answer."""
+        return self.generate(self.image_embeddings(images, interventions), prompts, max_new_tokens)
+
+    @torch.no_grad()
+    def image_embeddings(
+        self, images: Sequence[Image.Image], edits: Sequence[Sequence[TowerEdit]]
+    ) -> list[Float[Tensor, "patches hidden"]]:
+        """What the language model gets to see of each image: vision tower, edits of that image, projector.
+
+        Raises:
+            UsageError: An edit does not fit the tower, or its result is not finite.
+        """
+        if len(images) != len(edits):
+            raise ValueError(f"{len(images)} images came with edits for {len(edits)}")
+        if not images:
+            return []
+        for edit in (edit for chain in edits for edit in chain if isinstance(edit, Intervention)):
+            self._check(edit)
+        pixels = self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        config = self.model.config
+        with self._edited_by(edits):
+            features = self.model.get_image_features(
+                pixel_values=pixels.to(self.device, self.dtype),
+                vision_feature_layer=config.vision_feature_layer,
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
+            )
+        return list(features.pooler_output)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        embeddings: Sequence[Tensor | Sequence[Tensor]],
+        prompts: Sequence[str],
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> list[str]:
+        """Greedy answers of the language model alone.
+
+        Args:
+            embeddings: Per prompt, those of its image ([patches, hidden], from `image_embeddings`) or of several.
+            prompts: Plain questions.
+
+        Raises:
+            UsageError: A prompt does not fit the language model.
+        """
+        if len(embeddings) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts came with the embeddings of {len(embeddings)}")
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        if not prompts:
+            return []
+        inputs = [
+            self._embedded(prompt, [one] if isinstance(one, torch.Tensor) else one)
+            for one, prompt in zip(embeddings, prompts, strict=True)
+        ]
+        longest = max(len(row) for row in inputs) + max_new_tokens
+        context = self.model.config.text_config.max_position_embeddings
+        if longest > context:
+            raise UsageError(
+                f"the longest prompt with its images and max_new_tokens = {max_new_tokens} takes {longest} tokens, but "
+                f"the language model has {context}; shorten the prompt or ask for fewer"
+            )
+        tokens = self.model.generate(
+            inputs_embeds=pad_sequence(inputs, batch_first=True, padding_side="left"),
+            attention_mask=pad_sequence(
+                [torch.ones(len(row), dtype=torch.int64, device=self.device) for row in inputs],
+                batch_first=True,
+                padding_side="left",
+            ),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def prompt(self, question: str, n_images: int = 1) -> str:
+        """The question as the model is asked: in its chat template, or in LLaVA-1.5's form where it has none.
+
+        Raises UsageError when the question contains the image token, which stands for an image.
+        """
+        token = self.processor.image_token
+        if token in question:
+            raise UsageError(
+                f"the prompt contains {token}, which stands for the image and is put there for you; drop it"
+            )
+        if self.processor.chat_template is None:
+            places = f"{token}\n" * n_images
+            return f"USER: {places}{question} ASSISTANT:"
+        content = [*[{"type": "image"}] * n_images, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+
+    def _embedded(self, question: str, images: Sequence[Tensor]) -> Float[Tensor, "tokens hidden"]:
+        """The prompt as the language model reads it, the images in their places."""
+        token, tokenizer = self.processor.image_token, self.processor.tokenizer
+        before, *between = self.prompt(question, len(images)).split(token)
+        text = before + "".join(token * len(one) + part for one, part in zip(images, between, strict=True))
+        starts_itself = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        ids = tokenizer(text, add_special_tokens=not starts_itself, return_tensors="pt")["input_ids"][0].to(self.device)
+        embedded = self.model.get_input_embeddings()(ids)
+        embedded[ids == self.processor.image_token_id] = torch.cat(list(images)).to(embedded)
+        return embedded
+
+    def _check(self, edit: Intervention) -> None:
+        if edit.sae.d_in != self.width:
+            raise UsageError(
+                f"the SAE has d_in = {edit.sae.d_in}, but the vision tower of {self.info.model} is {self.width} wide; "
+                f"take one that was trained there, at site layer{self.layer}:all or layer{self.layer}:random:2"
+            )
+        if edit.tokens is not None and max(edit.tokens) >= self.n_tokens:
+            raise UsageError(
+                f"tokens has {max(edit.tokens)}, but {self.info.model} has tokens 0 to {self.n_tokens - 1} per image"
+            )
+
+    @contextlib.contextmanager
+    def _edited_by(self, edits: Sequence[Sequence[TowerEdit]]) -> Iterator[None]:
+        """While it lasts, each image of the batch has its edits in the vision tower; other threads wait.
+
+        Without any edit, nothing is hooked.
+        """
+
+        def hook(module: nn.Module, args: object, stream: Float[Tensor, "n tokens d_in"]) -> Tensor:
+            return torch.stack([_applied(chain, x) for chain, x in zip(edits, stream, strict=True)])
+
+        with self._tower_in_use, contextlib.ExitStack() as hooks:
+            if any(edits):
+                # Hooks that transformers has put on the block hand its output to LLaVA; this one must come before them.
+                hooks.callback(self._block.register_forward_hook(hook, prepend=True).remove)
+            yield
+
+
+def _applied(edits: Sequence[TowerEdit], x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
+    for edit in edits:
+        result = edit(x).to(x)
+        if result.shape != x.shape:
+            raise ValueError(f"an edit made {list(result.shape)} of tokens {list(x.shape)}; it must keep their shape")
+        if not result.isfinite().all():
+            raise UsageError(f"the edited activations are not finite in {str(x.dtype)[6:]}; lower the strength")
+        x = result
+    return x

@@ -1,0 +1,98 @@
+"""Who answers: a LLaVA, the SAE it is steered by, and the edits that questions ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, assert_never
+
+from sae_ray.steering.interventions import Intervention, LatentEdit, TowerEdit
+from sae_ray.steering.llava import Llava
+from sae_ray.steering.protocol import WHITE, Question
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from PIL import Image
+    from torch import Tensor
+
+    from sae_ray.sae import SAE
+    from sae_ray.study import Steering
+
+
+class Respondent:
+    """Answers questions, greedily.
+
+    Args:
+        llava: that is steered.
+        sae: of the layer that it reads.
+        directions: class -> DiffMean vector, of the classes that questions with one are about.
+        steering: prompt, length of answers, treatment of the SAE's error.
+    """
+
+    def __init__(self, llava: Llava, sae: SAE, directions: Mapping[str, Float[Tensor, " d_in"]], steering: Steering):
+        self.llava = llava
+        self.sae = sae
+        self.directions = directions
+        self.steering = steering
+
+    def answers(self, questions: Sequence[Question], image: Callable[[int], Image.Image], batch_size: int) -> list[str]:
+        """One answer per question.
+
+        Args:
+            image: gives an image by its index.
+            batch_size: answers generated together.
+        """
+        answers: list[str] = []
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            # The same image under the same edit is often asked several prompts in a row.
+            shown = list({question._replace(prompt=""): question for question in batch}.values())
+            embeddings = self.llava.image_embeddings(
+                [self._white if question.image_index == WHITE else image(question.image_index) for question in shown],
+                [self._edits(question) for question in shown],
+            )
+            seen = {question._replace(prompt=""): one for question, one in zip(shown, embeddings, strict=True)}
+            answers += self.llava.generate(
+                [seen[question._replace(prompt="")] for question in batch],
+                [question.prompt for question in batch],
+                self.steering.max_new_tokens,
+            )
+        return answers
+
+    @property
+    def _white(self) -> Image.Image:
+        from PIL import Image
+
+        height, width = self.llava.info.image_size
+        return Image.new("RGB", (width, height), "white")
+
+    def _edits(self, question: Question) -> tuple[TowerEdit, ...]:
+        match question.kind:
+            case "unsteered":
+                return ()
+            case "reconstruction":
+                return (self._intervention(),)
+            case "white" | "insertion" | "impure":
+                return (self._intervention(LatentEdit(question.latent, "set", question.strength)),)
+            case "suppression":
+                return (self._intervention(LatentEdit(question.latent, "ablate")),)
+            case "neuron":
+                return (partial(_with_coordinate, question.latent, question.strength),)
+            case "diffmean_white" | "diffmean_insertion" | "diffmean_suppression":
+                assert question.concept is not None, "a vector belongs to a class"
+                return (partial(_with_added, question.strength * self.directions[question.concept]),)
+            case _:
+                assert_never(question.kind)
+
+    def _intervention(self, *edits: LatentEdit) -> Intervention:
+        return Intervention(self.sae, edits, error=self.steering.error)
+
+
+def _with_coordinate(coordinate: int, value: float, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
+    x = x.clone()
+    x[:, coordinate] = value
+    return x
+
+
+def _with_added(vector: Float[Tensor, " d_in"], x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
+    return x + vector.to(x)

@@ -1,0 +1,86 @@
+"""Texts in the space that a model of images and texts shares: CLIP and SigLIP of transformers, and open_clip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import normalize
+
+from sae_ray.encoders.base import placement
+from sae_ray.encoders.hub import find, load_weights
+from sae_ray.encoders.sources import FORMS
+from sae_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+_BATCH = 256
+
+
+class TextEncoder:
+    """Embeds texts; made by `load_text_encoder`."""
+
+    def __init__(self, embed: Callable[[list[str]], Tensor]):
+        self._embed = embed
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "texts d"]:
+        """Unit vectors, float32 on the CPU; compare them with the `projection` of the same model's images."""
+        batches = [list(texts[start : start + _BATCH]) for start in range(0, len(texts), _BATCH)]
+        return torch.cat([normalize(self._embed(batch).float().cpu(), dim=1) for batch in batches])
+
+
+def check_text_side(model: str, revision: str | None = None) -> None:
+    """Refuses an encoder that embeds images only; no weights are loaded.
+
+    Raises:
+        UsageError: It has no text side, is unknown or out of reach.
+    """
+    if model.startswith("open_clip:"):
+        return  # all of them have one
+    kind = find(model, revision, FORMS).config.model_type
+    if kind not in ("clip", "siglip"):
+        raise UsageError(
+            f"{model} is of the model type {kind}, which embeds no texts; name a CLIP, SigLIP or open_clip model"
+        )
+
+
+def load_text_encoder(model: str, revision: str | None = None, device: str = "cpu") -> TextEncoder:
+    """Loads the text side of an encoder.
+
+    Args:
+        model: Its specification, as in `sae_ray.encoders`.
+        revision: Pins the weights.
+        device: A torch device.
+
+    Raises:
+        UsageError: The encoder is unknown or out of reach, or has no text side.
+    """
+    place, dtype = placement(device, "float32")
+    if model.startswith("open_clip:"):
+        from sae_ray.encoders import open_clip_models
+
+        return TextEncoder(open_clip_models.load_text(model, revision, place))
+    return TextEncoder(_of_transformers(model, revision, place, dtype))
+
+
+def _of_transformers(
+    model: str, revision: str | None, device: torch.device, dtype: torch.dtype
+) -> Callable[[list[str]], Tensor]:
+    from transformers import AutoTokenizer
+
+    check_text_side(model, revision)
+    source = find(model, revision, FORMS)
+    length = source.config.text_config.max_position_embeddings
+    module: Any = load_weights(source, "AutoModel", dtype, FORMS).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.commit)
+
+    def embed(texts: list[str]) -> Tensor:
+        # SigLIP was trained on texts padded to this length; to CLIP the padding makes no difference.
+        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return module.get_text_features(**tokens.to(device)).pooler_output
+
+    return embed

@@ -1,0 +1,216 @@
+"""`sae-ray steer` as users call it, in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from sae_ray.jobs.cli import main
+
+from sae_ray.files import Folder
+from sae_ray.sae import SAE, load_sae, save_sae
+from sae_ray.steering import Intervention, LatentEdit, Llava, load_llava
+
+D_SAE = 64
+MAX_TOKEN = torch.linspace(0, 6.3, D_SAE, dtype=torch.float64)
+"""Latent 0 never fired."""
+
+
+def save_random_sae(folder: Path, d_in: int = 32) -> str:
+    generator = torch.Generator().manual_seed(0)
+    W_enc = torch.randn(d_in, D_SAE, generator=generator) / d_in**0.5
+    b_enc, b_dec = torch.randn(D_SAE, generator=generator), torch.randn(d_in, generator=generator)
+    save_sae(SAE("relu", W_enc, W_enc.T.contiguous(), b_enc, b_dec), Folder(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sae(tmp_path_factory) -> str:
+    """The directory of a random SAE for the tiny LLaVA, with the sidecar that a study writes."""
+    folder = tmp_path_factory.mktemp("sae")
+    columns = {"latent": np.arange(D_SAE), "frequency": np.full(D_SAE, 0.1), "max_token": MAX_TOKEN.numpy()}
+    Folder(folder).write_parquet("latents.parquet", pa.table(columns))
+    return save_random_sae(folder)
+
+
+@pytest.fixture(scope="module")
+def llava(tiny_llava) -> Llava:
+    return load_llava(tiny_llava)
+
+
+@pytest.fixture
+def call(tiny_llava, sae):
+    """`sae-ray steer IMAGE PROMPT …` with the tiny LLaVA and its SAE, unless others are named."""
+
+    def run(*arguments, llava: str = tiny_llava, sae: str = sae) -> Result:
+        models = ["--llava", llava, "--sae", sae, "--max-new-tokens", "6"]
+        return CliRunner().invoke(main, ["steer", *map(str, arguments), *models])
+
+    return run
+
+
+def refused(result: Result, *words: str, code: int = 2) -> None:
+    assert result.exit_code == code, (result.output, result.exception)
+    assert isinstance(result.exception, SystemExit)
+    assert "Error: " in result.stderr
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in result.stderr
+
+
+def white() -> Image.Image:
+    return Image.new("RGB", (28, 28), "white")
+
+
+def test_both_answers_side_by_side(call, llava, sae):
+    result = call("white", "w3 w4?", "--latent", "39=25")
+    assert result.exit_code == 0, result.output
+    edit = Intervention(load_sae(sae), (LatentEdit(39, "set", 25.0),))
+    unsteered, steered = (llava.answer(white(), "w3 w4?", chain, 6) for chain in ((), (edit,)))
+    assert unsteered != steered
+    head, answers = result.stdout.splitlines()
+    column = len(unsteered) + 2
+    assert (head[:column].rstrip(), head[column:]) == ("unsteered", "steered: latent 39 set to 25")
+    assert (answers[:column].rstrip(), answers[column:]) == (unsteered, steered)
+    assert result.stderr == ""
+
+
+def test_json_tells_everything(call, llava, sae, tmp_path):
+    path = tmp_path / "photo.png"
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    photo.save(path)
+    options = ["--latent", "3=4x", "--latent", "5=-2", "--mode", "nudge", "--error", "keep", "--isolate"]
+    result = call(path, "w5", *options, "--token", "2", "--token", "16", "--json")
+    assert result.exit_code == 0, result.output
+    edits = (LatentEdit(3, "add", 4.0, "max"), LatentEdit(5, "add", -2.0))
+    chain = [Intervention(load_sae(sae), edits, "keep", True, (2, 16), MAX_TOKEN)]
+    assert json.loads(result.stdout) == {
+        "image": str(path),
+        "prompt": "w5",
+        "llava": llava.info.model,
+        "revision": llava.info.revision,
+        "sae": sae,
+        "unsteered": llava.answer(photo, "w5", max_new_tokens=6),
+        "steered": [
+            {
+                "intervention": {
+                    "edits": [
+                        {"latent": 3, "mode": "add", "strength": 4.0, "unit": "max"},
+                        {"latent": 5, "mode": "add", "strength": -2.0, "unit": "absolute"},
+                    ],
+                    "error": "keep",
+                    "isolate": True,
+                    "tokens": [2, 16],
+                },
+                "answer": llava.answer(photo, "w5", chain, 6),
+            }
+        ],
+    }
+
+
+def test_a_sweep_is_a_table_of_strengths_and_answers(call, llava, sae):
+    result = call("white", "w5", "--latent", "39", "--latent", "7", "--sweep", "0x, 2x,8x,12")
+    assert result.exit_code == 0, result.output
+    rows = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    assert rows[0] == ["strength", "answer"]
+    assert rows[1] == ["unsteered", llava.answer(white(), "w5", max_new_tokens=6)]
+    assert [row[0] for row in rows[2:]] == ["0x", "2x", "8x", "12"]
+    for strength, unit, (_, answer) in zip([0, 2, 8, 12], ["max"] * 3 + ["absolute"], rows[2:], strict=True):
+        edits = tuple(LatentEdit(latent, "set", strength, unit) for latent in (39, 7))
+        chain = [Intervention(load_sae(sae), edits, max_token=MAX_TOKEN)]
+        assert answer == llava.answer(white(), "w5", chain, 6)
+    assert len({answer for _, answer in rows[1:]}) > 2
+
+
+def test_an_intervention_file_says_the_same(call, tmp_path):
+    path = tmp_path / "intervention.json"
+    edits = [{"latent": 39, "mode": "pin", "strength": 25}, {"latent": 3, "mode": "suppress"}]
+    path.write_text(json.dumps({"edits": edits}))
+    result = call("white", "w5", "--intervention", path, "--json")
+    assert result.exit_code == 0, result.output
+    (steered,) = json.loads(result.stdout)["steered"]
+    assert [edit["mode"] for edit in steered["intervention"]["edits"]] == ["set", "ablate"]
+    ablated = json.loads(call("white", "w5", "--latent", "39", "--mode", "ablate", "--json").stdout)["steered"]
+    assert ablated[0]["intervention"]["edits"] == [
+        {"latent": 39, "mode": "ablate", "strength": 0.0, "unit": "absolute"}
+    ]
+    result = call("white", "w5", "--intervention", path)
+    assert "steered: latent 39 set to 25, latent 3 ablated" in result.stdout
+
+
+def test_the_question_is_that_of_the_paper_unless_another_is_asked(call):
+    result = call("white", "--latent", "39=25", "--json")
+    assert json.loads(result.stdout)["prompt"] == "What is shown in this image? Use exactly one word!"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--latent", "-1=40"], ["latent is -1"]),
+        (["--latent", "64=40"], ["latent is 64", "0 to 63"]),
+        (["--latent", "star=40"], ["--latent star=40", "39=4x"]),
+        (["--latent", "39"], ["--latent 39", "strength is missing"]),
+        (["--latent", "39=nan"], ["strength of latent 39 is nan", "finite"]),
+        (["--latent", "39=inf"], ["strength of latent 39 is inf", "finite"]),
+        (["--latent", "39=much"], ["--latent 39=much", "'much' is no strength"]),
+        (["--latent", "0=4x"], ["latent 0", "never fired"]),
+        (["--latent", "39=4", "--latent", "39=5"], ["latent 39 is edited twice"]),
+        (["--latent", "39=4", "--mode", "boost"], ["mode is 'boost'", "set, add, scale, ablate"]),
+        (["--latent", "39=4", "--mode", "ablate"], ["ablate takes none"]),
+        (["--latent", "39=4x", "--mode", "mul"], ["no meaning for scale"]),
+        (["--latent", "39=4", "--error", "ignore"], ["error is 'ignore'", "drop, keep"]),
+        (["--latent", "39=4", "--token", "17"], ["tokens has 17", "0 to 16"]),
+        (["--latent", "39=4", "--token", "-1"], ["tokens is [-1]"]),
+        (["--latent", "39=4", "--sweep", "1x,2x"], ["those of --sweep", "--latent 39"]),
+        (["--latent", "39", "--sweep", "1x,,2x"], ["--sweep", "'' is no strength"]),
+        (["--latent", "39", "--sweep", "1x,nan"], ["strength of latent 39 is nan"]),
+        (["--intervention", "x.json", "--latent", "39=4"], ["--intervention", "leave out --latent"]),
+        (["--latent", "39=4", "--dtype", "int8"], ["dtype is 'int8'", "bfloat16"]),
+        (["--latent", "39=4", "--device", "cuda:99"], ["device is 'cuda:99'"]),
+        ([], ["no latent", "--latent 39=40"]),
+    ],
+)
+def test_options_that_cannot_be_are_refused(call, options, words):
+    refused(call("white", "w1", *options), *words)
+
+
+def test_an_image_that_is_no_image_is_refused(call, tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    refused(call(tmp_path / "text.png", "--latent", "39=4"), "text.png", "not an image", "white")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
+    refused(call(tmp_path / "broken.jpg", "--latent", "39=4"), "broken.jpg", "no usable image")
+    refused(call(tmp_path / "none.png", "--latent", "39=4"), "IMAGE is", "none.png", "cannot be read")
+    refused(call(tmp_path, "--latent", "39=4"), "IMAGE is", "cannot be read")
+
+
+def test_an_intervention_file_that_cannot_be_is_refused(call, tmp_path):
+    path = tmp_path / "intervention.json"
+    refused(call("white", "--intervention", path), "--intervention is", "cannot be read")
+    for text, words in (
+        ("{", ["--intervention is", "not JSON"]),
+        ("[]", ["must be a table"]),
+        ('{"edits": [], "eror": "keep"}', ["unknown key 'eror'", "did you mean 'error'"]),
+        ('{"edits": [{"latent": 3, "strenght": 4}]}', ["edits[0]", "unknown key 'strenght'", "'strength'"]),
+        ('{"edits": [{"latent": 3, "strength": NaN}]}', ["strength of latent 3 is nan"]),
+    ):
+        path.write_text(text)
+        refused(call("white", "--intervention", path), *words)
+
+
+def test_models_that_do_not_fit_are_refused(call, tiny_clip, tmp_path):
+    latent = ["--latent", "39=4"]
+    (tmp_path / "empty").mkdir()
+    refused(call("white", *latent, llava=str(tmp_path / "empty")), "empty", "a LLaVA is named by")
+    refused(call("white", *latent, llava=tiny_clip), "of the model type clip, not llava")
+    refused(call("white", *latent, sae=str(tmp_path / "empty")), "is not an SAE")
+    narrow = save_random_sae(tmp_path / "narrow", d_in=16)
+    refused(call("white", *latent, sae=narrow), "d_in = 16", "32 wide", "layer1")
+    refused(call("white", "--latent", "39=4x", sae=narrow), "max_token, which is not known", "latents.parquet")
+    (tmp_path / "narrow" / "sae_weights.safetensors").write_bytes(b"torn")
+    refused(call("white", *latent, sae=narrow), "damaged", code=1)

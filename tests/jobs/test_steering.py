@@ -1,0 +1,186 @@
+"""The steering stage on a real cluster: what it writes, that it resumes, and the search for latents."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+from sae_ray.jobs import status, steering, study
+from sae_ray.jobs.cli import main
+from sae_ray.jobs.progress import Progress
+from sae_ray.jobs.train import _bundles, train_cells
+
+from sae_ray.errors import SaeRayError
+from sae_ray.plan import StudyPlan
+from sae_ray.steering.evaluation import rates
+from tests.small_study import finish_extract, finish_score
+
+OTHER = "What colour is it?"
+
+
+@pytest.fixture(scope="module")
+def make_steered(make_plan, world) -> Callable[..., StudyPlan]:
+    def make(root: Path, **overrides) -> StudyPlan:
+        grid = {"sites": ["layer3:random:4"], "architectures": ["matryoshka_batch_topk"], "expansions": [4], "k": [8]}
+        values = {
+            "grid": [grid | {"score_tokens": "all"}],
+            "training.steps": 300,
+            "scoring.pictures": "train",
+            "steering": {
+                "llava": f"{world}/llava",
+                "scorer": f"{world}/clip",
+                "strength": 4,
+                "unit": "max",
+                "other_prompts": [OTHER],
+                "ignore_labels": ["blank"],
+                "min_images": 8,
+                "min_purity": 0.5,
+                "n_white_latents": 20,
+                "n_images": 20,
+                "n_image_latents": 3,
+            },
+        }
+        return make_plan(root, **(values | overrides))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def scored(make_steered, tmp_path_factory) -> Path:
+    """A root where all is done but the steering, in this process, since that is fast; copy it before writing to it."""
+    root = tmp_path_factory.mktemp("scored")
+    plan = make_steered(root)
+    for images in plan.images.values():
+        images.step.folder.write_parquet("manifest.parquet", images.manifest)
+        images.step.finish(0.0, {"images": len(images.manifest)})
+    for one in plan.extracts:
+        finish_extract(one)
+    [bundle] = _bundles(plan, plan.trains)
+    train_cells(bundle, "cpu", 0, 1, None, lambda steps: None)
+    for one in plan.scores:
+        finish_score(one)
+    return root
+
+
+@pytest.fixture(scope="module")
+def steered(ray_cluster, scored, make_steered, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("steered") / "root"
+    shutil.copytree(scored, root)
+    steering.run(make_steered(root))
+    return root
+
+
+def answers_of(plan: StudyPlan) -> list[dict]:
+    return plan.steerings[0].step.folder.read_parquet("answers.parquet").to_pylist()
+
+
+def test_every_answer_is_a_row_and_rates_are_counted_from_rows(steered, make_steered):
+    plan = make_steered(steered)
+    [one] = plan.steerings
+    rows = answers_of(plan)
+    keys = [tuple(row[name] for name in ("kind", "latent", "concept", "image_index", "prompt")) for row in rows]
+    assert len(set(keys)) == len(rows)
+    assert {row["kind"] for row in rows} >= {
+        "unsteered", "reconstruction", "white", "insertion", "neuron", "diffmean_white", "diffmean_insertion",
+    }  # fmt: skip
+    assert {row["prompt"] for row in rows} == {one.steering.prompt, OTHER}
+    labels = plan.images["heldout"].manifest["label_name"].to_pylist()
+    images = {row["image_index"] for row in rows} - {-1}
+    assert len(images) == 20
+    assert "blank" not in {labels[image] for image in images}
+    for row in rows:
+        if row["image_index"] != -1:
+            own = row["kind"] in ("unsteered", "reconstruction", "suppression", "diffmean_suppression")
+            assert (row["concept"] == labels[row["image_index"]]) == own, row
+
+    record = one.step.record()
+    answers, concepts = (one.step.folder.read_parquet(f"{name}.parquet") for name in ("answers", "concepts"))
+    assert record["counts"] == {"rows": len(rows), **rates(answers, concepts, one.steering.prompt)}
+    assert sorted(record["files"]) == ["answers.parquet", "concepts.parquet", "directions.parquet"]  # no parts are left
+    assert sum(row["is_best"] for row in concepts.to_pylist()) == 3
+
+
+def test_steering_reaches_the_answers(steered, make_steered):
+    kinds = make_steered(steered).steerings[0].step.record()["counts"]["kinds"]
+    assert kinds["unsteered"]["rate"] > 0.8
+    assert kinds["reconstruction"]["rate"] > 0.4
+    assert kinds["diffmean_insertion"]["rate"] > 0.5 > 0.1 > kinds["diffmean_insertion"]["unsteered_rate"]
+    assert kinds["diffmean_insertion"]["similarity"] > kinds["diffmean_insertion"]["unsteered_similarity"] + 0.1
+    assert kinds["insertion"]["rate"] > kinds["neuron"]["rate"]
+
+
+def test_the_summary_and_the_status_show_it(steered, make_steered, tmp_path):
+    plan = make_steered(steered)
+    text = study.summary_text(plan, study.write_summary(plan))
+    assert "Steering by layer3.random-4-matryoshka_batch_topk-x4-k8: latents set to 4 times their largest" in text
+    assert "images of other classes, DiffMean added: names the concept" in text
+    assert status.status(plan)[-1]["rows"] == len(answers_of(plan))
+    [planned] = [entry for entry in status.dry_run(make_steered(tmp_path))["steps"] if entry["stage"] == "steer"]
+    assert planned["rows"] >= len(answers_of(plan))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_where_it_was(steered, scored, make_steered, tmp_path, monkeypatch):
+    monkeypatch.setattr(steering, "QUESTIONS_PER_BLOCK", 40)
+    root = tmp_path / "root"
+    shutil.copytree(scored, root)
+
+    def stop(self: Progress, amount: int) -> None:
+        self.done += amount
+        if "answers" in self.label and self.done >= 80:
+            raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(steering.Progress, "advance", stop)
+        with pytest.raises(Interrupted):
+            steering.run(make_steered(root))
+    plan = make_steered(root, **{"resources.steer.workers": 2})
+    [one] = plan.steerings
+    assert one.step.status() == "partial"
+    parts = one.step.folder / "answers"
+    assert len(parts.files()) >= 2
+    first = min(parts.files())
+    told = parts.read_parquet(first)["answer"].to_pylist()
+    told[4] = "forged"  # so that it shows whether it is asked again
+    parts.write_parquet(first, pa.table({"answer": told}))
+
+    steering.run(plan)
+    expected, found = answers_of(make_steered(steered)), answers_of(plan)
+    assert (expected[4]["kind"], expected[4]["prompt"]) == ("reconstruction", OTHER)
+    expected[4] |= {"steered": "forged", "right": False}
+    assert found == expected
+
+
+def test_what_is_missing_is_named(scored, make_steered):
+    with pytest.raises(SaeRayError, match=r"sae-layer3.* is not there yet; run the train stage first"):
+        steering.run(make_steered(scored, **{"training.steps": 301}))
+
+
+def test_latents_are_found_by_text(scored, make_steered, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(scored, root)
+    (root / "study.json").write_text(json.dumps(make_steered(root).study.to_dict()))
+
+    def call(*arguments: str):
+        return CliRunner().invoke(main, ["find", *arguments, "--root", str(root)])
+
+    result = call("star", "--json", "-n", "1000")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    similarity = [row["similarity"] for row in rows]
+    assert similarity == sorted(similarity, reverse=True)
+    stars = [row["label"] == "star" and row["purity"] >= 0.5 for row in rows]
+    assert any(stars)
+    assert stars.index(True) < len(rows) // 4
+    lines = call("star", "-n", "3").stdout.splitlines()
+    assert len(lines) == 4
+    assert lines[1].split()[0] == str(rows[0]["latent"])
+    refused = call("star", "--sae", "other")
+    assert refused.exit_code == 2
+    assert "--sae is 'other', which the study does not have; give --sae one of layer3" in refused.stderr

@@ -1,0 +1,163 @@
+"""A whole small study, finished without Ray: real images, random encoders, random SAEs, real statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from sae_ray.activations import REJECTS_SCHEMA, ActivationStore, activation_table, write_part
+from sae_ray.encoders import load_encoder, load_preprocess
+from sae_ray.files import Folder
+from sae_ray.images import BadImage, decode_image
+from sae_ray.plan import ExtractPlan, ScorePlan, SteeringPlan, StudyPlan, TrainPlan
+from sae_ray.sae import SAE, load_sae, save_sae
+from sae_ray.scores import histogram_table, score_block, score_table, top_images_table
+from sae_ray.steering.evaluation import ANSWERS_SCHEMA, CONCEPTS_SCHEMA, rates
+from sae_ray.steering.protocol import WHITE
+from sae_ray.study import Study
+
+LABELS = ("red", "green", "<b>&blue\"'")
+COLOURS = ((220, 40, 40), (40, 180, 60), (50, 70, 220))
+DEAD = 0
+"""A latent that never fires, in every SAE."""
+STEERED = (3, 5, 8, 13, 21)
+"""Latents that the answers are about, the first of each label the best one."""
+
+
+def draw_images(folder: Path, per_label: int, seed: int) -> None:
+    """Coloured squares on noise, in one folder per label, and one file that is no image."""
+    rng = np.random.default_rng(seed)
+    for label, colour in zip(LABELS, COLOURS, strict=True):
+        (folder / label).mkdir(parents=True)
+        for number in range(per_label):
+            pixels = rng.integers(0, 90, (28, 28, 3), dtype=np.uint8)
+            row, column = rng.integers(0, 16, 2)
+            pixels[row : row + 12, column : column + 12] = colour
+            Image.fromarray(pixels).save(folder / label / f"{number:03}.png")
+    (folder / LABELS[0] / "broken.png").write_bytes(b"no image")
+
+
+def plan_study(directory: Path, llava: str, clip: str, judge: str, **overrides) -> StudyPlan:
+    """The plan of the study; draws its images where they are missing."""
+    if not (directory / "train").exists():
+        draw_images(directory / "train", per_label=20, seed=0)
+        draw_images(directory / "heldout", per_label=14, seed=1)
+    values = {
+        "name": "small <study>",
+        "images": {
+            "train": {"path": str(directory / "train")},
+            "heldout": {"path": str(directory / "heldout")},
+            "max_bad_fraction": 0.1,
+        },
+        "encoder": {"model": llava},
+        "judge": {"model": judge, "point": "projection"},
+        "grid": [
+            {"sites": ["layer1:all"], "architectures": ["matryoshka_batch_topk"], "expansions": [2, 4], "k": [4]},
+            {"sites": ["pooled"], "expansions": [2], "k": [2, 4]},
+            {"sites": ["layer0:cls"], "architectures": ["topk"], "expansions": [2], "k": [4]},
+        ],
+        "scoring": {"pictures": "train"},
+        "steering": {"llava": llava, "scorer": clip, "strength": 4.0, "unit": "max", "other_prompts": ["What colour?"]},
+        "extraction": {"images_per_part": 16},
+    }
+    return StudyPlan(Study.from_dict(values, overrides), Folder(directory / "root"))
+
+
+def finish_study(plan: StudyPlan) -> StudyPlan:
+    """Does every step that is not done."""
+    for images in plan.images.values():
+        images.step.folder.write_parquet("manifest.parquet", images.manifest)
+        images.step.finish(0.1, {"images": len(images.manifest)})
+    for extract in plan.extracts:
+        finish_extract(extract)
+    for train in plan.trains:
+        finish_train(train)
+    for score in plan.scores:
+        finish_score(score)
+    for steering in plan.steerings:
+        finish_steering(steering)
+    return plan
+
+
+def finish_extract(extract: ExtractPlan) -> None:
+    encoder = load_encoder(extract.encoder.model)
+    preprocess = load_preprocess(extract.encoder.model)
+    ids = extract.images.manifest["image_id"].to_pylist()
+    per_part = extract.step.config["images_per_part"]
+    parts, rejects = [], []
+    for number, start in enumerate(range(0, len(ids), per_part)):
+        pixels, index = [], []
+        for image in range(start, min(start + per_part, len(ids))):
+            try:
+                pixels.append(preprocess(decode_image(extract.images.folder.read_bytes(ids[image]))))
+                index.append(image)
+            except BadImage as error:
+                rejects.append((ids[image], error.reason))
+        rows = encoder.tap(torch.from_numpy(np.stack(pixels)), [extract.site], [ids[i] for i in index], 0)[extract.site]
+        table = activation_table(np.array(index)[rows.position], rows.token.numpy(), rows.activation.numpy(), "float16")
+        parts.append(write_part(extract.step.folder, number, table, []))
+    columns = [[reject[column] for reject in rejects] for column in range(2)]
+    extract.step.folder.write_parquet("rejects.parquet", pa.table(columns, schema=REJECTS_SCHEMA))
+    counts = {"images": sum(part.images for part in parts), "rows": sum(part.rows for part in parts)}
+    extract.step.finish(61.5, counts | {"rejects": len(rejects), "width": extract.width})
+
+
+def finish_train(train: TrainPlan) -> None:
+    """Saves a random SAE whose latents fire on a fifth of the training rows, but for the dead one."""
+    store = ActivationStore(train.activations.step.folder)
+    x = torch.from_numpy(np.concatenate([store.read(number)[2] for number in range(len(store.parts))])).float()
+    cell = train.grid_cell.cell
+    generator = torch.Generator().manual_seed(cell.seed)
+    W_enc = torch.nn.functional.normalize(torch.randn(store.d, train.d_sae, generator=generator), dim=0)
+    b_enc = torch.zeros(train.d_sae)
+    b_enc[DEAD] = -1e6
+    threshold = None if cell.architecture == "topk" else ((x - x.mean(0)) @ W_enc).quantile(0.8, 0).clamp_min(0)
+    sae = SAE(cell.architecture, W_enc, W_enc.T.clone(), b_enc, x.mean(0), threshold, cell.k)
+    save_sae(sae, train.step.folder)
+    counts = {"l0": float((sae.encode(x) > 0).sum(1).float().mean()), "r2": 0.5 + 0.01 * (cell.k or 0)}
+    train.step.finish(12.0, counts | {"dead_fraction": 1 / train.d_sae})
+
+
+def finish_score(score: ScorePlan) -> None:
+    store = ActivationStore(score.activations.step.folder)
+    embeddings = ActivationStore(score.embeddings.step.folder) if score.embeddings else None
+    sae = load_sae(score.sae.step.folder) if score.sae else None
+    stats = score_block(sae, store, embeddings, range(len(store.parts)), score.step.config["top_images"])
+    folder = score.step.folder
+    for name, of in (("scores", score_table), ("top_images", top_images_table), ("histogram", histogram_table)):
+        folder.write_parquet(f"{name}.parquet", of(stats))
+    score.step.finish(3.0, {"images": store.n_images, "neurons": score.neurons})
+
+
+def finish_steering(plan: SteeringPlan) -> None:
+    """Made-up answers: five latents name their class on white and on every second image of other classes."""
+    labels = plan.heldout.manifest["label_name"].to_pylist()
+    prompt, other_prompt = plan.steering.prompt, *plan.steering.other_prompts
+    answers, concepts = [], []
+
+    def ask(kind: str, latent: int, concept: str, image: int, prompt: str, answer: tuple[str, str], right) -> None:
+        steered, unsteered = answer
+        row = [kind, latent, concept, 4.0, image, prompt, unsteered, steered, *right, 0.3, 0.2]
+        answers.append(dict(zip(ANSWERS_SCHEMA.names, row, strict=True)))
+
+    for place, latent in enumerate(STEERED):
+        concept = LABELS[place % len(LABELS)]
+        row = [latent, concept, 0.9, 20, 0.4, 2.0, True, place < len(LABELS), 0.5, 0.1]
+        concepts.append(dict(zip(CONCEPTS_SCHEMA.names, row, strict=True)))
+        ask("white", latent, concept, WHITE, prompt, (concept, "nothing"), (True, False))
+        for image, label in enumerate(labels):
+            if label == concept:
+                ask("suppression", latent, concept, image, prompt, ("nothing", label), (True, False))
+                continue
+            right = image % 2 == 0
+            ask("insertion", latent, concept, image, prompt, (concept if right else label, label), (right, False))
+            ask("insertion", latent, concept, image, other_prompt, ("dark", "bright"), (False, True))
+    answer_table = pa.Table.from_pylist(answers, ANSWERS_SCHEMA)
+    concept_table = pa.Table.from_pylist(concepts, CONCEPTS_SCHEMA)
+    plan.step.folder.write_parquet("answers.parquet", answer_table)
+    plan.step.folder.write_parquet("concepts.parquet", concept_table)
+    plan.step.finish(5.0, {"rows": len(answers)} | rates(answer_table, concept_table, prompt))
