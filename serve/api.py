@@ -1,0 +1,319 @@
+"""The HTTP API: OpenAI's chat completions with steering, features to look at, and the playground."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path as FilePath
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Path, Query
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from sae_ray import report
+
+from .catalogue import SaeEntry, Sort, Summary
+from .errors import ApiError, as_api_error
+from .manners import Manners, answer_errors, api_key
+from .service import Completion, Event, Service, whole
+from .wire import (
+    MAX_INDEX,
+    ActiveFeature,
+    Answer,
+    ChatRequest,
+    ChatResponse,
+    Choice,
+    ErrorBody,
+    FeatureDetail,
+    Features,
+    FeatureSummary,
+    Inspection,
+    InspectRequest,
+    Model,
+    Models,
+    Reply,
+    Sae,
+    Saes,
+    SteerRequest,
+    SteerResponse,
+    TopImage,
+    chunk,
+)
+
+PLAYGROUND = FilePath(__file__).parent / "playground"
+ASSETS = {
+    "/": (PLAYGROUND / "index.html", "text/html; charset=utf-8"),
+    "/playground.css": (PLAYGROUND / "playground.css", "text/css; charset=utf-8"),
+    "/playground.js": (PLAYGROUND / "playground.js", "text/javascript; charset=utf-8"),
+    "/report.css": (FilePath(report.__file__).parent / "assets" / "report.css", "text/css; charset=utf-8"),
+}
+SAFE = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+FAILURES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": description}
+    for status, description in (("4XX", "What was asked for cannot be."), ("5XX", "It could not be done."))
+}
+SaeId = Annotated[str, Path(description="As in `/v1/saes`.", max_length=200)]
+Index = Annotated[int, Path(description="Of the feature.", ge=0, le=MAX_INDEX)]
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. However it ends, its source is closed at once."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.body_iterator):  # type: ignore[type-var]  # a generator
+            await super().__call__(scope, receive, send)
+
+
+def create_api(service: Service) -> FastAPI:
+    """The API as an ASGI application."""
+    app = FastAPI(
+        title="sae-ray",
+        summary="A LLaVA steered by the features of sparse autoencoders.",
+        version="1",
+        responses=FAILURES,
+        redoc_url=None,
+    )
+    limits = service.config.limits
+    key = api_key(service.config)
+    app.add_middleware(Manners, key=key, max_bytes=limits.body_mb * 1e6, metrics=service.metrics)
+    answer_errors(app)
+    _add_answers(app, service)
+    _add_features(app, service)
+    _add_operations(app, service)
+    _add_playground(app)
+    return app
+
+
+def _add_answers(app: FastAPI, service: Service) -> None:
+    stream_docs: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    }
+
+    @app.post("/v1/chat/completions", response_model=ChatResponse, responses=stream_docs)
+    async def complete_chat(request: ChatRequest) -> Any:
+        """A chat completion, steered or not. With `stream` it comes as server-sent events."""
+        completion = service.check(request)
+        if request.stream:
+            return await _stream(service, completion)
+        answers = await _whole(service, completion)
+        choices = [
+            Choice(index=index, message=Reply(content=text), finish_reason=finish, steering_type=kind)
+            for index, ((text, finish), kind) in enumerate(zip(answers, completion.types, strict=True))
+        ]
+        return ChatResponse(
+            id=f"chatcmpl-{completion.id}",
+            created=completion.created,
+            model=service.model,
+            choices=choices,
+            usage=completion.usage,
+        )
+
+    @app.post("/v1/steer")
+    async def steer(request: SteerRequest) -> SteerResponse:
+        """One image, one prompt, the likeliest answer under an edit of features."""
+        completion = service.check(request.chat())
+        answers = await _whole(service, completion)
+        return SteerResponse(
+            answers=[
+                Answer(steering_type=kind, text=text) for (text, _), kind in zip(answers, completion.types, strict=True)
+            ],
+            usage=completion.usage,
+        )
+
+
+async def _whole(service: Service, completion: Completion) -> list:
+    try:
+        return await whole(service.events(completion), len(completion.types))
+    except Exception as error:
+        raise as_api_error(error) from error
+
+
+async def _stream(service: Service, completion: Completion) -> Response:
+    """Starts once there is something to say, so that what fails before has a status of its own."""
+    events = service.events(completion)
+    try:
+        first = await anext(events)
+    except BaseException as error:
+        await events.aclose()
+        if isinstance(error, Exception):
+            raise as_api_error(error) from error
+        raise
+    return EventStream(_lines(service, completion, first, events), headers={"Cache-Control": "no-cache"})
+
+
+async def _lines(
+    service: Service, completion: Completion, first: Event, events: AsyncGenerator[Event, None]
+) -> AsyncGenerator[str, None]:
+    base = {"id": f"chatcmpl-{completion.id}", "created": completion.created, "model": service.model}
+    options = completion.request.stream_options
+
+    def line(value: Any) -> str:
+        return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+    def of_choice(index: int, delta: dict[str, str], finish: str | None) -> str:
+        kind = completion.types[index]
+        choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None, "steering_type": kind}
+        return line(chunk(base, [choice]))
+
+    async with aclosing(events):
+        try:
+            for index in range(len(completion.types)):
+                yield of_choice(index, {"role": "assistant", "content": ""}, None)
+            event: Event | None = first
+            while event is not None:
+                if event.text:
+                    yield of_choice(event.choice, {"content": event.text}, None)
+                if event.finish is not None:
+                    yield of_choice(event.choice, {}, event.finish)
+                event = await anext(events, None)
+        except Exception as error:
+            yield line(as_api_error(error).body())
+            return
+        if options is not None and options.include_usage:
+            yield line(chunk(base, [], completion.usage))
+        yield "data: [DONE]\n\n"
+
+
+def _add_features(app: FastAPI, service: Service) -> None:
+    def entry_of(sae: str) -> SaeEntry:
+        return service.sae(sae)
+
+    def summary_of(entry: SaeEntry, index: int) -> Summary:
+        try:
+            return entry.summary(index)
+        except KeyError:
+            message = f"{entry.name} has no feature {index} that ever fired; it has {entry.n_features} in all"
+            raise ApiError(404, "unknown_feature", message, "index") from None
+
+    @app.get("/v1/models")
+    async def list_models() -> Models:
+        """The LLaVA."""
+        return Models(data=[Model(id=service.model, created=service.started)])
+
+    @app.get("/v1/saes")
+    async def list_saes() -> Saes:
+        """The SAEs that steer it."""
+        return Saes(
+            data=[
+                Sae(
+                    id=entry.name,
+                    architecture=entry.train.grid_cell.cell.architecture,
+                    d_in=entry.train.activations.width,
+                    n_features=entry.n_features,
+                    layer=entry.train.grid_cell.site.layer or 0,
+                    site=entry.train.grid_cell.site.name,
+                )
+                for entry in service.saes.values()
+            ]
+        )
+
+    @app.get("/v1/saes/{sae}/features")
+    def list_features(
+        sae: SaeId,
+        search: Annotated[str | None, Query(max_length=200, description="What they should show.")] = None,
+        sort: Annotated[Sort | None, Query(description="`similarity` where a text is searched for, else `ms`.")] = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+        offset: Annotated[int, Query(ge=0, le=MAX_INDEX)] = 0,
+    ) -> Features:
+        """Features that ever fired, the best first, or those that a text describes."""
+        entry = entry_of(sae)
+        try:
+            found = entry.search(search, sort)
+        except Exception as error:
+            raise as_api_error(error) from error
+        return Features(data=[_summary(one) for one in found[offset : offset + limit]], total=len(found))
+
+    @app.get("/v1/saes/{sae}/features/{index}")
+    def get_feature(sae: SaeId, index: Index) -> FeatureDetail:
+        """Scores, histogram, name and top images."""
+        entry = entry_of(sae)
+        summary = _summary(summary_of(entry, index))
+        base = f"/v1/saes/{sae}/features/{index}/images"
+        images = [TopImage(**top._asdict(), url=f"{base}/{top.rank}") for top in entry.top(index)]
+        return FeatureDetail(**summary.model_dump(), histogram=entry.bins(index), images=images)  # type: ignore[arg-type]
+
+    @app.get(
+        "/v1/saes/{sae}/features/{index}/images/{rank}",
+        response_class=Response,
+        responses={200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}},
+    )
+    def get_image(sae: SaeId, index: Index, rank: Annotated[int, Path(ge=0, le=MAX_INDEX)]) -> Response:
+        """A top image, small."""
+        picture = entry_of(sae).picture(index, rank)
+        if picture is None:
+            raise ApiError(404, "unknown_image", f"feature {index} has no top image of rank {rank}", "rank")
+        return Response(picture, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
+
+    @app.post("/v1/features/inspect")
+    async def inspect(request: InspectRequest) -> Inspection:
+        """The strongest features of an image, and where on it they fire."""
+        try:
+            entry, active = await service.inspect(request.image, request.sae, request.limit)
+        except Exception as error:
+            raise as_api_error(error) from error
+        return Inspection(
+            sae=entry.name,
+            data=[
+                ActiveFeature(
+                    **_summary(summary_of(entry, one.latent)).model_dump(),
+                    strongest=float(one.patches.max()),
+                    heat=one.patches.tolist(),
+                )
+                for one in active
+                if one.latent in entry.concepts
+            ],
+        )
+
+
+def _summary(one: Summary) -> FeatureSummary:
+    return FeatureSummary(
+        index=one.concept.latent,
+        name=one.name,
+        purity=one.concept.purity,
+        ms=one.ms,
+        frequency=one.concept.frequency,
+        max_token=one.concept.max_token,
+        n_images=one.n_images,
+        similarity=one.similarity,
+    )
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """That this replica lives."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        """That it can answer: a tower and a language model do."""
+        if not await service.ready():
+            raise ApiError(503, "not_ready", "the tower or the language model does not answer yet")
+        return {"status": "ready"}
+
+    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @app.get("/metrics", response_class=Response, responses=text)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.text(), headers={"Content-Type": service.metrics.content_type})
+
+
+def _add_playground(app: FastAPI) -> None:
+    def add(route: str, file: FilePath, media_type: str) -> None:
+        content = file.read_bytes()
+
+        @app.get(route, include_in_schema=False)
+        async def asset() -> Response:
+            return Response(content, headers=SAFE | {"Content-Type": media_type, "Cache-Control": "no-cache"})
+
+    for route, (file, media_type) in ASSETS.items():
+        add(route, file, media_type)

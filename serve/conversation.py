@@ -1,0 +1,140 @@
+"""Messages to tokens, and tokens to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sae_ray.encoders.hub import find
+from sae_ray.steering.llava import FORMS, describe_llava
+
+from .errors import refused
+from .wire import Message
+
+
+class Prompt(NamedTuple):
+    """A conversation as a language engine takes it."""
+
+    tokens: tuple[int, ...]
+    """One image token for each image."""
+    length: int
+    """Tokens once every image has taken its places."""
+
+
+class Tokenizer:
+    """What belongs to a LLaVA's texts; its weights are elsewhere."""
+
+    def __init__(self, model: str, revision: str | None):
+        from transformers import AutoProcessor
+
+        info, _ = describe_llava(model, revision)
+        source = find(model, info.revision, FORMS)
+        processor: Any = AutoProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        text: Any = source.config.text_config
+        self.context: int = text.max_position_embeddings
+        drops_cls = info.has_cls and source.config.vision_feature_select_strategy == "default"
+        self.patches = info.n_tokens - drops_cls
+
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        """The conversation, ready for the answer. In each message the images come first, as LLaVA was trained.
+
+        Raises ApiError for a text that holds the image token.
+        """
+        text = self._text(messages)
+        starts_itself = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        tokens = tuple(self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"])
+        n_images = sum(len(message.image_urls) for message in messages)
+        return Prompt(tokens, len(tokens) + n_images * (self.patches - 1))
+
+    def _text(self, messages: Sequence[Message]) -> str:
+        image = self.processor.image_token
+        for place, message in enumerate(messages):
+            if image in message.text:
+                raise refused(
+                    f"the text contains {image}, which stands for an image and is put there for you; drop it",
+                    f"messages.{place}.content",
+                )
+        if self.processor.chat_template is None:
+            return " ".join([*(self._plain(message) for message in messages), "ASSISTANT:"])
+        shown = [
+            {
+                "role": message.role,
+                "content": [*[{"type": "image"}] * len(message.image_urls), {"type": "text", "text": message.text}],
+            }
+            for message in messages
+        ]
+        return self.processor.apply_chat_template(shown, add_generation_prompt=True, tokenize=False)
+
+    def _plain(self, message: Message) -> str:
+        """LLaVA-1.5's form."""
+        if message.role == "system":
+            return message.text
+        places = f"{self.processor.image_token}\n" * len(message.image_urls)
+        return f"{message.role.upper()}: {places}{message.text}"
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+class TextStream:
+    """Turns the tokens of an answer into text as they come: pieces whose sum is the decoded whole, stripped of white
+    space at both ends and cut before the first stop string. What a later token may change is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        self._decode = tokenizer.decode
+        self._stops = stops
+        self._tokens: list[int] = []
+        self._window, self._read = 0, 0
+        self._text = ""
+        self._given = 0
+        self.stopped = False
+        """Whether a stop string came."""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """What is certain by now and was not given before."""
+        for token in tokens:
+            if not self.stopped:
+                self._tokens.append(token)
+                self._decode_more(final=False)
+        return self._give(len(self._text) if self.stopped else len(self._text) - self._uncertain())
+
+    def end(self) -> str:
+        """The rest."""
+        if not self.stopped:
+            self._decode_more(final=True)
+        return self._give(len(self._text))
+
+    def _decode_more(self, final: bool) -> None:
+        # Decoded together with the tokens before them, since a tokenizer may write a token differently at a start.
+        known = self._decode(self._tokens[self._window : self._read])
+        text = self._decode(self._tokens[self._window :])
+        if len(text) <= len(known) or (text.endswith("\ufffd") and not final):
+            return
+        searched = max(0, len(self._text) - max(map(len, self._stops), default=0))
+        self._text += text[len(known) :]
+        self._window, self._read = self._read, len(self._tokens)
+        found = [place for stop in self._stops if (place := self._text.find(stop, searched)) >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+            self.stopped = True
+
+    def _uncertain(self) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        return max(
+            (
+                n
+                for stop in self._stops
+                for n in range(1, min(len(stop), len(self._text) + 1))
+                if self._text.endswith(stop[:n])
+            ),
+            default=0,
+        )
+
+    def _give(self, end: int) -> str:
+        end = len(self._text[:end].rstrip())
+        start = self._given or len(self._text) - len(self._text.lstrip())
+        if end <= start:
+            return ""
+        self._given = end
+        return self._text[start:end]

@@ -1,0 +1,119 @@
+"""Images as clients send them: base64 data URLs, or addresses of hosts that are allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.resolver import ThreadedResolver
+
+from sae_ray.images import PIXEL_LIMIT, BadImage, decode_image
+
+from .errors import ApiError, refused
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
+FETCH_SECONDS = 10.0
+
+
+async def read_image(url: str, hosts: Sequence[str], max_bytes: float, max_pixels: float) -> Image.Image:
+    """The image, RGB and upright. Its header is looked at before it is decoded.
+
+    Raises ApiError for what is no usable image, too large, or not to be fetched.
+    """
+    prefix = _DATA_URL.match(url[:64])
+    if prefix is not None:
+        data = await asyncio.to_thread(_from_base64, url[prefix.end() :])
+    elif url[:8].lower().startswith(("http://", "https://")):
+        data = await fetch(url, hosts, max_bytes)
+    else:
+        raise refused("an image must be a data URL: data:image/png;base64,… with PNG, JPEG or WebP data", "image")
+    if len(data) > max_bytes:
+        raise ApiError(413, "image_too_large", f"the image has {len(data):,} bytes, more than {max_bytes:,.0f}")
+    return await asyncio.to_thread(_decode, data, max_pixels)
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise refused(f"the data URL of an image is broken base64 ({error})", "image") from error
+
+
+def _decode(data: bytes, max_pixels: float) -> Image.Image:
+    try:
+        return decode_image(data, min(int(max_pixels), PIXEL_LIMIT))
+    except BadImage as error:
+        raise refused(f"the image cannot be used: {error}; send a PNG, JPEG or WebP file", "image") from error
+
+
+async def fetch(url: str, hosts: Sequence[str], max_bytes: float) -> bytes:
+    """What an allowed public host answers, without redirects, within limits of size and time.
+
+    Raises ApiError for everything else.
+    """
+    host = urlsplit(url).hostname or ""
+    if host not in hosts:
+        known = f"allowed hosts are {', '.join(hosts)}" if hosts else "send the image as a data URL"
+        raise refused(f"this server fetches no image from {host[:100]!r}; {known}", "image_url")
+    timeout = aiohttp.ClientTimeout(total=FETCH_SECONDS)
+    connector = aiohttp.TCPConnector(resolver=PublicResolver())
+    try:
+        if _is_address(host):
+            check_public(host)  # addresses are not resolved
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session,
+            session.get(url, allow_redirects=False) as response,
+        ):
+            if response.status != 200:
+                raise refused(f"{host} answered {response.status} instead of an image", "image_url")
+            data = await response.content.read(int(max_bytes) + 1)
+            while len(data) <= max_bytes and (more := await response.content.read(int(max_bytes) + 1 - len(data))):
+                data += more
+            return data
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise refused(f"{host} could not be read ({type(error).__name__})", "image_url") from error
+
+
+class PublicResolver(AbstractResolver):
+    """Resolves names to public addresses only; it is these addresses that are connected to."""
+
+    def __init__(self) -> None:
+        self._resolver = ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        found = await self._resolver.resolve(host, port, family)
+        for one in found:
+            check_public(one["host"])
+        return found
+
+    async def close(self) -> None:
+        await self._resolver.close()
+
+
+def check_public(address: str) -> None:
+    """Raises OSError for an address of this machine, of its network, or of no use."""
+    found: Any = ipaddress.ip_address(address)
+    if not (getattr(found, "ipv4_mapped", None) or found).is_global or found.is_multicast:
+        raise OSError("not a public address")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,51 @@
+"""The language deployment: answers from prompts and what the tower saw, by one of two engines."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import assert_never
+
+from ray import serve
+
+from .config import ServeConfig
+from .engine import Engine, Step, Task
+
+
+@serve.deployment
+class Language:
+    """Answers. The language model is unmodified, whatever was done to the images."""
+
+    def __init__(self, config: ServeConfig):
+        self.engine = make_engine(config)
+        self._running = 0
+
+    async def generate(self, task: Task) -> AsyncGenerator[Step, None]:
+        self._running += 1
+        try:
+            async with aclosing(self.engine.generate(task)) as steps:
+                async for step in steps:
+                    yield step
+        finally:
+            self._running -= 1
+
+    async def running(self) -> int:
+        """Answers that this replica is generating."""
+        return self._running
+
+    async def check_health(self) -> None:
+        self.engine.check()
+
+
+def make_engine(config: ServeConfig) -> Engine:
+    match config.language.engine:
+        case "transformers":
+            from .transformers_engine import TransformersEngine
+
+            return TransformersEngine(config)
+        case "vllm":
+            from .vllm_engine import VllmEngine
+
+            return VllmEngine(config)
+        case never:
+            assert_never(never)

@@ -1,0 +1,127 @@
+"""`sae-ray serve`: the application on this machine, or on the cluster that `RAY_ADDRESS` names."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from sae_ray.errors import UsageError
+
+from .config import API_KEY, ServeConfig, with_llava
+
+HTTP_GRACE_S = 10.0
+
+
+def read_config(file: str | None, engine: str | None, options: Mapping[str, Any]) -> ServeConfig:
+    """The configuration in a YAML file, overridden by the options that are given.
+
+    Raises UsageError when the file cannot be read, or for a field that cannot be.
+    """
+    values = {} if file is None else _read_yaml(file)
+    values |= {name: value for name, value in options.items() if value}
+    if engine is not None:
+        values["language"] = dict(values.get("language") or {}) | {"engine": engine}
+    try:
+        return ServeConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field, value = ".".join(map(str, first["loc"])), first["input"]
+        problem = "is missing" if first["type"] == "missing" else f"is {value!r}: {first['msg']}"
+        raise UsageError(f"{field} {problem}; --help tells of the options, serve/config.py of all fields") from error
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {file} cannot be read ({error})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {file} holds no table of fields; {', '.join(ServeConfig.model_fields)} are known")
+    return values
+
+
+def run(config: ServeConfig, host: str, port: int, say: Callable[[str], None]) -> None:
+    """Serves until it is interrupted.
+
+    Raises UsageError when the study or its LLaVA is not there, or everybody could reach the server without a key.
+    """
+    loopback = _is_loopback(host)
+    if not loopback and not os.environ.get(API_KEY):
+        raise UsageError(
+            f"--host {host} can be reached from other machines; set {API_KEY} to a secret that clients must send, or "
+            "serve on 127.0.0.1"
+        )
+    _check_port(host, port)
+    config = with_llava(config).model_copy(update={"without_key": loopback})
+    started = time.monotonic()
+    import ray
+    from ray import serve
+
+    from .app import build
+
+    if not ray.is_initialized():
+        _start_ray()
+    serve.start(
+        http_options={
+            "host": host,
+            "port": port,
+            "request_timeout_s": config.limits.timeout_s + HTTP_GRACE_S,
+        }
+    )
+    serve.run(build(config), name="sae-ray", route_prefix="/")
+    key = f", API key from {API_KEY}" if os.environ.get(API_KEY) else ""
+    say(f"Serving {config.model} steered by {config.root} after {time.monotonic() - started:.0f} s{key}")
+    say(f"  playground  http://{host}:{port}/")
+    say(f"  API         http://{host}:{port}/v1   (documentation: /docs)")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        say("Stopping: requests that are being answered come to their end.")
+    finally:
+        serve.shutdown()
+
+
+def _start_ray() -> None:
+    import ray
+
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(4, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+
+
+def _check_port(host: str, port: int) -> None:
+    """Ray would share the port with a server that is there already."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError(f"--host {host} --port {port} is not free ({error.strerror}); choose another") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,341 @@
+// The playground: one state, drawn anew when it changes, kept in the address so that a link restores it.
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const MODES = { set: "set to", add: "add", scale: "times", ablate: "ablate" };
+const LINKED_IMAGE = 24000; // characters of an image that a link still carries
+const WHITE = white();
+const FRESH = {
+  image: WHITE, prompt: "What is shown in this image? Use exactly one word!", sae: null,
+  features: [], error: "drop", isolate: false, temperature: 0, tokens: 32,
+};
+let state = { ...FRESH };
+let known = {}; // features by index, of the SAE that is chosen
+let running = null;
+const pictures = new Map(); // address -> object URL
+
+function white() {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = 56;
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, 56, 56);
+  return canvas.toDataURL("image/png");
+}
+
+// --- the server ---------------------------------------------------------------------------------
+
+async function call(path, options = {}) {
+  const headers = { ...options.headers };
+  if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
+  const response = await fetch(path.replace(/^\//, ""), { ...options, headers });
+  if (response.ok) return response;
+  if (response.status === 401) document.querySelector(".key").hidden = false;
+  const body = await response.json().catch(() => null);
+  throw new Error(body?.error?.message ?? `the server answered ${response.status}`);
+}
+
+async function json(path, body) {
+  const options = body && { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  return (await call(path, options)).json();
+}
+
+const ofSae = (rest) => `/v1/saes/${encodeURIComponent(state.sae)}/features${rest}`;
+
+async function tell(work) {
+  $("problem").hidden = true;
+  try {
+    await work();
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    $("problem").textContent = error.message;
+    $("problem").hidden = false;
+  }
+}
+
+// --- what is asked ------------------------------------------------------------------------------
+
+function request(image) {
+  const features = state.features.map(({ index, strength, mode }) => {
+    if (mode === "ablate") return { index, mode };
+    return { index, strength, mode, unit: mode === "scale" ? "absolute" : "max" };
+  });
+  const steering = { sae: state.sae, features, error: state.error, isolate: state.isolate, types: ["DEFAULT", "STEERED"] };
+  const content = [{ type: "image_url", image_url: { url: image } }, { type: "text", text: state.prompt }];
+  return {
+    messages: [{ role: "user", content }], steering, stream: true,
+    temperature: state.temperature, max_tokens: state.tokens,
+  };
+}
+
+async function ask() {
+  running?.abort();
+  const control = (running = new AbortController());
+  const panels = { DEFAULT: $("default"), STEERED: $("steered") };
+  for (const panel of Object.values(panels)) panel.textContent = "";
+  $("stop").hidden = false;
+  try {
+    const response = await call("/v1/chat/completions", {
+      method: "POST", signal: control.signal,
+      headers: { "Content-Type": "application/json" }, body: JSON.stringify(request(state.image)),
+    });
+    for await (const event of events(response.body)) {
+      if (event.error) throw new Error(event.error.message);
+      for (const choice of event.choices) panels[choice.steering_type].textContent += choice.delta.content ?? "";
+    }
+  } finally {
+    if (running === control) $("stop").hidden = true;
+  }
+}
+
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ; ) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split("\n\n");
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const data = block.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+// --- features -----------------------------------------------------------------------------------
+
+async function loadSaes() {
+  const { data } = await json("/v1/saes");
+  $("sae").replaceChildren(...data.map((sae) => new Option(`${sae.id} (${sae.n_features.toLocaleString("en")} features)`, sae.id)));
+  if (!data.some((sae) => sae.id === state.sae)) state.sae = data.at(-1).id;
+  $("sae").value = state.sae;
+}
+
+async function search() {
+  const text = $("search").value.trim();
+  const { data, total } = await json(ofSae(`?limit=12${text ? `&search=${encodeURIComponent(text)}` : ""}`));
+  showFound(data, text ? `${total} features for “${text}”, the likest first` : `${total} features, the highest scores first`);
+}
+
+async function inspect() {
+  const { data } = await json("/v1/features/inspect", { image: state.image, sae: state.sae, limit: 12 });
+  showFound(data, "Active on this image, the strongest first");
+}
+
+function showFound(data, title) {
+  for (const feature of data) known[feature.index] = feature;
+  $("found-title").textContent = data.length ? title : `${title}: none`;
+  $("found").replaceChildren(...data.map(card));
+  showHeat(null);
+}
+
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+function thumbnails(feature, n) {
+  const box = element("div", { className: "pictures" });
+  for (let rank = 0; rank < Math.min(n, feature.n_images); rank++) {
+    const image = element("img", { alt: "", loading: "lazy" });
+    box.append(image);
+    picture(ofSae(`/${feature.index}/images/${rank}`)).then((url) => (image.src = url), () => image.remove());
+  }
+  return box;
+}
+
+async function picture(path) {
+  if (!pictures.has(path)) pictures.set(path, call(path).then((response) => response.blob()).then(URL.createObjectURL));
+  return pictures.get(path);
+}
+
+const titleOf = (feature) => feature.name ?? `feature ${feature.index}`;
+const factsOf = (feature) =>
+  [`#${feature.index}`, feature.ms === null ? "" : `MS ${feature.ms.toFixed(2)}`, `fires on ${(100 * feature.frequency).toFixed(1)} %`]
+    .filter(Boolean).join(" · ");
+
+function card(feature) {
+  const add = element("button", { type: "button", textContent: "Steer" });
+  add.setAttribute("aria-label", `Steer by ${titleOf(feature)}, number ${feature.index}`);
+  add.onclick = () => choose(feature.index);
+  const buttons = element("div", { className: "buttons" }, add);
+  if (feature.heat) {
+    const where = element("button", { type: "button", textContent: "Where?" });
+    where.onclick = () => showHeat(feature.heat);
+    buttons.append(where);
+  }
+  const facts = element("div", { className: "facts-line", textContent: factsOf(feature) });
+  return element("li", {}, element("div", { className: "name", textContent: titleOf(feature) }), facts, thumbnails(feature, 4), buttons);
+}
+
+function choose(index) {
+  if (!state.features.some((one) => one.index === index)) state.features.push({ index, strength: 4, mode: "set" });
+  change();
+  $("chosen").lastElementChild.querySelector("input").focus();
+}
+
+function editor(one) {
+  const feature = known[one.index];
+  const slider = element("input", { type: "range", min: -4, max: 12, step: 0.25, value: one.strength });
+  slider.setAttribute("aria-label", `Strength of ${titleOf(feature)}`);
+  const mode = element("select", {}, ...Object.entries(MODES).map(([value, text]) => new Option(text, value)));
+  mode.value = one.mode;
+  mode.setAttribute("aria-label", `What happens to ${titleOf(feature)}`);
+  const shown = element("output");
+  const show = () => {
+    slider.hidden = shown.hidden = one.mode === "ablate";
+    shown.textContent = one.mode === "scale" ? `× ${one.strength}` : `${one.strength} × max`;
+  };
+  slider.oninput = () => { one.strength = Number(slider.value); show(); keep(); };
+  mode.onchange = () => { one.mode = mode.value; show(); keep(); };
+  const remove = element("button", { type: "button", textContent: "Remove" });
+  remove.setAttribute("aria-label", `Remove ${titleOf(feature)}`);
+  remove.onclick = () => { state.features = state.features.filter((other) => other !== one); change(); };
+  show();
+  const head = element("div", {}, element("span", { className: "name", textContent: titleOf(feature) }), " ",
+    element("span", { className: "facts-line", textContent: factsOf(feature) }));
+  return element("li", {}, thumbnails(feature, 4), head, remove, element("div", { className: "line" }, mode, slider, shown));
+}
+
+function showHeat(heat) {
+  const canvas = $("heat");
+  canvas.hidden = heat === null;
+  if (heat === null) return;
+  canvas.height = heat.length;
+  canvas.width = heat[0].length;
+  const most = Math.max(...heat.flat()) || 1;
+  const context = canvas.getContext("2d");
+  heat.forEach((row, y) => row.forEach((value, x) => {
+    context.fillStyle = `rgb(230 60 20 / ${Math.max(0, value) / most})`;
+    context.fillRect(x, y, 1, 1);
+  }));
+}
+
+// --- state --------------------------------------------------------------------------------------
+
+function keep() {
+  const { image, ...rest } = state;
+  if (image !== WHITE && image.length <= LINKED_IMAGE) rest.image = image;
+  history.replaceState(null, "", `#${encodeURIComponent(JSON.stringify(rest))}`);
+}
+
+function restore() {
+  try {
+    const given = JSON.parse(decodeURIComponent(location.hash.slice(1)) || "{}");
+    for (const name of Object.keys(FRESH)) if (typeof given[name] === typeof FRESH[name] || name === "sae") state[name] = given[name] ?? FRESH[name];
+    if (!state.image.startsWith("data:image/")) state.image = WHITE;
+    state.features = state.features.filter((one) => Number.isInteger(one?.index) && one.mode in MODES && Number.isFinite(one.strength));
+  } catch {
+    state = { ...FRESH };
+  }
+}
+
+function change() {
+  showSettings();
+  $("chosen").replaceChildren(...state.features.map(editor));
+  $("none").hidden = state.features.length > 0;
+  keep();
+}
+
+function showSettings() {
+  $("picture").src = state.image;
+  for (const name of ["prompt", "temperature", "tokens", "error"]) $(name).value = state[name];
+  $("isolate").checked = state.isolate;
+}
+
+async function learnChosen() {
+  const missing = state.features.filter((one) => !(one.index in known));
+  const found = await Promise.allSettled(missing.map((one) => json(ofSae(`/${one.index}`))));
+  for (const one of found) if (one.status === "fulfilled") known[one.value.index] = { ...one.value, n_images: one.value.images.length };
+  state.features = state.features.filter((one) => one.index in known);
+}
+
+async function takeFile(file) {
+  if (!file?.type.startsWith("image/")) throw new Error("this is no image; choose a PNG, JPEG or WebP file");
+  state.image = await new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
+  showHeat(null);
+  change();
+}
+
+async function copy(text) {
+  await navigator.clipboard.writeText(text);
+  $("copied").textContent = "Copied.";
+  setTimeout(() => ($("copied").textContent = ""), 2000);
+}
+
+const here = () => location.href.replace(/[^/]*(\?.*)?(#.*)?$/, "");
+const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
+const key = () => Boolean($("key").value);
+
+function asCurl() {
+  const authorization = key() ? ` -H "Authorization: Bearer $SAE_RAY_API_KEY"` : "";
+  return `curl -N ${here()}v1/chat/completions -H 'Content-Type: application/json'${authorization} -d ${quoted(JSON.stringify(request(state.image)))}`;
+}
+
+function asPython() {
+  const { messages, steering, temperature, max_tokens } = request(state.image);
+  const literal = (value) => JSON.stringify(JSON.stringify(value));
+  return `import json${key() ? "\nimport os" : ""}
+
+from openai import OpenAI
+
+client = OpenAI(base_url=${JSON.stringify(`${here()}v1`)}, api_key=${key() ? `os.environ["SAE_RAY_API_KEY"]` : `"none"`})
+answer = client.chat.completions.create(
+    model=client.models.list().data[0].id,
+    messages=json.loads(${literal(messages)}),
+    temperature=${temperature},
+    max_tokens=${max_tokens},
+    extra_body={"steering": json.loads(${literal(steering)})},
+)
+for choice in answer.choices:
+    print(choice.steering_type, choice.message.content)
+`;
+}
+
+// --- events -------------------------------------------------------------------------------------
+
+function listen() {
+  const submit = (id, work) => ($(id).onsubmit = (event) => { event.preventDefault(); tell(work); });
+  submit("ask", ask);
+  submit("find", search);
+  $("how").onsubmit = (event) => event.preventDefault();
+  $("stop").onclick = () => { running?.abort(); $("stop").hidden = true; };
+  $("blank").onclick = () => { state.image = WHITE; showHeat(null); change(); };
+  $("inspect").onclick = () => tell(inspect);
+  $("file").onchange = () => tell(() => takeFile($("file").files[0]));
+  $("curl").onclick = () => tell(() => copy(asCurl()));
+  $("python").onclick = () => tell(() => copy(asPython()));
+  $("link").onclick = () => tell(() => { keep(); return copy(location.href); });
+  $("key").onchange = () => tell(start);
+  $("sae").onchange = () => tell(() => { Object.assign(state, { sae: $("sae").value, features: [] }); known = {}; change(); return search(); });
+  $("prompt").oninput = () => { state.prompt = $("prompt").value; keep(); };
+  $("prompt").onkeydown = (event) => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("ask").requestSubmit(); } };
+  $("error").onchange = () => { state.error = $("error").value; keep(); };
+  $("isolate").onchange = () => { state.isolate = $("isolate").checked; keep(); };
+  for (const name of ["temperature", "tokens"]) $(name).oninput = () => { state[name] = Number($(name).value); keep(); };
+  const drop = $("drop");
+  drop.ondragover = (event) => { event.preventDefault(); drop.classList.add("over"); };
+  drop.ondragleave = () => drop.classList.remove("over");
+  drop.ondrop = (event) => { event.preventDefault(); drop.classList.remove("over"); tell(() => takeFile(event.dataTransfer.files[0])); };
+  document.onpaste = (event) => { if (event.clipboardData.files.length) tell(() => takeFile(event.clipboardData.files[0])); };
+  window.onhashchange = () => tell(start);
+}
+
+async function start() {
+  restore();
+  showSettings();
+  await loadSaes();
+  await learnChosen();
+  change();
+  await search();
+}
+
+listen();
+tell(start);

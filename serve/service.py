@@ -1,0 +1,260 @@
+"""From a request to its answers: images to the tower, what it saw to the language model, tokens to text."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .catalogue import SaeEntry, read_catalogue
+from .config import ServeConfig
+from .conversation import Prompt, TextStream, Tokenizer
+from .engine import Sampling, Task
+from .errors import ApiError, refused, request_id
+from .gate import Gate
+from .images import read_image
+from .metrics import Metrics
+from .tower import Active, Change
+from .wire import ChatRequest, Edits, Finish, SteeringType, Usage
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Some more of a choice."""
+
+    choice: int
+    text: str
+    finish: Finish | None = None
+
+
+@dataclass(eq=False)
+class Completion:
+    """What a request comes to, once it is checked; run it by `Service.events`."""
+
+    request: ChatRequest
+    prompt: Prompt
+    sampling: Sampling
+    change: Change | None
+    types: list[SteeringType]
+    """Of every choice."""
+    id: str = field(default_factory=request_id)
+    created: int = field(default_factory=lambda: int(time.time()))
+    n_tokens: int = 0
+    """Generated so far, over all choices."""
+
+    @property
+    def usage(self) -> Usage:
+        prompt = self.prompt.length
+        return Usage(prompt_tokens=prompt, completion_tokens=self.n_tokens, total_tokens=prompt + self.n_tokens)
+
+
+class Service:
+    """The application behind the HTTP API, one per replica of it.
+
+    Args:
+        config: with its LLaVA.
+        tower, language: handles of the deployments.
+    """
+
+    def __init__(self, config: ServeConfig, tower: Any, language: Any):
+        self.config = config
+        self.tower, self.language = tower, language
+        self.tokenizer = Tokenizer(config.model, config.revision)
+        self.saes = self.read(config.root, config.saes)
+        self.gate = Gate(config.limits.max_running, config.limits.max_waiting)
+        self.metrics = Metrics(self.gate)
+        is_path = config.model.startswith(("/", "~", "."))
+        self.model = PurePath(config.model).name if is_path else config.model
+        self.started = int(time.time())
+
+    def read(self, root: str, names: Sequence[str] | None) -> dict[str, SaeEntry]:
+        return read_catalogue(root, self.config.model, self.config.revision, names)
+
+    def sae(self, name: str | None, param: str = "sae") -> SaeEntry:
+        """The SAE of that id, or the first. Raises ApiError, a 404, for an unknown one."""
+        if name is None:
+            return next(iter(self.saes.values()))
+        if name not in self.saes:
+            message = f"there is no SAE {name[:100]!r}; there are {', '.join(self.saes)}"
+            raise ApiError(404, "unknown_sae", message, param)
+        return self.saes[name]
+
+    def check(self, request: ChatRequest) -> Completion:
+        """Refuses, by ApiError, what cannot be; nothing is decoded or computed for it."""
+        limits, steering = self.config.limits, request.steering
+        if request.model is not None and request.model != self.model:
+            message = f"there is no model {request.model[:100]!r}; there is {self.model}"
+            raise ApiError(404, "unknown_model", message, "model")
+        if len(request.image_urls) > limits.images:
+            raise refused(f"there are {len(request.image_urls)} images; a request has {limits.images}", "messages")
+        types: list[SteeringType] = steering.types if steering else ["DEFAULT"]
+        if request.n * len(types) > limits.choices:
+            raise refused(f"n times the steering types is {request.n * len(types)}, more than {limits.choices}", "n")
+        change = self._change(steering) if steering else None
+        prompt = self.tokenizer.prompt(request.messages)
+        return Completion(
+            request,
+            prompt,
+            Sampling(self._length(request, prompt), request.temperature, request.top_p, request.seed),
+            change,
+            [kind for kind in types for _ in range(request.n)],
+        )
+
+    async def images(self, urls: Sequence[str]) -> list[Image.Image]:
+        """Decoded. Raises ApiError for one that is none."""
+        limits = self.config.limits
+        size = limits.body_mb * 1e6, limits.image_megapixels * 1e6
+        return [await read_image(url, self.config.image_hosts, *size) for url in urls]
+
+    async def events(self, completion: Completion) -> AsyncGenerator[Event, None]:
+        """The choices as they grow, in any order, each to its end. Closing it ends the work.
+
+        Raises ApiError, and what the deployments raise; TimeoutError after `limits.timeout_s`.
+        """
+        started = time.monotonic()
+        queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        work = asyncio.create_task(self._work(completion, queue))
+        # The queue ends when the work does, however it does.
+        work.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while True:
+                left = started + self.config.limits.timeout_s - time.monotonic()
+                event = await asyncio.wait_for(queue.get(), left)
+                if event is None:
+                    await work
+                    return
+                yield event
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            self._log(completion, time.monotonic() - started)
+
+    async def inspect(self, url: str, name: str | None, limit: int) -> tuple[SaeEntry, list[Active]]:
+        """The features with the largest values on a patch of an image."""
+        entry = self.sae(name)
+        async with asyncio.timeout(self.config.limits.timeout_s), self.gate.entered():
+            [image] = await self.images([url])
+            return entry, await self.tower.inspect.remote(np.asarray(image), entry.folder, limit)
+
+    async def ready(self) -> bool:
+        """Whether a tower and a language model answer."""
+        try:
+            async with asyncio.timeout(2):
+                await asyncio.gather(self.tower.ping.remote(), self.language.running.remote())
+        except Exception:  # whatever keeps them from it
+            return False
+        return True
+
+    async def _work(self, completion: Completion, queue: asyncio.Queue[Event | None]) -> None:
+        async with self.gate.entered():
+            images = [np.asarray(image) for image in await self.images(completion.request.image_urls)]
+            async with asyncio.TaskGroup() as tasks:
+                seen = {
+                    kind: [
+                        tasks.create_task(self._see(pixels, completion.change if kind == "STEERED" else None))
+                        for pixels in images
+                    ]
+                    for kind in dict.fromkeys(completion.types)
+                }
+            async with asyncio.TaskGroup() as tasks:
+                for choice, kind in enumerate(completion.types):
+                    shown = tuple(task.result() for task in seen[kind])
+                    tasks.create_task(self._answer(completion, choice, shown, queue))
+
+    async def _see(self, pixels: np.ndarray, change: Change | None) -> np.ndarray:
+        return await self.tower.embed.remote(pixels, change)
+
+    async def _answer(
+        self, completion: Completion, choice: int, images: tuple[np.ndarray, ...], queue: asyncio.Queue[Event | None]
+    ) -> None:
+        text = TextStream(self.tokenizer, completion.request.stops)
+        task = Task(completion.prompt.tokens, images, self._sampling(completion, choice))
+        steps = self.language.options(stream=True).generate.remote(task)
+        try:
+            async for step in steps:
+                completion.n_tokens += len(step.tokens)
+                if piece := text.push(step.tokens):
+                    queue.put_nowait(Event(choice, piece))
+                if text.stopped or step.finish is not None:
+                    queue.put_nowait(Event(choice, text.end(), "stop" if text.stopped else step.finish))
+                    return
+            raise RuntimeError("the engine's answer has no end")
+        finally:
+            steps.cancel()
+
+    def _sampling(self, completion: Completion, choice: int) -> Sampling:
+        """Choices of one request differ, and the same choice under both types does not."""
+        one = completion.sampling
+        seed = None if one.seed is None else one.seed + choice % completion.request.n
+        return Sampling(one.max_tokens, one.temperature, one.top_p, seed)
+
+    def _length(self, request: ChatRequest, prompt: Prompt) -> int:
+        most, room = self.config.limits.max_tokens, self.tokenizer.context - prompt.length
+        if room < 1:
+            raise refused(
+                f"the messages take {prompt.length} tokens, images included, and leave no room for an answer: the "
+                f"model has {self.tokenizer.context}",
+                "messages",
+            )
+        if request.length is None:
+            return min(most, room)
+        if request.length > min(most, room):
+            raise refused(
+                f"max_tokens is {request.length}; {min(most, room)} are possible after {prompt.length} of messages",
+                "max_tokens",
+            )
+        return request.length
+
+    def _change(self, steering: Edits) -> Change:
+        limits, entry = self.config.limits, self.sae(steering.sae, "steering.sae")
+        if len(steering.features) > limits.features:
+            raise refused(f"{len(steering.features)} features are more than {limits.features}", "steering.features")
+        for place, feature in enumerate(steering.features):
+            if feature.index >= entry.n_features:
+                raise refused(
+                    f"index is {feature.index}; {entry.name} has the features 0 to {entry.n_features - 1}",
+                    f"steering.features.{place}.index",
+                )
+            if feature.unit == "max" and feature.index not in entry.concepts:
+                raise refused(
+                    f"feature {feature.index} never fired, so the unit max says nothing; give an absolute strength",
+                    f"steering.features.{place}.unit",
+                )
+        return Change(entry.folder, steering.latent_edits(), steering.error, steering.isolate)
+
+    def _log(self, completion: Completion, seconds: float) -> None:
+        """Numbers only: neither what was shown nor what was said."""
+        steering = completion.request.steering
+        usage = completion.usage
+        self.metrics.tokens(usage.prompt_tokens, usage.completion_tokens)
+        facts = {
+            "images": len(completion.request.image_urls),
+            "choices": len(completion.types),
+            "features": len(steering.features) if steering else 0,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "seconds": round(seconds, 4),
+        }
+        logger.info("completion", extra=facts)
+
+
+async def whole(events: AsyncGenerator[Event, None], n_choices: int) -> list[tuple[str, Finish]]:
+    """Text and reason of the end of every choice."""
+    texts, ends = [""] * n_choices, ["stop"] * n_choices
+    async with aclosing(events):
+        async for event in events:
+            texts[event.choice] += event.text
+            ends[event.choice] = event.finish or ends[event.choice]
+    return list(zip(texts, ends, strict=True))  # type: ignore[arg-type]

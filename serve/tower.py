@@ -1,0 +1,154 @@
+"""The tower deployment: vision tower, interventions and projector for images that are each steered in their own way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from ray import serve
+
+from sae_ray.errors import UsageError
+from sae_ray.files import Folder
+from sae_ray.sae import SAE, load_sae
+from sae_ray.steering import Intervention, LatentEdit, TowerEdit, load_llava, load_max_token
+
+from .config import ServeConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
+    from PIL import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to the image: an `Intervention` without the weights."""
+
+    folder: Folder
+    """Of the SAE."""
+    edits: tuple[LatentEdit, ...]
+    error: str
+    isolate: bool
+
+
+class Active(NamedTuple):
+    """A latent that fires on an image."""
+
+    latent: int
+    patches: Float[np.ndarray, "rows columns"]
+    """Its values."""
+
+
+class _Sae(NamedTuple):
+    sae: SAE
+    max_token: Tensor
+
+
+@serve.deployment
+class Tower:
+    """Sees images. A replica loads an SAE when it is first asked for, so that SAEs come and go without a restart."""
+
+    def __init__(self, config: ServeConfig):
+        self.llava = load_llava(config.model, config.revision, config.device, config.dtype)
+        # The language model lives in deployments of its own.
+        del self.llava.model.model.language_model, self.llava.model.lm_head
+        self._saes: OrderedDict[Folder, _Sae] = OrderedDict()
+        self._most_saes = config.tower.saes_in_memory
+        self._thread = ThreadPoolExecutor(1)  # what takes long happens here; the event loop stays free
+        batching: Any = self._see
+        batching.set_max_batch_size(config.tower.batch_size)
+        batching.set_batch_wait_timeout_s(config.tower.batch_wait_s)
+
+    async def embed(
+        self, pixels: UInt8[np.ndarray, "height width 3"], change: Change | None
+    ) -> Float[np.ndarray, "patches hidden"]:
+        """What the language model gets to see of an image.
+
+        Raises UsageError for an edit that cannot be.
+        """
+        edits = () if change is None else (await self._in_thread(self._intervention, change),)
+        embedding: Any = await self._see(_image(pixels), edits)  # type: ignore  # one of a batch
+        if isinstance(embedding, UsageError):
+            raise embedding
+        return embedding
+
+    async def ping(self) -> None:
+        """Answers, once there is somebody to answer."""
+
+    async def inspect(self, pixels: UInt8[np.ndarray, "height width 3"], folder: Folder, most: int) -> list[Active]:
+        """The latents with the largest values on a patch, the strongest first."""
+        return await self._in_thread(self._inspect, _image(pixels), folder, most)
+
+    @serve.batch  # pyright: ignore[reportArgumentType, reportCallIssue]  # its stubs know no methods
+    async def _see(
+        self, images: list[Image.Image], edits: list[Sequence[TowerEdit]]
+    ) -> list[Float[np.ndarray, "patches hidden"] | UsageError]:
+        return await self._in_thread(self._forward, images, edits)
+
+    def _forward(self, images: Sequence[Image.Image], edits: Sequence[Sequence[TowerEdit]]) -> list:
+        try:
+            found = self.llava.image_embeddings(images, edits)
+        except UsageError as error:
+            if len(images) == 1:
+                return [error]
+            # One of them spoils the pass; it alone shall be refused.
+            return [self._forward([image], [chain])[0] for image, chain in zip(images, edits, strict=True)]
+        # NumPy arrays of their own: a slice of a batch would travel with the whole of it.
+        return [one.float().cpu().numpy().copy() for one in found]
+
+    def _intervention(self, change: Change) -> Intervention:
+        loaded = self._load(change.folder)
+        return Intervention(
+            loaded.sae,
+            change.edits,
+            error=change.error,  # type: ignore[arg-type]  # checked there
+            isolate=change.isolate,
+            max_token=loaded.max_token,
+        )
+
+    @torch.no_grad()
+    def _inspect(self, image: Image.Image, folder: Folder, most: int) -> list[Active]:
+        sae, tokens = self._load(folder).sae, []
+
+        def look(x: Tensor) -> Tensor:
+            tokens.append(x)
+            return x
+
+        self.llava.image_embeddings([image], [[look]])
+        patches = tokens[0][int(self.llava.info.has_cls) :]
+        codes = sae.encode_sparse(patches.to(sae.device))
+        latents, place = codes.latents.unique(return_inverse=True)
+        values = torch.zeros(len(latents), len(patches), device=sae.device)
+        values[place, codes.rows] = codes.values.to(values)
+        grid = patch_grid(len(patches), self.llava.info.image_size)
+        strongest = values.amax(dim=1).argsort(descending=True, stable=True)[:most].tolist()
+        return [Active(int(latents[one]), values[one].reshape(grid).cpu().numpy().copy()) for one in strongest]
+
+    def _load(self, folder: Folder) -> _Sae:
+        if folder not in self._saes:
+            self._saes[folder] = _Sae(load_sae(folder).to(self.llava.device), load_max_token(folder))
+        self._saes.move_to_end(folder)
+        while len(self._saes) > self._most_saes:
+            self._saes.popitem(last=False)
+        return self._saes[folder]
+
+    async def _in_thread(self, work, *arguments):
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+
+def patch_grid(n_patches: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the patches of an image of that height and width."""
+    rows = round((n_patches * image_size[0] / image_size[1]) ** 0.5)
+    return rows, n_patches // rows
+
+
+def _image(pixels: UInt8[np.ndarray, "height width 3"]) -> Image.Image:
+    from PIL import Image
+
+    return Image.fromarray(pixels)
