@@ -3,20 +3,34 @@
 import re
 from pathlib import Path
 
+import torch
+
+from sae_ray.files import Folder
+from sae_ray.sae import SAE, save_sae
+
 REPOSITORY = Path(__file__).parents[2]
+STEERED, STUDIED = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
 
 
-def test_the_python_example_runs(finished, tmp_path, monkeypatch, capsys):
+def test_the_example_of_a_study_runs(finished, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(finished)
     (tmp_path / "studies").symlink_to(REPOSITORY / "studies")
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     names: dict = {}
-    exec(example, names)
+    exec(STUDIED, names)
     assert "projection-batch_topk-x4-k5" in capsys.readouterr().out
     assert names["reconstruction"].shape == names["activations"].shape
     assert names["scores"].shape == (names["sae"].d_sae,)
+
+
+def test_the_example_of_steering_runs(world, tmp_path, monkeypatch, capsys):
+    W_dec = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    sae = SAE("topk", W_dec.T.clone(), W_dec, torch.zeros(64), torch.zeros(128), k=4)
+    save_sae(sae, Folder(tmp_path / "runs" / "demo" / "sae-layer3.random-4"))
+    monkeypatch.chdir(tmp_path)
+    exec(STEERED.replace("~/.cache/sae-ray/world", str(world)), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_the_first_screen_holds_exactly_the_two_commands():
