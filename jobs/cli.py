@@ -222,7 +222,7 @@ def serve(host: str, port: int, config: str | None, engine: str | None, **option
 
     Clients must send the API key that the environment variable SAE_RAY_API_KEY holds, where it holds one.
     """
-    from sae_ray.serve.local import read_config, run
+    from sae_ray.serve.local import read_config, run  # pyright: ignore[reportMissingImports]  # see pyproject.toml
 
     run(read_config(config, engine, options), host, port, click.echo)
 

@@ -100,7 +100,7 @@ class Tower:
             # One of them spoils the pass; it alone shall be refused.
             return [self._forward([image], [chain])[0] for image, chain in zip(images, edits, strict=True)]
         # NumPy arrays of their own: a slice of a batch would travel with the whole of it.
-        return [one.float().cpu().numpy().copy() for one in found]
+        return [one.float().cpu().numpy().copy() if one.isfinite().all() else _not_finite() for one in found]
 
     def _intervention(self, change: Change) -> Intervention:
         loaded = self._load(change.folder)
@@ -146,6 +146,10 @@ def patch_grid(n_patches: int, image_size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of the patches of an image of that height and width."""
     rows = round((n_patches * image_size[0] / image_size[1]) ** 0.5)
     return rows, n_patches // rows
+
+
+def _not_finite() -> UsageError:
+    return UsageError("what the language model would see of the image is not finite; lower the strengths")
 
 
 def _image(pixels: UInt8[np.ndarray, "height width 3"]) -> Image.Image:

@@ -11,8 +11,8 @@ from sae_ray.steering.interventions import ALIASES, LatentEdit, Mode
 SteeringType = Literal["STEERED", "DEFAULT"]
 Finish = Literal["stop", "length"]
 MAX_INDEX = 2**31 - 1
-LARGEST = 1e18
-"""Of strengths and their multiplier, so that their product stays a number."""
+LARGEST = 1e6
+"""Of strengths and their multiplier: what they make of an image stays a number in the language model."""
 
 
 class Wire(BaseModel):

