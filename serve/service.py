@@ -181,6 +181,7 @@ class Service:
     ) -> None:
         text = TextStream(self.tokenizer, completion.request.stops)
         task = Task(completion.prompt.tokens, images, self._sampling(completion, choice))
+        ended = False
         steps = self.language.options(stream=True).generate.remote(task)
         try:
             async for step in steps:
@@ -189,8 +190,11 @@ class Service:
                     queue.put_nowait(Event(choice, piece))
                 if text.stopped or step.finish is not None:
                     queue.put_nowait(Event(choice, text.end(), "stop" if text.stopped else step.finish))
-                    return
-            raise RuntimeError("the engine's answer has no end")
+                    ended = True
+                if text.stopped:
+                    break
+            if not ended:
+                raise RuntimeError("the engine's answer has no end")
         finally:
             steps.cancel()
 
