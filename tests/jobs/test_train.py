@@ -127,17 +127,21 @@ def test_a_cell_that_diverges_is_reported_and_the_others_go_on(ray_cluster, extr
 
 
 def test_two_workers_share_a_batch(ray_cluster, extracted, make_plan, tmp_path):
-    """Each rank selects on its share: the result is that of one process which selects per half batch."""
+    """Each rank selects on its share: the result is that of one process which selects per half batch.
+
+    A few steps only: sums over ranks round differently, and the first near tie that falls the other way parts the two.
+    """
     root = tmp_path / "root"
     shutil.copytree(extracted, root)
-    plan = make_plan(root, **{"resources.train.workers": 2, "grid.architectures": ["batch_topk"]})
+    few = {"training.steps": 12, "training.threshold_start_step": 5}
+    plan = make_plan(root, **few, **{"resources.train.workers": 2, "grid.architectures": ["batch_topk"]})
     train.run(plan)
     (one,) = plan.trains
     store = ActivationStore(one.activations.step.folder)
     scale = store.root_mean_square_norm
     trainer = CellTrainer(one.grid_cell.cell, store.d, selection_shares=2)
     stream = TrainingStream(store, 64, one.stream_seed, plan.study.shuffle_rows)
-    for _, rows in zip(range(120), stream.batches(), strict=False):
+    for _, rows in zip(range(12), stream.batches(), strict=False):
         trainer.step(torch.from_numpy(rows).float() / scale)
     for name, tensor in weights(one.step.folder).items():
-        torch.testing.assert_close(getattr(trainer.export(scale), name), tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(getattr(trainer.export(scale), name), tensor, rtol=1e-5, atol=1e-6)
