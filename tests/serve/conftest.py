@@ -168,10 +168,3 @@ def openai_client(server):
     from openai import OpenAI
 
     return OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The server is not finished: its tests are run by `make test-slow` until they are known to hold in one go."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.slow)

@@ -20,7 +20,8 @@ def test_the_example_for_curl(server, tmp_path):
     (tmp_path / ".curlrc").write_text(f'header = "Authorization: Bearer {server.key}"\n')
     command = ["bash", "-euc", fence("bash", server)]
     environment = os.environ | {"CURL_HOME": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     first, second = json.loads(done.stdout)["answers"]
     assert (first["steering_type"], first["text"]) == ("STEERED", "star")
     assert second["text"] != "star"

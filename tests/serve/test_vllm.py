@@ -1,16 +1,22 @@
-"""The vLLM engine says what the transformers engine says, which is what the LLaVA itself says."""
+"""The vLLM engine says what the transformers engine says, which is what the LLaVA itself says.
+
+Two engines add in different orders, so an answer may differ where the two likeliest tokens are as good as equal.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 pytest.importorskip("vllm")
 
+import torch
+from sae_ray.serve import transformers_engine
 from sae_ray.serve.config import ServeConfig, open_study, with_llava
 from sae_ray.serve.conversation import Tokenizer
 from sae_ray.serve.engine import Engine, Sampling, Task
@@ -25,6 +31,8 @@ from sae_ray.steering import Intervention, LatentEdit, load_llava, load_max_toke
 from .conftest import ONE_WORD, STEERS
 
 N = 100
+CLEAR = 1e-3
+"""Logits this far apart are told apart by every engine."""
 PROMPTS = (ONE_WORD, "What colour is it?", "What is the background?", "Describe the image.")
 
 
@@ -67,6 +75,21 @@ async def answer(engine: Engine, task: Task) -> tuple[list[int], str | None]:
     return tokens, finish
 
 
+async def smallest_gap(engine: TransformersEngine, task: Task, patch: pytest.MonkeyPatch) -> float:
+    """Between the logits of the two likeliest tokens, over the steps of the answer."""
+    gaps, choose = [], transformers_engine.choose
+
+    def noting(logits: torch.Tensor, *rest: Any) -> int:
+        first, second = logits.topk(2).values.tolist()
+        gaps.append(first - second)
+        return choose(logits, *rest)
+
+    with patch.context() as patched:
+        patched.setattr(transformers_engine, "choose", noting)
+        await answer(engine, task)
+    return min(gaps)
+
+
 async def shuffled(engine: Engine, tasks: list[Task]) -> list[tuple[list[int], str | None]]:
     """All at once, in random order."""
     order = random.sample(range(N), N)
@@ -74,17 +97,25 @@ async def shuffled(engine: Engine, tasks: list[Task]) -> list[tuple[list[int], s
     return [answers[place] for place in range(N)]
 
 
-def test_engines_agree_token_for_token(config, asked):
+def test_engines_agree_token_for_token(config, asked, monkeypatch):
     tasks, expected = asked
     tokenizer = Tokenizer(config.model, None)
-    engine = VllmEngine(config)
+    engine, other = VllmEngine(config), TransformersEngine(config)
 
     async def run() -> None:
+        clear = [await smallest_gap(other, task, monkeypatch) > CLEAR for task in tasks]
+
+        def check(answers: list, wanted: list) -> None:
+            same = [one == two for one, two in zip(answers, wanted, strict=True)]
+            assert [number for number in range(N) if clear[number] and not same[number]] == []
+            assert sum(same) >= 0.95 * N
+
         crowd = await shuffled(engine, tasks)
-        assert [tokenizer.decode(tokens).strip() for tokens, _ in crowd] == expected
-        assert await shuffled(TransformersEngine(config), tasks) == crowd
-        assert await shuffled(engine, tasks) == crowd, "what is cached by now changes nothing"
-        assert [await answer(engine, task) for task in tasks] == crowd, "nor does company"
+        check([tokenizer.decode(tokens).strip() for tokens, _ in crowd], expected)
+        check(await shuffled(other, tasks), crowd)
+        check(await shuffled(engine, tasks), crowd)  # what is cached by now changes nothing
+        check([await answer(engine, task) for task in tasks], crowd)  # nor does company
+        assert sum(clear) > 0.9 * N
         assert len(set(expected)) > 10
 
         endless = Task(tasks[0].tokens, tasks[0].images, Sampling(200, temperature=2.0, seed=1))

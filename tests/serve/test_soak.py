@@ -1,0 +1,75 @@
+"""Memory stays flat under mixed requests: for seconds here, for ten minutes with `make soak`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import httpx
+import psutil
+import pytest
+
+from .conftest import ONE_WORD, STEERS, Server, chat, data_url, white
+
+GROWTH_MB = 25
+"""What allocators and caches of any one process may still take after the warm-up."""
+
+
+def replicas() -> dict[str, psutil.Process]:
+    """The processes of the application."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        name = " ".join(process.cmdline())
+        if name.startswith(("ray::ServeReplica:sae-ray", "ray::ProxyActor")):
+            found[name.split(":")[-1].split()[0]] = process
+    return found
+
+
+def memory_mb() -> dict[str, float]:
+    return {name: process.memory_info().rss / 2**20 for name, process in replicas().items()}
+
+
+async def visit(server: Server, star: int, seconds: float) -> int:
+    """Sixteen clients that ask, stream, steer, look at features, leave early and send rubbish. Counts requests."""
+    steering = {"sae": STEERS, "features": [{"index": star, "strength": 4.0, "unit": "max"}]}
+    until, count = time.monotonic() + seconds, 0
+    headers = {"Authorization": f"Bearer {server.key}"}
+
+    async def client(number: int) -> None:
+        nonlocal count
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=120) as http:
+            while time.monotonic() < until:
+                match (number + count) % 6:
+                    case 0:
+                        answer = await http.post("/v1/chat/completions", json=chat())
+                    case 1:
+                        answer = await http.post("/v1/chat/completions", json=chat(ONE_WORD, steering=steering))
+                    case 2:
+                        answer = await http.post("/v1/features/inspect", json={"image": data_url(white())})
+                    case 3:
+                        answer = await http.post("/v1/chat/completions", json=chat(n=0))
+                        assert answer.status_code == 400
+                        answer = await http.get(f"/v1/saes/{STEERS}/features", params={"search": "star"})
+                    case 4:
+                        request = chat("Describe the image.", temperature=2.0, max_tokens=50, n=2, stream=True)
+                        async with http.stream("POST", "/v1/chat/completions", json=request) as answer:
+                            await anext(answer.aiter_bytes())  # and goes away
+                    case _:
+                        answer = await http.get(f"/v1/saes/{STEERS}/features/{star}/images/0")
+                assert answer.status_code == 200, answer.text
+                count += 1
+
+    await asyncio.gather(*map(client, range(16)))
+    return count
+
+
+@pytest.mark.parametrize("seconds", [10, pytest.param(600, marks=pytest.mark.slow)])
+def test_memory_is_flat(server, star, seconds):
+    asyncio.run(visit(server, star, 10 + seconds / 10))
+    before = memory_mb()
+    assert {"Api", "Tower", "Language"} <= set(before)
+    count = asyncio.run(visit(server, star, seconds))
+    after = memory_mb()
+    print(f"{count} requests; MB before and after: {before} {after}")
+    assert count > seconds
+    assert {name: round(after[name] - before[name]) for name in before if after[name] - before[name] > GROWTH_MB} == {}
