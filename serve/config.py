@@ -49,7 +49,7 @@ class Language(Replicas):
     max_running: int = Field(default=64, ge=1)
     """Answers that a replica generates at the same time."""
     kv_cache_mb: int | None = Field(default=None, ge=1)
-    """Memory of vLLM's key-value cache; by default what vLLM takes: most of a GPU."""
+    """Memory of vLLM's key-value cache; by default most of a GPU, as vLLM has it, and 1024 without a GPU."""
 
 
 class Limits(Strict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import re
 import signal
 import socket
 import time
@@ -15,11 +16,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sae_ray.errors import UsageError
+from sae_ray.errors import SaeRayError, UsageError
 
 from .config import API_KEY, ServeConfig, with_llava
 
 HTTP_GRACE_S = 10.0
+NAME = "sae-ray"
 
 
 def read_config(file: str | None, engine: str | None, options: Mapping[str, Any]) -> ServeConfig:
@@ -78,7 +80,12 @@ def run(config: ServeConfig, host: str, port: int, say: Callable[[str], None]) -
             "request_timeout_s": config.limits.timeout_s + HTTP_GRACE_S,
         }
     )
-    serve.run(build(config), name="sae-ray", route_prefix="/")
+    try:
+        serve.run(build(config), name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        reason = _why_not_deployed()
+        serve.shutdown()
+        raise SaeRayError(f"the application did not start: {reason}") from error
     key = f", API key from {API_KEY}" if os.environ.get(API_KEY) else ""
     say(f"Serving {config.model} steered by {config.root} after {time.monotonic() - started:.0f} s{key}")
     say(f"  playground  http://{host}:{port}/")
@@ -91,6 +98,17 @@ def run(config: ServeConfig, host: str, port: int, say: Callable[[str], None]) -
         say("Stopping: requests that are being answered come to their end.")
     finally:
         serve.shutdown()
+
+
+def _why_not_deployed() -> str:
+    """What the replicas that failed said last, and where they said more."""
+    import ray
+    from ray import serve
+
+    told = [one.message for one in serve.status().applications[NAME].deployments.values()]
+    errors = [line for message in told for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
+    folder = ray._private.worker._global_node.get_session_dir_path()  # type: ignore[attr-defined]
+    return f"{errors[-1] if errors else 'a replica failed'} (more in {folder}/logs)"
 
 
 def _start_ray() -> None:

@@ -18,6 +18,9 @@ from sae_ray.steering.llava import FORMS, describe_llava
 from .config import ServeConfig
 from .engine import Sampling, Step, Task
 
+CPU_CACHE_MB = 1024
+"""vLLM itself would take most of the machine's memory."""
+
 
 class VllmEngine:
     """vLLM's asynchronous engine. Its own vision tower is not loaded."""
@@ -38,6 +41,8 @@ class VllmEngine:
         self.shape = (info.n_tokens - drops_cls, text.hidden_size)
         self.dtype = DTYPES[config.dtype]
         memory = config.language.kv_cache_mb
+        if memory is None and config.device == "cpu":
+            memory = CPU_CACHE_MB
         self._engine: Any = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=str(source.path),

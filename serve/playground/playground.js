@@ -153,7 +153,7 @@ async function picture(path) {
 
 const titleOf = (feature) => feature.name ?? `feature ${feature.index}`;
 const factsOf = (feature) =>
-  [`#${feature.index}`, feature.ms === null ? "" : `MS ${feature.ms.toFixed(2)}`, `fires on ${(100 * feature.frequency).toFixed(1)} %`]
+  [`#${feature.index}`, feature.ms === null ? "" : `MS ${feature.ms.toFixed(2)}`, `fires on ${(100 * feature.frequency).toLocaleString("en", { maximumSignificantDigits: 2 })} %`]
     .filter(Boolean).join(" · ");
 
 function card(feature) {
