@@ -5,7 +5,7 @@ ROOT ?= runs/demo
 WORLD ?= $(HOME)/.cache/sae-ray/world
 INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
-.PHONY: demo test test-slow test-gpu lint format clean
+.PHONY: demo test test-slow test-gpu soak lint format clean
 
 demo: .venv/.demo
 	$(BIN)/sae-ray world $(WORLD)
@@ -19,6 +19,9 @@ test-slow: .venv/.test
 
 test-gpu: .venv/.test
 	$(BIN)/pytest -m gpu
+
+soak: .venv/.test
+	$(BIN)/pytest tests/serve/test_soak.py -m slow -s
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

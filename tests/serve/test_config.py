@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
-from sae_ray.serve.config import ServeConfig
-from sae_ray.serve.local import HTTP_GRACE_S, read_config
+from sae_ray.serve.config import API_KEY, ServeConfig
+from sae_ray.serve.local import HTTP_GRACE_S, read_config, run
 
 from sae_ray.errors import UsageError
 
@@ -53,3 +54,17 @@ def test_a_bad_file_is_told_what_is_wrong(tmp_path, text, words):
 def test_unknown_fields_are_refused():
     with pytest.raises(ValidationError, match="rooot"):
         ServeConfig.model_validate({"rooot": "x"})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org"])
+def test_other_machines_need_a_key(monkeypatch, host):
+    monkeypatch.delenv(API_KEY, raising=False)
+    with pytest.raises(UsageError, match=API_KEY):
+        run(ServeConfig(root="nowhere"), host, 8000, print)
+
+
+def test_a_port_that_is_taken_and_a_root_that_is_not_there(monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="is not free"):
+        run(ServeConfig(root="nowhere"), "127.0.0.1", taken.getsockname()[1], print)
+    with pytest.raises(UsageError, match="holds no study"):
+        run(ServeConfig(root=str(tmp_path)), "127.0.0.1", 0, print)
