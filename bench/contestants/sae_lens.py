@@ -33,6 +33,7 @@ class BatchTopK:
                 total_training_samples=settings.steps * settings.batch,
                 train_batch_size_samples=settings.batch,
                 lr=settings.learning_rate,
+                lr_end=settings.learning_rate,
             ),
             self.sae,
             data_provider=iter(()),

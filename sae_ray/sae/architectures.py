@@ -92,7 +92,10 @@ class Architecture(ABC):
         """With gradients, where they are asked for."""
         centred = x - weights.b_dec
         if self.cell.training.dtype == "bfloat16":
-            return (centred.bfloat16() @ weights.W_enc_t.bfloat16().T).float() + weights.b_enc
+            rough, W_enc = centred.bfloat16(), weights.W_enc_t.bfloat16().T
+            if x.is_cuda and not torch.is_grad_enabled():
+                return torch.addmm(weights.b_enc, rough, W_enc, out_dtype=torch.float32)
+            return (rough @ W_enc).float() + weights.b_enc
         if torch.is_grad_enabled():
             return torch.addmm(weights.b_enc, centred, weights.W_enc_t.T)
         return affine(centred, weights.W_enc_t, weights.b_enc)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.optim.adam import adam
 
+from sae_ray.sae.kernels import kernels_for
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
@@ -58,32 +60,40 @@ class RowAdam:
     @torch.no_grad()
     def step(self, gradients: dict[str, RowGradient], learning_rate: float) -> None:
         for name, parameter in self.weights.named().items():
-            state, (rows, values) = self.state[parameter], gradients[name]
-            n_rows = len(parameter)
-            block = min(n_rows, max(1, _BLOCK_ENTRIES * n_rows // parameter.numel()))
-            starts = range(0, n_rows, block)
-            ends = torch.searchsorted(rows, torch.tensor([*starts, n_rows], device=rows.device)).tolist()
-            scratch = torch.empty_like(parameter[:block], requires_grad=False)
-            for number, start in enumerate(starts):
-                part = slice(start, start + block)
-                own = slice(ends[number], ends[number + 1])
-                gradient = scratch[: min(block, n_rows - start)].zero_()
-                gradient.index_copy_(0, rows[own] - start, values[own])
-                adam(
-                    [parameter[part]],
-                    [gradient],
-                    [state["exp_avg"][part]],
-                    [state["exp_avg_sq"][part]],
-                    [],
-                    [state["step"].clone()],  # it is counted up by the call
-                    fused=True,
-                    amsgrad=False,
-                    beta1=0.9,
-                    beta2=0.999,
-                    lr=learning_rate,
-                    weight_decay=0.0,
-                    eps=1e-8,
-                    maximize=False,
-                )
-                self.weights.constrain(name, part)
+            state, gradient = self.state[parameter], gradients[name]
+            kernels = kernels_for(parameter) if parameter.ndim == 2 else None
+            if kernels is None:
+                self._step_blocks(name, parameter, gradient, learning_rate)
+            else:
+                moments, number = (state["exp_avg"], state["exp_avg_sq"]), int(state["step"]) + 1
+                kernels.adam_rows(parameter, *moments, *gradient, number, learning_rate, name == "W_dec")
             state["step"] += 1
+
+    def _step_blocks(self, name: str, parameter: Parameter, gradient: RowGradient, learning_rate: float) -> None:
+        state, (rows, values) = self.state[parameter], gradient
+        n_rows = len(parameter)
+        block = min(n_rows, max(1, _BLOCK_ENTRIES * n_rows // parameter.numel()))
+        starts = range(0, n_rows, block)
+        ends = torch.searchsorted(rows, torch.tensor([*starts, n_rows], device=rows.device)).tolist()
+        scratch = torch.empty_like(parameter[:block], requires_grad=False)
+        for number, start in enumerate(starts):
+            part = slice(start, start + block)
+            own = slice(ends[number], ends[number + 1])
+            dense = scratch[: min(block, n_rows - start)].zero_().index_copy_(0, rows[own] - start, values[own])
+            adam(
+                [parameter[part]],
+                [dense],
+                [state["exp_avg"][part]],
+                [state["exp_avg_sq"][part]],
+                [],
+                [state["step"].clone()],  # it is counted up by the call
+                fused=True,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=learning_rate,
+                weight_decay=0.0,
+                eps=1e-8,
+                maximize=False,
+            )
+            self.weights.constrain(name, part)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from sae_ray.sae.kernels import kernels_for
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
@@ -95,6 +97,8 @@ class Pattern:
 
     def dots(self, left: Float[Tensor, "n_rows d"], right: Float[Tensor, "n_latents d"]) -> Float[Tensor, " nnz"]:
         """The entries of `left @ right.T` that exist."""
+        if kernels := kernels_for(left):
+            return kernels.dots(self.rows, self.latents, left, right)
         empty = left.new_zeros(len(self.rows))
         mask = torch.sparse_csr_tensor(
             self.row_offsets, self.latents, empty, (self.n_rows, self.n_latents), check_invariants=False
@@ -165,11 +169,14 @@ def largest_positive(matrix: Float[Tensor, "batch d_sae"], count: int, guess: fl
     Args:
         guess: About the smallest of these values, from below; a bad one costs time, the result does not depend on it.
     """
-    flat = matrix.flatten()
-    maxima = _block_maxima(flat.unsqueeze(0), count)
-    found = _at_least(flat, maxima, maxima.new_tensor([[guess]])) if guess > 0 else None
-    if found is None or len(found) < count:
-        found = _at_least(flat, maxima, _bound(maxima, count))
+    flat, found = matrix.flatten(), None
+    if guess > 0 and (kernels := kernels_for(flat)):
+        found = kernels.at_least(flat, guess, count)
+    if found is None:
+        maxima = _block_maxima(flat.unsqueeze(0), count)
+        found = _at_least(flat, maxima, maxima.new_tensor([[guess]])) if guess > 0 else None
+        if found is None or len(found) < count:
+            found = _at_least(flat, maxima, _bound(maxima, count))
     if len(found) > count:
         found = found[flat[found].topk(count, sorted=False).indices].sort().values
     return found
@@ -230,6 +237,8 @@ def _offsets(ascending: Tensor, count: int) -> Tensor:
 
 
 def _bag_sums(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    if kernels := kernels_for(table):
+        return kernels.bag_sums(indices, offsets, weights.detach(), table.detach())
     # Detached, or embedding_bag would collect what its own backward needs.
     return F.embedding_bag(
         indices, table.detach(), offsets, mode="sum", per_sample_weights=weights.detach(), include_last_offset=True
