@@ -25,7 +25,7 @@ class BatchTopK:
             warmup_steps=0,
             threshold_beta=settings.threshold_beta,
             threshold_start_step=1,
-            device="cpu",
+            device=settings.device,
         )
         autoencoder = self.trainer.ae
         autoencoder.decoder.weight.data.copy_(W_dec.T)

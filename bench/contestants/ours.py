@@ -21,9 +21,10 @@ class BatchTopK:
             warmup_steps=0,
             threshold_beta=settings.threshold_beta,
             threshold_start_step=1,
+            dtype=settings.dtype,
         )
         cell = Cell("batch_topk", settings.d_sae / settings.d_in, k=settings.k, training=training)
-        self.trainer = CellTrainer(cell, settings.d_in)
+        self.trainer = CellTrainer(cell, settings.d_in, settings.device)
         for weight, value in (("W_dec", W_dec), ("W_enc_t", W_dec), ("b_dec", b_dec)):
             self.trainer.weights.named()[weight].data.copy_(value)
 

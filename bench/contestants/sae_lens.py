@@ -24,6 +24,7 @@ class BatchTopK:
             topk_threshold_lr=1 - settings.threshold_beta,
             aux_loss_coefficient=1 / 32,
             decoder_init_norm=1.0,
+            device=settings.device,
         )
         self.sae = BatchTopKTrainingSAE(config)
         for weight, value in (("W_dec", W_dec), ("W_enc", W_dec.T), ("b_dec", b_dec)):
@@ -34,6 +35,7 @@ class BatchTopK:
                 train_batch_size_samples=settings.batch,
                 lr=settings.learning_rate,
                 lr_end=settings.learning_rate,
+                device=settings.device,
             ),
             self.sae,
             data_provider=iter(()),

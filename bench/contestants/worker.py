@@ -35,6 +35,9 @@ class Settings(NamedTuple):
     auxk: bool
     """Whether dead latents are revived; half of the latents are then counted as dead before every step."""
     threads: int
+    device: str = "cpu"
+    dtype: str = "float32"
+    """Of the encoder's product, where the contestant lets one choose."""
 
 
 def main() -> None:
