@@ -294,7 +294,7 @@ def steer(sizes: Sizes, device: torch.device) -> Table:
     ms = {name: median(taken[2:]) for name, taken in times.items()}
     billions = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     return Table(
-        title=f"Time to first token of a LLaVA with {billions:.1f} billion random weights, SAE of {sizes.d_sae} latents",
+        title=f"Time to first token, LLaVA with {billions:.1f} billion random weights, SAE of {sizes.d_sae} latents",
         columns=["what", "ms", "against unsteered"],
         rows=[[name, f"{taken:.2f}", f"{taken / ms['unsteered']:.3f}"] for name, taken in ms.items()],
     )
