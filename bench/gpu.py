@@ -100,15 +100,15 @@ def train(sizes: Sizes, device: torch.device) -> Table:
     half = settings._replace(dtype="bfloat16")
 
     makers: dict[str, Callable[[], Any]] = {
-        "sae-ray, bfloat16 product": lambda: ours.BatchTopK(half, W_dec, b_dec),
-        "sae-ray, float32": lambda: ours.BatchTopK(settings, W_dec, b_dec),
+        "sae-ray, bfloat16 product": lambda: ours.BatchTopK(half, W_dec, W_dec, b_dec),
+        "sae-ray, float32": lambda: ours.BatchTopK(settings, W_dec, W_dec, b_dec),
         "dense step, float32": lambda: DenseStep(settings, W_dec, b_dec, "highest"),
         "dense step, TF32": lambda: DenseStep(settings, W_dec, b_dec, "high"),
     }
     for peer in ("dictionary_learning", "sae_lens"):
         if find_spec(peer):
             module = importlib.import_module(f"bench.contestants.{peer}")
-            makers[peer] = lambda module=module: module.BatchTopK(settings, W_dec, b_dec)
+            makers[peer] = lambda module=module: module.BatchTopK(settings, W_dec, W_dec, b_dec)
 
     floor = floor_ms(sizes, device)
     rows, fastest = [], None

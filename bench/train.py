@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 
 from bench import environments
-from bench.contestants.worker import Settings
+from bench.contestants import ours
+from bench.contestants.worker import PARTS, Settings
 from bench.record import Table, record
 from jobs import train as job
 from sae_ray.activations import ActivationStore, activation_table, write_part
@@ -35,12 +37,12 @@ from sae_ray.stream import TrainingStream
 ROOT = Path(__file__).parent.parent
 D_IN, K, BATCH, THREADS = 512, 20, 1024, 2
 # Width -> training steps before fidelity is compared, in rounds of as many steps.
-ROUNDS = {8192: (8, 5), 32768: (8, 3)}
+ROUNDS = {8192: (6, 4), 32768: (5, 3)}
 REQUIRED = {8192: 5.0, 32768: 6.0}
-AUXK_ROUNDS = (3, 2)
+AUXK_ROUNDS = (2, 2)
 R2_TOLERANCE, L0_TOLERANCE = 0.02, 0.1
 """How far a peer's R² may lie from ours, and its L0 relative to ours."""
-GRID_STEPS = 40
+GRID_STEPS = 16
 NAMES = {
     "ours.BatchTopK": "sae-ray",
     "dictionary_learning.BatchTopK": "dictionary-learning",
@@ -54,7 +56,7 @@ PEERS = ("dictionary_learning.BatchTopK", "sae_lens.BatchTopK")
 def main() -> None:
     torch.set_num_threads(THREADS)
     pythons = environments.python()
-    steps, auxk, problems = [], [], []
+    steps, parts, auxk, problems = [], [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         data, heldout = activations(64 * BATCH, 0), activations(4 * BATCH, 1)
         for d_sae, rounds in ROUNDS.items():
@@ -62,6 +64,7 @@ def main() -> None:
             times, fidelity = race(folder, NAMES, pythons, *rounds)
             steps += step_rows(d_sae, times, fidelity)
             problems += shortfalls(d_sae, times, fidelity)
+            parts += part_rows(folder, sum(rounds))
             folder = prepare(Path(scratch), data, heldout, d_sae, AUXK_ROUNDS, auxk=True)
             dead_times, _ = race(folder, list(NAMES)[:3], pythons, *AUXK_ROUNDS)
             auxk += [
@@ -75,6 +78,11 @@ def main() -> None:
             "no latent dead",
             columns=["d_sae", "step of", "ms (median)", "ms (fastest)", "times ours", "R²", "L0"],
             rows=steps,
+        ),
+        Table(
+            title="Where the time of our step goes",
+            columns=["d_sae", "part", "ms (median)", "share"],
+            rows=parts,
         ),
         Table(
             title="The same step with AuxK: half of the latents dead",
@@ -128,12 +136,14 @@ def prepare(
     parts = {
         "data": data,
         "heldout": heldout,
+        # Smaller than the decoder's transpose: the first reconstructions then do not overshoot.
+        "W_enc_t": 0.3 * W_dec,
         "W_dec": W_dec,
         "b_dec": geometric_median(torch.from_numpy(data[:BATCH])).numpy(),
     }
     for name, value in parts.items():
         np.save(folder / f"{name}.npy", value)
-    settings = Settings(D_IN, d_sae, K, BATCH, rounds[0] * rounds[1], 1e-3, 0.8, auxk, THREADS)
+    settings = Settings(D_IN, d_sae, K, BATCH, rounds[0] * rounds[1], 3e-3, 0.8, auxk, THREADS)
     (folder / "settings.json").write_text(json.dumps(settings._asdict()))
     return folder
 
@@ -199,6 +209,37 @@ def step_rows(d_sae: int, times: dict[str, list[float]], fidelity: dict[str, dic
     return rows
 
 
+def part_rows(folder: Path, n_steps: int) -> list[list[Any]]:
+    """Our step alone, in this process, with a clock around its parts."""
+    settings = Settings(**json.loads((folder / "settings.json").read_text()))
+    data, _, *start = (torch.from_numpy(np.load(folder / f"{part}.npy")) for part in PARTS)
+    contestant = ours.BatchTopK(settings, *start)
+    trainer, taken = contestant.trainer, defaultdict(list)
+
+    def clock(owner: object, method: str, part: str) -> None:
+        plain = getattr(owner, method)
+
+        def clocked(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = plain(*args)
+            taken[part].append(1000 * (time.perf_counter() - started))
+            return result
+
+        setattr(owner, method, clocked)
+
+    clock(trainer.architecture, "pre_activations", "the encoder's product")
+    clock(trainer.architecture, "select", "selection")
+    clock(trainer, "_gradients", "gradients, projection, clipping")
+    clock(trainer.optimizer, "step", "Adam and renormalisation")
+    clock(trainer, "step", "whole step")
+    for number in range(n_steps):
+        contestant.step(data[number * settings.batch : (number + 1) * settings.batch])
+    ms = {part: median(times[2:]) for part, times in taken.items()}
+    whole = ms.pop("whole step")
+    ms["decoding, loss, counters"] = whole - sum(ms.values())
+    return [[settings.d_sae, part, round(one, 1), f"{one / whole:.0%}"] for part, one in ms.items()]
+
+
 def shortfalls(d_sae: int, times: dict[str, list[float]], fidelity: dict[str, dict[str, float]]) -> list[str]:
     """What is not as it must be: results that differ, then times."""
     ours, found = fidelity["ours.BatchTopK"], []
@@ -213,7 +254,7 @@ def shortfalls(d_sae: int, times: dict[str, list[float]], fidelity: dict[str, di
 
 
 def grid_rows() -> tuple[list[list[Any]], float]:
-    """The 12 cells of a bundle as the training job steps them, against each cell alone on batches in memory."""
+    """The 12 cells of a bundle as the training job steps them, in turn with each cell alone on batches in memory."""
     training = TrainingConfig(batch_size=BATCH, steps=GRID_STEPS, warmup_steps=0, threshold_start_step=1)
     cells = [
         Cell(architecture, expansion, k=k, training=training)
@@ -248,27 +289,26 @@ def grid_rows() -> tuple[list[list[Any]], float]:
         scale = store.root_mean_square_norm
         batches = [torch.from_numpy(next(stream)).float() / scale for _ in range(GRID_STEPS)]
 
-        before = sum(alone(cell, batches) for cell in cells)
-        stamps: list[float] = []
+        trainers = [CellTrainer(cell, D_IN) for cell in cells]
+        together, alone = [], []
+        since = time.perf_counter()
+
+        def after_step(done: int) -> None:
+            """Takes the time of the job's step, then makes the same step with each cell alone."""
+            nonlocal since
+            started = time.perf_counter()
+            together.append(1000 * (started - since))
+            for trainer in trainers:
+                trainer.step(batches[done // len(cells) - 1])
+            since = time.perf_counter()
+            alone.append(1000 * (since - started))
+
         job.STEPS_PER_REPORT = 1
-        job.train_cells(bundle, torch.device("cpu"), 0, 1, None, lambda steps: stamps.append(time.perf_counter()))
-        after = sum(alone(cell, batches) for cell in cells)
-    # The last reports follow a checkpoint, evaluation and writing; the first few steps allocate.
-    together = 1000 * float(np.mean(np.diff(stamps[3:-2])))
-    pure = (before + after) / 2
-    rows = [["each cell alone, summed", round(pure, 1)], ["all cells in the training job", round(together, 1)]]
-    return [*rows, ["ratio", f"{together / pure:.2f}"]], together / pure
-
-
-def alone(cell: Cell, batches: Sequence[torch.Tensor]) -> float:
-    """Mean milliseconds of a step."""
-    trainer = CellTrainer(cell, D_IN)
-    for batch in batches[:3]:
-        trainer.step(batch)
-    started = time.perf_counter()
-    for batch in batches[3:]:
-        trainer.step(batch)
-    return 1000 * (time.perf_counter() - started) / len(batches[3:])
+        job.train_cells(bundle, torch.device("cpu"), 0, 1, None, after_step)
+    # The first steps allocate; the last come with a checkpoint, evaluation and writing.
+    joint, pure = sum(together[3:-2]) / len(together[3:-2]), sum(alone[3:-2]) / len(alone[3:-2])
+    rows = [["each cell alone, summed", round(pure, 1)], ["all cells in the training job", round(joint, 1)]]
+    return [*rows, ["ratio", f"{joint / pure:.2f}"]], joint / pure
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class BatchTopK:
-    def __init__(self, settings: Settings, W_dec: Tensor, b_dec: Tensor):
+    def __init__(self, settings: Settings, W_enc_t: Tensor, W_dec: Tensor, b_dec: Tensor):
         self.trainer = BatchTopKTrainer(
             steps=settings.steps,
             activation_dim=settings.d_in,
@@ -29,7 +29,7 @@ class BatchTopK:
         )
         autoencoder = self.trainer.ae
         autoencoder.decoder.weight.data.copy_(W_dec.T)
-        autoencoder.encoder.weight.data.copy_(W_dec)
+        autoencoder.encoder.weight.data.copy_(W_enc_t)
         autoencoder.b_dec.data.copy_(b_dec)
         self.n_steps = 0
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 class Product:
-    def __init__(self, settings: Settings, W_dec: Tensor, b_dec: Tensor):
-        self.W_enc_t = W_dec
+    def __init__(self, settings: Settings, W_enc_t: Tensor, W_dec: Tensor, b_dec: Tensor):
+        self.W_enc_t = W_enc_t
         self.b_enc = torch.zeros(settings.d_sae)
         self.pre = torch.empty(settings.batch, settings.d_sae)
 
@@ -23,8 +23,8 @@ class Product:
 
 
 class FusedAdam:
-    def __init__(self, settings: Settings, W_dec: Tensor, b_dec: Tensor):
-        parameters = [torch.nn.Parameter(value.clone()) for value in (W_dec, W_dec, W_dec[:, 0], b_dec)]
+    def __init__(self, settings: Settings, W_enc_t: Tensor, W_dec: Tensor, b_dec: Tensor):
+        parameters = [torch.nn.Parameter(value.clone()) for value in (W_enc_t, W_dec, W_dec[:, 0], b_dec)]
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         self.optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=True)

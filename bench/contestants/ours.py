@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class BatchTopK:
-    def __init__(self, settings: Settings, W_dec: Tensor, b_dec: Tensor):
+    def __init__(self, settings: Settings, W_enc_t: Tensor, W_dec: Tensor, b_dec: Tensor):
         training = TrainingConfig(
             batch_size=settings.batch,
             steps=settings.steps,
@@ -25,7 +25,7 @@ class BatchTopK:
         )
         cell = Cell("batch_topk", settings.d_sae / settings.d_in, k=settings.k, training=training)
         self.trainer = CellTrainer(cell, settings.d_in, settings.device)
-        for weight, value in (("W_dec", W_dec), ("W_enc_t", W_dec), ("b_dec", b_dec)):
+        for weight, value in (("W_dec", W_dec), ("W_enc_t", W_enc_t), ("b_dec", b_dec)):
             self.trainer.weights.named()[weight].data.copy_(value)
 
     def step(self, batch: Tensor) -> None:

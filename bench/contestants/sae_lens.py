@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class BatchTopK:
-    def __init__(self, settings: Settings, W_dec: Tensor, b_dec: Tensor):
+    def __init__(self, settings: Settings, W_enc_t: Tensor, W_dec: Tensor, b_dec: Tensor):
         config = BatchTopKTrainingSAEConfig(
             d_in=settings.d_in,
             d_sae=settings.d_sae,
@@ -27,7 +27,7 @@ class BatchTopK:
             device=settings.device,
         )
         self.sae = BatchTopKTrainingSAE(config)
-        for weight, value in (("W_dec", W_dec), ("W_enc", W_dec.T), ("b_dec", b_dec)):
+        for weight, value in (("W_dec", W_dec), ("W_enc", W_enc_t.T), ("b_dec", b_dec)):
             getattr(self.sae, weight).data.copy_(value)
         self.trainer = SAETrainer(
             SAETrainerConfig(

@@ -1,9 +1,10 @@
 """One contestant in a process of its own: `python -m bench.contestants.worker <name> <folder>` in its environment.
 
-The folder holds `data.npy` [rows, d_in], `heldout.npy` [rows, d_in], `W_dec.npy` [d_sae, d_in], `b_dec.npy` [d_in] and
-`settings.json`. Commands come as JSON lines on stdin: `{"do": "step", "n": 3}` answers with the milliseconds of each
-step, `{"do": "score"}` with the fidelity of the contestant's own inference on the held-out data. A contestant is a
-class with `step`, `reconstruct` and `mark_dead` (see `ours.py`); what a floor lacks of these it is never asked for.
+The folder holds `data.npy` and `heldout.npy` [rows, d_in], the initial `W_enc_t.npy` and `W_dec.npy` [d_sae, d_in] and
+`b_dec.npy` [d_in] (`b_enc` is 0), and `settings.json`. Commands come as JSON lines on stdin: `{"do": "step", "n": 3}`
+answers with the milliseconds of each step, `{"do": "score"}` with the fidelity of the contestant's own inference on the
+held-out data. A contestant is a class with `step`, `reconstruct` and `mark_dead` (see `ours.py`); what a floor lacks of
+these it is never asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+PARTS = ("data", "heldout", "W_enc_t", "W_dec", "b_dec")
 
 
 class Settings(NamedTuple):
@@ -46,11 +49,9 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # what a library prints is no answer
         settings = Settings(**json.loads((folder / "settings.json").read_text()))
         torch.set_num_threads(settings.threads)
-        data, heldout, W_dec, b_dec = (
-            torch.from_numpy(np.load(folder / f"{part}.npy")) for part in ("data", "heldout", "W_dec", "b_dec")
-        )
+        data, heldout, *start = (torch.from_numpy(np.load(folder / f"{part}.npy")) for part in PARTS)
         module, _, variant = name.partition(".")
-        contestant = getattr(importlib.import_module(f"bench.contestants.{module}"), variant)(settings, W_dec, b_dec)
+        contestant = getattr(importlib.import_module(f"bench.contestants.{module}"), variant)(settings, *start)
         done = 0
         print(json.dumps("ready"), file=answers, flush=True)
         for line in sys.stdin:
