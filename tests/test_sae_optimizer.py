@@ -24,7 +24,7 @@ def test_sparse_rows_in_blocks_are_torch_adam_on_the_dense_gradient(monkeypatch,
     ours, theirs = make_weights(0.01), make_weights(0.01)
     adam, plain = RowAdam(ours), torch.optim.Adam(theirs.named().values(), lr=0.01, fused=True)
     generator = torch.Generator().manual_seed(0)
-    for count in (0, 3, D_SAE, 20):
+    for number, count in enumerate((0, 3, D_SAE, 20), start=1):
         rows = torch.randperm(D_SAE, generator=generator)[:count].sort().values
         gradients = {}
         for name, parameter in theirs.named().items():
@@ -35,7 +35,7 @@ def test_sparse_rows_in_blocks_are_torch_adam_on_the_dense_gradient(monkeypatch,
                 gradients[name] = RowGradient(rows, parameter.grad[rows])
             else:
                 gradients[name] = RowGradient.of(parameter.grad.clone(), Ranks(None))
-        adam.step(gradients, 0.01)
+        adam.step(gradients, number, 0.01)
         plain.step()
         with torch.no_grad():
             theirs.W_dec /= theirs.W_dec.norm(dim=1, keepdim=True)

@@ -94,8 +94,8 @@ def test_adam(use_kernels):
         gradients.append({"W_dec": sparse, "W_enc_t": sparse, **biases})
     for trainer in trainers:
         adam = RowAdam(trainer.weights)
-        for gradient in gradients:
-            adam.step(gradient, 0.01)
+        for number, gradient in enumerate(gradients, start=1):
+            adam.step(gradient, number, 0.01)
         use_kernels()
     for name, plain in trainers[0].weights.named().items():
         torch.testing.assert_close(trainers[1].weights.named()[name], plain)

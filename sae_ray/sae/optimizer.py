@@ -44,13 +44,12 @@ class RowGradient(NamedTuple):
 
 
 class RowAdam:
-    """Adam (betas 0.9 and 0.999) over the weights of an SAE; `state` is laid out as torch's own."""
+    """Adam (betas 0.9 and 0.999) over the weights of an SAE; `state` names the moments as torch's own does."""
 
     def __init__(self, weights: Weights):
         self.weights = weights
         self.state: dict[Parameter, dict[str, Tensor]] = {
             parameter: {
-                "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
@@ -58,27 +57,29 @@ class RowAdam:
         }
 
     @torch.no_grad()
-    def step(self, gradients: dict[str, RowGradient], learning_rate: float) -> None:
+    def step(self, gradients: dict[str, RowGradient], number: int, learning_rate: float) -> None:
+        """Step `number`, counted from 1."""
         for name, parameter in self.weights.named().items():
-            state, gradient = self.state[parameter], gradients[name]
+            moments, gradient = self.state[parameter].values(), gradients[name]
             kernels = kernels_for(parameter) if parameter.ndim == 2 else None
             if kernels is None:
-                self._step_blocks(name, parameter, gradient, learning_rate)
+                self._step_blocks(name, parameter, gradient, number, learning_rate)
             else:
-                moments, number = (state["exp_avg"], state["exp_avg_sq"]), int(state["step"]) + 1
                 kernels.adam_rows(parameter, *moments, *gradient, number, learning_rate, name == "W_dec")
-            state["step"] += 1
 
-    def _step_blocks(self, name: str, parameter: Parameter, gradient: RowGradient, learning_rate: float) -> None:
+    def _step_blocks(
+        self, name: str, parameter: Parameter, gradient: RowGradient, number: int, learning_rate: float
+    ) -> None:
         state, (rows, values) = self.state[parameter], gradient
         n_rows = len(parameter)
         block = min(n_rows, max(1, _BLOCK_ENTRIES * n_rows // parameter.numel()))
         starts = range(0, n_rows, block)
         ends = torch.searchsorted(rows, torch.tensor([*starts, n_rows], device=rows.device)).tolist()
+        steps_done = torch.tensor(number - 1.0, device=parameter.device)
         scratch = torch.empty_like(parameter[:block], requires_grad=False)
-        for number, start in enumerate(starts):
+        for place, start in enumerate(starts):
             part = slice(start, start + block)
-            own = slice(ends[number], ends[number + 1])
+            own = slice(ends[place], ends[place + 1])
             dense = scratch[: min(block, n_rows - start)].zero_().index_copy_(0, rows[own] - start, values[own])
             adam(
                 [parameter[part]],
@@ -86,7 +87,7 @@ class RowAdam:
                 [state["exp_avg"][part]],
                 [state["exp_avg_sq"][part]],
                 [],
-                [state["step"].clone()],  # it is counted up by the call
+                [steps_done.clone()],  # the call counts it up
                 fused=True,
                 amsgrad=False,
                 beta1=0.9,

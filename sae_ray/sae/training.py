@@ -123,7 +123,7 @@ class CellTrainer:
                 f"step {self.n_steps}: the loss is {metrics.loss}, the norm of its gradient {metrics.gradient_norm}"
             )
             raise NonFiniteLoss(self.failed)
-        self.optimizer.step(gradients, metrics.learning_rate)
+        self.optimizer.step(gradients, self.n_steps + 1, metrics.learning_rate)
         self.n_steps += 1
         return metrics
 
@@ -179,7 +179,6 @@ class CellTrainer:
             parameter.data.copy_(tensors[name])
             if self.n_steps:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.n_steps), device=self.device),
                     "exp_avg": tensors[f"adam.exp_avg.{name}"].to(self.device, copy=True),
                     "exp_avg_sq": tensors[f"adam.exp_avg_sq.{name}"].to(self.device, copy=True),
                 }
