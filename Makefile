@@ -5,7 +5,7 @@ ROOT ?= runs/demo
 WORLD ?= $(HOME)/.cache/sae-ray/world
 INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
-.PHONY: demo test test-slow test-gpu soak lint format clean
+.PHONY: demo test test-slow test-gpu soak bench bench-gpu lint format clean
 
 demo: .venv/.demo
 	$(BIN)/sae-ray world $(WORLD)
@@ -22,6 +22,16 @@ test-gpu: .venv/.test
 
 soak: .venv/.test
 	$(BIN)/pytest tests/serve/test_soak.py -m slow -s
+
+bench: .venv/.test
+	$(BIN)/python -m bench.train
+	$(BIN)/python -m bench.scoring
+	$(BIN)/python -m bench.extraction
+	$(BIN)/python -m bench.tables
+
+# Needs torch with CUDA, transformers, safetensors, pyarrow and numpy, and no set-up of ours.
+bench-gpu:
+	$(PYTHON) -m bench.gpu
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn import Parameter
 
+from sae_ray.sae.product import affine
 from sae_ray.sae.sparse import Pattern, decode_entries, encode_entries, largest_positive, largest_positive_per_row
 
 if TYPE_CHECKING:
@@ -37,11 +38,13 @@ class Weights:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @torch.no_grad()
-    def constrain(self) -> None:
-        """Decoder rows back to unit norm, a learned threshold back to 0 or more."""
-        self.W_dec /= torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(torch.finfo().tiny)
-        if self.threshold is not None:
-            self.threshold.clamp_(min=0)
+    def constrain(self, name: str, part: slice) -> None:
+        """Some rows of a weight: those of the decoder back to unit norm, a learned threshold back to 0 or more."""
+        rows = self.named()[name][part]
+        if name == "W_dec":
+            rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo().tiny)
+        elif name == "threshold":
+            rows.clamp_(min=0)
 
 
 class Forward(NamedTuple):
@@ -54,7 +57,7 @@ class Forward(NamedTuple):
     residual: Float[Tensor, "batch d_in"]
     """x minus the reconstruction from all latents; no gradient."""
     pre: Float[Tensor, "batch d_sae"]
-    """Pre-activations; no gradient."""
+    """Pre-activations; no gradient. On a CPU they hold until the next forward pass in this thread, of any cell."""
     fired: Bool[Tensor, " d_sae"]
     """Latents that were active at least once."""
     n_active: Float[Tensor, ""]
@@ -86,10 +89,16 @@ class Architecture(ABC):
     def forward(self, weights: Weights, x: Float[Tensor, "batch d_in"]) -> Forward: ...
 
     def pre_activations(self, weights: Weights, x: Tensor) -> Tensor:
+        """With gradients, where they are asked for."""
         centred = x - weights.b_dec
         if self.cell.training.dtype == "bfloat16":
-            return (centred.bfloat16() @ weights.W_enc_t.bfloat16().T).float() + weights.b_enc
-        return torch.addmm(weights.b_enc, centred, weights.W_enc_t.T)
+            rough, W_enc = centred.bfloat16(), weights.W_enc_t.bfloat16().T
+            if x.is_cuda and not torch.is_grad_enabled():
+                return torch.addmm(weights.b_enc, rough, W_enc, out_dtype=torch.float32)
+            return (rough @ W_enc).float() + weights.b_enc
+        if torch.is_grad_enabled():
+            return torch.addmm(weights.b_enc, centred, weights.W_enc_t.T)
+        return affine(centred, weights.W_enc_t, weights.b_enc)
 
 
 class SelectingArchitecture(Architecture):
@@ -140,14 +149,18 @@ class BatchTopK(SelectingArchitecture):
     """The `k * batch` largest values of the whole batch (Bussmann et al. 2024, arXiv 2412.06410)."""
 
     estimates_threshold = True
+    _guess = 0.0
+    """Somewhat below the smallest value of the last selection: where the next one starts to look."""
 
     def select(self, pre: Tensor) -> Tensor:
         assert self.cell.k is not None
         parts, start = [], 0
         for share in pre.tensor_split(self.shares):
-            parts.append(largest_positive(share, self.cell.k * len(share)) + start)
+            parts.append(largest_positive(share, self.cell.k * len(share), self._guess) + start)
             start += share.numel()
-        return torch.cat(parts)
+        chosen = torch.cat(parts)
+        self._guess = 0.9 * pre.flatten()[chosen].amin().item() if len(chosen) else 0.0
+        return chosen
 
 
 class MatryoshkaBatchTopK(BatchTopK):

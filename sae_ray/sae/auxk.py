@@ -34,7 +34,7 @@ def auxk_loss(
     k_aux = min(x.shape[1] // 2, len(dead_latents))
     if k_aux == 0:
         return x.new_zeros(())
-    top = forward.pre[:, dead_latents].topk(k_aux, dim=1, sorted=False)
+    top = forward.pre.index_select(1, dead_latents).topk(k_aux, dim=1, sorted=False)
     # A value of 0 after the ReLU neither adds to the reconstruction nor has a gradient.
     chosen = top.values > 0 if select == "post" else torch.ones_like(top.values, dtype=torch.bool)
     rows, columns = chosen.nonzero(as_tuple=True)

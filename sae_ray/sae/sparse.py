@@ -1,7 +1,8 @@
 """Sparse codes, and the products with them that cost the number of entries instead of the width of the dictionary.
 
 Sums over entries go through `embedding_bag`, which adds the entries of one row (or latent) in order on one thread, so
-results are the same every time; on a GPU too.
+results are the same every time; on a GPU too. Gradients of weights are sparse tensors that hold the rows of the latents
+that have entries.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from sae_ray.sae.kernels import kernels_for
+
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 with warnings.catch_warnings():
@@ -65,22 +68,37 @@ class Pattern:
         return self.latents.argsort(stable=True)
 
     @cached_property
-    def latent_offsets(self) -> Int[Tensor, " n_latents+1"]:
-        return _offsets(self.latents[self.by_latent], self.n_latents)
+    def used(self) -> Int[Tensor, " n_used"]:
+        """The latents that have entries, ascending."""
+        return self._runs[0]
+
+    @cached_property
+    def used_offsets(self) -> Int[Tensor, " n_used+1"]:
+        """Where the entries of each used latent begin in `by_latent`."""
+        return F.pad(self._runs[1].cumsum(0), (1, 0))
+
+    @cached_property
+    def _runs(self) -> tuple[Tensor, Tensor]:
+        return torch.unique_consecutive(self.latents[self.by_latent], return_counts=True)
 
     def row_sums(self, values: Float[Tensor, " nnz"], table: Float[Tensor, "n_latents d"]) -> Float[Tensor, "n_rows d"]:
         """`M @ table`, where M holds `values`."""
         return _bag_sums(self.latents, self.row_offsets, values, table)
 
-    def latent_sums(
-        self, values: Float[Tensor, " nnz"], table: Float[Tensor, "n_rows d"]
-    ) -> Float[Tensor, "n_latents d"]:
-        """`M.T @ table`, where M holds `values`."""
+    def latent_sums(self, values: Float[Tensor, " nnz"], table: Float[Tensor, "n_rows d"]) -> Float[Tensor, "n_used d"]:
+        """The rows of `M.T @ table` of the used latents, where M holds `values`; all others are 0."""
         order = self.by_latent
-        return _bag_sums(self.rows[order], self.latent_offsets, values[order], table)
+        return _bag_sums(self.rows[order], self.used_offsets, values[order], table)
+
+    def of_used(self, sums: Float[Tensor, "n_used d"]) -> Float[Tensor, "n_latents d"]:
+        """A sparse tensor with these rows for the used latents."""
+        shape = (self.n_latents, sums.shape[1])
+        return torch.sparse_coo_tensor(self.used.unsqueeze(0), sums, shape, is_coalesced=True, check_invariants=False)
 
     def dots(self, left: Float[Tensor, "n_rows d"], right: Float[Tensor, "n_latents d"]) -> Float[Tensor, " nnz"]:
         """The entries of `left @ right.T` that exist."""
+        if kernels := kernels_for(left):
+            return kernels.dots(self.rows, self.latents, left, right)
         empty = left.new_zeros(len(self.rows))
         mask = torch.sparse_csr_tensor(
             self.row_offsets, self.latents, empty, (self.n_rows, self.n_latents), check_invariants=False
@@ -99,10 +117,12 @@ class _EncodeEntries(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W_enc_t, b_dec = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_W = ctx.pattern.latent_sums(grad, x - b_dec)
-        grad_b_enc = ctx.pattern.latent_sums(grad, grad.new_ones(len(x), 1)).squeeze(1)
+        pattern = ctx.pattern
+        grad_W = pattern.latent_sums(grad, x - b_dec)
+        grad_b = pattern.latent_sums(grad, grad.new_ones(len(x), 1)).squeeze(1)
+        grad_b_enc = grad.new_zeros(pattern.n_latents).index_copy_(0, pattern.used, grad_b)
         # Every entry pulls b_dec against its encoder row, and grad_b_enc has already summed the entries of a latent.
-        return None, None, grad_W, grad_b_enc, -(grad_b_enc @ W_enc_t), None
+        return None, None, pattern.of_used(grad_W), grad_b_enc, -(grad_b_enc @ W_enc_t), None
 
 
 class _DecodeEntries(torch.autograd.Function):
@@ -116,7 +136,8 @@ class _DecodeEntries(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         values, W_dec = ctx.saved_tensors
         grad = grad.contiguous()
-        return ctx.pattern.dots(grad, W_dec), ctx.pattern.latent_sums(values, grad), None
+        pattern = ctx.pattern
+        return pattern.dots(grad, W_dec), pattern.of_used(pattern.latent_sums(values, grad)), None
 
 
 def encode_entries(
@@ -142,18 +163,20 @@ def decode_entries(
     return result
 
 
-def largest_positive(matrix: Float[Tensor, "batch d_sae"], count: int) -> Int[Tensor, " nnz"]:
-    """Ascending flat indices of the `count` largest values of the whole matrix; fewer where fewer are above 0."""
-    flat = matrix.flatten()
-    # The count-th largest of the maxima of disjoint blocks is at most the count-th largest value. This bound, cheap to
-    # find, leaves few candidates to choose from.
-    block = math.gcd(flat.numel(), 64)
-    while block > 1 and flat.numel() // block < 2 * count:
-        block //= 2
-    bound = flat.new_tensor(torch.finfo(flat.dtype).tiny)
-    if block > 1:
-        bound = bound.maximum(flat.view(-1, block).amax(1).topk(count, sorted=False).values.amin())
-    found = (flat >= bound).nonzero().squeeze(1)
+def largest_positive(matrix: Float[Tensor, "batch d_sae"], count: int, guess: float = 0.0) -> Int[Tensor, " nnz"]:
+    """Ascending flat indices of the `count` largest values of the whole matrix; fewer where fewer are above 0.
+
+    Args:
+        guess: About the smallest of these values, from below; a bad one costs time, the result does not depend on it.
+    """
+    flat, found = matrix.flatten(), None
+    if guess > 0 and (kernels := kernels_for(flat)):
+        found = kernels.at_least(flat, guess, count)
+    if found is None:
+        maxima = _block_maxima(flat.unsqueeze(0), count)
+        found = _at_least(flat, maxima, maxima.new_tensor([[guess]])) if guess > 0 else None
+        if found is None or len(found) < count:
+            found = _at_least(flat, maxima, _bound(maxima, count))
     if len(found) > count:
         found = found[flat[found].topk(count, sorted=False).indices].sort().values
     return found
@@ -161,9 +184,52 @@ def largest_positive(matrix: Float[Tensor, "batch d_sae"], count: int) -> Int[Te
 
 def largest_positive_per_row(matrix: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, " nnz"]:
     """Ascending flat indices of the `k` largest values of each row; fewer where fewer are above 0."""
-    top = matrix.topk(k, dim=1, sorted=False)
-    starts = torch.arange(0, matrix.numel(), matrix.shape[1], device=matrix.device)[: len(matrix)]
-    return (starts.unsqueeze(1) + top.indices)[top.values > 0].sort().values
+    flat, maxima = matrix.flatten(), _block_maxima(matrix, k)
+    found = _at_least(flat, maxima, _bound(maxima, k))
+    falling = flat[found].argsort(descending=True, stable=True)
+    rows = found[falling] // matrix.shape[1]
+    by_row = rows.argsort(stable=True)
+    rows, falling = rows[by_row], falling[by_row]
+    rank = torch.arange(len(rows), device=rows.device) - _offsets(rows, len(matrix))[rows]
+    return found[falling[rank < k]].sort().values
+
+
+def _block_maxima(matrix: Float[Tensor, "rows width"], count: int) -> Float[Tensor, "rows n_blocks"]:
+    """The largest values of blocks of each row, at least two blocks per value looked for where there are so many."""
+    n_rows, width = matrix.shape
+    block = math.gcd(width, 64)
+    while block > 1 and width // block < 2 * count:
+        block //= 2
+    return matrix.view(n_rows, width // block, block).amax(2) if block > 1 else matrix
+
+
+def _bound(maxima: Float[Tensor, "rows n_blocks"], count: int) -> Float[Tensor, "rows 1"]:
+    """Above 0 and at most the `count`-th largest of the row: the `count`-th largest of the maxima of its blocks."""
+    tiny = torch.finfo(maxima.dtype).tiny
+    if maxima.shape[1] < count:
+        return maxima.new_full((len(maxima), 1), tiny)
+    return maxima.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True).clamp_min(tiny)
+
+
+def _at_least(
+    flat: Float[Tensor, " n"], maxima: Float[Tensor, "rows n_blocks"], bounds: Float[Tensor, "rows 1"]
+) -> Int[Tensor, " found"]:
+    """Ascending indices of the values that are not below the bound of their row; blocks that are below are skipped."""
+    near = (maxima >= bounds).flatten().nonzero().squeeze(1)
+    block = len(flat) // max(1, maxima.numel())
+    values = flat.view(maxima.numel(), block).index_select(0, near)
+    places = _true((values >= bounds[near // maxima.shape[1]]).flatten())
+    return near[places // block] * block + places % block
+
+
+def _true(flags: Bool[Tensor, " n"]) -> Int[Tensor, " found"]:
+    """Ascending indices of the true ones, which are few."""
+    if len(flags) % 8:
+        return flags.nonzero().squeeze(1)
+    # Eight flags are read as one word: most words are 0.
+    words = flags.view(torch.int64).nonzero()
+    places = 8 * words + torch.arange(8, device=flags.device)
+    return places[flags.view(-1, 8)[words.squeeze(1)]]
 
 
 def _offsets(ascending: Tensor, count: int) -> Tensor:
@@ -171,6 +237,8 @@ def _offsets(ascending: Tensor, count: int) -> Tensor:
 
 
 def _bag_sums(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    if kernels := kernels_for(table):
+        return kernels.bag_sums(indices, offsets, weights.detach(), table.detach())
     # Detached, or embedding_bag would collect what its own backward needs.
     return F.embedding_bag(
         indices, table.detach(), offsets, mode="sum", per_sample_weights=weights.detach(), include_last_offset=True

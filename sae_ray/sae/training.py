@@ -13,6 +13,7 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae.architectures import ARCHITECTURES, Forward, Weights
 from sae_ray.sae.auxk import auxk_loss
 from sae_ray.sae.model import SAE
+from sae_ray.sae.optimizer import RowAdam, RowGradient
 from sae_ray.sae.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class CellTrainer:
         self.ranks = Ranks(process_group)
         self.architecture = ARCHITECTURES[cell.architecture](cell, d_in, selection_shares)
         self.weights = Weights(d_in, self.d_sae, cell.seed, self.architecture.learned_threshold, self.device)
-        self.optimizer = torch.optim.Adam(self.weights.named().values(), lr=0.0, betas=(0.9, 0.999), fused=True)
+        self.optimizer = RowAdam(self.weights)
         self.n_steps = 0
         """Steps done."""
         self.samples_since_fired = torch.zeros(self.d_sae, dtype=torch.int64, device=self.device)
@@ -113,8 +114,7 @@ class CellTrainer:
             auxk = auxk_loss(self.weights, x, forward, self._dead(), training.auxk_select, self.ranks)
         sparsity = (self.cell.sparsity or 0.0) * training.sparsity_warmup_at(self.n_steps)
         loss = forward.reconstruction_loss + sparsity * forward.sparsity_penalty + training.auxk_weight * auxk
-        loss.backward()
-        gradient_norm = self._finish_gradient()
+        gradients, gradient_norm = self._gradients(loss)
         self._update_threshold(forward)
 
         metrics = self._metrics(loss, auxk, forward, gradient_norm)
@@ -123,7 +123,7 @@ class CellTrainer:
                 f"step {self.n_steps}: the loss is {metrics.loss}, the norm of its gradient {metrics.gradient_norm}"
             )
             raise NonFiniteLoss(self.failed)
-        self._update_weights(metrics.learning_rate)
+        self.optimizer.step(gradients, self.n_steps + 1, metrics.learning_rate)
         self.n_steps += 1
         return metrics
 
@@ -179,7 +179,6 @@ class CellTrainer:
             parameter.data.copy_(tensors[name])
             if self.n_steps:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.n_steps), device=self.device),
                     "exp_avg": tensors[f"adam.exp_avg.{name}"].to(self.device, copy=True),
                     "exp_avg_sq": tensors[f"adam.exp_avg_sq.{name}"].to(self.device, copy=True),
                 }
@@ -194,16 +193,22 @@ class CellTrainer:
         self.samples_since_fired += n_rows
         self.samples_since_fired[fired] = 0
 
-    @torch.no_grad()
-    def _finish_gradient(self) -> Float[Tensor, ""]:
-        """Averages the gradients over ranks, keeps what turns the decoder rows, clips; the norm before clipping."""
-        for parameter in self.weights.named().values():
-            assert parameter.grad is not None
-            self.ranks.mean(parameter.grad)
-        W_dec = self.weights.W_dec
-        assert W_dec.grad is not None
-        W_dec.grad.addcmul_(torch.linalg.vecdot(W_dec, W_dec.grad).unsqueeze(1), W_dec, value=-1)
-        return torch.nn.utils.clip_grad_norm_(self.weights.named().values(), self.cell.training.gradient_clip)
+    def _gradients(self, loss: Tensor) -> tuple[dict[str, RowGradient], Float[Tensor, ""]]:
+        """Averaged over ranks, of the decoder rows only what turns them, clipped; and the norm before clipping."""
+        named = self.weights.named()
+        gradients = {
+            name: RowGradient.of(gradient, self.ranks)
+            for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)
+        }
+        # In parts that stay in the cache.
+        for rows, values in zip(*(part.split(1024) for part in gradients["W_dec"]), strict=True):
+            W_dec = self.weights.W_dec.detach().index_select(0, rows)
+            values.addcmul_(torch.linalg.vecdot(W_dec, values).unsqueeze(1), W_dec, value=-1)
+        norm = torch.nn.utils.get_total_norm([gradient.values for gradient in gradients.values()])
+        factor = (self.cell.training.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients.values():
+            gradient.values.mul_(factor)
+        return gradients, norm
 
     @torch.no_grad()
     def _update_threshold(self, forward: Forward) -> None:
@@ -224,14 +229,6 @@ class CellTrainer:
         *averaged, n_dead, threshold, gradient_norm = torch.cat([means, same_on_all_ranks]).tolist()
         learning_rate = self.cell.training.learning_rate_at(self.n_steps, self.d_sae)
         return StepMetrics._make([self.n_steps, *averaged, int(n_dead), threshold, gradient_norm, learning_rate])
-
-    @torch.no_grad()
-    def _update_weights(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.weights.constrain()
 
 
 @torch.no_grad()

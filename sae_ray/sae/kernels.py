@@ -1,0 +1,26 @@
+"""Where Triton kernels take the place of the plain torch formulation."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torch import Tensor
+
+
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """`triton_kernels`, for a tensor on a CUDA device of a machine that has Triton; None elsewhere."""
+    return _kernels() if tensor.is_cuda else None
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    if find_spec("triton") is None:
+        return None
+    from sae_ray.sae import triton_kernels
+
+    return triton_kernels

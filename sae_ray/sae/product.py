@@ -1,0 +1,43 @@
+"""The encoder's dense product: the one part of a training step whose cost grows with the width of the dictionary."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+# Latents whose product is made at once on a CPU: what is not in the cache then is read once.
+_LATENTS = 2048
+_kept = threading.local()
+
+
+@torch.no_grad()
+def affine(
+    x: Float[Tensor, "batch d_in"], weight: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"]
+) -> Float[Tensor, "batch d_sae"]:
+    """`x @ weight.T + bias`, without a gradient.
+
+    On a CPU the result holds until the next call in this thread: fresh memory would cost a third of the product again.
+    """
+    if x.device.type != "cpu":
+        return torch.addmm(bias, x, weight.T)
+    out = _memory(len(x) * len(weight), x.dtype).view(len(x), len(weight))
+    if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return torch.addmm(bias, x, weight.T, out=out)
+    # oneDNN uses the widest vectors of every CPU, where MKL, torch's default, takes narrow ones on some.
+    for start in range(0, len(weight), _LATENTS):
+        part = slice(start, start + _LATENTS)
+        out[:, part] = torch.ops.mkldnn._linear_pointwise(x, weight[part], bias[part], "none", [], "")
+    return out
+
+
+def _memory(n_entries: int, dtype: torch.dtype) -> Float[Tensor, " n_entries"]:
+    memory = getattr(_kept, "memory", None)
+    if memory is None or len(memory) < n_entries or memory.dtype != dtype:
+        memory = _kept.memory = torch.empty(n_entries, dtype=dtype)
+    return memory[:n_entries]

@@ -1,0 +1,161 @@
+"""The training step's sparse parts as Triton kernels, for CUDA tensors.
+
+Each function computes what the plain torch formulation beside its call computes, which stays the path of CPUs and the
+reference of the tests. Sums run in a fixed order: results are the same every time.
+"""
+
+# Triton is not everywhere, and what its decorator makes of a function is not what pyright sees.
+# pyright: reportMissingImports=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+_ENTRIES = 8
+"""Entries of a sum that are read at once."""
+_COMPACTED = 4096
+"""Values that one program of the compaction looks at."""
+_CAPACITY = 4
+"""Values that may be found per value that is wanted."""
+
+
+def bag_sums(
+    indices: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " n_bags+1"],
+    weights: Float[Tensor, " nnz"],
+    table: Float[Tensor, "n d"],
+) -> Float[Tensor, "n_bags d"]:
+    """Per bag the weighted sum of the rows of `table` that its entries name."""
+    n_bags, d = len(offsets) - 1, table.shape[1]
+    table = table.contiguous()
+    sums = table.new_empty(n_bags, d)
+    if sums.numel():
+        width = min(1024, triton.next_power_of_2(d))
+        _bag_sums[(n_bags, triton.cdiv(d, width))](indices, offsets, weights, table, sums, d, width, _ENTRIES)
+    return sums
+
+
+def dots(
+    rows: Int[Tensor, " nnz"],
+    latents: Int[Tensor, " nnz"],
+    left: Float[Tensor, "n_rows d"],
+    right: Float[Tensor, "n_latents d"],
+) -> Float[Tensor, " nnz"]:
+    """Per entry the dot product of its rows of `left` and `right`."""
+    d = left.shape[1]
+    products = left.new_empty(len(rows))
+    if len(rows):
+        width = triton.next_power_of_2(d)
+        _dots[(len(rows),)](rows, latents, left.contiguous(), right.contiguous(), products, d, width)
+    return products
+
+
+def at_least(flat: Float[Tensor, " n"], bound: float, count: int) -> Int[Tensor, " found"] | None:
+    """Ascending indices of the values that are not below `bound`; None if they are fewer than `count` or far more."""
+    capacity = _CAPACITY * count
+    found = torch.empty(capacity, dtype=torch.int64, device=flat.device)
+    n_found = torch.zeros(1, dtype=torch.int64, device=flat.device)
+    _compact[(triton.cdiv(len(flat), _COMPACTED),)](flat, bound, found, n_found, len(flat), capacity, _COMPACTED)
+    total = int(n_found)
+    return found[:total].sort().values if count <= total <= capacity else None
+
+
+def adam_rows(
+    parameter: Float[Tensor, "n d"],
+    exp_avg: Float[Tensor, "n d"],
+    exp_avg_sq: Float[Tensor, "n d"],
+    rows: Int[Tensor, " n_used"],
+    values: Float[Tensor, "n_used d"],
+    step: int,
+    learning_rate: float,
+    unit_rows: bool,
+) -> None:
+    """Adam's step number `step` (from 1) in place, for a gradient that is 0 but for `rows`.
+
+    Args:
+        unit_rows: divide each row of the parameter by its norm afterwards.
+    """
+    n, d = parameter.shape
+    slots = torch.full((n,), -1, dtype=torch.int64, device=parameter.device)
+    slots[rows] = torch.arange(len(rows), device=rows.device)
+    _adam_rows[(n,)](
+        parameter,
+        exp_avg,
+        exp_avg_sq,
+        slots,
+        values.contiguous(),
+        learning_rate / (1 - 0.9**step),
+        (1 - 0.999**step) ** 0.5,
+        d,
+        triton.next_power_of_2(d),
+        unit_rows,
+    )
+
+
+@triton.jit
+def _bag_sums(indices, offsets, weights, table, sums, d, WIDTH: tl.constexpr, ENTRIES: tl.constexpr):
+    bag = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    start, end = tl.load(offsets + bag), tl.load(offsets + bag + 1)
+    total = tl.zeros((WIDTH,), dtype=table.dtype.element_ty)
+    for first in range(start, end, ENTRIES):
+        entries = first + tl.arange(0, ENTRIES)
+        there = entries < end
+        index = tl.load(indices + entries, mask=there, other=0)
+        weight = tl.load(weights + entries, mask=there, other=0.0)
+        inside = there[:, None] & (columns < d)[None, :]
+        part = tl.load(table + index[:, None] * d + columns[None, :], mask=inside, other=0.0)
+        total += tl.sum(weight[:, None] * part, axis=0)
+    tl.store(sums + bag * d + columns, total, mask=columns < d)
+
+
+@triton.jit
+def _dots(rows, latents, left, right, products, d, WIDTH: tl.constexpr):
+    entry = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    x = tl.load(left + tl.load(rows + entry) * d + columns, mask=columns < d, other=0.0)
+    y = tl.load(right + tl.load(latents + entry) * d + columns, mask=columns < d, other=0.0)
+    tl.store(products + entry, tl.sum(x * y, axis=0))
+
+
+@triton.jit
+def _compact(flat, bound, found, n_found, n, capacity, SIZE: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    values = tl.load(flat + places, mask=places < n, other=float("-inf"))
+    wanted = values >= bound
+    here = tl.sum(wanted.to(tl.int64), axis=0)
+    if here > 0:
+        # Programs finish in any order; the caller sorts.
+        slots = tl.atomic_add(n_found, here) + tl.cumsum(wanted.to(tl.int64), axis=0) - 1
+        tl.store(found + slots, places, mask=wanted & (slots < capacity))
+
+
+@triton.jit
+def _adam_rows(
+    parameter, exp_avg, exp_avg_sq, slots, values, step_size, root_bias2, d, WIDTH: tl.constexpr, UNIT: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    inside = columns < d
+    slot = tl.where(inside, tl.load(slots + row), -1)
+    gradient = tl.load(values + slot * d + columns, mask=slot >= 0, other=0.0)
+    mean = tl.load(exp_avg + row * d + columns, mask=inside, other=0.0)
+    square = tl.load(exp_avg_sq + row * d + columns, mask=inside, other=0.0)
+    weight = tl.load(parameter + row * d + columns, mask=inside, other=0.0)
+    mean += 0.1 * (gradient - mean)
+    square = 0.999 * square + 0.001 * gradient * gradient
+    weight -= step_size * mean / (tl.sqrt(square) / root_bias2 + 1e-8)
+    if UNIT:
+        norm = tl.sqrt(tl.sum(weight * weight, axis=0))
+        weight /= tl.maximum(norm, 1.1754943508222875e-38)
+    tl.store(exp_avg + row * d + columns, mean, mask=inside)
+    tl.store(exp_avg_sq + row * d + columns, square, mask=inside)
+    tl.store(parameter + row * d + columns, weight, mask=inside)
