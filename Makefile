@@ -5,7 +5,7 @@ ROOT ?= runs/demo
 WORLD ?= $(HOME)/.cache/sae-ray/world
 INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
-.PHONY: demo test test-slow test-gpu lint format clean
+.PHONY: demo test test-slow test-gpu bench bench-gpu lint format clean
 
 demo: .venv/.demo
 	$(BIN)/sae-ray world $(WORLD)
@@ -19,6 +19,16 @@ test-slow: .venv/.test
 
 test-gpu: .venv/.test
 	$(BIN)/pytest -m gpu
+
+bench: .venv/.test
+	$(BIN)/python -m bench.train
+	$(BIN)/python -m bench.scoring
+	$(BIN)/python -m bench.extraction
+	$(BIN)/python -m bench.tables
+
+bench-gpu: .venv/.test
+	$(BIN)/python -m bench.gpu
+	$(BIN)/python -m bench.tables
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

@@ -1,0 +1,281 @@
+"""MonoSemanticity, statistics and top images from sparse codes: ours against the dense closed form and the double loop.
+
+Codes are synthetic: a few latents fire on up to 30 % of the images and most of them rarely, k on average. What makes
+codes (the encoder) is no part of what is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from bench.record import record
+from sae_ray.scores import joined, score_table, top_images_table
+from sae_ray.statistics import IMAGES_PER_BLOCK, BlockImages, Entries, NeuronStats, neuron_blocks, pool_tokens
+
+THREADS = 2
+N, D_SAE, K = 50_000, 65_536, 20
+JUDGE_WIDTH = 768
+N_TOP = 16
+MOST_FREQUENT = 0.3
+IMAGES_PER_PART = 512
+DENSE_LATENTS = 4096
+"""Latents of which the dense form holds the codes of all images at once: 0.8 GB. All of them would take 13 GB."""
+LOOP_IMAGES = 64
+"""Images of the double loop, all pairs of which are timed; its time is scaled to all pairs."""
+SIZES = (6_250, 12_500, 25_000, 50_000, 100_000)
+WIDTHS = (8_192, 16_384, 32_768, 65_536, 131_072)
+MEMORY_SIZES = (12_500, 50_000, 200_000)
+TOLERANCE = 1e-5
+"""Allowed difference of scores: the dense form computes in float32."""
+
+
+class Part(NamedTuple):
+    """Codes of one part of images as an SAE gives them, and the judge's embeddings."""
+
+    row: np.ndarray
+    latent: np.ndarray
+    value: np.ndarray
+    embeddings: np.ndarray
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    blocks = list(code_blocks(N, D_SAE))
+    seconds, parts_seconds, stats = timed_best(blocks, D_SAE)
+    dense_seconds, differences = dense_form(blocks, stats)
+    loop_seconds = double_loop(blocks[0][0])
+    columns = ["way", "seconds", "times ours"]
+    rows = [
+        ["ours, from sparse codes", round(seconds, 2), 1.0],
+        ["dense closed form, the score alone", *ratio(dense_seconds["score"], seconds)],
+        ["dense closed form, with statistics and top images", *ratio(sum(dense_seconds.values()), seconds)],
+        [f"double loop over pairs, scaled from {LOOP_IMAGES} images", *ratio(loop_seconds, seconds)],
+    ]
+    title = f"Score, statistics and {N_TOP} top images of {D_SAE:,} latents on {N:,} images, k {K}, judge {JUDGE_WIDTH}"
+    del blocks, stats
+    by_n, slope_n = scaling([(n, D_SAE) for n in SIZES])
+    by_width, slope_width = scaling([(N, width) for width in WIDTHS])
+    memory = [[n, *measured_memory(n)] for n in MEMORY_SIZES]
+    facts = {
+        "threads": THREADS,
+        "slope_of_time_against_images": round(slope_n, 3),
+        "slope_of_time_against_latents": round(slope_width, 3),
+        "dense_chunk_latents": DENSE_LATENTS,
+        "double_loop_images": LOOP_IMAGES,
+    }
+    record(
+        "scoring",
+        [
+            {"title": title, "columns": columns, "rows": rows},
+            {"title": "Largest differences between ours and the dense form, which computes in float32",
+             "columns": ["of", "difference"], "rows": [[name, float(f"{found:.1e}")] for name, found in differences.items()]},
+            {"title": "Where the time goes", "columns": ["part", "seconds"], "rows": parts_seconds},
+            {"title": f"Time against images, {D_SAE:,} latents: slope {slope_n:.2f} on log axes",
+             "columns": ["images", "seconds"], "rows": by_n},
+            {"title": f"Time against latents, {N:,} images: slope {slope_width:.2f} on log axes",
+             "columns": ["latents", "seconds"], "rows": by_width},
+            {"title": f"Memory that scoring {D_SAE:,} latents takes",
+             "columns": ["images", "MB at the peak", "of which the statistics"], "rows": memory},
+        ],
+        facts,
+    )  # fmt: skip
+    assert dense_seconds["score"] >= 20 * seconds, "less than 20 times the dense form"
+    assert slope_n <= 1 and slope_width <= 1, "the cost grows faster than the work"
+
+
+def code_blocks(n: int, d_sae: int) -> Iterator[list[Part]]:
+    """Blocks of parts, each from its own seed: so those of fewer images are the first of those of more."""
+    per_block = IMAGES_PER_BLOCK // IMAGES_PER_PART
+    sizes = [min(IMAGES_PER_PART, n - start) for start in range(0, n, IMAGES_PER_PART)]
+    for first in range(0, len(sizes), per_block):
+        yield [
+            synthetic_part(number, sizes[number], d_sae) for number in range(first, min(first + per_block, len(sizes)))
+        ]
+
+
+def synthetic_part(number: int, n: int, d_sae: int) -> Part:
+    rng = np.random.default_rng([number, d_sae])
+    rates = firing_rates(d_sae)
+    # Independent firing: a Poisson number of draws, a latent drawn twice fires once.
+    n_draws = rng.poisson(rates[-1], n)
+    row = np.repeat(np.arange(n), n_draws)
+    latent = np.searchsorted(rates, rng.uniform(0, rates[-1], len(row)), side="right")
+    flat = np.unique(row * d_sae + latent)
+    value = rng.exponential(size=len(flat)).astype(np.float32) + np.float32(0.1)
+    return Part(flat // d_sae, flat % d_sae, value, rng.normal(size=(n, JUDGE_WIDTH)).astype(np.float32))
+
+
+@cache
+def firing_rates(d_sae: int) -> np.ndarray:
+    """Cumulated rates: latent j fires on min(30 %, c / (j + 1)) of the images, c such that k fire on average."""
+    inverse = 1 / np.arange(1, d_sae + 1)
+    low, high = 0.0, float(K)
+    for _ in range(60):
+        scale = (low + high) / 2
+        low, high = (scale, high) if np.minimum(MOST_FREQUENT, scale * inverse).sum() < K else (low, scale)
+    frequency = np.minimum(MOST_FREQUENT, high * inverse)
+    return np.cumsum(-np.log1p(-np.random.default_rng(0).permutation(frequency)))
+
+
+def score(blocks: Iterator[list[Part]] | list[list[Part]], d_sae: int) -> tuple[list[NeuronStats], dict[str, float]]:
+    """Everything after the encoder, as the scoring stage does it: one thread per range of neurons."""
+    ranges = list(neuron_blocks(d_sae, JUDGE_WIDTH))
+    stats = [NeuronStats(len(neurons), JUDGE_WIDTH, N_TOP) for neurons in ranges]
+    spent = dict.fromkeys(("codes to sorted entries", "added to the statistics", "scores and tables"), 0.0)
+    n_seen = 0
+    with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for parts in blocks:
+            begun = time.perf_counter()
+            images, entries = entries_of(parts, n_seen)
+            n_seen += len(images.image_index)
+            sorted_at = time.perf_counter()
+            list(pool.map(lambda one, neurons: one.add(entries.of_range(neurons), images), stats, ranges))  # noqa: B023
+            spent["codes to sorted entries"] += sorted_at - begun
+            spent["added to the statistics"] += time.perf_counter() - sorted_at
+    begun = time.perf_counter()
+    score_table(stats), top_images_table(stats)
+    spent["scores and tables"] = time.perf_counter() - begun
+    return stats, spent
+
+
+def entries_of(parts: list[Part], first_image: int) -> tuple[BlockImages, Entries]:
+    pooled, n = [], 0
+    for part in parts:
+        entries = pool_tokens(np.arange(len(part.embeddings)), part.row, part.latent, part.value)
+        pooled.append(entries._replace(image=entries.image + n))
+        n += len(part.embeddings)
+    images = BlockImages.of(first_image + np.arange(n), np.concatenate([part.embeddings for part in parts]))
+    return images, joined(pooled)
+
+
+def timed_best(blocks: list[list[Part]], d_sae: int) -> tuple[float, list[list], list[NeuronStats]]:
+    """Median of three runs, the parts of that run, and its statistics."""
+    runs = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        stats, spent = score(blocks, d_sae)
+        runs.append((time.perf_counter() - begun, spent))
+    seconds = median(run[0] for run in runs)
+    spent = next(run[1] for run in runs if run[0] == seconds)
+    return seconds, [[name, round(value, 2)] for name, value in spent.items()], stats
+
+
+def dense_form(blocks: list[list[Part]], stats: list[NeuronStats]) -> tuple[dict[str, float], dict[str, float]]:
+    """The closed form on dense codes, latents in chunks; its seconds, and how far ours is from it."""
+    unit = torch.from_numpy(np.concatenate([part.embeddings for parts in blocks for part in parts]))
+    unit = torch.nn.functional.normalize(unit, dim=1)
+    spent = {"score": 0.0, "statistics and top images": 0.0}
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in ("ms", "mean", "firing", "top")}
+    latents_of_all = [np.concatenate(column) for column in zip(*all_codes(blocks), strict=True)]
+    for first in range(0, D_SAE, DENSE_LATENTS):
+        codes = dense_chunk(*latents_of_all, first)
+        begun = time.perf_counter()
+        low, total = codes.amin(0), codes.sum(0)
+        squares = torch.einsum("nj,nj->j", codes, codes)
+        shifted = codes.T @ unit - low[:, None] * unit.sum(0)
+        sums = total - N * low
+        moved = squares - 2 * low * total + N * low.square()
+        found["ms"].append((shifted.square().sum(1) - moved) / (sums.square() - moved))
+        scored = time.perf_counter()
+        found["mean"].append(total / N)
+        found["firing"].append((codes > 0).sum(0))
+        codes.amax(0)
+        found["top"].append(codes.topk(N_TOP, dim=0).values.T)
+        spent["score"] += scored - begun
+        spent["statistics and top images"] += time.perf_counter() - scored
+        del codes
+    dense = {name: torch.cat(chunks).double().numpy() for name, chunks in found.items()}
+    ms = np.concatenate([one.monosemanticity() for one in stats])
+    alive = np.isfinite(ms)
+    top = np.concatenate([one.top_value for one in stats])
+    ours_top, dense_top = np.where(np.isfinite(top), top, 0), dense["top"]
+    differences = {
+        "ms": float(np.abs(ms - dense["ms"])[alive].max()),
+        "mean": float(np.abs(np.concatenate([one.total for one in stats]) / N - dense["mean"]).max()),
+        "firing": float(np.abs(np.concatenate([one.n_firing for one in stats]) - dense["firing"]).max()),
+        "top values": float(np.abs(ours_top - dense_top).max()),
+    }
+    print("largest differences from the dense form:", differences)
+    assert max(differences.values()) <= TOLERANCE, differences
+    return spent, differences
+
+
+def all_codes(blocks: list[list[Part]]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    n = 0
+    for part in (part for parts in blocks for part in parts):
+        yield part.row + n, part.latent, part.value
+        n += len(part.embeddings)
+
+
+def dense_chunk(row: np.ndarray, latent: np.ndarray, value: np.ndarray, first: int) -> torch.Tensor:
+    kept = (latent >= first) & (latent < first + DENSE_LATENTS)
+    codes = torch.zeros(N, DENSE_LATENTS)
+    codes[torch.from_numpy(row[kept]), torch.from_numpy(latent[kept] - first)] = torch.from_numpy(value[kept])
+    return codes
+
+
+def double_loop(parts: list[Part]) -> float:
+    """Seconds of a loop over all pairs of images, all latents at a time, scaled from a few images."""
+    codes = torch.zeros(LOOP_IMAGES, D_SAE)
+    part = parts[0]
+    kept = part.row < LOOP_IMAGES
+    codes[torch.from_numpy(part.row[kept]), torch.from_numpy(part.latent[kept])] = torch.from_numpy(part.value[kept])
+    unit = torch.nn.functional.normalize(torch.from_numpy(part.embeddings[:LOOP_IMAGES]), dim=1)
+    weighted, weights = torch.zeros(D_SAE), torch.zeros(D_SAE)
+    begun = time.perf_counter()
+    for n in range(LOOP_IMAGES):
+        for m in range(n + 1, LOOP_IMAGES):
+            pair = codes[n] * codes[m]
+            weighted += pair * (unit[n] @ unit[m])
+            weights += pair
+    pairs = LOOP_IMAGES * (LOOP_IMAGES - 1) / 2
+    return (time.perf_counter() - begun) * (N * (N - 1) / 2) / pairs
+
+
+def scaling(sizes: list[tuple[int, int]]) -> tuple[list[list], float]:
+    """Seconds of every (images, latents), best of two, and the slope on log axes."""
+    rows = []
+    for n, d_sae in sizes:
+        blocks = list(code_blocks(n, d_sae))
+        seconds = min(sum(score(blocks, d_sae)[1].values()) for _ in range(2))
+        rows.append([n if len({size[1] for size in sizes}) == 1 else d_sae, round(seconds, 3)])
+    x, y = np.log(np.array(rows)).T
+    return rows, float(np.polyfit(x, y, 1)[0])
+
+
+def measured_memory(n: int) -> list[float]:
+    """Growth of the resident memory, in a process of its own that makes every block as it is needed."""
+    code = f"from bench.scoring import grown; grown({n})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def grown(n: int) -> None:
+    """Prints the growth at the peak in MB, and how much of it the statistics are."""
+    torch.set_num_threads(1)
+    score(code_blocks(IMAGES_PER_PART, 1024), 1024)  # libraries and their buffers
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    stats, _ = score(code_blocks(n, D_SAE), D_SAE)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = sum(value.nbytes for one in stats for value in vars(one).values() if isinstance(value, np.ndarray))
+    print(json.dumps([round((after - before) / 1024), round(held / 2**20)]))
+
+
+def ratio(seconds: float, ours: float) -> list[float]:
+    return [round(seconds, 1), round(seconds / ours, 1)]
+
+
+if __name__ == "__main__":
+    main()
