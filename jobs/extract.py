@@ -1,8 +1,8 @@
 """The extraction stage: Ray Data streams images through encoder actors into the activation store.
 
 One row of the dataset is one part, a fixed range of `image_index`: a decode task reads its images and hands on pixels,
-an actor encodes them batch by batch and writes the part of every site, the judge's embeddings included, while it encodes
-the next one. Thus a part is a function of its images alone, and what a killed run finished is not done again.
+an actor encodes them batch by batch and writes the part of every site, the judge's embeddings included, while it
+encodes the next one. Thus a part is a function of its images alone, and what a killed run finished is not done again.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[i
 def _shares(resources: ExtractResources) -> tuple[int, float, int]:
     """Encoder actors, GPUs of each, decode tasks at once."""
     gpus = resources.gpus if resources.gpus is not None else float(n_gpus() > 0)
-    workers = resources.workers or (max(1, int(n_gpus() / gpus)) if gpus else 1)
+    # Without GPUs an actor decodes as well, two parts at a time.
+    at_most = n_gpus() / gpus if gpus else n_cpus() / (2 * max(resources.cpus, 1))
+    workers = resources.workers or max(1, int(at_most))
     return workers, gpus, resources.decoders or max(1, int(n_cpus() - workers * resources.cpus))
 
 

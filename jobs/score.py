@@ -107,11 +107,11 @@ class Pass:
 
     def submit(self, parts: range) -> Any:
         """Starts one block, in image order, and sometimes a fold; returns what to wait for."""
-        images, *entries = self._block.remote(self._sae, self._activations, self._embeddings, parts)
-        self._waiting.append([images, *entries])
+        result: Any = self._block.remote(self._sae, self._activations, self._embeddings, parts)
+        self._waiting.append(result)
         self.n_submitted += 1
         if len(self._waiting) < BLOCKS_PER_FOLD and self.n_submitted < len(self.blocks):
-            return images
+            return result[0]
         waiting, *columns = zip(*self._waiting, strict=True)
         self._folded = [
             self._fold.remote(stats, shape, *waiting, *column)
@@ -158,7 +158,8 @@ def folded(stats: NeuronStats | None, shape: tuple[int, int, int], *blocks: Bloc
     stats = NeuronStats(*shape) if stats is None else deepcopy(stats)
     n_blocks = len(blocks) // 2
     for images, entries in zip(blocks[:n_blocks], blocks[n_blocks:], strict=True):
-        assert isinstance(images, BlockImages) and isinstance(entries, Entries)
+        assert isinstance(images, BlockImages)
+        assert isinstance(entries, Entries)
         stats.add(entries, images)
     return stats
 

@@ -165,7 +165,8 @@ class NeuronStats:
         np.add.at(self.histogram.reshape(-1), neuron[firing] * n_bins + np.clip(bins, 0, n_bins - 1), np.int32(1))
         self._add_top(neuron, value, images.image_index[image])
         if images.unit.shape[1]:
-            self.weighted_embeddings[touched] += _sparse_dense(np.r_[starts, len(neuron)], image, value, images.unit)
+            offsets = np.searchsorted(neuron, np.arange(len(self.total) + 1))
+            _add_product(self.weighted_embeddings, offsets, image, value, images.unit)
 
     def _add_top(self, neuron: np.ndarray, value: np.ndarray, image_index: np.ndarray) -> None:
         n_top = self.top_value.shape[1]
@@ -285,18 +286,20 @@ def neuron_blocks(n_neurons: int, embedding_width: int) -> Iterator[range]:
         yield range(start, min(start + size, n_neurons))
 
 
-def _sparse_dense(
+def _add_product(
+    target: Float[np.ndarray, "rows d"],
     offsets: Int[np.ndarray, " rows+1"],
     image: Int[np.ndarray, " entries"],
     value: Float[np.ndarray, " entries"],
     unit: Float[np.ndarray, "images d"],
-) -> Float[np.ndarray, "rows d"]:
-    """The product of a sparse matrix, whose rows `offsets` delimit, with a dense one."""
+) -> None:
+    """Adds to `target` the product of a sparse matrix, whose rows `offsets` delimit, with a dense one."""
     import warnings
 
     import torch
 
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
     columns = [torch.from_numpy(np.ascontiguousarray(column)) for column in (offsets, image, value)]
-    matrix = torch.sparse_csr_tensor(*columns, size=(len(offsets) - 1, len(unit)), check_invariants=False)
-    return (matrix @ torch.from_numpy(unit)).numpy()
+    matrix = torch.sparse_csr_tensor(*columns, size=(len(target), len(unit)), check_invariants=False)
+    total = torch.from_numpy(target)
+    torch.addmm(total, matrix, torch.from_numpy(unit), out=total)
