@@ -16,12 +16,14 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import ray
 import torch
 from PIL import Image
 from sae_ray.jobs import extract as stage
@@ -40,7 +42,9 @@ from sae_ray.world.render import SIDE, render
 
 SIZE = (500, 400)
 N_IMAGES = 5_000
-N_LOOP = 1_000
+ROUNDS = 2
+"""Rounds of all ways, of which the fastest run of each counts: whatever else the machine does meets all alike."""
+N_LOOP = 768
 """The loops take the first of them: their rate does not change on the way."""
 N_DISTINCT = 500
 MEMORY_SIZES = (5_000, 50_000)
@@ -79,23 +83,26 @@ def measure(scratch: Path) -> None:
     write_images(photos, N_IMAGES, SIZE)
     write_images(small, max(MEMORY_SIZES), None)
     clip = str(scratch / "world" / "clip")
-    loops = {
-        (backend, workers): loop(photos, clip, backend, workers, scratch / "loop.pt")
-        for backend in ("pil", "torchvision")
-        for workers in (0, 1, 2)
-    }
-    begun = time.perf_counter()
-    connect()
-    ray_seconds = time.perf_counter() - begun
-    ours = extract(scratch / "root", photos, scratch / "world", N_IMAGES)
+    loops: dict[tuple[str, int], float] = {}
+    ours: list[Extracted] = []
+    for turn in range(ROUNDS):
+        for key in product(("pil", "torchvision"), (0, 1, 2)):
+            loops[key] = max(loops.get(key, 0.0), loop(photos, clip, *key, scratch / "loop.pt"))
+        begun = time.perf_counter()
+        connect()
+        ray_seconds = time.perf_counter() - begun
+        ours.append(extract(scratch / f"root-{turn}", photos, scratch / "world", N_IMAGES))
+        if turn < ROUNDS - 1:
+            ray.shutdown()  # its processes would get in the way of the loops
+    best = max(ours, key=lambda run: run.images_per_second)
     reduced = extract(scratch / "reduced", photos, scratch / "world", N_IMAGES, **{"extraction.reduced_jpeg": True})
     memory = [[n, *memory_of(scratch, small, n)] for n in MEMORY_SIZES]
 
-    activations = stored(ours.plan)
+    activations = stored(best.plan)
     check(activations[:N_LOOP], torch.load(scratch / "loop.pt", weights_only=True).numpy())
     differences = relative(stored(reduced.plan), activations)
     fastest = max(rate for (backend, _), rate in loops.items() if backend == "pil")
-    rates = {"ours": ours.images_per_second, "ours, reduced_jpeg": reduced.images_per_second}
+    rates = {"ours": best.images_per_second, "ours, reduced_jpeg": reduced.images_per_second}
     rates |= {
         f"DataLoader, {backend} processor, {workers} workers": loops[backend, workers] for backend, workers in loops
     }
@@ -123,7 +130,7 @@ def measure(scratch: Path) -> None:
                 "columns": ["of", "seconds"],
                 "rows": [
                     ["Ray", round(ray_seconds, 1)],
-                    ["actors", round(ours.seconds - N_IMAGES / ours.images_per_second, 1)],
+                    ["actors", round(best.seconds - N_IMAGES / best.images_per_second, 1)],
                 ],
             },
             {
@@ -137,7 +144,7 @@ def measure(scratch: Path) -> None:
             "distinct_images": N_DISTINCT,
         },
     )
-    assert ours.images_per_second >= 2 * fastest, "less than twice the loop"
+    assert best.images_per_second >= 2 * fastest, "less than twice the loop"
 
 
 def write_images(folder: Path, n: int, size: tuple[int, int] | None) -> None:
