@@ -5,7 +5,7 @@ ROOT ?= runs/demo
 WORLD ?= $(HOME)/.cache/sae-ray/world
 INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
-.PHONY: demo test test-slow test-gpu soak bench bench-gpu lint format clean
+.PHONY: demo test test-slow test-gpu soak bench bench-serve bench-gpu lint format clean
 
 demo: .venv/.demo
 	$(BIN)/sae-ray world $(WORLD)
@@ -29,9 +29,15 @@ bench: .venv/.test
 	$(BIN)/python -m bench.extraction
 	$(BIN)/python -m bench.tables
 
+# Needs vLLM, which the set-up of the tests installs where torch has no CUDA: elsewhere `pip install -e '.[vllm]'` first.
+bench-serve: .venv/.test
+	$(BIN)/python -m bench.serve
+	$(BIN)/python -m bench.tables
+
 # Needs torch with CUDA, transformers, safetensors, pyarrow and numpy, and no set-up of ours.
 bench-gpu:
 	$(PYTHON) -m bench.gpu
+	$(PYTHON) -m bench.tables
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

@@ -1,16 +1,18 @@
 """The extraction stage: Ray Data streams images through encoder actors into the activation store.
 
 One row of the dataset is one part, a fixed range of `image_index`: a decode task reads its images and hands on pixels,
-an actor encodes them batch by batch and writes the part of every site, the judge's embeddings included. Thus a part is
-a function of its images alone, and what a killed run finished is not done again.
+an actor encodes them batch by batch and writes the part of every site, the judge's embeddings included, while it
+encodes the next one. Thus a part is a function of its images alone, and what a killed run finished is not done again.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import pyarrow as pa
@@ -83,6 +85,8 @@ class EncoderJob:
     model: str
     revision: str | None
     dtype: str
+    at_least: int | None
+    """Pixels per side that a reduced JPEG must have; None decodes at full size."""
     steps: tuple[SitePart, ...]
 
 
@@ -124,16 +128,22 @@ def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[i
     per_part = plan.study.extraction.images_per_part
     ids = images.manifest["image_id"]
     rows = [{"part": number, "image_ids": ids.slice(number * per_part, per_part).to_pylist()} for number in missing]
-    decode = PartDecoder(images.folder, tuple(load_preprocess(job.model, job.revision) for job in jobs))
+    decode = PartDecoder(images.folder, tuple((load_preprocess(job.model, job.revision), job.at_least) for job in jobs))
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map(decode, compute=TaskPoolStrategy(size=min(decoders, len(rows))))
+        .map_batches(
+            decode,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=TaskPoolStrategy(size=min(decoders, len(rows))),
+        )
         .map_batches(
             PartEncoder,
             fn_constructor_args=(jobs, "cuda" if gpus else "cpu", per_part, resources.batch_size, plan.study.seed),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=workers),
+            # Two parts at a time, so that one is written while the other is encoded.
+            compute=ActorPoolStrategy(size=workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True),
             num_cpus=resources.cpus,
             num_gpus=gpus,
         )
@@ -147,14 +157,17 @@ def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[i
 def _shares(resources: ExtractResources) -> tuple[int, float, int]:
     """Encoder actors, GPUs of each, decode tasks at once."""
     gpus = resources.gpus if resources.gpus is not None else float(n_gpus() > 0)
-    workers = resources.workers or (max(1, int(n_gpus() / gpus)) if gpus else 1)
+    # Without GPUs an actor decodes as well, two parts at a time.
+    at_most = n_gpus() / gpus if gpus else n_cpus() / (2 * max(resources.cpus, 1))
+    workers = resources.workers or max(1, int(at_most))
     return workers, gpus, resources.decoders or max(1, int(n_cpus() - workers * resources.cpus))
 
 
 def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
-    by_encoder: dict[tuple[str, str | None, str], list[SitePart]] = {}
+    by_encoder: dict[tuple[str, str | None, str, int | None], list[SitePart]] = {}
     for extract in todo:
-        key = (extract.encoder.model, extract.encoder.revision, extract.encoder.dtype)
+        at_least = 2 * max(extract.info.image_size) if extract.step.config["reduced_jpeg"] else None
+        key = (extract.encoder.model, extract.encoder.revision, extract.encoder.dtype, at_least)
         part = SitePart(extract.step.folder, extract.site, extract.step.config["store_dtype"])
         by_encoder.setdefault(key, []).append(part)
     return tuple(EncoderJob(*key, tuple(steps)) for key, steps in by_encoder.items())
@@ -163,31 +176,48 @@ def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
 class PartDecoder:
     """Reads the images of a part: {part, image_ids} -> the same with pixels for every encoder, and the rejects."""
 
-    def __init__(self, folder: Folder, preprocesses: tuple[Callable, ...]):
+    def __init__(self, folder: Folder, preprocesses: tuple[tuple[Callable, int | None], ...]):
+        """`preprocesses`: of every encoder, with the `at_least` of its job."""
         self.folder = folder
         self.preprocesses = preprocesses
 
-    def __call__(self, row: dict) -> dict:
+    def __call__(self, batch: pa.Table) -> pa.Table:
         accepted, rejects = [], []
         pixels: list[list[np.ndarray]] = [[] for _ in self.preprocesses]
-        for position, image_id in enumerate(row["image_ids"]):
+        for position, image_id in enumerate(batch["image_ids"][0].as_py()):
             try:
-                image = decode_image(self.folder.read_bytes(image_id))
-                prepared = [preprocess(image) for preprocess in self.preprocesses]
+                prepared = self._prepared(self.folder.read_bytes(image_id))
             except BadImage as error:
-                rejects.append({"image_id": image_id, "reason": str(error)})
+                rejects.append((image_id, str(error)))
                 continue
             except FileNotFoundError:
-                rejects.append({"image_id": image_id, "reason": "vanished since it was listed"})
+                rejects.append((image_id, "vanished since it was listed"))
                 continue
             accepted.append(position)
             for column, array in zip(pixels, prepared, strict=True):
                 column.append(array)
-        out = {"part": row["part"], "image_ids": row["image_ids"], "accepted": accepted, "rejects": rejects}
+        batch = batch.append_column("accepted", pa.array([accepted], pa.list_(pa.int64())))
+        batch = batch.append_column("rejects", pa.array([rejects], pa.list_(pa.struct(REJECTS_SCHEMA))))
         for number, column in enumerate(pixels):
-            out[f"pixels_{number}"] = np.stack(column).tobytes() if column else b""
-            out[f"shape_{number}"] = list(column[0].shape) if column else [3, 0, 0]
-        return out
+            shape = column[0].shape if column else (3, 0, 0)
+            array = np.empty((len(column), *shape), np.uint8)
+            for place, one in enumerate(column):
+                array[place] = one
+            batch = batch.append_column(f"pixels_{number}", _one_value(array))
+            batch = batch.append_column(f"shape_{number}", pa.array([array.shape]))
+        return batch
+
+    def _prepared(self, data: bytes) -> list[np.ndarray]:
+        images = {
+            at_least: decode_image(data, at_least=at_least) for at_least in {least for _, least in self.preprocesses}
+        }
+        return [preprocess(images[at_least]) for preprocess, at_least in self.preprocesses]
+
+
+def _one_value(array: np.ndarray) -> pa.Array:
+    """A column of one row, whose value is the array's bytes; nothing is copied."""
+    ends = np.array([0, array.nbytes], np.int64)
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(array.reshape(-1))])
 
 
 class PartEncoder:
@@ -199,6 +229,9 @@ class PartEncoder:
         self.per_part = per_part
         self.batch_size = batch_size
         self.seed = seed
+        self.encoding = Lock()
+        # The pixels are only read, and copied to nowhere but the device.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         part = batch["part"][0].as_py()
@@ -211,15 +244,15 @@ class PartEncoder:
 
     def _write(self, part: int, batch: pa.Table) -> None:
         ids = batch["image_ids"][0].as_py()
-        accepted = batch["accepted"][0].as_py() or []
-        rejects = [(reject["image_id"], reject["reason"]) for reject in batch["rejects"][0].as_py() or []]
+        accepted = batch["accepted"][0].as_py()
+        rejects = [(reject["image_id"], reject["reason"]) for reject in batch["rejects"][0].as_py()]
         image_index = part * self.per_part + np.asarray(accepted, dtype=np.int64)
         image_ids = [ids[position] for position in accepted]
         for number, (job, encoder) in enumerate(zip(self.jobs, self.encoders, strict=True)):
-            shape = batch[f"shape_{number}"][0].as_py()
             pixels = np.frombuffer(batch[f"pixels_{number}"][0].as_buffer(), dtype=np.uint8)
-            pixels = pixels.reshape(len(accepted), *shape)
-            tables = self._tables(encoder, job.steps, pixels, image_index, image_ids)
+            pixels = pixels.reshape(batch[f"shape_{number}"][0].as_py())
+            with self.encoding:
+                tables = self._tables(encoder, job.steps, pixels, image_index, image_ids)
             for step, table in zip(job.steps, tables, strict=True):
                 write_part(step.folder, part, table, rejects)
 
@@ -236,7 +269,7 @@ class PartEncoder:
         pieces: list[list[pa.Table]] = [[] for _ in steps]
         for start in range(0, len(pixels), self.batch_size):
             batch = slice(start, start + self.batch_size)
-            tensor = torch.from_numpy(pixels[batch].copy())
+            tensor = torch.from_numpy(pixels[batch])
             tapped = encoder.tap(tensor, [step.site for step in steps], image_ids[batch], self.seed)
             for step, tables in zip(steps, pieces, strict=True):
                 rows = tapped[step.site]

@@ -1,6 +1,6 @@
 """The scoring stage: one pass over (SAE, image set) in Ray tasks gives scores and top images of every neuron.
 
-A task scores one block of images and returns one `NeuronStats` per block of neurons; chains of merges fold them in the
+A task prepares one block of images; chains of folds, one per range of neurons, add the blocks to a `NeuronStats` in the
 order of the images. Blocks are fixed by the format, so the result is the same to the bit for any number of workers and
 any order of completion.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -20,14 +21,17 @@ from sae_ray.errors import SaeRayError
 from sae_ray.files import Folder
 from sae_ray.plan import ScorePlan, StudyPlan
 from sae_ray.sae import SAE, load_sae
-from sae_ray.scores import histogram_table, image_blocks, score_block, score_table, top_images_table
-from sae_ray.statistics import NeuronStats, neuron_blocks
+from sae_ray.scores import histogram_table, image_blocks, read_block, score_table, top_images_table
+from sae_ray.statistics import BlockImages, Entries, NeuronStats, neuron_blocks
 from sae_ray.steps import hold
 from sae_ray.study import ScoreResources
 
 from .cluster import connect, n_cpus, n_gpus, user_error
 from .disk import check_disk
 from .progress import Progress
+
+BLOCKS_PER_FOLD = 8
+"""Every fold copies the statistics once, so several blocks are added at a time."""
 
 
 def run(plan: StudyPlan) -> None:
@@ -89,25 +93,31 @@ class Pass:
         self._embeddings = score.embeddings.step.folder if score.embeddings else None
         store = ActivationStore(self._activations)
         self.blocks = image_blocks(store)
-        n_neuron_blocks = len(list(neuron_blocks(score.neurons, score.embeddings.width if score.embeddings else 0)))
+        width = score.embeddings.width if score.embeddings else 0
+        ranges = list(neuron_blocks(score.neurons, width))
+        self._shapes = [(len(neurons), width, self.step.config["top_images"]) for neurons in ranges]
         self._counts = {"images": store.n_images, "neurons": score.neurons}
-        options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "num_returns": n_neuron_blocks}
-        self._block = ray.remote(**options)(block_statistics)
-        self._merge = ray.remote(num_cpus=0)(NeuronStats.merge)
+        options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "num_returns": 1 + len(ranges)}
+        self._block = ray.remote(**options)(block_entries)
+        self._fold = ray.remote(num_cpus=resources.cpus)(folded)
         self._tables = ray.remote(num_cpus=0)(tables)
-        self._folded: list = []
+        self._waiting: list[list] = []
+        self._folded: list = [None for _ in ranges]
         self._started = time.monotonic()
 
     def submit(self, parts: range) -> Any:
-        """Starts one block, in image order, and appends it to the fold; returns what to wait for."""
-        n_top = self.step.config["top_images"]
-        result: Any = self._block.remote(self._sae, self._activations, self._embeddings, parts, n_top)
-        blocks = result if isinstance(result, list) else [result]
-        if self._folded:
-            self._folded = [self._merge.remote(*pair) for pair in zip(self._folded, blocks, strict=True)]
-        else:
-            self._folded = blocks
+        """Starts one block, in image order, and sometimes a fold; returns what to wait for."""
+        result: Any = self._block.remote(self._sae, self._activations, self._embeddings, parts)
+        self._waiting.append(result)
         self.n_submitted += 1
+        if len(self._waiting) < BLOCKS_PER_FOLD and self.n_submitted < len(self.blocks):
+            return result[0]
+        waiting, *columns = zip(*self._waiting, strict=True)
+        self._folded = [
+            self._fold.remote(stats, shape, *waiting, *column)
+            for stats, shape, column in zip(self._folded, self._shapes, columns, strict=True)
+        ]
+        self._waiting = []
         return self._folded[0]
 
     def write(self) -> None:
@@ -121,16 +131,37 @@ class Pass:
         self.step.finish(time.monotonic() - self._started, self._counts)
 
 
-def block_statistics(
-    sae: Folder | None, activations: Folder, embeddings: Folder | None, parts: range, n_top: int
-) -> list[NeuronStats] | NeuronStats:
-    """The task: statistics of one block of images, one result per block of neurons."""
+def block_entries(
+    sae: Folder | None, activations: Folder, embeddings: Folder | None, parts: range
+) -> tuple[BlockImages | Entries, ...]:
+    """The task: one block of images, then its entries for every range of neurons."""
     import torch
 
     torch.set_num_threads(1)  # the number of threads would show in the last bits
     judged = ActivationStore(embeddings) if embeddings else None
-    found = score_block(_sae(sae) if sae else None, ActivationStore(activations), judged, parts, n_top)
-    return found if len(found) > 1 else found[0]
+    images, entries = read_block(_sae(sae) if sae else None, ActivationStore(activations), judged, parts)
+    return images, *entries
+
+
+def folded(stats: NeuronStats | None, shape: tuple[int, int, int], *blocks: BlockImages | Entries) -> NeuronStats:
+    """The task that adds blocks to the statistics of one range of neurons.
+
+    Args:
+        stats: None at the start.
+        shape: of empty statistics.
+        blocks: the images of each, then the entries of each: Ray sees what is to be handed over only on this level.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    # A copy, since what Ray hands over cannot be written to.
+    stats = NeuronStats(*shape) if stats is None else deepcopy(stats)
+    n_blocks = len(blocks) // 2
+    for images, entries in zip(blocks[:n_blocks], blocks[n_blocks:], strict=True):
+        assert isinstance(images, BlockImages)
+        assert isinstance(entries, Entries)
+        stats.add(entries, images)
+    return stats
 
 
 def tables(*folded: NeuronStats) -> dict[str, pa.Table]:

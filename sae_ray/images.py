@@ -107,7 +107,7 @@ def manifest_digest(table: pa.Table) -> str:
     return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
 
 
-def decode_image(data: bytes, max_pixels: int = PIXEL_LIMIT) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int = PIXEL_LIMIT, at_least: int | None = None) -> Image.Image:
     """Decodes a JPEG, PNG or WebP file to RGB, upright as its EXIF orientation says; of an animation the first frame.
 
     Colours are taken as CLIP's own preprocessing takes them (`convert("RGB")`): transparency is dropped rather than
@@ -117,6 +117,8 @@ def decode_image(data: bytes, max_pixels: int = PIXEL_LIMIT) -> Image.Image:
     Args:
         data: The file.
         max_pixels: More are refused, by the header alone.
+        at_least: A JPEG may come reduced to a half, quarter or eighth, whichever is the smallest whose sides have at
+            least so many pixels.
 
     Raises:
         BadImage: `zero bytes`, `not an image`, `unsupported format: …`, `truncated`, `pixel bomb: WxH`,
@@ -131,6 +133,8 @@ def decode_image(data: bytes, max_pixels: int = PIXEL_LIMIT) -> Image.Image:
     if max(width, height) > ASPECT_LIMIT * min(width, height):
         raise BadImage(f"aspect ratio: {width}x{height}")
     try:
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
         image.load()
         return _upright(_to_rgb(image), image)
     except MemoryError:

@@ -10,7 +10,15 @@ import pyarrow as pa
 
 from sae_ray.activations import ActivationStore
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.statistics import HISTOGRAM_EDGES, IMAGES_PER_BLOCK, Entries, NeuronStats, neuron_blocks, pool_tokens
+from sae_ray.statistics import (
+    HISTOGRAM_EDGES,
+    IMAGES_PER_BLOCK,
+    BlockImages,
+    Entries,
+    NeuronStats,
+    neuron_blocks,
+    pool_tokens,
+)
 
 if TYPE_CHECKING:
     from sae_ray.sae import SAE
@@ -37,22 +45,21 @@ def n_neurons(sae: SAE | None, store: ActivationStore) -> int:
     return sae.d_sae
 
 
-def score_block(
-    sae: SAE | None, store: ActivationStore, embeddings: ActivationStore | None, parts: range, n_top: int
-) -> list[NeuronStats]:
-    """Statistics of one block of images, one element per range of `neuron_blocks`.
+def read_block(
+    sae: SAE | None, store: ActivationStore, embeddings: ActivationStore | None, parts: range
+) -> tuple[BlockImages, list[Entries]]:
+    """One block of images, and its entries for every range of `neuron_blocks`.
 
     Args:
-        sae: None scores the raw activation coordinates in the same way.
+        sae: None takes the raw activation coordinates in the same way.
         embeddings: the judge's, of the same images; None collects everything but the score.
         parts: part numbers, the same in both stores.
-        n_top: top images kept per neuron.
 
     Raises:
         UsageError: the SAE was made for activations of another width.
         SaeRayError: the embeddings are of other images.
     """
-    blocks = list(neuron_blocks(n_neurons(sae, store), embeddings.d if embeddings is not None else 0))
+    ranges = list(neuron_blocks(n_neurons(sae, store), _width(embeddings)))
     if embeddings is not None and len(embeddings.parts) != len(store.parts):
         raise _other_images(store, embeddings)
     part_entries, image_index, judged = [], [], []
@@ -70,15 +77,36 @@ def score_block(
                 raise _other_images(store, embeddings)
             judged.append(judged_part)
 
-    columns = [np.concatenate(column) for column in zip(*part_entries, strict=True)]
-    order = np.lexsort((columns[0], columns[1]))
-    entries = Entries(*(column[order] for column in columns))
-    return [
-        NeuronStats.of_block(
-            entries, block, np.concatenate(image_index), np.concatenate(judged) if judged else None, n_top
-        )
-        for block in blocks
-    ]
+    entries = joined(part_entries)
+    images = BlockImages.of(np.concatenate(image_index), np.concatenate(judged) if judged else None)
+    return images, [entries.of_range(neurons) for neurons in ranges]
+
+
+def joined(parts: Sequence[Entries]) -> Entries:
+    """Entries of consecutive images, sorted again."""
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    order = np.argsort(columns[1], kind="stable")  # the images are in order
+    return Entries(*(column[order] for column in columns))
+
+
+def score_store(
+    sae: SAE | None, store: ActivationStore, embeddings: ActivationStore | None, n_top: int
+) -> list[NeuronStats]:
+    """Statistics of all images, as the scoring stage has them; arguments and errors as of `read_block`.
+
+    `n_top`: top images kept per neuron.
+    """
+    width = _width(embeddings)
+    stats = [NeuronStats(len(neurons), width, n_top) for neurons in neuron_blocks(n_neurons(sae, store), width)]
+    for parts in image_blocks(store):
+        images, entries = read_block(sae, store, embeddings, parts)
+        for one, of_range in zip(stats, entries, strict=True):
+            one.add(of_range, images)
+    return stats
+
+
+def _width(embeddings: ActivationStore | None) -> int:
+    return 0 if embeddings is None else embeddings.d
 
 
 def _other_images(store: ActivationStore, embeddings: ActivationStore) -> SaeRayError:

@@ -1,14 +1,13 @@
-"""Mergeable statistics of neurons over images: one pass gives MonoSemanticity scores, frequencies, maxima, top images.
+"""Statistics of neurons over images: one pass gives MonoSemanticity scores, frequencies, maxima and top images.
 
-A `NeuronStats` covers a range of neurons over a set of images. Two over disjoint images merge by adding sums and
-keeping extremes; merged in image order, blocks of fixed size give the same bits whoever computed them. Cost and memory
-follow the number of entries, never images times neurons.
+A `NeuronStats` covers a range of neurons. Blocks of images are added to it in their order; blocks of fixed size give
+the same bits whoever prepared them. The cost of a block follows the number of its entries, never images times neurons,
+and memory follows the number of neurons alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,13 +15,14 @@ import numpy as np
 from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 BLOCK_BYTES = 64 * 2**20
-"""Largest `weighted_embeddings` of one block of neurons; part of the format, since blocks decide the order of sums."""
+"""Largest `weighted_embeddings` of one range of neurons: what a task holds and hands on."""
 IMAGES_PER_BLOCK = 4096
-"""Images that one block covers (whole parts, so a little more or less); part of the format for the same reason."""
+"""Images that one block covers (whole parts, so a little more or less); part of the format, since blocks decide the
+order of sums."""
 HISTOGRAM_EDGES = 2.0 ** (np.arange(-32, 33) / 2)
 """Half octaves from 2⁻¹⁶ to 2¹⁶: the edges of the bins in which values above 0 are counted. What lies outside goes to
 the first or the last bin."""
@@ -38,6 +38,32 @@ class Entries(NamedTuple):
     """Mean over the image's tokens, float64."""
     token_max: Float[np.ndarray, " entries"]
     """Largest value over the image's tokens, float64."""
+
+    def of_range(self, neurons: range) -> Entries:
+        """Those of a range of neurons, which are counted from its start."""
+        kept = slice(*np.searchsorted(self.neuron, (neurons.start, neurons.stop)))
+        image, neuron, value, token_max = (column[kept] for column in self)
+        return Entries(image, neuron - neurons.start, value, token_max)
+
+
+class BlockImages(NamedTuple):
+    """The images of one block."""
+
+    image_index: Int[np.ndarray, " images"]
+    """Ascending, and above those of earlier blocks."""
+    unit: Float[np.ndarray, "images d"]
+    """The judge's embeddings as float64 of length 1; `d` is 0 where there is no judge."""
+
+    @classmethod
+    def of(
+        cls, image_index: Int[np.ndarray, " images"], embeddings: Float[np.ndarray, "images d"] | None
+    ) -> BlockImages:
+        """From embeddings of any length; None without a judge."""
+        if embeddings is None:
+            return cls(image_index, np.zeros((len(image_index), 0)))
+        embeddings = embeddings.astype(np.float64)
+        lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+        return cls(image_index, embeddings / np.maximum(lengths, np.finfo(np.float64).tiny))
 
 
 def pool_tokens(
@@ -68,118 +94,123 @@ def pool_tokens(
     return Entries(image, neuron, sums / n_tokens[image], largest)
 
 
-@dataclass(frozen=True)
 class NeuronStats:
-    """Sums and extremes of a range of neurons over some images. Arrays have one row per neuron."""
+    """Sums and extremes of a range of neurons over the images added so far. Arrays have one row per neuron."""
 
-    n_images: int
-    minimum: Float[np.ndarray, " neurons"]
-    n_min: Int[np.ndarray, " neurons"]
-    """Images whose value equals the minimum."""
-    n_firing: Int[np.ndarray, " neurons"]
-    """Images with a value above 0."""
-    total: Float[np.ndarray, " neurons"]
-    total_squares: Float[np.ndarray, " neurons"]
-    total_firing: Float[np.ndarray, " neurons"]
-    """Sum of the values above 0."""
-    max_image: Float[np.ndarray, " neurons"]
-    max_token: Float[np.ndarray, " neurons"]
-    top_value: Float[np.ndarray, "neurons top"]
-    """Largest values, descending; -inf where there are fewer."""
-    top_image: Int[np.ndarray, "neurons top"]
-    """Their `image_index`; ties by the lower index; -1 where there are fewer."""
-    histogram: Int[np.ndarray, "neurons bins"]
-    """Images with a value in `[HISTOGRAM_EDGES[i], HISTOGRAM_EDGES[i + 1])`; a row sums to `n_firing`."""
-    embedding_sum: Float[np.ndarray, " d"]
-    """Sum of the judge's unit embeddings; `d` is 0 where there is no judge."""
-    weighted_embeddings: Float[np.ndarray, "neurons d"]
-    """Sum over images of value times unit embedding."""
-
-    @classmethod
-    def of_block(
-        cls,
-        entries: Entries,
-        neurons: range,
-        image_index: Int[np.ndarray, " images"],
-        embeddings: Float[np.ndarray, "images d"] | None,
-        n_top: int,
-    ) -> NeuronStats:
-        """Statistics of one block of images for one range of neurons.
+    def __init__(self, n_neurons: int, width: int, n_top: int):
+        """Over no images yet.
 
         Args:
-            entries: of the whole block, sorted by (neuron, image).
-            neurons: the range that is covered.
-            image_index: of every image of the block, ascending.
-            embeddings: the judge's, any length; normalised here. None without a judge.
+            width: of the judge's embeddings; 0 without a judge.
             n_top: top images kept per neuron.
         """
-        first, last = np.searchsorted(entries.neuron, (neurons.start, neurons.stop))
-        image, value, token_max = (column[first:last] for column in (entries.image, entries.value, entries.token_max))
-        neuron = entries.neuron[first:last] - neurons.start
-        n_images, n_neurons = len(image_index), len(neurons)
+        self.n_images = 0
+        self.n_listed: Int[np.ndarray, " neurons"] = np.zeros(n_neurons, np.int64)
+        """Images with an entry; the value of the others is 0."""
+        self.listed_min: Float[np.ndarray, " neurons"] = np.full(n_neurons, np.inf)
+        """Of the entries, as the next three."""
+        self.n_listed_min: Int[np.ndarray, " neurons"] = np.zeros(n_neurons, np.int64)
+        self.listed_max: Float[np.ndarray, " neurons"] = np.full(n_neurons, -np.inf)
+        self.listed_max_token: Float[np.ndarray, " neurons"] = np.full(n_neurons, -np.inf)
+        self.n_firing: Int[np.ndarray, " neurons"] = np.zeros(n_neurons, np.int64)
+        """Images with a value above 0."""
+        self.total: Float[np.ndarray, " neurons"] = np.zeros(n_neurons)
+        self.total_squares: Float[np.ndarray, " neurons"] = np.zeros(n_neurons)
+        self.total_firing: Float[np.ndarray, " neurons"] = np.zeros(n_neurons)
+        """Sum of the values above 0."""
+        self.top_value: Float[np.ndarray, "neurons top"] = np.full((n_neurons, n_top), -np.inf)
+        """Largest values, descending; -inf where there are fewer."""
+        self.top_image: Int[np.ndarray, "neurons top"] = np.full((n_neurons, n_top), -1, np.int64)
+        """Their `image_index`; ties by the lower index; -1 where there are fewer."""
+        self.histogram: Int[np.ndarray, "neurons bins"] = np.zeros((n_neurons, len(HISTOGRAM_EDGES) - 1), np.int32)
+        """Images with a value in `[HISTOGRAM_EDGES[i], HISTOGRAM_EDGES[i + 1])`; a row sums to `n_firing`."""
+        self.embedding_sum: Float[np.ndarray, " d"] = np.zeros(width)
+        """Sum of the judge's unit embeddings."""
+        self.weighted_embeddings: Float[np.ndarray, "neurons d"] = np.zeros((n_neurons, width))
+        """Sum over images of value times unit embedding."""
 
-        listed = np.bincount(neuron, minlength=n_neurons)
-        has_zero = listed < n_images
-        minimum = np.where(has_zero, 0.0, np.inf)
-        np.minimum.at(minimum, neuron, value)
-        n_min = np.bincount(neuron, weights=value == minimum[neuron], minlength=n_neurons).astype(np.int64)
-        n_min += np.where(minimum == 0, n_images - listed, 0)
-        max_image, max_token = (np.where(has_zero, 0.0, -np.inf) for _ in range(2))
-        np.maximum.at(max_image, neuron, value)
-        np.maximum.at(max_token, neuron, token_max)
+    def add(self, entries: Entries, images: BlockImages) -> None:
+        """Adds a block of images. Only the rows of neurons that have an entry are touched.
 
-        def summed(weights: np.ndarray) -> np.ndarray:
-            return np.bincount(neuron, weights=weights, minlength=n_neurons)
+        Args:
+            entries: of these neurons, counted from 0.
+            images: with higher indices than those added before: so ties go to the lower index.
+        """
+        self.n_images += len(images.image_index)
+        self.embedding_sum += images.unit.sum(axis=0)
+        image, neuron, value, token_max = entries
+        if not len(neuron):
+            return
+        starts = np.flatnonzero(np.r_[True, neuron[1:] != neuron[:-1]])
+        touched, listed = neuron[starts], np.diff(np.r_[starts, len(neuron)])
+
+        low = np.minimum.reduceat(value, starts)
+        n_low = np.add.reduceat(value == np.repeat(low, listed), starts, dtype=np.int64)
+        before = self.listed_min[touched]
+        lowest = np.minimum(before, low)
+        self.listed_min[touched] = lowest
+        self.n_listed_min[touched] = self.n_listed_min[touched] * (before == lowest) + n_low * (low == lowest)
+        for maximum, column in ((self.listed_max, value), (self.listed_max_token, token_max)):
+            maximum[touched] = np.maximum(maximum[touched], np.maximum.reduceat(column, starts))
 
         firing = value > 0
-        top_value, top_image = _top(neuron, value, image_index[image], n_neurons, n_top)
-        unit = _unit(embeddings) if embeddings is not None else np.zeros((n_images, 0))
-        return cls(
-            n_images=n_images,
-            minimum=minimum,
-            n_min=n_min,
-            n_firing=summed(firing).astype(np.int64),
-            total=summed(value),
-            total_squares=summed(value**2),
-            total_firing=summed(np.where(firing, value, 0.0)),
-            max_image=max_image,
-            max_token=max_token,
-            top_value=top_value,
-            top_image=top_image,
-            histogram=_histogram(neuron[firing], value[firing], n_neurons),
-            embedding_sum=unit.sum(axis=0),
-            weighted_embeddings=_sparse_dense(neuron, image, value, n_neurons, unit),
-        )
+        self.n_listed[touched] += listed
+        self.n_firing[touched] += np.add.reduceat(firing, starts, dtype=np.int64)
+        self.total[touched] += np.add.reduceat(value, starts)
+        self.total_squares[touched] += np.add.reduceat(np.square(value), starts)
+        self.total_firing[touched] += np.add.reduceat(np.where(firing, value, 0.0), starts)
 
-    def merge(self, later: NeuronStats) -> NeuronStats:
-        """Statistics over both sets of images. `later` must come from images with higher indices, for stable ties."""
-        minimum = np.minimum(self.minimum, later.minimum)
-        n_min = self.n_min * (self.minimum == minimum) + later.n_min * (later.minimum == minimum)
+        bins = np.searchsorted(HISTOGRAM_EDGES, value[firing], side="right") - 1
+        n_bins = self.histogram.shape[1]
+        np.add.at(self.histogram.reshape(-1), neuron[firing] * n_bins + np.clip(bins, 0, n_bins - 1), np.int32(1))
+        self._add_top(neuron, value, images.image_index[image])
+        if images.unit.shape[1]:
+            offsets = np.searchsorted(neuron, np.arange(len(self.total) + 1))
+            _add_product(self.weighted_embeddings, offsets, image, value, images.unit)
+
+    def _add_top(self, neuron: np.ndarray, value: np.ndarray, image_index: np.ndarray) -> None:
         n_top = self.top_value.shape[1]
-        values = np.concatenate([self.top_value, later.top_value], axis=1)
-        images = np.concatenate([self.top_image, later.top_image], axis=1)
-        order = np.lexsort((images, -values), axis=1)[:, :n_top]
-        return NeuronStats(
-            n_images=self.n_images + later.n_images,
-            minimum=minimum,
-            n_min=n_min,
-            n_firing=self.n_firing + later.n_firing,
-            total=self.total + later.total,
-            total_squares=self.total_squares + later.total_squares,
-            total_firing=self.total_firing + later.total_firing,
-            max_image=np.maximum(self.max_image, later.max_image),
-            max_token=np.maximum(self.max_token, later.max_token),
-            top_value=np.take_along_axis(values, order, axis=1),
-            top_image=np.take_along_axis(images, order, axis=1),
-            histogram=self.histogram + later.histogram,
-            embedding_sum=self.embedding_sum + later.embedding_sum,
-            weighted_embeddings=self.weighted_embeddings + later.weighted_embeddings,
-        )
+        if not n_top:
+            return
+        rising = value > self.top_value[neuron, -1]
+        neuron, value, image_index = neuron[rising], value[rising], image_index[rising]
+        order = np.lexsort((-value, neuron))  # stable: ties stay in the order of the images
+        neuron, value, image_index = neuron[order], value[order], image_index[order]
+        touched, first, row = np.unique(neuron, return_index=True, return_inverse=True)
+        rank = np.arange(len(neuron)) - first[row]
+        kept = rank < n_top
+        values = np.full((len(touched), 2 * n_top), -np.inf)
+        images = np.full((len(touched), 2 * n_top), -1, np.int64)
+        values[:, :n_top], images[:, :n_top] = self.top_value[touched], self.top_image[touched]
+        values[row[kept], n_top + rank[kept]] = value[kept]
+        images[row[kept], n_top + rank[kept]] = image_index[kept]
+        best = np.argsort(-values, axis=1, kind="stable")[:, :n_top]
+        self.top_value[touched] = np.take_along_axis(values, best, axis=1)
+        self.top_image[touched] = np.take_along_axis(images, best, axis=1)
+
+    @property
+    def minimum(self) -> Float[np.ndarray, " neurons"]:
+        return np.where(self._has_zero, np.minimum(self.listed_min, 0.0), self.listed_min)
+
+    @property
+    def max_image(self) -> Float[np.ndarray, " neurons"]:
+        return np.where(self._has_zero, np.maximum(self.listed_max, 0.0), self.listed_max)
+
+    @property
+    def max_token(self) -> Float[np.ndarray, " neurons"]:
+        return np.where(self._has_zero, np.maximum(self.listed_max_token, 0.0), self.listed_max_token)
 
     @property
     def n_active(self) -> Int[np.ndarray, " neurons"]:
         """Images above the minimum: the support of the score."""
-        return self.n_images - self.n_min
+        minimum = self.minimum
+        at_minimum = np.where(minimum == self.listed_min, self.n_listed_min, 0)
+        return self.n_images - at_minimum - np.where(minimum == 0, self.n_images - self.n_listed, 0)
+
+    @property
+    def _has_zero(self) -> Bool[np.ndarray, " neurons"]:
+        """Whether an image is without an entry."""
+        return self.n_listed < self.n_images
 
     def monosemanticity(self) -> Float[np.ndarray, " neurons"]:
         """MonoSemanticity score of every neuron, in [-1, 1]; NaN where fewer than two images are above the minimum.
@@ -192,11 +223,14 @@ class NeuronStats:
             return np.full(len(self.total), np.nan)
         alive = self.n_active >= 2
         low = np.where(alive, self.minimum, 0.0)
-        shifted = self.weighted_embeddings - low[:, None] * self.embedding_sum
+        lengths = np.einsum("nd,nd->n", self.weighted_embeddings, self.weighted_embeddings)
+        shifted = np.flatnonzero(low)  # of an SAE only latents that fire on every image
+        moved = self.weighted_embeddings[shifted] - low[shifted, None] * self.embedding_sum
+        lengths[shifted] = np.einsum("nd,nd->n", moved, moved)
         total = self.total - self.n_images * low
         squares = self.total_squares - 2 * low * self.total + self.n_images * low**2
         denominator = np.where(alive, total**2 - squares, 1.0)
-        return np.where(alive, (np.square(shifted).sum(axis=1) - squares) / denominator, np.nan)
+        return np.where(alive, (lengths - squares) / denominator, np.nan)
 
 
 def monosemanticity(
@@ -240,9 +274,8 @@ def _block_scores(values: np.ndarray, judged: np.ndarray) -> np.ndarray:
     values = (values - low) / np.where(high > low, high - low, 1.0)
     neuron, image = np.nonzero(values.T)
     value = values[image, neuron]
-    stats = NeuronStats.of_block(
-        Entries(image, neuron, value, value), range(values.shape[1]), np.arange(len(values)), judged, n_top=1
-    )
+    stats = NeuronStats(values.shape[1], judged.shape[1], n_top=0)
+    stats.add(Entries(image, neuron, value, value), BlockImages.of(np.arange(len(values)), judged))
     return stats.monosemanticity()
 
 
@@ -253,47 +286,20 @@ def neuron_blocks(n_neurons: int, embedding_width: int) -> Iterator[range]:
         yield range(start, min(start + size, n_neurons))
 
 
-def _top(
-    neuron: np.ndarray, value: np.ndarray, image_index: np.ndarray, n_neurons: int, n_top: int
-) -> tuple[np.ndarray, np.ndarray]:
-    top_value = np.full((n_neurons, n_top), -np.inf)
-    top_image = np.full((n_neurons, n_top), -1, dtype=np.int64)
-    order = np.lexsort((image_index, -value, neuron))
-    neuron, value, image_index = neuron[order], value[order], image_index[order]
-    first_of_neuron = np.searchsorted(neuron, np.arange(n_neurons))
-    rank = np.arange(len(neuron)) - first_of_neuron[neuron]
-    kept = rank < n_top
-    top_value[neuron[kept], rank[kept]] = value[kept]
-    top_image[neuron[kept], rank[kept]] = image_index[kept]
-    return top_value, top_image
-
-
-def _histogram(neuron: np.ndarray, value: np.ndarray, n_neurons: int) -> np.ndarray:
-    n_bins = len(HISTOGRAM_EDGES) - 1
-    bins = np.clip(np.searchsorted(HISTOGRAM_EDGES, value, side="right") - 1, 0, n_bins - 1)
-    counts = np.bincount(neuron * n_bins + bins, minlength=n_neurons * n_bins)
-    return counts.reshape(n_neurons, n_bins).astype(np.int32)
-
-
-def _unit(embeddings: np.ndarray) -> np.ndarray:
-    embeddings = embeddings.astype(np.float64)
-    return embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-
-
-def _sparse_dense(
-    neuron: np.ndarray, image: np.ndarray, value: np.ndarray, n_neurons: int, unit: np.ndarray
-) -> np.ndarray:
+def _add_product(
+    target: Float[np.ndarray, "rows d"],
+    offsets: Int[np.ndarray, " rows+1"],
+    image: Int[np.ndarray, " entries"],
+    value: Float[np.ndarray, " entries"],
+    unit: Float[np.ndarray, "images d"],
+) -> None:
+    """Adds to `target` the product of a sparse matrix, whose rows `offsets` delimit, with a dense one."""
     import warnings
 
     import torch
 
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
-    starts = np.searchsorted(neuron, np.arange(n_neurons + 1))
-    matrix = torch.sparse_csr_tensor(
-        torch.from_numpy(starts),
-        torch.from_numpy(np.ascontiguousarray(image, dtype=np.int64)),
-        torch.from_numpy(np.ascontiguousarray(value)),
-        size=(n_neurons, len(unit)),
-        check_invariants=False,
-    )
-    return (matrix @ torch.from_numpy(unit)).numpy()
+    columns = [torch.from_numpy(np.ascontiguousarray(column)) for column in (offsets, image, value)]
+    matrix = torch.sparse_csr_tensor(*columns, size=(len(target), len(unit)), check_invariants=False)
+    total = torch.from_numpy(target)
+    torch.addmm(total, matrix, torch.from_numpy(unit), out=total)

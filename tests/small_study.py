@@ -15,7 +15,7 @@ from sae_ray.files import Folder
 from sae_ray.images import BadImage, decode_image
 from sae_ray.plan import ExtractPlan, ScorePlan, SteeringPlan, StudyPlan, TrainPlan
 from sae_ray.sae import SAE, load_sae, save_sae
-from sae_ray.scores import histogram_table, score_block, score_table, top_images_table
+from sae_ray.scores import histogram_table, score_store, score_table, top_images_table
 from sae_ray.steering.evaluation import ANSWERS_SCHEMA, CONCEPTS_SCHEMA, rates
 from sae_ray.steering.protocol import WHITE
 from sae_ray.study import Study
@@ -126,7 +126,7 @@ def finish_score(score: ScorePlan) -> None:
     store = ActivationStore(score.activations.step.folder)
     embeddings = ActivationStore(score.embeddings.step.folder) if score.embeddings else None
     sae = load_sae(score.sae.step.folder) if score.sae else None
-    stats = score_block(sae, store, embeddings, range(len(store.parts)), score.step.config["top_images"])
+    stats = score_store(sae, store, embeddings, score.step.config["top_images"])
     folder = score.step.folder
     for name, of in (("scores", score_table), ("top_images", top_images_table), ("histogram", histogram_table)):
         folder.write_parquet(f"{name}.parquet", of(stats))

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -335,6 +337,31 @@ def test_uint8_pixels_equal_the_models_own_preprocessing(kind, saved, loaded):
         expected = pixel_values(Path(path), images)
     torch.testing.assert_close(seen, expected, rtol=0, atol=1e-6)
     assert seen.shape[2:] == loaded(kind).info.image_size
+
+
+@settings(max_examples=10)
+@given(width=st.integers(1, 200), height=st.integers(1, 200))
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+def test_images_of_any_size_are_preprocessed_as_the_processor_does(kind, saved, width, height):
+    from transformers import AutoImageProcessor
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+    processor = AutoImageProcessor.from_pretrained(saved(kind).spec, backend="pil")
+    [expected] = processor(image, do_rescale=False, do_normalize=False)["pixel_values"]
+    assert np.array_equal(load_preprocess(saved(kind).spec)(image), expected)
+
+
+@pytest.mark.parametrize("changed", [{"do_pad": True}, {"do_resize": False}])
+def test_a_processor_that_does_more_than_resize_and_crop_is_asked_itself(saved, tmp_path, changed):
+    path = copy_of(saved("clip"), tmp_path / "clip")
+    config = json.loads((path / "preprocessor_config.json").read_text())
+    (path / "preprocessor_config.json").write_text(json.dumps({**config, **changed}))
+    from transformers import AutoImageProcessor
+
+    image = photos(1)[0]
+    processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    [expected] = processor(image, do_rescale=False, do_normalize=False)["pixel_values"]
+    assert np.array_equal(load_preprocess(str(path))(image), expected)
 
 
 def test_description_is_json_and_pins_the_files(kind, saved, loaded):

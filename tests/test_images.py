@@ -291,6 +291,24 @@ def test_images_stand_upright(kind, orientation):
     assert decoded.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize(
+    ("at_least", "size"), [(9, (16, 20)), (8, (8, 10)), (33, (64, 80)), (64, (64, 80)), (99, (64, 80))]
+)
+def test_a_jpeg_may_come_reduced(at_least, size):
+    ramp = np.add.outer(np.arange(80), np.arange(64)).astype(np.uint8)  # smooth, so that reduction loses little
+    image = Image.fromarray(ramp).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(image, "JPEG", exif=exif, quality=95)
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    reduced = decode_image(data, at_least=at_least)
+    assert reduced.size == size[::-1]
+    expected = upright.resize(reduced.size, Image.Resampling.BOX)
+    assert np.abs(np.asarray(reduced, float) - np.asarray(expected, float)).max() <= 4
+    for kind in ("PNG", "WEBP"):
+        assert decode_image(encoded(image, kind), at_least=at_least).size == image.size
+
+
 def test_broken_metadata_does_not_spoil_the_picture():
     data = encoded(noise(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert decode_image(data).size == (23, 17)

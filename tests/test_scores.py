@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from hypothesis.extra import numpy as arrays
 from sae_ray.activations import ActivationStore
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE
-from sae_ray.scores import histogram_table, image_blocks, n_neurons, score_block, score_table, top_images_table
-from sae_ray.statistics import HISTOGRAM_EDGES, Entries, NeuronStats, neuron_blocks, pool_tokens
+from sae_ray.scores import histogram_table, image_blocks, n_neurons, score_store, score_table, top_images_table
+from sae_ray.statistics import HISTOGRAM_EDGES, BlockImages, Entries, NeuronStats, neuron_blocks, pool_tokens
 
 WriteStore = Callable[..., ActivationStore]
 D, JUDGE_WIDTH, D_SAE = 6, 5, 12
@@ -87,12 +87,19 @@ def entries_of(values: np.ndarray) -> Entries:
     return Entries(image, neuron, values[image, neuron], values[image, neuron])
 
 
-def merged(blocks: list[list[NeuronStats]]) -> list[NeuronStats]:
-    """The statistics of consecutive blocks of images, folded in their order."""
-    total, *rest = blocks
-    for block in rest:
-        total = [earlier.merge(later) for earlier, later in zip(total, block, strict=True)]
-    return total
+def statistics(
+    values: np.ndarray,
+    image_index: np.ndarray,
+    embeddings: np.ndarray | None,
+    n_top: int,
+    blocks: Sequence[slice] = (slice(None),),
+) -> NeuronStats:
+    """Of one value per image and neuron, the blocks of images added one after the other."""
+    stats = NeuronStats(values.shape[1], 0 if embeddings is None else embeddings.shape[1], n_top)
+    for rows in blocks:
+        judged = None if embeddings is None else embeddings[rows]
+        stats.add(entries_of(values[rows]), BlockImages.of(image_index[rows], judged))
+    return stats
 
 
 def check_equal(stats: list[NeuronStats], image_index, mean, largest, embeddings, n_top: int) -> None:
@@ -150,7 +157,7 @@ def test_tokens_are_pooled_to_means_and_maxima_of_codes(data: st.DataObject):
 
 
 @given(st.data())
-def test_statistics_merged_over_any_split_equal_those_of_one_block(data: st.DataObject):
+def test_statistics_of_any_split_equal_those_of_one_block(data: st.DataObject):
     n = data.draw(st.integers(2, 12))
     # Few values, so that ties are common; zeros, and negative ones as raw neurons have.
     kind = data.draw(st.sampled_from([[0.0, 0.0, 0.0, 1.0, 2.0], [-2.0, -1.0, 0.0, 1.0, 3.0], [-3.0, -2.0, -1.0]]))
@@ -158,30 +165,22 @@ def test_statistics_merged_over_any_split_equal_those_of_one_block(data: st.Data
     embeddings = data.draw(arrays.arrays("float64", (n, 2), elements=st.sampled_from([-2.0, 0.5, 1.0, 3.0])))
     image_index = np.cumsum(data.draw(arrays.arrays("int64", n, elements=st.integers(1, 5))))
     cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=6)))  # blocks of rejects alone are empty
-    bounds = list(zip([0, *cuts], [*cuts, n], strict=True))
+    blocks = [slice(*bounds) for bounds in zip([0, *cuts], [*cuts, n], strict=True)]
 
-    def statistics(first: int, last: int) -> NeuronStats:
-        block = slice(first, last)
-        return NeuronStats.of_block(entries_of(values[block]), range(3), image_index[block], embeddings[block], n_top=3)
-
-    whole = statistics(0, n)
-    [folded] = merged([[statistics(*bound)] for bound in bounds])
-    np.testing.assert_array_equal(folded.n_active, whole.n_active)
-    np.testing.assert_array_equal(folded.n_firing, whole.n_firing)
-    np.testing.assert_array_equal(folded.top_image, whole.top_image)
-    np.testing.assert_array_equal(folded.top_value, whole.top_value)
-    np.testing.assert_array_equal(folded.histogram, whole.histogram)
-    np.testing.assert_allclose(folded.monosemanticity(), whole.monosemanticity(), atol=1e-6)
-    check_equal([folded], image_index, values, values, embeddings, n_top=3)
+    whole = statistics(values, image_index, embeddings, 3)
+    split = statistics(values, image_index, embeddings, 3, blocks)
+    np.testing.assert_array_equal(split.n_active, whole.n_active)
+    np.testing.assert_array_equal(split.n_firing, whole.n_firing)
+    np.testing.assert_array_equal(split.top_image, whole.top_image)
+    np.testing.assert_array_equal(split.top_value, whole.top_value)
+    np.testing.assert_array_equal(split.histogram, whole.histogram)
+    np.testing.assert_allclose(split.monosemanticity(), whole.monosemanticity(), atol=1e-6)
+    check_equal([split], image_index, values, values, embeddings, n_top=3)
 
 
 def test_ties_go_to_the_lower_image_whichever_block_it_is_in():
     values = np.array([[1.0], [2.0], [2.0], [0.0], [2.0], [1.0]])
-    blocks = [
-        NeuronStats.of_block(entries_of(values[rows]), range(1), 10 + np.arange(6)[rows], None, n_top=4)
-        for rows in (slice(0, 2), slice(2, 5), slice(5, 6))
-    ]
-    [stats] = merged([[block] for block in blocks])
+    stats = statistics(values, 10 + np.arange(6), None, 4, (slice(0, 2), slice(2, 5), slice(5, 6)))
     assert stats.top_image.tolist() == [[11, 12, 14, 10]]
     assert stats.top_value.tolist() == [[2.0, 2.0, 2.0, 1.0]]
 
@@ -202,24 +201,23 @@ def test_a_store_is_scored_like_the_dense_computation(
 
     [whole] = image_blocks(store)
     assert whole == range(5)
-    one_block = score_block(sae, store, embeddings, whole, n_top=4)
+    one_block = score_store(sae, store, embeddings, n_top=4)
     assert len(one_block) == 1
     check_equal(one_block, *expected, n_top=4)
 
     monkeypatch.setattr("sae_ray.scores.IMAGES_PER_BLOCK", 17)  # two parts of eight
     assert image_blocks(store) == [range(2), range(2, 4), range(4, 5)]
     monkeypatch.setattr("sae_ray.statistics.BLOCK_BYTES", 8 * JUDGE_WIDTH * 5)  # five neurons
-    several = [score_block(sae, store, embeddings, parts, n_top=4) for parts in image_blocks(store)]
-    neurons = n_neurons(sae, store)
-    assert [len(block) for block in several] == [-(-neurons // 5)] * 3
-    check_equal(merged(several), *expected, n_top=4)
-    assert top_images_table(merged(several)).equals(top_images_table(one_block))
-    assert histogram_table(merged(several)).equals(histogram_table(one_block))
+    several = score_store(sae, store, embeddings, n_top=4)
+    assert len(several) == -(-n_neurons(sae, store) // 5)
+    check_equal(several, *expected, n_top=4)
+    assert top_images_table(several).equals(top_images_table(one_block))
+    assert histogram_table(several).equals(histogram_table(one_block))
 
 
 def test_every_firing_image_is_in_a_bin_however_far_out_it_lies():
     values = np.array([[0.0], [-1.0], [1e-30], [2.0**-16], [1.0], [1.4], [1.5], [2.0**16], [1e30]])
-    stats = NeuronStats.of_block(entries_of(values), range(1), np.arange(9), None, n_top=1)
+    stats = statistics(values, np.arange(9), None, 1)
     first, octave = 2.0**-16, 2**0.5
     assert [list(row.values())[1:] for row in histogram_table([stats]).to_pylist()] == [
         [first, pytest.approx(first * octave), 2],
@@ -233,7 +231,7 @@ def test_every_firing_image_is_in_a_bin_however_far_out_it_lies():
 def test_a_dead_latent_has_no_score(tmp_path: Path, write_store: WriteStore):
     store = write_store(tmp_path, make_parts([20], 1, D))
     embeddings = write_store(tmp_path, make_parts([20], 1, JUDGE_WIDTH), label="embeddings")
-    stats = score_block(make_sae(), store, embeddings, range(1), n_top=4)
+    stats = score_store(make_sae(), store, embeddings, n_top=4)
     dead = score_table(stats).slice(0, 1).to_pylist()[0]
     assert np.isnan(dead.pop("ms"))
     assert set(dead.values()) == {0}
@@ -245,7 +243,7 @@ def test_a_dead_latent_has_no_score(tmp_path: Path, write_store: WriteStore):
 def test_a_pass_for_pictures_needs_no_judge(tmp_path: Path, write_store: WriteStore):
     parts = make_parts([20], 2, D)
     store = write_store(tmp_path, parts)
-    stats = score_block(make_sae(), store, None, range(1), n_top=4)
+    stats = score_store(make_sae(), store, None, n_top=4)
     image_index, mean, _ = dense_values(make_sae(), parts, 2)
     assert np.isnan(score_table(stats)["ms"].to_numpy()).all()
     assert score_table(stats)["n_firing"].to_pylist() == (mean > 0).sum(axis=0).tolist()
@@ -267,7 +265,7 @@ def test_embeddings_of_other_images_are_refused(tmp_path: Path, write_store: Wri
     store = write_store(tmp_path, make_parts([4, 4], 2, D))
     embeddings = write_store(tmp_path, judged, label="embeddings")
     with pytest.raises(SaeRayError, match="do not hold the same images") as raised:
-        score_block(make_sae(), store, embeddings, range(2), n_top=4)
+        score_store(make_sae(), store, embeddings, n_top=4)
     assert str(store.folder) in str(raised.value)
     assert str(embeddings.folder) in str(raised.value)
 
@@ -276,7 +274,7 @@ def test_an_sae_of_another_width_is_refused(tmp_path: Path, write_store: WriteSt
     store = write_store(tmp_path, make_parts([4], 1, D))
     for refused in (
         lambda: n_neurons(make_sae(d_in=7), store),
-        lambda: score_block(make_sae(d_in=7), store, None, range(1), n_top=4),
+        lambda: score_store(make_sae(d_in=7), store, None, n_top=4),
     ):
         with pytest.raises(UsageError, match=r"width 7, .* holds width 6; choose the site it was trained on"):
             refused()

@@ -71,7 +71,13 @@ class Preprocess:
     processor: Any
 
     def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "3 h w"]:
-        return self.processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
+        processor = self.processor
+        size = _resized(processor, image) if _is_plain(processor) else None
+        if size is None:
+            return processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
+        # The same steps. The processor would turn the image into an array and back, which costs as much as resizing it.
+        pixels = np.asarray(image.resize(size, processor.resample)).transpose(2, 0, 1)
+        return processor.center_crop(pixels, processor.crop_size) if processor.do_center_crop else pixels
 
     def image_size(self) -> tuple[int, int]:
         """Height and width of what comes out.
@@ -88,6 +94,32 @@ class Preprocess:
                 "it must crop or resize all images to one size: mend preprocessor_config.json"
             )
         return wide.shape[1], wide.shape[2]
+
+
+def _is_plain(processor: Any) -> bool:
+    """Whether it resizes, perhaps crops, and does no more to the shape of an image."""
+    from transformers.image_processing_backends import PilBackend
+
+    own = ("process_image", "resize", "center_crop", "_preprocess")
+    unchanged = all(getattr(type(processor), name, None) is getattr(PilBackend, name) for name in own)
+    return unchanged and bool(processor.do_resize) and not processor.do_pad
+
+
+def _resized(processor: Any, image: Image.Image) -> tuple[int, int] | None:
+    """Width and height that it resizes an image to, by transformers' own rule; None where there is another rule."""
+    from transformers.image_transforms import get_resize_output_image_size
+    from transformers.image_utils import ChannelDimension
+
+    size = processor.size
+    if size.height and size.width:
+        return size.width, size.height
+    if not size.shortest_edge or size.longest_edge:
+        return None
+    shape = np.broadcast_to(np.uint8(0), (3, image.height, image.width))
+    height, width = get_resize_output_image_size(
+        shape, size.shortest_edge, default_to_square=False, input_data_format=ChannelDimension.FIRST
+    )
+    return width, height
 
 
 def preprocess(model: str, revision: str | None) -> Preprocess:

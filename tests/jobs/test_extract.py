@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from sae_ray.jobs import extract
 
@@ -34,8 +35,6 @@ def test_activations_are_those_of_the_encoder(extracted, make_plan, world):
     index, token, activation = store.read(1)
     assert index.tolist() == list(range(50, 100))
     assert set(token.tolist()) == {-1}
-    import torch
-
     images = [decode_image((world / "heldout" / ids[i]).read_bytes()) for i in index]
     pixels = torch.from_numpy(np.stack([preprocess(image) for image in images]))
     expected = encoder.tap(pixels, [chosen.site], [ids[i] for i in index], seed=0)[chosen.site].activation
@@ -112,6 +111,28 @@ def test_bad_images_become_rejects(ray_cluster, make_plan, world, tmp_path):
     relaxed = make_plan(tmp_path / "strict", **overrides)
     extract.run(relaxed)
     assert all(e.step.finished for e in relaxed.extracts)
+
+
+def test_reduced_jpegs_are_another_step(ray_cluster, make_plan, world, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, path in enumerate(sorted((world / "heldout").rglob("*.png"))[:6]):
+        Image.open(path).resize((260, 230)).save(images / f"{number}.jpg")
+    overrides = {"images.train.path": str(images), "extraction.store_dtype": "float32"}
+    found = {}
+    encoder, preprocess = load_encoder(f"{world}/clip"), load_preprocess(f"{world}/clip")
+    for reduced in (False, True):
+        plan = make_plan(tmp_path / "root", **overrides, **{"extraction.reduced_jpeg": reduced})
+        [chosen] = [e for e in plan.extracts if e.images.name == "train"]
+        extract.run_only(plan, [chosen])
+        _, _, found[reduced] = ActivationStore(chosen.step.folder).read(0)
+        at_least = 2 * 56 if reduced else None
+        decoded = [decode_image((images / f"{number}.jpg").read_bytes(), at_least=at_least) for number in range(6)]
+        assert decoded[0].size == ((130, 115) if reduced else (260, 230))
+        pixels = torch.from_numpy(np.stack([preprocess(image) for image in decoded]))
+        expected = encoder.tap(pixels, [chosen.site], [""] * 6, seed=0)[chosen.site].activation
+        np.testing.assert_allclose(found[reduced], expected.numpy(), atol=1e-5)
+    assert not np.allclose(found[False], found[True], atol=1e-3)
 
 
 def test_overflow_names_the_remedy(ray_cluster, make_plan, world, tmp_path):

@@ -35,7 +35,8 @@ def test_scores_equal_a_dense_computation(finished, make_plan):
 
 
 def test_bits_do_not_depend_on_the_workers(ray_cluster, finished, make_plan, tmp_path, monkeypatch):
-    monkeypatch.setattr("sae_ray.scores.IMAGES_PER_BLOCK", 50)  # three blocks, so that there is something to merge
+    monkeypatch.setattr("sae_ray.scores.IMAGES_PER_BLOCK", 50)  # three blocks, so that there is something to fold
+    monkeypatch.setattr(score, "BLOCKS_PER_FOLD", 2)  # twice
     found = []
     for workers in (1, 4):
         root = tmp_path / str(workers)

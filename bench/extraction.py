@@ -1,0 +1,331 @@
+"""Images to activations on the CPU: ours, through Ray, against a DataLoader with the model's processor and a hook.
+
+Images are renders of the embedded world scaled up to 400 × 500 pixels, with noise so that they weigh as much as
+photographs; each lies under several names (hard links). Memory is measured on the small renders themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from io import BytesIO
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from PIL import Image
+from sae_ray.jobs import extract as stage
+from sae_ray.jobs.cluster import connect
+
+from bench.record import record
+from sae_ray.activations import ActivationStore, activation_table, write_part
+from sae_ray.encoders import load_encoder, load_preprocess
+from sae_ray.files import Folder
+from sae_ray.images import decode_image
+from sae_ray.plan import ExtractPlan, StudyPlan
+from sae_ray.sites import Site
+from sae_ray.study import Study
+from sae_ray.world import write_world
+from sae_ray.world.render import SIDE, render
+
+SIZE = (500, 400)
+N_IMAGES = 5_000
+ROUNDS = 2
+"""Rounds of all ways, of which the fastest run of each counts: whatever else the machine does meets all alike."""
+N_LOOP = 768
+"""The loops take the first of them: their rate does not change on the way."""
+N_DISTINCT = 500
+MEMORY_SIZES = (5_000, 50_000)
+SITE, LAYER = "layer3:cls", 3
+"""The last block but one of five, which a LLaVA reads."""
+BATCH = 64
+IMAGES_PER_PART = 128
+SKIPPED_PARTS = 4
+"""Parts that are done before rates are taken: the actors start together and finish their first parts late."""
+N_PROFILED = 400
+TOLERANCE = 1e-4
+"""Allowed difference of activations relative to the largest: both compute in float32, in batches of other sizes."""
+
+
+class Extracted(NamedTuple):
+    """One run of ours."""
+
+    plan: ExtractPlan
+    seconds: float
+    """All of the stage, the start of its actors included, that of Ray not."""
+    images_per_second: float
+    """Once the actors are at work."""
+
+
+def main() -> None:
+    scratch = Path(tempfile.mkdtemp(prefix="sae-ray-bench-"))
+    try:
+        measure(scratch)
+    finally:
+        shutil.rmtree(scratch)
+
+
+def measure(scratch: Path) -> None:
+    write_world(scratch / "world", n_train=0, n_heldout=64)
+    photos, small = scratch / "photos", scratch / "small"
+    write_images(photos, N_IMAGES, SIZE)
+    write_images(small, max(MEMORY_SIZES), None)
+    clip = str(scratch / "world" / "clip")
+    loops: dict[tuple[str, int], float] = {}
+    ours: list[Extracted] = []
+    for turn in range(ROUNDS):
+        for key in product(("pil", "torchvision"), (0, 1, 2)):
+            loops[key] = max(loops.get(key, 0.0), loop(photos, clip, *key, scratch / "loop.pt"))
+        begun = time.perf_counter()
+        connect()
+        ray_seconds = time.perf_counter() - begun
+        ours.append(extract(scratch / f"root-{turn}", photos, scratch / "world", N_IMAGES))
+        if turn < ROUNDS - 1:
+            ray.shutdown()  # its processes would get in the way of the loops
+    best = max(ours, key=lambda run: run.images_per_second)
+    reduced = extract(scratch / "reduced", photos, scratch / "world", N_IMAGES, **{"extraction.reduced_jpeg": True})
+    memory = [[n, *memory_of(scratch, small, n)] for n in MEMORY_SIZES]
+
+    activations = stored(best.plan)
+    check(activations[:N_LOOP], torch.load(scratch / "loop.pt", weights_only=True).numpy())
+    differences = relative(stored(reduced.plan), activations)
+    fastest = max(rate for (backend, _), rate in loops.items() if backend == "pil")
+    rates = {"ours": best.images_per_second, "ours, reduced_jpeg": reduced.images_per_second}
+    rates |= {
+        f"DataLoader, {backend} processor, {workers} workers": loops[backend, workers] for backend, workers in loops
+    }
+    rows = [[way, round(rate), round(rate / fastest, 2)] for way, rate in rates.items()]
+    record(
+        "extraction",
+        [
+            {
+                "title": f"CLS token of layer {LAYER}, {N_IMAGES:,} JPEGs of {SIZE[0]} × {SIZE[1]} pixels, 2 cores",
+                "columns": ["way", "images/s", "times the fastest loop of equal results (pil)"],
+                "rows": rows,
+            },
+            {
+                "title": "Where the time goes, one thread",
+                "columns": ["work", "ms per image"],
+                "rows": profile(photos, clip, scratch / "part"),
+            },
+            {
+                "title": "Change of activations by reduced_jpeg, relative to their distance from the mean",
+                "columns": ["images", "change"],
+                "rows": [[share, found] for share, found in differences.items()],
+            },
+            {
+                "title": "Start-up",
+                "columns": ["of", "seconds"],
+                "rows": [
+                    ["Ray", round(ray_seconds, 1)],
+                    ["actors", round(best.seconds - N_IMAGES / best.images_per_second, 1)],
+                ],
+            },
+            {
+                "title": "Memory of all processes at the peak, images of 56 × 56 pixels",
+                "columns": ["images", "MB", "images/s"],
+                "rows": memory,
+            },
+        ],
+        {
+            "kilobytes_per_image": round(sum(f.stat().st_size for f in photos.iterdir()) / N_IMAGES / 1000, 1),
+            "distinct_images": N_DISTINCT,
+        },
+    )
+    assert best.images_per_second >= 2 * fastest, "less than twice the loop"
+
+
+def write_images(folder: Path, n: int, size: tuple[int, int] | None) -> None:
+    """`n` JPEGs, of which `N_DISTINCT` differ."""
+    folder.mkdir()
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        for number, data in enumerate(pool.map(partial(jpeg, size=size), range(N_DISTINCT), chunksize=25)):
+            first = folder / f"{number:06d}.jpg"
+            first.write_bytes(data)
+            for copy in range(number + N_DISTINCT, n, N_DISTINCT):
+                os.link(first, folder / f"{copy:06d}.jpg")
+
+
+def jpeg(index: int, size: tuple[int, int] | None) -> bytes:
+    image = render(index)
+    if size is not None:
+        pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32)
+        noise = np.random.default_rng(index).normal(0, 8, (*pixels.shape[:2], 1))
+        image = Image.fromarray((pixels + noise).round().clip(0, 255).astype(np.uint8))
+    out = BytesIO()
+    image.save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+class Files(torch.utils.data.Dataset):
+    """Images of a folder, opened as torchvision's folders open them."""
+
+    def __init__(self, folder: Path):
+        self.paths = sorted(folder.iterdir())[:N_LOOP]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        with self.paths[index].open("rb") as file:
+            return Image.open(file).convert("RGB")
+
+
+def loop(folder: Path, clip: str, backend: str, workers: int, target: Path) -> float:
+    """Images per second of the usual loop, its imports and the loading of the model not counted.
+
+    The processor runs where batches are put together, in the workers; a hook on the layer collects what it gives, and a
+    list of tensors is saved in the end.
+    """
+    from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+
+    processor = AutoImageProcessor.from_pretrained(clip, backend=backend)
+    model = CLIPVisionModelWithProjection.from_pretrained(clip, dtype=torch.float32).eval()
+    torch.set_num_threads(2)
+    collected: list[torch.Tensor] = []
+    layer = model.vision_model.encoder.layers[LAYER]
+    layer.register_forward_hook(lambda module, inputs, output: collected.append(first_of(output)[:, 0].clone()))
+    loader: Any = torch.utils.data.DataLoader(
+        Files(folder),
+        batch_size=BATCH,
+        num_workers=workers,
+        collate_fn=lambda images: processor(images=images, return_tensors="pt"),
+    )
+    begun = time.perf_counter()
+    with torch.no_grad():
+        for batch in loader:
+            model(**batch)
+    torch.save(torch.cat(collected), target if backend == "pil" else target.with_suffix(".other"))
+    return N_LOOP / (time.perf_counter() - begun)
+
+
+def first_of(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def extract(root: Path, images: Path, world: Path, n: int, **overrides: Any) -> Extracted:
+    """The extraction stage on the first `n` images, as `sae-ray run` calls it; one other image is held out."""
+    root.mkdir()
+    chosen = root / "images"
+    chosen.mkdir()
+    for file in sorted(images.iterdir())[:n]:
+        os.link(file, chosen / file.name)
+    values = {
+        "name": "bench",
+        "images": {"train": {"path": str(chosen)}, "heldout": {"path": f"{world}/heldout"}},
+        "encoder": {"model": f"{world}/clip"},
+        "judge": {"model": f"{world}/clip", "point": "projection"},
+        "grid": [{"sites": [SITE]}],
+        "extraction": {"store_dtype": "float32", "images_per_part": IMAGES_PER_PART},
+        "resources": {"extract": {"workers": 2, "batch_size": BATCH}},
+    }
+    plan = StudyPlan(Study.from_dict(values, overrides), Folder(root / "study"))
+    [wanted] = [one for one in plan.extracts if one.images.name == "train"]
+    begun = time.perf_counter()
+    stage.run_only(plan, [wanted])
+    seconds = time.perf_counter() - begun
+    marked = sorted(path.stat().st_mtime for path in Path(str(wanted.step.folder / "parts")).iterdir())
+    rate = (len(marked) - SKIPPED_PARTS) * IMAGES_PER_PART / (marked[-1] - marked[SKIPPED_PARTS - 1])
+    return Extracted(wanted, seconds, rate)
+
+
+def stored(plan: ExtractPlan) -> np.ndarray:
+    store = ActivationStore(plan.step.folder)
+    return np.concatenate([store.read(number)[2] for number in range(len(store.parts))])
+
+
+def check(ours: np.ndarray, theirs: np.ndarray) -> None:
+    difference = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    print(f"largest difference of activations, relative to the largest activation: {difference:.1e}")
+    assert difference <= TOLERANCE
+
+
+def relative(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """Lengths of the differences of activations from the exact ones, relative to these less their mean."""
+    errors = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact - exact.mean(0), axis=1)
+    shares = {"half of them below": 0.5, "99 % below": 0.99, "all below": 1.0}
+    return {name: round(float(np.quantile(errors, share)), 4) for name, share in shares.items()}
+
+
+def memory_of(scratch: Path, images: Path, n: int) -> tuple[int, int]:
+    """MB at the peak over this process and all below it, shared memory counted once; and images per second."""
+    with peak_memory() as peak:
+        run = extract(scratch / f"memory-{n}", images, scratch / "world", n)
+    return round(max(peak) / 1024), round(run.images_per_second)
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Kilobytes, sampled twice a second."""
+    import psutil
+
+    samples, stop = [0], threading.Event()
+
+    def sample() -> None:
+        own = psutil.Process()
+        while not stop.wait(0.5):
+            samples.append(sum(map(proportional, [own.pid, *(one.pid for one in own.children(recursive=True))])))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    yield samples
+    stop.set()
+    thread.join()
+
+
+def proportional(pid: int) -> int:
+    """Kilobytes of a process, pages that several share divided among them; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+
+
+def profile(folder: Path, clip: str, target: Path) -> list[list]:
+    """Milliseconds per image of everything that an encoder actor does, one thread."""
+    torch.set_num_threads(1)
+    paths = sorted(folder.iterdir())[:N_PROFILED]
+    preprocess, encoder = load_preprocess(clip), load_encoder(clip)
+    site = Site.parse(SITE)
+    spent: dict[str, float] = {}
+
+    def timed(name: str, work: Callable) -> Any:
+        begun = time.perf_counter()
+        found = work()
+        spent[name] = spent.get(name, 0) + time.perf_counter() - begun
+        return found
+
+    pixels = []
+    for path in paths:
+        data = timed("reading the file", path.read_bytes)
+        image = timed("decoding", partial(decode_image, data))
+        pixels.append(timed("resizing and cropping", partial(preprocess, image)))
+        reduced = timed("decoding with reduced_jpeg", partial(decode_image, data, at_least=2 * SIDE))
+        timed("resizing and cropping after that", partial(preprocess, reduced))
+    ids = [path.name for path in paths]
+    tables = []
+    for start in range(0, len(pixels), BATCH):
+        batch = slice(start, start + BATCH)
+        tensor = torch.from_numpy(np.stack(pixels[batch]))
+        rows = timed("encoder", lambda: encoder.tap(tensor, [site], ids[batch], 0)[site])  # noqa: B023
+        index = np.arange(start, start + len(tensor))
+        tables.append(activation_table(index, rows.token.numpy(), rows.activation.numpy(), "float32"))
+    timed("writing parquet", lambda: write_part(Folder(target), 0, pa.concat_tables(tables), []))
+    return [[name, round(1000 * seconds / len(paths), 3)] for name, seconds in spent.items()]
+
+
+if __name__ == "__main__":
+    main()
