@@ -287,7 +287,7 @@ def grid_rows() -> tuple[list[list[Any]], float]:
         store = ActivationStore(stores["activations"])
         stream = TrainingStream(store, BATCH, 0, bundle.shuffle_rows).batches()
         scale = store.root_mean_square_norm
-        batches = [torch.from_numpy(next(stream)).float() / scale for _ in range(GRID_STEPS)]
+        batches = [next(stream).float() / scale for _ in range(GRID_STEPS)]
 
         trainers = [CellTrainer(cell, D_IN) for cell in cells]
         together, alone = [], []

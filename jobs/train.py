@@ -147,7 +147,10 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
         raise problems[0]
 
 
-def _write_sae(job: CellJob, trainer: CellTrainer, scale: float, heldout: ActivationStore, seconds: float) -> None:
+def _write_sae(
+    job: CellJob, trainer: CellTrainer, scale: float, heldout: ActivationStore, seconds: float, waiting: float
+) -> None:
+    """`waiting`: the share of the time in which the bundle waited for data."""
     folder = job.step.folder
     try:
         sae = trainer.export(scale)
@@ -160,7 +163,8 @@ def _write_sae(job: CellJob, trainer: CellTrainer, scale: float, heldout: Activa
     save_sae(sae, folder)
     folder.write_parquet("latents.parquet", pa.table({"latent": np.arange(sae.d_sae), **columns}))
     folder.delete(CHECKPOINTS)
-    counts = {"steps": trainer.n_steps, "d_in": sae.d_in, "d_sae": sae.d_sae, **fidelity.summary()._asdict()}
+    sizes = {"steps": trainer.n_steps, "d_in": sae.d_in, "d_sae": sae.d_sae}
+    counts = {**sizes, **fidelity.summary()._asdict(), "waiting_for_data": round(waiting, 4)}
     job.step.finish(seconds, counts)
 
 
@@ -228,7 +232,6 @@ def train_cells(
     bundle: BundleJob, device: torch.device, rank: int, world: int, group: Any, report: Callable[[int], None]
 ) -> None:
     """Trains the cells of a bundle on one stream, from whichever checkpoints survived, and writes the SAEs."""
-    import torch
 
     started = time.monotonic()
     store = ActivationStore(bundle.activations)
@@ -237,11 +240,15 @@ def train_cells(
     active = [(job, _resumed(job, store.d, device, group)) for job in bundle.cells if not job.step.finished]
     batch_size = bundle.cells[0].cell.training.batch_size
     share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    stream = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows)
     first = min((trainer.n_steps for _, trainer in active), default=bundle.steps)
+    batches = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows, device).batches(first)
 
-    for step, rows in zip(range(first, bundle.steps), stream.batches(first), strict=False):
-        batch = torch.from_numpy(rows).to(device).float() / scale
+    waited = 0.0
+    for step in range(first, bundle.steps):
+        asked = time.monotonic()
+        rows = next(batches)
+        waited += time.monotonic() - asked
+        batch = rows.float() / scale
         for job, trainer in list(active):
             if trainer.n_steps > step:
                 continue  # its checkpoint is newer than that of the others
@@ -261,8 +268,9 @@ def train_cells(
             break
 
     if rank == 0:
+        seconds = time.monotonic() - started
         for job, trainer in active:
-            _write_sae(job, trainer, scale, heldout, time.monotonic() - started)
+            _write_sae(job, trainer, scale, heldout, seconds, waited / seconds)
         report(bundle.steps * len(bundle.cells))
 
 

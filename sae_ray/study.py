@@ -331,7 +331,7 @@ class Study:
     resources: Resources = field(default_factory=Resources)
     """What the study may use."""
     shuffle_rows: int = 2_097_152
-    """Activations held in memory at once by a bundle, shuffled among themselves."""
+    """Activations that a bundle holds at once, on its device, shuffled among themselves."""
     seed: int = 0
     """The one seed, from which all others are derived."""
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-import tracemalloc
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,7 +34,7 @@ def numbered(sizes: Sequence[int], d: int = 2) -> list[tuple[np.ndarray, np.ndar
 
 def numbers(stream: TrainingStream, n_batches: int, first_step: int = 0) -> list[list[int]]:
     """The numbers of the rows of each batch."""
-    return [batch[:, 0].astype(int).tolist() for batch in islice(stream.batches(first_step), n_batches)]
+    return [batch[:, 0].int().tolist() for batch in islice(stream.batches(first_step), n_batches)]
 
 
 @given(
@@ -75,9 +77,9 @@ def test_the_order_is_decided_by_the_seed_and_differs_in_every_epoch(
 def test_rows_are_shuffled_across_the_parts_of_a_window(tmp_path: Path, write_store: WriteStore):
     store = write_store(tmp_path, numbered([10] * 8))
     [order] = numbers(TrainingStream(store, 80, 0, shuffle_rows=40), 1)
-    halves = [{row // 10 for row in order[:40]}, {row // 10 for row in order[40:]}]
-    assert [len(parts) for parts in halves] == [4, 4]  # two windows of four parts each
-    assert halves[0].isdisjoint(halves[1])
+    windows = [{row // 10 for row in order[start : start + 20]} for start in range(0, 80, 20)]
+    assert [len(parts) for parts in windows] == [2, 2, 2, 2]  # half of 40 rows each
+    assert set.union(*windows) == set(range(8))
     assert len({row // 10 for row in order[:10]}) > 1
 
 
@@ -85,25 +87,44 @@ def test_batches_are_what_is_stored(tmp_path: Path, write_store: WriteStore):
     vectors = np.random.default_rng(0).normal(size=(7, 3)).astype("float32")
     store = write_store(tmp_path, [(np.arange(7), np.zeros(7), vectors)], "float16")
     batch = next(TrainingStream(store, 7, 0, 100).batches())
-    assert batch.dtype == np.float16
+    assert batch.dtype == torch.float16
     assert sorted(batch.tolist()) == sorted(vectors.astype("float16").tolist())
 
 
-def test_no_more_than_one_window_is_held(tmp_path: Path, write_store: WriteStore):
-    d, part_rows = 64, 256
-    store = write_store(tmp_path, numbered([part_rows] * 16, d))
-    stream = TrainingStream(store, 32, 0, shuffle_rows=8 * part_rows)
-    window_bytes, part_bytes = 8 * part_rows * d * 4, part_rows * d * 4
-    for _ in islice(stream.batches(), 8):
-        pass  # whatever is imported on first use is there now
-    tracemalloc.start()
-    try:
-        for _ in islice(stream.batches(), 2 * store.n_rows // 32):
-            pass
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < window_bytes + 3 * part_bytes
+@pytest.mark.parametrize("shuffle_rows", [80, 200], ids=["several windows", "one window"])
+def test_no_more_rows_are_held_than_may_be(tmp_path: Path, write_store: WriteStore, shuffle_rows: int):
+    store = write_store(tmp_path, numbered([10] * 20))
+    stream, read, held = TrainingStream(store, 7, 0, shuffle_rows), [], []
+    plain = stream._read
+
+    def noting(window: tuple[int, ...]) -> torch.Tensor:
+        vectors = plain(window)
+        read.append(weakref.ref(vectors))
+        held.append(sum(len(one) for reference in read if (one := reference()) is not None))
+        return vectors
+
+    stream._read = noting
+    for _ in islice(stream.batches(), 100):
+        pass
+    assert max(held) == shuffle_rows
+    assert len(read) == (1 if shuffle_rows == 200 else len(held))
+    assert sum(reference() is not None for reference in read) <= 2
+
+
+def test_the_next_window_is_read_while_one_is_used(tmp_path: Path, write_store: WriteStore):
+    store = write_store(tmp_path, numbered([10] * 4))
+    stream, begun = TrainingStream(store, 10, 0, shuffle_rows=20), threading.Semaphore(0)
+    plain = stream._read
+
+    def noting(window: tuple[int, ...]) -> torch.Tensor:
+        begun.release()
+        return plain(window)
+
+    stream._read = noting
+    batches = stream.batches()
+    next(batches)
+    assert all(begun.acquire(timeout=10) for _ in range(2))
+    assert not begun.acquire(timeout=0.2), "and none after that"
 
 
 def test_what_lies_before_a_step_is_not_read(tmp_path: Path, write_store: WriteStore):
@@ -114,3 +135,13 @@ def test_what_lies_before_a_step_is_not_read(tmp_path: Path, write_store: WriteS
     assert numbers(TrainingStream(store, 10, 0, shuffle_rows=10), 1, first_step=5) == batches[5:]
     with pytest.raises(FileNotFoundError):
         numbers(TrainingStream(store, 10, 0, shuffle_rows=10), 1, first_step=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shuffle_rows", [30, 200])
+def test_a_gpu_holds_the_same_batches(tmp_path: Path, write_store: WriteStore, shuffle_rows: int):
+    store = write_store(tmp_path, numbered([10] * 10))
+    ours, theirs = (TrainingStream(store, 7, 0, shuffle_rows, device).batches() for device in ("cuda", "cpu"))
+    for batch, other in islice(zip(ours, theirs, strict=False), 40):
+        assert batch.is_cuda
+        assert torch.equal(batch.cpu(), other)

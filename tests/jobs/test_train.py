@@ -47,7 +47,7 @@ def test_a_cell_is_what_it_would_be_alone(finished, make_plan):
         trainer = CellTrainer(one.grid_cell.cell, store.d)
         stream = TrainingStream(store, 64, one.stream_seed, plan.study.shuffle_rows)
         for _, rows in zip(range(120), stream.batches(), strict=False):
-            trainer.step(torch.from_numpy(rows).float() / scale)
+            trainer.step(rows.float() / scale)
         alone = trainer.export(scale)
         for name, tensor in weights(one.step.folder).items():
             torch.testing.assert_close(getattr(alone, name), tensor, rtol=1e-5, atol=1e-6)
@@ -59,6 +59,7 @@ def test_every_sae_comes_with_its_figures(finished, make_plan):
         assert counts["steps"] == 120
         assert 0 < counts["l0"] < counts["d_sae"]
         assert counts["r2"] <= 1
+        assert 0 <= counts["waiting_for_data"] < 1
         latents = one.step.folder.read_parquet("latents.parquet").to_pydict()
         assert latents["latent"] == list(range(counts["d_sae"]))
         assert sum(latents["frequency"]) == pytest.approx(counts["l0"])
@@ -142,6 +143,6 @@ def test_two_workers_share_a_batch(ray_cluster, extracted, make_plan, tmp_path):
     trainer = CellTrainer(one.grid_cell.cell, store.d, selection_shares=2)
     stream = TrainingStream(store, 64, one.stream_seed, plan.study.shuffle_rows)
     for _, rows in zip(range(12), stream.batches(), strict=False):
-        trainer.step(torch.from_numpy(rows).float() / scale)
+        trainer.step(rows.float() / scale)
     for name, tensor in weights(one.step.folder).items():
         torch.testing.assert_close(getattr(trainer.export(scale), name), tensor, rtol=1e-5, atol=1e-6)
