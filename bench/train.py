@@ -143,7 +143,7 @@ def prepare(
     }
     for name, value in parts.items():
         np.save(folder / f"{name}.npy", value)
-    settings = Settings(D_IN, d_sae, K, BATCH, rounds[0] * rounds[1], 3e-3, 0.8, auxk, THREADS)
+    settings = Settings(D_IN, d_sae, K, BATCH, rounds[0] * rounds[1], 3e-3, THRESHOLD_BETA, auxk, THREADS)
     (folder / "settings.json").write_text(json.dumps(settings._asdict()))
     return folder
 
