@@ -42,6 +42,8 @@ REQUIRED = {8192: 5.0, 32768: 6.0}
 AUXK_ROUNDS = (2, 2)
 R2_TOLERANCE, L0_TOLERANCE = 0.02, 0.1
 """How far a peer's R² may lie from ours, and its L0 relative to ours."""
+# SAELens averages the threshold from 0 on, the others from its first value: after a dozen steps that must not show.
+THRESHOLD_BETA = 0.5
 GRID_STEPS = 16
 NAMES = {
     "ours.BatchTopK": "sae-ray",
