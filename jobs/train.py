@@ -177,7 +177,7 @@ def _batches(store: ActivationStore) -> Iterator[torch.Tensor]:
     import torch
 
     for number in range(len(store.parts)):
-        yield from torch.from_numpy(store.read(number)[2]).float().split(ROWS_PER_BATCH)
+        yield from torch.tensor(store.read(number)[2]).float().split(ROWS_PER_BATCH)
 
 
 def _resumed(job: CellJob, d_in: int, device: torch.device, group: Any) -> CellTrainer:

@@ -107,8 +107,8 @@ class TrainingStream:
         vectors = torch.empty(rows, self.store.d, dtype=dtype, device=self.device)
         start = 0
         for number in window:
-            part = self.store.read(number)[2]
-            vectors[start : start + len(part)] = torch.from_numpy(part.copy())  # Arrow's memory is read-only
+            part = torch.tensor(self.store.read(number)[2])  # a copy, since Arrow's memory is read-only
+            vectors[start : start + len(part)] = part
             start += len(part)
         return vectors
 
