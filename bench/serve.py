@@ -56,7 +56,7 @@ def main() -> None:
     for engine in ("transformers", "vllm"):
         with serving(root, llava, engine) as seconds:
             started[engine] = seconds
-            measured[f"sae-ray serve, {engine}"] = measure(lambda jobs, at_once: over_http(jobs, at_once), images)
+            measured[f"sae-ray serve, {engine}"] = measure(over_http, images)
     reference = Reference(llava, root)
     measured["a loop: load, hook, one at a time"] = measure(reference.run, images)
     check(measured)
@@ -257,12 +257,12 @@ class Reference:
             ),
             return_tensors="pt",
         )
-        hook = model.model.vision_tower.encoder.layers[-2].register_forward_hook(replace, prepend=True)
-        if not steered:
-            hook.remove()
+        layer = model.model.vision_tower.encoder.layers[-2]
+        hooks = [layer.register_forward_hook(replace, prepend=True)] if steered else []
         with torch.inference_mode():
             tokens = model.generate(**inputs, max_new_tokens=N_TOKENS, do_sample=False)
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         return self.processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -161,9 +161,9 @@ class CellTrainer:
         """All that `restore` needs to go on bit by bit: tensors, and plain JSON values."""
         tensors = {name: parameter.detach().clone() for name, parameter in self.weights.named().items()}
         for name, parameter in self.weights.named().items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if self.n_steps:
-                    tensors[f"adam.{moment}.{name}"] = self.optimizer.state[parameter][moment].clone()
+            if self.n_steps:
+                for moment, value in self.optimizer.state[parameter].items():
+                    tensors[f"adam.{moment}.{name}"] = value.clone()
         tensors["samples_since_fired"] = self.samples_since_fired.clone()
         tensors["threshold_estimate"] = self.threshold.clone()
         facts = {"d_in": self.d_in, "cell": _plain(self.cell), "n_steps": self.n_steps, "failed": self.failed}
@@ -178,10 +178,8 @@ class CellTrainer:
         for name, parameter in self.weights.named().items():
             parameter.data.copy_(tensors[name])
             if self.n_steps:
-                self.optimizer.state[parameter] = {
-                    "exp_avg": tensors[f"adam.exp_avg.{name}"].to(self.device, copy=True),
-                    "exp_avg_sq": tensors[f"adam.exp_avg_sq.{name}"].to(self.device, copy=True),
-                }
+                for moment, value in self.optimizer.state[parameter].items():
+                    value.copy_(tensors[f"adam.{moment}.{name}"])
         self.samples_since_fired.copy_(tensors["samples_since_fired"])
         self.threshold.copy_(tensors["threshold_estimate"])
 

@@ -15,18 +15,14 @@ GROWTH_MB = 25
 """What allocators and caches of any one process may still take after the warm-up."""
 
 
-def replicas() -> dict[str, psutil.Process]:
-    """The processes of the application."""
+def memory_mb() -> dict[str, float]:
+    """Of the processes of the application."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         name = " ".join(process.cmdline())
         if name.startswith(("ray::ServeReplica:sae-ray", "ray::ProxyActor")):
-            found[name.split(":")[-1].split()[0]] = process
+            found[name.split(":")[-1].split()[0]] = process.memory_info().rss / 2**20
     return found
-
-
-def memory_mb() -> dict[str, float]:
-    return {name: process.memory_info().rss / 2**20 for name, process in replicas().items()}
 
 
 async def visit(server: Server, star: int, seconds: float) -> int:
