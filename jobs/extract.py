@@ -86,7 +86,7 @@ class EncoderJob:
     revision: str | None
     dtype: str
     at_least: int | None
-    """Pixels per side that a reduced JPEG must have; None decodes at full size."""
+    """Of fast pixels: how many per side a JPEG must have that is decoded at reduced size. None makes exact ones."""
     steps: tuple[SitePart, ...]
 
 
@@ -128,7 +128,10 @@ def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[i
     per_part = plan.study.extraction.images_per_part
     ids = images.manifest["image_id"]
     rows = [{"part": number, "image_ids": ids.slice(number * per_part, per_part).to_pylist()} for number in missing]
-    decode = PartDecoder(images.folder, tuple((load_preprocess(job.model, job.revision), job.at_least) for job in jobs))
+    decode = PartDecoder(
+        images.folder,
+        tuple((load_preprocess(job.model, job.revision, job.at_least is not None), job.at_least) for job in jobs),
+    )
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
@@ -166,7 +169,7 @@ def _shares(resources: ExtractResources) -> tuple[int, float, int]:
 def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
     by_encoder: dict[tuple[str, str | None, str, int | None], list[SitePart]] = {}
     for extract in todo:
-        at_least = 2 * max(extract.info.image_size) if extract.step.config["reduced_jpeg"] else None
+        at_least = 2 * max(extract.info.image_size) if extract.step.config["pixels"] == "fast" else None
         key = (extract.encoder.model, extract.encoder.revision, extract.encoder.dtype, at_least)
         part = SitePart(extract.step.folder, extract.site, extract.step.config["store_dtype"])
         by_encoder.setdefault(key, []).append(part)

@@ -179,6 +179,8 @@ def _other_format(data: bytes) -> str:
 def _to_rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
+    if image.mode == "RGB":
+        return image  # as it is, where convert() would copy it
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.float64)
         return Image.fromarray(np.rint(wide / 257).astype(np.uint8)).convert("RGB")

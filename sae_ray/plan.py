@@ -302,7 +302,7 @@ class StudyPlan:
             "dtype": encoder.dtype,
             "store_dtype": self.study.extraction.store_dtype,
             "images_per_part": self.study.extraction.images_per_part,
-            "reduced_jpeg": self.study.extraction.reduced_jpeg,
+            "pixels": self.study.extraction.pixels,
         }
         return ExtractPlan(images, encoder, info, site, Step(self.root, "extract", label, config))
 

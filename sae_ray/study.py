@@ -128,10 +128,10 @@ class Extraction:
     """Dtype on disk."""
     images_per_part: int = 512
     """Images in one part: what is redone at most after a kill."""
-    reduced_jpeg: bool = False
-    """Decode JPEGs at a half, quarter or eighth of their size where both sides stay twice as long as the encoder's
-    input: faster for photographs much larger than that. Activations change by less than 1 % of their distance from the
-    mean on half of the images and by less than 2 % on 99 of 100 (the embedded CLIP at half size; `docs/speed.md`)."""
+    pixels: Literal["exact", "fast"] = "exact"
+    """`exact` are those of the encoder's own processor (on Pillow). `fast` decodes JPEGs at a half, quarter or eighth
+    of their size where both sides stay twice as long as the encoder's input, and resizes with a vectorised kernel.
+    XXX"""
 
 
 @dataclass(frozen=True)

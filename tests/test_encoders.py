@@ -351,6 +351,25 @@ def test_images_of_any_size_are_preprocessed_as_the_processor_does(kind, saved, 
     assert np.array_equal(load_preprocess(saved(kind).spec)(image), expected)
 
 
+@settings(max_examples=10)
+@given(width=st.integers(1, 200), height=st.integers(1, 200))
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+def test_fast_pixels_are_those_of_torchvision(kind, saved, width, height):
+    from transformers import AutoImageProcessor
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+    processor = AutoImageProcessor.from_pretrained(saved(kind).spec, backend="torchvision")
+    pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    assert np.array_equal(load_preprocess(saved(kind).spec, fast=True)(image), pixels)
+
+
+def test_fast_pixels_differ_little_from_exact_ones(kind, saved):
+    for image in photos():
+        exact, fast = (load_preprocess(saved(kind).spec, fast=fast)(image) for fast in (False, True))
+        assert fast.shape == exact.shape
+        assert np.abs(exact.astype(int) - fast).mean() <= 0.25  # of noise; another way of sampling is 10 off
+
+
 @pytest.mark.parametrize("changed", [{"do_pad": True}, {"do_resize": False}])
 def test_a_processor_that_does_more_than_resize_and_crop_is_asked_itself(saved, tmp_path, changed):
     path = copy_of(saved("clip"), tmp_path / "clip")

@@ -25,7 +25,7 @@ from sae_ray.images import list_images
 from sae_ray.plan import ImagePlan, StudyPlan
 from sae_ray.report import album as albums
 from sae_ray.report import write_report
-from sae_ray.report.album import SIDE, Album, quick, read_pixels, thumbnail_size, write_sprites
+from sae_ray.report.album import SIDE, Album, read_pixels, thumbnail_size, write_sprites
 from sae_ray.report.data import rounded
 from sae_ray.report.heat import caution, codes_of, heat_maps, patch_grid, why_none
 from sae_ray.report.neighbours import N_NEAREST, nearest_latents
@@ -194,14 +194,6 @@ def test_thumbnails_beyond_the_most_are_left_out(
     assert album.captions(1)[-1] == ["129.png", None]
 
 
-@pytest.mark.parametrize("size", [(28, 28), (40, 28), (60, 60)])
-def test_quick_preprocessing_is_the_same(tiny_clip: str, size: tuple[int, int]):
-    preprocess = load_preprocess(tiny_clip)
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8))
-    np.testing.assert_array_equal(quick(preprocess, (28, 28))(image), preprocess(image))
-    np.testing.assert_array_equal(quick(lambda image: preprocess(image) // 2, (28, 28))(image), preprocess(image) // 2)
-
-
 @pytest.mark.parametrize(
     ("image_size", "expected"), [((28, 28), (28, 28)), ((336, 336), (112, 112)), ((224, 448), (56, 112))]
 )
@@ -232,7 +224,7 @@ def test_heat_maps_are_the_codes_of_the_patches(plan: StudyPlan, cells: dict[str
                 continue
             pixels = read_pixels(cell.pictures, int(image), load_preprocess(plan.study.encoder.model))
             assert pixels is not None
-            tokens = encoder.tap(torch.from_numpy(pixels)[None], [site], [""], 0)[site].activation
+            tokens = encoder.tap(torch.tensor(pixels)[None], [site], [""], 0)[site].activation
             expected = sae.encode(tokens)[1:, latent].reshape(4, 4)
             np.testing.assert_allclose(found.maps[row, rank], expected, rtol=1e-4, atol=1e-4)
 

@@ -102,7 +102,7 @@ def test_a_study_comes_back_from_plain_values(name: str):
         ),
         (
             {"extraction": {"zzz": 1}},
-            "extraction.zzz: unknown key; known here: store_dtype, images_per_part, reduced_jpeg",
+            "extraction.zzz: unknown key; known here: store_dtype, images_per_part, pixels",
         ),
         ({"steering": {"llava": "m", "strenght": 4}}, "steering.strenght: unknown key; did you mean 'strength'?"),
     ],
@@ -357,7 +357,7 @@ def test_a_plan_lists_the_steps_in_the_order_of_work(make_plan: MakePlan, tmp_pa
         ({"judge.dtype": "bfloat16"}, EMBEDDINGS | SCORES),
         ({"judge.point": "pooled"}, EMBEDDINGS | SCORES),
         ({"extraction.store_dtype": "float32"}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
-        ({"extraction.reduced_jpeg": True}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
+        ({"extraction.pixels": "fast"}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
         ({"extraction.images_per_part": 7}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
         ({"images.heldout_fraction": 0.5}, MANIFESTS | ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
         ({"scoring.top_images": 4}, SCORES),

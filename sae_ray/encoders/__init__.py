@@ -58,15 +58,18 @@ def describe_encoder(model: str, revision: str | None = None) -> EncoderInfo:
     return _backend(model).describe(model, revision)
 
 
-def load_preprocess(model: str, revision: str | None = None) -> Callable[[Image.Image], UInt8[np.ndarray, "3 h w"]]:
+def load_preprocess(
+    model: str, revision: str | None = None, fast: bool = False
+) -> Callable[[Image.Image], UInt8[np.ndarray, "3 h w"]]:
     """The encoder's own resizing and cropping of an RGB image; it pickles, and needs no weights.
 
-    Rescaling and normalisation follow on the device, in `Encoder.tap`.
+    Rescaling and normalisation follow on the device, in `Encoder.tap`. With `fast` images are resized by `fast_resize`,
+    unless the encoder wants more done to them than resizing and cropping.
 
     Raises:
         UsageError: As `describe_encoder`.
     """
-    return _backend(model).preprocess(model, revision)
+    return _backend(model).preprocess(model, revision, fast)
 
 
 def load_encoder(model: str, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> Encoder:

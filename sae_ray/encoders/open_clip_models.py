@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sae_ray.encoders.base import EncoderInfo, Tower
+from sae_ray.encoders.resizing import fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS, check_revision, directory_digest, local_directory
 from sae_ray.errors import UsageError
 
@@ -66,7 +67,7 @@ def describe(model: str, revision: str | None) -> EncoderInfo:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resizes and crops as the model's own transform does."""
+    """Resizes and crops as the model's own transform does, or nearly so but faster."""
 
     transform: Any
 
@@ -74,12 +75,31 @@ class Preprocess:
         return np.asarray(self.transform(image)).transpose(2, 0, 1)
 
 
-def preprocess(model: str, revision: str | None) -> Preprocess:
-    from torchvision.transforms import Compose
+@dataclass(frozen=True)
+class FastResize:
+    """Stands in for torchvision's `Resize`."""
 
-    steps = _transform(_find(model, revision))
+    size: int | tuple[int, int]
+    """Of the shortest side, or height and width."""
+    resample: int
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        size = size_with_shortest(image.size, self.size) if isinstance(self.size, int) else self.size[::-1]
+        return fast_resize(image, size, self.resample)
+
+
+def preprocess(model: str, revision: str | None, fast: bool = False) -> Preprocess:
+    from torchvision.transforms import Compose, Resize
+    from torchvision.transforms.functional import pil_modes_mapping
+
     # The last two steps make a tensor and normalise it, which is done on the device.
-    return Preprocess(Compose(steps[:-2]))
+    steps = _transform(_find(model, revision))[:-2]
+    if fast:
+        steps = [
+            FastResize(step.size, pil_modes_mapping[step.interpolation]) if type(step) is Resize else step
+            for step in steps
+        ]
+    return Preprocess(Compose(steps))
 
 
 def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:

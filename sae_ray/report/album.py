@@ -89,25 +89,6 @@ def thumbnail_size(image_size: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(image_size[0] * scale)), max(1, round(image_size[1] * scale))
 
 
-def quick(preprocess: Callable, image_size: tuple[int, int]) -> Callable:
-    """The same preprocessing, left out where it would change nothing: for small images it is most of the work.
-
-    Args:
-        image_size: height and width that it yields.
-    """
-    from PIL import Image
-
-    noise = np.random.default_rng(0).integers(0, 256, (*image_size, 3), dtype=np.uint8)
-    changes_nothing = np.array_equal(preprocess(Image.fromarray(noise)), noise.transpose(2, 0, 1))
-
-    def prepare(image: Image.Image) -> UInt8[np.ndarray, "3 h w"]:
-        if changes_nothing and image.size == image_size[::-1]:
-            return np.asarray(image).transpose(2, 0, 1)
-        return preprocess(image)
-
-    return prepare
-
-
 def read_pixels(images: ImagePlan, index: int, preprocess: Callable) -> UInt8[np.ndarray, "3 h w"] | None:
     """What the encoder sees of an image; None where it can no longer be read."""
     try:

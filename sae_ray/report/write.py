@@ -16,7 +16,7 @@ from sae_ray.encoders import load_preprocess
 from sae_ray.errors import SaeRayError
 from sae_ray.files import Folder
 from sae_ray.plan import StudyPlan
-from sae_ray.report.album import MOST, Album, quick, thumbnail_size, write_sprites
+from sae_ray.report.album import MOST, Album, thumbnail_size, write_sprites
 from sae_ray.report.data import WITH_NEIGHBOURS, write_captions, write_cell
 from sae_ray.report.heat import HeatMaps, heat_maps
 from sae_ray.report.neurons import Neurons, read_neurons
@@ -77,7 +77,7 @@ def _make(plan: StudyPlan, made: Path) -> None:
     steering = [result for result in read_steering(plan) if result.plan.name in {cell.name for cell in cells}]
     album = Album(list(plan.images.values()), [*_answered(steering), *_in_turn(cells)])
     image_size = plan.encoder.image_size
-    preprocess = quick(load_preprocess(plan.encoder.model, plan.encoder.revision), image_size)
+    preprocess = load_preprocess(plan.encoder.model, plan.encoder.revision)
     n_missing = write_sprites(album, made / "sprites", preprocess, thumbnail_size(image_size))
     heat, trouble = _heat(plan, cells, steering)
 

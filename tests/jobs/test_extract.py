@@ -113,26 +113,28 @@ def test_bad_images_become_rejects(ray_cluster, make_plan, world, tmp_path):
     assert all(e.step.finished for e in relaxed.extracts)
 
 
-def test_reduced_jpegs_are_another_step(ray_cluster, make_plan, world, tmp_path):
+def test_fast_pixels_are_another_step(ray_cluster, make_plan, world, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for number, path in enumerate(sorted((world / "heldout").rglob("*.png"))[:6]):
         Image.open(path).resize((260, 230)).save(images / f"{number}.jpg")
     overrides = {"images.train.path": str(images), "extraction.store_dtype": "float32"}
     found = {}
-    encoder, preprocess = load_encoder(f"{world}/clip"), load_preprocess(f"{world}/clip")
-    for reduced in (False, True):
-        plan = make_plan(tmp_path / "root", **overrides, **{"extraction.reduced_jpeg": reduced})
+    encoder = load_encoder(f"{world}/clip")
+    for kind in ("exact", "fast"):
+        fast = kind == "fast"
+        preprocess = load_preprocess(f"{world}/clip", fast=fast)
+        plan = make_plan(tmp_path / "root", **overrides, **{"extraction.pixels": kind})
         [chosen] = [e for e in plan.extracts if e.images.name == "train"]
         extract.run_only(plan, [chosen])
-        _, _, found[reduced] = ActivationStore(chosen.step.folder).read(0)
-        at_least = 2 * 56 if reduced else None
+        _, _, found[kind] = ActivationStore(chosen.step.folder).read(0)
+        at_least = 2 * 56 if fast else None
         decoded = [decode_image((images / f"{number}.jpg").read_bytes(), at_least=at_least) for number in range(6)]
-        assert decoded[0].size == ((130, 115) if reduced else (260, 230))
+        assert decoded[0].size == ((130, 115) if fast else (260, 230))
         pixels = torch.from_numpy(np.stack([preprocess(image) for image in decoded]))
         expected = encoder.tap(pixels, [chosen.site], [""] * 6, seed=0)[chosen.site].activation
-        np.testing.assert_allclose(found[reduced], expected.numpy(), atol=1e-5)
-    assert not np.allclose(found[False], found[True], atol=1e-3)
+        np.testing.assert_allclose(found[kind], expected.numpy(), atol=1e-5)
+    assert not np.allclose(found["exact"], found["fast"], atol=1e-3)
 
 
 def test_overflow_names_the_remedy(ray_cluster, make_plan, world, tmp_path):
