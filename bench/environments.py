@@ -10,8 +10,10 @@ ENVIRONMENTS = Path(__file__).parent / ".envs"
 # torch is installed first: a looser range takes the newest CUDA builds, several GB.
 TORCH = "torch==2.13.0"
 PEERS = {
-    "dictionary_learning": "dictionary-learning==0.1.0",
-    "sae_lens": "sae-lens==6.54.12",
+    "dictionary_learning": ("dictionary-learning==0.1.0",),
+    "sae_lens": ("sae-lens==6.54.12",),
+    # What the code of arXiv 2504.02821 asks for.
+    "reference": ("transformers==4.46.3", "pillow==11.0.0"),
 }
 
 
@@ -22,16 +24,12 @@ def python_of(peer: str) -> Path:
     finished = folder / ".finished"
     if not finished.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        for requirement in (TORCH, PEERS[peer]):
-            subprocess.run([python, "-m", "pip", "install", "--quiet", requirement], check=True)
+        for requirements in ((TORCH,), PEERS[peer]):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
         finished.touch()
     return python
 
 
-def python() -> dict[str, Path]:
-    """The interpreters of all peers."""
-    return {peer: python_of(peer) for peer in PEERS}
-
-
 if __name__ == "__main__":
-    python()
+    for name in PEERS:
+        python_of(name)

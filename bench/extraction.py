@@ -1,22 +1,25 @@
 """Images to activations on the CPU: ours, through Ray, against a DataLoader with the model's processor and a hook.
 
+The loop runs with the versions that the reference pins and with those of today.
 Images are renders of the embedded world scaled up to 400 × 500 pixels, with noise so that they weigh as much as
 photographs, and the renders themselves; each lies under several names (hard links). Memory is measured on the renders.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +32,7 @@ from PIL import Image
 from sae_ray.jobs import extract as stage
 from sae_ray.jobs.cluster import connect
 
+from bench import environments
 from bench.record import record
 from sae_ray.activations import ActivationStore, activation_table, write_part
 from sae_ray.encoders import load_encoder, load_preprocess
@@ -41,17 +45,22 @@ from sae_ray.world import write_world
 from sae_ray.world.render import SIDE, render
 
 SIZE = (500, 400)
-N_IMAGES = 5_000
+N_IMAGES = {"photos": 5_000, "small": 20_000}
 ROUNDS = 2
 """Rounds of all ways, of which the fastest run of each counts: whatever else the machine does meets all alike."""
-N_LOOP = 768
-"""The loops take the first of the large ones: their rate does not change on the way."""
+N_LOOP = {"photos": 1_024, "small": 5_000}
+"""The loops take the first ones: their rate does not change on the way."""
+LOOPS = {
+    "reference": ("own:0", "own:2", "own:10"),
+    "today": ("pil:0", "pil:2", "torchvision:0", "torchvision:2"),
+}
+"""Backends of the processor and workers; 10 is what the reference's script takes."""
 N_DISTINCT = 500
 MEMORY_SIZES = (5_000, 50_000)
 SITE, LAYER = "layer3:cls", 3
 """The last block but one of five, which a LLaVA reads."""
 BATCH = 64
-IMAGES_PER_PART = 128
+IMAGES_PER_PART = 256
 SKIPPED_PARTS = 4
 """Parts that are done before rates are taken: the actors start together and finish their first parts late."""
 N_PROFILED = 400
@@ -72,21 +81,23 @@ class Extracted(NamedTuple):
 class Contest(NamedTuple):
     """All ways on the same images."""
 
-    loops: dict[tuple[str, int], float]
-    """Images per second by processor and workers."""
+    loops: dict[str, float]
+    """Images per second by backend and workers."""
     ours: Extracted
+    fast: Extracted
     ray_seconds: float
 
-    @property
-    def fastest(self) -> float:
-        """Of the loops whose results are equal to ours."""
-        return max(rate for (backend, _), rate in self.loops.items() if backend == "pil")
+    def fastest(self, backend: str) -> float:
+        return max(rate for way, rate in self.loops.items() if way.startswith(backend))
 
-    def rows(self, further: dict[str, float]) -> list[list[Any]]:
-        rates = {"ours": self.ours.images_per_second, **further}
-        for (backend, workers), rate in self.loops.items():
-            rates[f"DataLoader, {backend} processor, {workers} workers"] = rate
-        return [[way, round(rate), round(rate / self.fastest, 2)] for way, rate in rates.items()]
+    def rows(self) -> list[list[Any]]:
+        rates = {
+            "ours": self.ours.images_per_second,
+            'ours, `pixels = "fast"`': self.fast.images_per_second,
+            **{described(way): rate for way, rate in self.loops.items()},
+        }
+        own, pil = self.fastest("own"), self.fastest("pil")
+        return [[way, round(rate), round(rate / own, 2), round(rate / pil, 2)] for way, rate in rates.items()]
 
 
 def main() -> None:
@@ -100,28 +111,28 @@ def main() -> None:
 def measure(scratch: Path) -> None:
     write_world(scratch / "world", n_train=0, n_heldout=64)
     photos, small = scratch / "photos", scratch / "small"
-    write_images(photos, N_IMAGES, SIZE)
+    n_photos = N_IMAGES["photos"]
+    write_images(photos, n_photos, SIZE)
     write_images(small, max(MEMORY_SIZES), None)
     clip = str(scratch / "world" / "clip")
-    photographs = contest(scratch, photos, clip, N_LOOP)
-    renders = contest(scratch, small, clip, N_IMAGES)
+    photographs = contest(scratch, photos, clip)
+    renders = contest(scratch, small, clip)
     connect()
-    reduced = extract(scratch / "reduced", photos, scratch / "world", N_IMAGES, **{"extraction.reduced_jpeg": True})
     memory = [[n, *memory_of(scratch, small, n)] for n in MEMORY_SIZES]
-    differences = relative(stored(reduced.plan), stored(photographs.ours.plan))
-    columns = ["way", "images/s", "times the fastest loop of equal results (pil)"]
+    differences = relative(stored(photographs.fast.plan), stored(photographs.ours.plan))
+    columns = ["way", "images/s", "times the reference's loop", "times today's loop, pil processor"]
     record(
         "extraction",
         [
             {
-                "title": f"CLS token of layer {LAYER}, {N_IMAGES:,} JPEGs of {SIZE[0]} × {SIZE[1]} pixels, 2 cores",
+                "title": f"CLS token of layer {LAYER}, {n_photos:,} JPEGs of {SIZE[0]} × {SIZE[1]} pixels, 2 cores",
                 "columns": columns,
-                "rows": photographs.rows({"ours, reduced_jpeg": reduced.images_per_second}),
+                "rows": photographs.rows(),
             },
             {
                 "title": f"The same, of the embedded world's own {SIDE} × {SIDE} pixels",
                 "columns": columns,
-                "rows": renders.rows({}),
+                "rows": renders.rows(),
             },
             {
                 "title": "Where the time goes, one thread",
@@ -129,7 +140,7 @@ def measure(scratch: Path) -> None:
                 "rows": profile(photos, clip, scratch / "part"),
             },
             {
-                "title": "Change of activations by reduced_jpeg, relative to their distance from the mean",
+                "title": "Change of activations by fast pixels, relative to their distance from the mean",
                 "columns": ["images", "change"],
                 "rows": [[share, found] for share, found in differences.items()],
             },
@@ -138,7 +149,7 @@ def measure(scratch: Path) -> None:
                 "columns": ["of", "seconds"],
                 "rows": [
                     ["Ray", round(photographs.ray_seconds, 1)],
-                    ["actors", round(photographs.ours.seconds - N_IMAGES / photographs.ours.images_per_second, 1)],
+                    ["actors", round(photographs.ours.seconds - n_photos / photographs.ours.images_per_second, 1)],
                 ],
             },
             {
@@ -148,29 +159,51 @@ def measure(scratch: Path) -> None:
             },
         ],
         {
-            "kilobytes_per_image": round(sum(f.stat().st_size for f in photos.iterdir()) / N_IMAGES / 1000, 1),
+            "kilobytes_per_image": round(sum(f.stat().st_size for f in photos.iterdir()) / n_photos / 1000, 1),
             "distinct_images": N_DISTINCT,
+            "reference": environments.PEERS["reference"],
         },
     )
     for name, one in (("photographs", photographs), ("renders", renders)):
-        print(f"{name}: {one.ours.images_per_second / one.fastest:.2f} times the loop; 2 are wanted")
+        exact, fast = (run.images_per_second / one.fastest("own") for run in (one.ours, one.fast))
+        print(f"{name}: {exact:.2f} times the reference's loop, {fast:.2f} times with fast pixels")
 
 
-def contest(scratch: Path, images: Path, clip: str, n_loop: int) -> Contest:
+def contest(scratch: Path, images: Path, clip: str) -> Contest:
     """The fastest of some rounds of each way, and whether the activations are equal."""
-    loops: dict[tuple[str, int], float] = {}
-    ours: list[Extracted] = []
+    n, n_loop = N_IMAGES[images.name], N_LOOP[images.name]
+    pythons = {"reference": environments.python_of("reference"), "today": Path(sys.executable)}
+    loops: dict[str, float] = {}
+    runs: dict[str, list[Extracted]] = {"exact": [], "fast": []}
     for turn in range(ROUNDS):
-        for key in product(("pil", "torchvision"), (0, 1, 2)):
-            loops[key] = max(loops.get(key, 0.0), loop(images, clip, *key, n_loop, scratch / "loop.pt"))
+        for versions, ways in LOOPS.items():
+            found = loop(pythons[versions], images, n_loop, clip, scratch, ways)
+            loops |= {way: max(loops.get(way, 0.0), rate) for way, rate in zip(ways, found, strict=True)}
         begun = time.perf_counter()
         connect()
         ray_seconds = time.perf_counter() - begun
-        ours.append(extract(scratch / f"{images.name}-{turn}", images, scratch / "world", N_IMAGES))
+        for pixels, extracted in runs.items():
+            root = scratch / f"{images.name}-{pixels}-{turn}"
+            extracted.append(extract(root, images, scratch / "world", n, **{"extraction.pixels": pixels}))
         ray.shutdown()  # its processes would get in the way of the loops
-    best = max(ours, key=lambda run: run.images_per_second)
-    check(stored(best.plan)[:n_loop], torch.load(scratch / "loop.pt", weights_only=True).numpy())
-    return Contest(loops, best, ray_seconds)
+    ours, fast = (max(extracted, key=lambda run: run.images_per_second) for extracted in runs.values())
+    for backend in ("own", "pil"):
+        check(stored(ours.plan)[:n_loop], torch.load(scratch / f"{backend}.pt", weights_only=True).numpy())
+    return Contest(loops, ours, fast, ray_seconds)
+
+
+def loop(python: Path, images: Path, n: int, clip: str, target: Path, ways: Sequence[str]) -> list[float]:
+    """Images per second of the usual loop, one way after the other in one process."""
+    command = [python, "-W", "ignore", "-m", "bench.contestants.loop", images, str(n), clip, str(LAYER), target, *ways]
+    root = Path(__file__).parents[1]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=root).stdout)
+
+
+def described(way: str) -> str:
+    backend, workers = way.split(":")
+    if backend == "own":
+        return f"DataLoader, the reference's versions, {workers} workers"
+    return f"DataLoader, {backend} processor, {workers} workers"
 
 
 def write_images(folder: Path, n: int, size: tuple[int, int] | None) -> None:
@@ -193,52 +226,6 @@ def jpeg(index: int, size: tuple[int, int] | None) -> bytes:
     out = BytesIO()
     image.save(out, "JPEG", quality=90)
     return out.getvalue()
-
-
-class Files(torch.utils.data.Dataset):
-    """Images of a folder, opened as torchvision's folders open them."""
-
-    def __init__(self, folder: Path, n: int):
-        self.paths = sorted(folder.iterdir())[:n]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        with self.paths[index].open("rb") as file:
-            return Image.open(file).convert("RGB")
-
-
-def loop(folder: Path, clip: str, backend: str, workers: int, n: int, target: Path) -> float:
-    """Images per second of the usual loop, its imports and the loading of the model not counted.
-
-    The processor runs where batches are put together, in the workers; a hook on the layer collects what it gives, and a
-    list of tensors is saved in the end.
-    """
-    from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
-
-    processor = AutoImageProcessor.from_pretrained(clip, backend=backend)
-    model = CLIPVisionModelWithProjection.from_pretrained(clip, dtype=torch.float32).eval()
-    torch.set_num_threads(2)
-    collected: list[torch.Tensor] = []
-    layer = model.vision_model.encoder.layers[LAYER]
-    layer.register_forward_hook(lambda module, inputs, output: collected.append(first_of(output)[:, 0].clone()))
-    loader: Any = torch.utils.data.DataLoader(
-        Files(folder, n),
-        batch_size=BATCH,
-        num_workers=workers,
-        collate_fn=lambda images: processor(images=images, return_tensors="pt"),
-    )
-    begun = time.perf_counter()
-    with torch.no_grad():
-        for batch in loader:
-            model(**batch)
-    torch.save(torch.cat(collected), target if backend == "pil" else target.with_suffix(".other"))
-    return n / (time.perf_counter() - begun)
-
-
-def first_of(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def extract(root: Path, images: Path, world: Path, n: int, **overrides: Any) -> Extracted:
@@ -324,7 +311,7 @@ def profile(folder: Path, clip: str, target: Path) -> list[list]:
     """Milliseconds per image of everything that an encoder actor does, one thread."""
     torch.set_num_threads(1)
     paths = sorted(folder.iterdir())[:N_PROFILED]
-    preprocess, encoder = load_preprocess(clip), load_encoder(clip)
+    preprocess, fast, encoder = load_preprocess(clip), load_preprocess(clip, fast=True), load_encoder(clip)
     site = Site.parse(SITE)
     spent: dict[str, float] = {}
 
@@ -339,8 +326,8 @@ def profile(folder: Path, clip: str, target: Path) -> list[list]:
         data = timed("reading the file", path.read_bytes)
         image = timed("decoding", partial(decode_image, data))
         pixels.append(timed("resizing and cropping", partial(preprocess, image)))
-        reduced = timed("decoding with reduced_jpeg", partial(decode_image, data, at_least=2 * SIDE))
-        timed("resizing and cropping after that", partial(preprocess, reduced))
+        reduced = timed("decoding, fast pixels", partial(decode_image, data, at_least=2 * SIDE))
+        timed("resizing and cropping, fast pixels", partial(fast, reduced))
     ids = [path.name for path in paths]
     tables = []
     for start in range(0, len(pixels), BATCH):

@@ -57,7 +57,7 @@ PEERS = ("dictionary_learning.BatchTopK", "sae_lens.BatchTopK")
 
 def main() -> None:
     torch.set_num_threads(THREADS)
-    pythons = environments.python()
+    pythons = {peer: environments.python_of(peer) for peer in (name.partition(".")[0] for name in PEERS)}
     steps, parts, auxk, problems = [], [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         data, heldout = activations(64 * BATCH, 0), activations(4 * BATCH, 1)
@@ -98,7 +98,7 @@ def main() -> None:
         ),
     ]
     facts = {
-        "peers": environments.PEERS,
+        "peers": {peer: environments.PEERS[peer] for peer in pythons},
         "tolerance": {"r2": R2_TOLERANCE, "l0": L0_TOLERANCE},
         "required": {str(d_sae): factor for d_sae, factor in REQUIRED.items()},
         "grid_ratio": round(grid_ratio, 3),

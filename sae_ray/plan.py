@@ -232,7 +232,7 @@ class StudyPlan:
         steering = self.study.steering
         if steering is None:
             return []
-        llava, layer = describe_llava(steering.llava, steering.revision)
+        llava, layer, _ = describe_llava(steering.llava, steering.revision)
         if (llava.residual_width, llava.n_tokens) != (self.encoder.residual_width, self.encoder.n_tokens):
             raise UsageError(
                 f"steering.llava = {steering.llava!r}: its vision tower has {llava.n_tokens} tokens of width "

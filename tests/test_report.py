@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from sae_ray.report.album import SIDE, Album, read_pixels, thumbnail_size, write
 from sae_ray.report.data import rounded
 from sae_ray.report.heat import caution, codes_of, heat_maps, patch_grid, why_none
 from sae_ray.report.neighbours import N_NEAREST, nearest_latents
-from sae_ray.report.neurons import Neurons, majority, read_neurons
+from sae_ray.report.neurons import Neurons, read_neurons
 from sae_ray.report.plots import POINTS, Line, Plot, curve_plots, draw, fidelity_plots, grid_plots, ms_curve
 from sae_ray.report.steering import EXAMPLES, read_steering
 from sae_ray.sae import SAE, load_sae
@@ -82,27 +81,6 @@ def unpacked(text: str, dtype: str) -> np.ndarray:
 
 
 # Neurons
-
-
-@given(st.lists(st.lists(st.integers(-1, 5), min_size=4, max_size=4), min_size=1, max_size=5))
-def test_a_label_is_the_commonest_of_the_top_images(top_image: list[list[int]]):
-    labels = np.array([2, 2, 0, -1, 1, 0])
-    found, share = majority(np.array(top_image), labels)
-    for row, label, purity in zip(top_image, found, share, strict=True):
-        images = [image for image in row if image >= 0]
-        counts = Counter(int(labels[image]) for image in images if labels[image] >= 0)
-        if not counts:
-            assert (label, purity) == (-1, 0)
-            continue
-        assert counts[label] == max(counts.values())
-        assert label == min(one for one, count in counts.items() if count == counts[label])
-        assert purity == pytest.approx(counts[label] / len(images))
-
-
-def test_without_labels_no_neuron_has_one():
-    found, share = majority(np.array([[0, 1], [-1, -1]]), np.array([-1, -1]))
-    assert found.tolist() == [-1, -1]
-    assert share.tolist() == [0, 0]
 
 
 def test_neurons_are_ordered_by_score_where_it_has_support(plan: StudyPlan, plan_small_study: Plan, small_study: Path):

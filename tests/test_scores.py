@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,15 @@ from hypothesis.extra import numpy as arrays
 from sae_ray.activations import ActivationStore
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE
-from sae_ray.scores import histogram_table, image_blocks, n_neurons, score_store, score_table, top_images_table
+from sae_ray.scores import (
+    histogram_table,
+    image_blocks,
+    majority,
+    n_neurons,
+    score_store,
+    score_table,
+    top_images_table,
+)
 from sae_ray.statistics import HISTOGRAM_EDGES, BlockImages, Entries, NeuronStats, neuron_blocks, pool_tokens
 
 WriteStore = Callable[..., ActivationStore]
@@ -293,3 +302,18 @@ def test_blocks_of_neurons_stay_within_their_size(monkeypatch: pytest.MonkeyPatc
 def test_a_part_of_more_images_than_a_block_is_a_block(tmp_path: Path, write_store: WriteStore):
     store = write_store(tmp_path, make_parts([4, 4], 1, D), images_per_part=5000)
     assert image_blocks(store) == [range(1), range(1, 2)]
+
+
+@given(st.lists(st.lists(st.integers(-1, 2), max_size=6), min_size=1, max_size=5))
+def test_the_majority_is_the_commonest_label(labels_of: list[list[int]]):
+    neuron = np.repeat(np.arange(len(labels_of)), [len(labels) for labels in labels_of])
+    label = np.array([one for labels in labels_of for one in labels], dtype=np.int64)
+    found, share = majority(neuron, label, len(labels_of) + 1)
+    assert (found[-1], share[-1]) == (-1, 0)
+    for labels, most, part in zip(labels_of, found, share, strict=False):
+        counts = Counter(one for one in labels if one >= 0)
+        if not counts:
+            assert (most, part) == (-1, 0)
+            continue
+        assert most == min(one for one, count in counts.items() if count == max(counts.values()))
+        assert part == pytest.approx(counts[most] / len(labels))

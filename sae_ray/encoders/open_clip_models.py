@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -79,13 +79,15 @@ class Preprocess:
 class FastResize:
     """Stands in for torchvision's `Resize`."""
 
-    size: int | tuple[int, int]
+    size: int | Sequence[int]
     """Of the shortest side, or height and width."""
     resample: int
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        size = size_with_shortest(image.size, self.size) if isinstance(self.size, int) else self.size[::-1]
-        return fast_resize(image, size, self.resample)
+        if isinstance(self.size, int):
+            return fast_resize(image, size_with_shortest(image.size, self.size), self.resample)
+        height, width = self.size
+        return fast_resize(image, (width, height), self.resample)
 
 
 def preprocess(model: str, revision: str | None, fast: bool = False) -> Preprocess:

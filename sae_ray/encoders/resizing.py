@@ -19,17 +19,18 @@ def size_with_shortest(size: tuple[int, int], shortest: int) -> tuple[int, int]:
 def fast_resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
     """`image.resize(size, resample)` of an RGB image by torch's vectorised kernel, several times as fast.
 
-    It is what torchvision does with a tensor of bytes. Few values differ from Pillow's, by one grey level; more do, and
-    by more, where sharp edges make one of the two passes leave the range of a byte and Pillow takes the other one first.
+    It is what torchvision does with a tensor of bytes. On photographs about one value in 200 differs from Pillow's, by
+    one grey level; more do around hard edges, where it matters which axis comes first: Pillow chooses by the sizes.
     Ways of sampling other than bicubic and bilinear are left to Pillow.
     """
     import torch
     from PIL import Image
 
-    mode = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}.get(resample)
+    modes: dict[int, str] = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
+    mode = modes.get(resample)
     if mode is None or image.size == size:
         return image.resize(size, resample)
     width, height = size
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
     resized = torch.nn.functional.interpolate(pixels, (height, width), mode=mode, antialias=True)
-    return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
+    return Image.fromarray(resized[0].permute(1, 2, 0).contiguous().numpy())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae_ray.plan import ImagePlan, ScorePlan, StudyPlan
+from sae_ray.scores import majority
 from sae_ray.statistics import HISTOGRAM_EDGES
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def _read(score: ScorePlan, pictures: ScorePlan, images: ImagePlan, min_images: 
     top_image[place] = top["image_index"].to_numpy()
     top_activation[place] = top["activation"].to_numpy()
 
-    label, purity = majority(top_image, image_labels(images.manifest))
+    neuron, rank = np.nonzero(top_image >= 0)
+    label, purity = majority(neuron, image_labels(images.manifest)[top_image[neuron, rank]], n_neurons)
     return Neurons(
         score=score,
         pictures=images,
@@ -115,26 +117,3 @@ def _histogram(table: pa.Table, n_neurons: int) -> np.ndarray:
 def image_labels(manifest: pa.Table) -> Int[np.ndarray, " images"]:
     """The label of every image of a manifest; -1 where there is none."""
     return manifest["label"].fill_null(-1).to_numpy().astype(np.int64)
-
-
-def majority(
-    top_image: Int[np.ndarray, "neurons top"], labels: Int[np.ndarray, " images"]
-) -> tuple[Int[np.ndarray, " neurons"], Float[np.ndarray, " neurons"]]:
-    """The commonest label among each neuron's images, the lower one of two that tie, and its share of the images.
-
-    -1 and 0 where no image has a label.
-    """
-    neuron, rank = np.nonzero(top_image >= 0)
-    label = labels[top_image[neuron, rank]]
-    n_images = np.bincount(neuron, minlength=len(top_image))
-    neuron, label = neuron[label >= 0], label[label >= 0]
-    n_labels = int(labels.max(initial=0)) + 1
-    pairs, counts = np.unique(neuron * n_labels + label, return_counts=True)
-    neuron, label = pairs // n_labels, pairs % n_labels
-    best = np.lexsort((label, -counts, neuron))
-    _, first = np.unique(neuron[best], return_index=True)
-    found, share = np.full(len(top_image), -1), np.zeros(len(top_image))
-    chosen = best[first]
-    found[neuron[chosen]] = label[chosen]
-    share[neuron[chosen]] = counts[chosen] / n_images[neuron[chosen]]
-    return found, share

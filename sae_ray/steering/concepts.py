@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from sae_ray.activations import ActivationStore
+from sae_ray.scores import majority
 from sae_ray.steering.naming import class_of
 
 if TYPE_CHECKING:
@@ -72,16 +73,13 @@ def label_concepts(
     codes = np.array([-1 if label is None else code_of[label] for label in classes], np.int64)
 
     n_firing, frequency = scores["n_firing"].to_numpy(), scores["frequency"].to_numpy()
-    neuron, code = top_images["neuron"].to_numpy(), codes[top_images["image_index"].to_numpy()]
-    n_top = np.bincount(neuron, minlength=len(n_firing))
-    pairs, shared = np.unique(np.stack([neuron, code], axis=1)[code >= 0], axis=0, return_counts=True)
-    rarest_first = np.lexsort((-pairs[:, 1], shared, pairs[:, 0]))
-    majority = {int(pairs[row, 0]): (known[pairs[row, 1]], int(shared[row])) for row in rarest_first}  # the last stays
+    neuron, image = (top_images[name].to_numpy() for name in ("neuron", "image_index"))
+    code, purity = majority(neuron, codes[image], len(n_firing))
     return [
         Concept(
             latent,
-            majority[latent][0] if latent in majority else None,
-            majority[latent][1] / int(n_top[latent]) if latent in majority else 0.0,
+            None if code[latent] < 0 else known[code[latent]],
+            float(purity[latent]),
             int(n_firing[latent]),
             float(frequency[latent]),
             float(max_token[latent]),

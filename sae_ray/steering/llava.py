@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -46,16 +46,26 @@ def load_llava(model: str, revision: str | None = None, device: str = "cpu", dty
     from transformers import AutoProcessor
 
     target, kind = placement(device, dtype)
-    info, read = describe_llava(model, revision)
-    source = find(model, info.revision, FORMS)
+    tower, layer, _ = describe_llava(model, revision)
+    source = find(model, tower.revision, FORMS)
     with refusing(model, FORMS):
         processor = AutoProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
     network = load_weights(source, "LlavaForConditionalGeneration", kind, FORMS).to(target)
-    return Llava(info, read, network, processor)
+    return Llava(tower, layer, network, processor)
 
 
-def describe_llava(model: str, revision: str | None = None) -> tuple[EncoderInfo, int]:
-    """A LLaVA's vision tower and the tower's block, from 0, whose output its language model reads; loads no weights.
+class LlavaInfo(NamedTuple):
+    """What is known of a LLaVA without its weights."""
+
+    tower: EncoderInfo
+    layer: int
+    """The tower's block, from 0, whose output the language model reads."""
+    n_image_tokens: int
+    """Places that an image takes in the language model's input."""
+
+
+def describe_llava(model: str, revision: str | None = None) -> LlavaInfo:
+    """What a LLaVA is, from its configuration alone.
 
     Raises:
         UsageError: There is no such model, it is no LLaVA of this kind, or its language model reads several layers.
@@ -63,8 +73,10 @@ def describe_llava(model: str, revision: str | None = None) -> tuple[EncoderInfo
     source = find(model, revision, FORMS)
     if source.config.model_type != "llava":
         raise UsageError(f"{model} is of the model type {source.config.model_type}, not llava; {FORMS}")
-    info = describe(model, source.revision)
-    return info, _block_read(model, source.config.vision_feature_layer, info.n_layers)
+    tower = describe(model, source.revision)
+    layer = _block_read(model, source.config.vision_feature_layer, tower.n_layers)
+    drops_cls = tower.has_cls and source.config.vision_feature_select_strategy == "default"
+    return LlavaInfo(tower, layer, tower.n_tokens - drops_cls)
 
 
 def _block_read(model: str, feature_layer: int | Sequence[int], n_layers: int) -> int:
