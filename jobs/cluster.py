@@ -48,6 +48,11 @@ def n_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
+def gpus_or_default(gpus: float | None) -> float:
+    """GPUs of a worker: as many as are asked for, else 1 where the cluster has any."""
+    return float(n_gpus() > 0) if gpus is None else gpus
+
+
 def user_error(error: BaseException | None) -> SaeRayError | None:
     """The error that a user can mend, if one lies beneath what Ray raised."""
     while error is not None:

@@ -42,7 +42,7 @@ from sae_ray.steering.text import load_text_encoder
 from sae_ray.steps import hold
 from sae_ray.study import Steering, SteerResources
 
-from .cluster import connect, n_gpus, user_error
+from .cluster import connect, gpus_or_default, n_gpus, user_error
 from .disk import check_disk
 from .progress import Progress
 
@@ -172,7 +172,7 @@ class Actors:
         import ray
         from ray.util import ActorPool
 
-        gpus = resources.gpus if resources.gpus is not None else float(n_gpus() > 0)
+        gpus = gpus_or_default(resources.gpus)
         n_actors = resources.workers or (max(1, int(n_gpus() / gpus)) if gpus else 1)
         actor = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3)(Actor)
         activations = plan.scores.activations.step.folder
