@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import socket
@@ -26,6 +27,8 @@ SCHEMA_VERSION = 2
 RECORD = "step.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
+SCRATCH = ("checkpoints", "calibration", "answers")
+"""Folders of what is only needed until a step is finished."""
 
 Status = Literal["done", "failed", "running", "partial", "missing"]
 
@@ -89,7 +92,12 @@ class Step:
         status: Literal["done", "failed"] = "done",
         reason: str | None = None,
     ) -> None:
-        """Writes `step.json`, last of all. `seconds` is the time spent in this process."""
+        """Writes `step.json`, last of all, then deletes the folders in `SCRATCH`.
+
+        Args:
+            seconds: the time spent in this process.
+            counts: what was found; NaN and infinity become null.
+        """
         files = {name: size for name, size in self.folder.files(recursive=True).items() if not _is_housekeeping(name)}
         record = {
             "schema_version": SCHEMA_VERSION,
@@ -97,7 +105,7 @@ class Step:
             "status": status,
             "reason": reason,
             "config": self.config,
-            "counts": counts,
+            "counts": _finite(counts),
             "seconds": round(seconds, 3),
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": _versions(),
@@ -105,6 +113,8 @@ class Step:
             "files": files,
         }
         self.folder.write_json(RECORD, record)
+        for name in SCRATCH:
+            self.folder.delete(name)
 
 
 def read_record(folder: Folder) -> dict:
@@ -205,7 +215,13 @@ def _is_alive(owner: dict) -> bool:
 
 
 def _is_housekeeping(name: str) -> bool:
-    return name == RECORD or name.startswith("lock-") or name.endswith(".tmp")
+    return name == RECORD or name.startswith("lock-") or name.endswith(".tmp") or name.split("/")[0] in SCRATCH
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @cache

@@ -128,6 +128,29 @@ def test_a_failed_step_is_finished_too_and_says_why(step: Step):
     assert (step.record() or {})["reason"] == "the loss is NaN"
 
 
+def test_what_is_not_finite_is_null_in_the_record(step: Step):
+    step.finish(0.0, {"r2": float("nan"), "kinds": {"white": {"rate": float("inf"), "asked": 3}}})
+    assert (step.record() or {})["counts"] == {"r2": None, "kinds": {"white": {"rate": None, "asked": 3}}}
+
+
+def test_scratch_is_deleted_once_the_step_is_done(step: Step, monkeypatch: pytest.MonkeyPatch):
+    step.folder.write_bytes("checkpoints/step-1.json", b"1")
+    step.folder.write_bytes("answers/part-0.parquet", b"1")
+    step.folder.write_bytes("answers.parquet", b"1")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            step.finish(0.0, {})
+    assert (step.record() or {})["files"] == {"answers.parquet": 1}
+    step.finish(0.0, {})
+    assert sorted(step.folder.files(recursive=True)) == ["answers.parquet", RECORD]
+    assert step.status() == "done"
+
+
 def test_files_that_are_added_later_do_no_harm(step: Step):
     finished(step).folder.write_bytes("notes.txt", b"mine")
     assert step.status() == "done"
