@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from sae_ray.errors import SaeRayError
+from sae_ray.errors import SaeRayError, UsageError
 
 
 class Folder:
@@ -23,16 +23,24 @@ class Folder:
     """
 
     def __init__(self, uri: str | Path):
+        """Raises UsageError when the URI is of no such filesystem, or its store is out of reach."""
         self.uri = str(uri)
         if "://" in self.uri:
-            self.filesystem, self.path = fs.FileSystem.from_uri(self.uri)
+            try:
+                self.filesystem, self.path = fs.FileSystem.from_uri(self.uri)
+            except (pa.ArrowException, OSError) as error:
+                reason = str(error).splitlines()[0]
+                raise UsageError(
+                    f"{self.uri} cannot be opened ({reason}); give a local path or a URI such as s3://bucket/folder"
+                ) from error
         else:
             self.uri = str(Path(self.uri).expanduser().absolute())
             self.filesystem, self.path = fs.LocalFileSystem(), self.uri
         self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
 
     def __truediv__(self, name: str) -> Folder:
-        return Folder(f"{self.uri.rstrip('/')}/{name}")
+        uri, mark, query = _without_query(self.uri)
+        return Folder(f"{uri.rstrip('/')}/{name}{mark}{query}")
 
     def __str__(self) -> str:
         return self.uri
@@ -127,3 +135,15 @@ class Folder:
         while not here.exists():
             here = here.parent
         return shutil.disk_usage(here).free
+
+
+def parent_and_name(uri: str) -> tuple[Folder, str]:
+    """The folder of a file and the file's name there, of a local path or a URI."""
+    path, mark, query = _without_query(uri)
+    parent, slash, name = path.rpartition("/")
+    return Folder(parent + slash + mark + query), name
+
+
+def _without_query(uri: str) -> tuple[str, str, str]:
+    """What a URI says of its store (`?region=…`) stands behind the path."""
+    return uri.partition("?") if "://" in uri else (uri, "", "")

@@ -24,10 +24,10 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from sae_ray.errors import UsageError
-from sae_ray.files import Folder
+from sae_ray.files import Folder, parent_and_name
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 SYNSET_MAPPING = "LOC_synset_mapping.txt"
@@ -53,13 +53,15 @@ def read_labels(labels: str, folder: Folder, paths: list[str]) -> tuple[list[str
     if labels == "auto":
         return paths, _from_folders(paths)
 
-    parent, name = _split(labels)
+    parent, name = parent_and_name(labels)
     if not parent.exists(name):
         raise UsageError(f"the label file {labels} does not exist; {FORMS}")
-    label_files = {f"{parent.uri}/{name}", f"{parent.uri}/{SYNSET_MAPPING}"}
-    image_ids = [path for path in paths if f"{folder.uri.rstrip('/')}/{path}" not in label_files]
+    label_files = {parent.path_of(name), parent.path_of(SYNSET_MAPPING)}
+    image_ids = [path for path in paths if folder.path_of(path) not in label_files]
     try:
         text = parent.read_bytes(name).decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"the label file {labels} cannot be read ({error}); {FORMS}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{labels} is not UTF-8 text ({error}); {FORMS}") from error
     match PurePosixPath(name).suffix.lower():
@@ -70,14 +72,6 @@ def read_labels(labels: str, folder: Folder, paths: list[str]) -> tuple[list[str
         case _:
             raise UsageError(f"labels is {labels!r}; {FORMS}")
     return image_ids, [named.get(image_id) for image_id in image_ids]
-
-
-def _split(labels: str) -> tuple[Folder, str]:
-    if "://" in labels:
-        parent, _, name = labels.rpartition("/")
-        return Folder(parent), name
-    path = Path(labels).expanduser()
-    return Folder(path.parent), path.name
 
 
 def _images(paths: list[str]) -> list[str]:

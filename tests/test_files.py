@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from sae_ray.errors import SaeRayError
-from sae_ray.files import Folder
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.files import Folder, parent_and_name
 
 
 def test_nothing_is_created_until_something_is_written(tmp_path: Path):
@@ -82,6 +82,23 @@ def test_a_uri_is_read_by_the_same_code(tmp_path: Path):
     (folder / "b").write_bytes("x", b"1")
     assert Folder(tmp_path / "a").files(recursive=True) == folder.files(recursive=True) == {"b/x": 1}
     assert str(folder / "b") == f"{tmp_path.as_uri()}/a/b"
+
+
+def test_what_a_uri_says_of_its_store_stays_behind_the_path(tmp_path: Path):
+    bucket = Folder("s3://bucket/root/?region=eu-west-1")
+    below = bucket / "a" / "b"
+    assert (str(below), below.path) == ("s3://bucket/root/a/b?region=eu-west-1", "bucket/root/a/b")
+    parent, name = parent_and_name("s3://bucket/a/labels.csv?region=eu-west-1")
+    assert (str(parent), parent.path_of(name)) == ("s3://bucket/a/?region=eu-west-1", "bucket/a/labels.csv")
+    assert (Folder(tmp_path / "why?") / "x").path == f"{tmp_path}/why?/x"
+    assert parent_and_name(f"{tmp_path}/why?/x?y") == (Folder(tmp_path / "why?"), "x?y")
+    assert parent_and_name("x") == (Folder("."), "x")
+
+
+@pytest.mark.parametrize("uri", ["s4://bucket", "https://example.com/cat.jpg", "s3://bucket?zone=1"])
+def test_a_uri_of_no_filesystem_is_refused(uri: str):
+    with pytest.raises(UsageError, match=r"cannot be opened \(.*\); give a local path or a URI such as s3://"):
+        Folder(uri)
 
 
 def test_a_torn_json_file_is_named(tmp_path: Path):
