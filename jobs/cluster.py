@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 
-from sae_ray.errors import SaeRayError
+from sae_ray.errors import SaeRayError, UsageError
+
+from .progress import say
 
 
 def connect() -> None:
@@ -51,6 +53,39 @@ def n_cpus() -> int:
 def gpus_or_default(gpus: float | None) -> float:
     """GPUs of a worker: as many as are asked for, else 1 where the cluster has any."""
     return float(n_gpus() > 0) if gpus is None else gpus
+
+
+def require(field: str, workers: int, cpus: float, gpus: float, beside: float = 0) -> None:
+    """Refuses workers that would wait for machines for ever; of a cluster that may grow (`RAY_ADDRESS`) it only warns.
+
+    Args:
+        field: the table of the study that asks for them, such as `resources.steer`.
+        workers: that must run at once.
+        cpus: of a worker.
+        gpus: of a worker.
+        beside: CPUs that must be left for others meanwhile.
+
+    Raises:
+        UsageError: the cluster, which is this driver's own, has no room for them.
+    """
+    import ray
+
+    def room(node: dict) -> int:
+        wanted = {"CPU": cpus, "GPU": gpus}
+        return min((int(node.get(kind, 0) / each + 1e-6) for kind, each in wanted.items() if each), default=workers)
+
+    places = sum(room(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    if places >= workers and n_cpus() >= workers * cpus + beside:
+        return
+    problem = (
+        f"{field}: {workers} at once with cpus = {cpus:g} and gpus = {gpus:g} each"
+        + (f", and {beside:g} CPU beside them," if beside else "")
+        + f" do not fit in the cluster of {n_cpus()} CPUs and {n_gpus()} GPUs"
+    )
+    if os.environ.get("RAY_ADDRESS"):
+        say(f"{problem}; they wait until it has grown")
+    else:
+        raise UsageError(f"{problem}; lower workers, cpus or gpus there")
 
 
 def user_error(error: BaseException | None) -> SaeRayError | None:
