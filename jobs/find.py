@@ -8,7 +8,7 @@ import numpy as np
 
 from sae_ray.activations import ActivationStore
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.plan import ScorePlan, StudyPlan
+from sae_ray.plan import StudyPlan
 from sae_ray.steering.concepts import image_classes, label_concepts, mean_embeddings, search
 from sae_ray.steering.interventions import load_max_token
 from sae_ray.steering.text import load_text_encoder
@@ -32,7 +32,7 @@ def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, 
     """
     space = plan.text_space
     chosen = _chosen(plan, sae)
-    heldout, pictures = (_scores(plan, chosen, name) for name in ("heldout", plan.study.scoring.pictures))
+    heldout, pictures = plan.passes(chosen)
     for scores in (heldout, pictures):
         if not scores.step.finished:
             raise SaeRayError(f"{scores.step.label} is not there yet; run the score stage first")
@@ -46,7 +46,7 @@ def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, 
     classes = image_classes(pictures.activations.images.manifest, steering.ignore_labels if steering else ())
     concepts = label_concepts(table, top_images, classes, max_token)
     means = mean_embeddings(top_images, ActivationStore(space.step.folder), [one.latent for one in concepts])
-    vector = load_text_encoder(space.encoder.model, space.encoder.revision).embed_texts([text])[0].numpy()
+    vector = load_text_encoder(space.encoder.model, space.info.revision).embed_texts([text])[0].numpy()
     return [
         {
             "latent": one.concept.latent,
@@ -83,7 +83,3 @@ def _chosen(plan: StudyPlan, sae: str | None) -> str:
         problem = "no SAE is chosen" if sae is None else f"--sae is {sae!r}, which the study does not have"
         raise UsageError(f"{problem}; give --sae one of {', '.join(there)}")
     return sae
-
-
-def _scores(plan: StudyPlan, sae: str, images: str) -> ScorePlan:
-    return next(one for one in plan.scores if one.name == sae and one.activations.images.name == images)

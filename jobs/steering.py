@@ -42,7 +42,7 @@ from sae_ray.steering.text import load_text_encoder
 from sae_ray.steps import hold
 from sae_ray.study import Steering, SteerResources
 
-from .cluster import connect, gpus_or_default, n_gpus, user_error
+from .cluster import connect, gpus_or_default, n_gpus, require, user_error
 from .disk import check_disk
 from .progress import Progress
 
@@ -108,8 +108,6 @@ class Evaluation:
         judged, concepts = answer_table(asked, answers, yardstick), concept_table(self.subjects, yardstick)
         self.folder.write_parquet("answers.parquet", judged)
         self.folder.write_parquet("concepts.parquet", concepts)
-        for phase in ("calibration", "answers"):
-            self.folder.delete(phase)
         counts = {"rows": judged.num_rows} | rates(judged, concepts, self.steering.prompt)
         self.plan.step.finish(time.monotonic() - started, counts)
 
@@ -174,6 +172,7 @@ class Actors:
 
         gpus = gpus_or_default(resources.gpus)
         n_actors = resources.workers or (max(1, int(n_gpus() / gpus)) if gpus else 1)
+        require("resources.steer", n_actors, resources.cpus, gpus)
         actor = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3)(Actor)
         activations = plan.scores.activations.step.folder
         given = (plan.steering, plan.sae.step.folder, activations, plan.step.folder, resources.batch_size, gpus > 0)
@@ -221,18 +220,17 @@ class Actors:
 
 
 class Actor:
-    """Holds a LLaVA and the SAE that it is steered by."""
+    """Holds a LLaVA and the SAE that it is steered by, from the first question on."""
 
     def __init__(
         self, steering: Steering, sae: Folder, activations: Folder, step: Folder, batch_size: int, on_gpu: bool
     ):
         self.steering = steering
+        self.sae = sae
         self.activations = ActivationStore(activations)
         self.step = step
         self.batch_size = batch_size
         self.device = "cuda" if on_gpu else "cpu"
-        self.sae = load_sae(sae).to(self.device)
-        self.llava = load_llava(steering.llava, steering.revision, self.device, steering.dtype)
 
     def class_sums(self, part: int, codes: Int[np.ndarray, " images"], n_classes: int) -> ClassSums:
         """For the DiffMean vectors."""
@@ -260,12 +258,15 @@ class Actor:
 
     @cached_property
     def _respondent(self) -> Respondent:
+        """Not made with the actor: what a user can mend would end it there, and reach the driver without its type."""
         import torch
 
+        steering = self.steering
+        llava = load_llava(steering.llava, steering.revision, self.device, steering.dtype)
         table = self.step.read_parquet(DIRECTIONS)
         vectors = (torch.tensor(vector) for vector in table["vector"].to_pylist())
         directions = dict(zip(table["label"].to_pylist(), vectors, strict=True))
-        return Respondent(self.llava, self.sae, directions, self.steering)
+        return Respondent(llava, load_sae(self.sae).to(self.device), directions, steering)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,10 @@ class SteeringPlan:
 
     @property
     def answers(self) -> int:
-        """About how many answers are generated at most: the same latents and directions are asked every question."""
+        """About how many answers are kept at most: the same latents and directions are asked every question.
+
+        Those that the scales of the directions are chosen by come on top.
+        """
         images = min(self.steering.n_images, len(self.heldout.manifest))
         prompts = 1 + len(self.steering.other_prompts)
         return 3 * self.steering.n_white_latents + 2 * images * prompts * (1 + self.steering.n_image_latents)
@@ -251,6 +254,11 @@ class StudyPlan:
             )
         return [self._steering(steering, train, llava) for train in steered]
 
+    def passes(self, name: str) -> tuple[ScorePlan, ScorePlan]:
+        """The scoring passes of a cell (`ScorePlan.name`) over held-out images and over those that pictures are of."""
+        by_images = {one.activations.images.name: one for one in self.scores if one.name == name}
+        return by_images["heldout"], by_images[self.study.scoring.pictures]
+
     @cached_property
     def text_space(self) -> ExtractPlan:
         """The images of `pictures` as texts are compared with them: by the scorer, or without one by the encoder."""
@@ -350,7 +358,9 @@ class StudyPlan:
             "seed": self.study.seed,
         }
         step = Step(self.root, "steer", f"steering-{train.grid_cell.name}", config)
-        return SteeringPlan(steering, scores, raw_scores, self.text_space, heldout, step)
+        # As in the hash: what is loaded is what was described, whatever becomes of a branch or a directory meanwhile.
+        pinned = dataclasses.replace(steering, revision=llava.revision, scorer_revision=self.text_space.info.revision)
+        return SteeringPlan(pinned, scores, raw_scores, self.text_space, heldout, step)
 
 
 def _list(field: str, images: ImageSet) -> pa.Table:
@@ -360,6 +370,8 @@ def _list(field: str, images: ImageSet) -> pa.Table:
         raise UsageError(f"{field}: {error}") from error
     except SaeRayError as error:
         raise SaeRayError(f"{field}: {error}") from error
+    except OSError as error:
+        raise SaeRayError(f"{field}: {images.path} cannot be read ({error}); see to it, or name another") from error
 
 
 def _identity(info: EncoderInfo) -> list[str | None]:

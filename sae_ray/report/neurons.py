@@ -57,16 +57,10 @@ def read_neurons(plan: StudyPlan) -> list[Neurons]:
     images = plan.images[plan.study.scoring.pictures]
     found = []
     for score in plan.scores:
-        pictures = _pictures_of(score, plan)
+        _, pictures = plan.passes(score.name)
         if score.embeddings is not None and _is_done(score) and _is_done(pictures):
             found.append(_read(score, pictures, images, plan.study.scoring.min_images))
     return found
-
-
-def _pictures_of(score: ScorePlan, plan: StudyPlan) -> ScorePlan:
-    """The pass that the top images of the same cell come from."""
-    wanted = plan.study.scoring.pictures
-    return next(one for one in plan.scores if one.name == score.name and one.activations.images.name == wanted)
 
 
 def _is_done(score: ScorePlan) -> bool:

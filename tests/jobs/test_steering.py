@@ -13,7 +13,8 @@ from sae_ray.jobs.cli import main
 from sae_ray.jobs.progress import Progress
 from sae_ray.jobs.train import _bundles, train_cells
 
-from sae_ray.errors import SaeRayError
+from sae_ray.encoders import describe_encoder
+from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.plan import StudyPlan
 from sae_ray.steering.evaluation import rates
 from tests.small_study import finish_extract, finish_score
@@ -160,6 +161,31 @@ def test_an_interrupted_run_goes_on_where_it_was(steered, scored, make_steered, 
 def test_what_is_missing_is_named(scored, make_steered):
     with pytest.raises(SaeRayError, match=r"sae-layer3.* is not there yet; run the train stage first"):
         steering.run(make_steered(scored, **{"training.steps": 301}))
+
+
+def test_actors_load_what_the_step_is_named_by(make_steered, world, tmp_path):
+    [one] = make_steered(tmp_path).steerings
+    assert one.steering.revision == describe_encoder(f"{world}/llava").revision
+    assert one.steering.scorer_revision == describe_encoder(f"{world}/clip").revision
+    [pinned] = make_steered(tmp_path, **{"steering.revision": one.steering.revision}).steerings
+    assert pinned.step.name == one.step.name
+
+
+def test_a_llava_that_cannot_be_loaded_is_named(ray_cluster, scored, make_steered, world, tmp_path):
+    root, llava = tmp_path / "root", tmp_path / "llava"
+    shutil.copytree(scored, root)
+    shutil.copytree(f"{world}/llava", llava)
+    for file in llava.glob("*.safetensors"):
+        file.rename(llava / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=f"{llava} cannot be loaded: .*safetensors"):
+        steering.run(make_steered(root, **{"steering.llava": str(llava)}))
+
+
+def test_more_actors_than_the_cluster_holds_are_refused(ray_cluster, scored, make_steered, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(scored, root)
+    with pytest.raises(UsageError, match=r"resources\.steer: 5 at once with cpus = 1 and gpus = 0 each do not fit"):
+        steering.run(make_steered(root, **{"resources.steer.workers": 5}))
 
 
 def test_latents_are_found_by_text(scored, make_steered, tmp_path):
