@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from sae_ray.encoders.base import placement
 from sae_ray.errors import UsageError
-from sae_ray.files import Folder
+from sae_ray.files import Folder, parent_and_name
 from sae_ray.images import BadImage, decode_image
 from sae_ray.sae import load_sae
-from sae_ray.steering import Intervention, Llava, load_llava, load_max_token
+from sae_ray.steering import Intervention, load_llava, load_max_token
 from sae_ray.steering.interventions import ALIASES, LATENTS_FILE
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def steered_answers(
     picture = None if image == WHITE else _image(image)
     model = load_llava(llava, device=device, dtype=dtype)
     chains = [(), *((one,) for one in interventions)]
-    shown = [picture or _white(model)] * len(chains)
+    shown = [picture or model.white()] * len(chains)
     unsteered, *steered = model.answers(shown, [prompt] * len(chains), chains, max_new_tokens)
     return {
         "image": image,
@@ -140,13 +140,6 @@ def _change(edit: dict[str, Any]) -> str:
     return f"latent {edit['latent']} {what[edit['mode']]}"
 
 
-def _white(model: Llava) -> Image.Image:
-    from PIL import Image
-
-    height, width = model.info.image_size
-    return Image.new("RGB", (width, height), "white")
-
-
 def _image(path: str) -> Image.Image:
     try:
         return decode_image(_read(path, "IMAGE"))
@@ -164,8 +157,8 @@ def _read_json(path: str) -> Any:
 
 
 def _read(path: str, what: str) -> bytes:
-    parent, slash, name = path.rpartition("/")
     try:
-        return Folder(parent + slash).read_bytes(name)
+        folder, name = parent_and_name(path)
+        return folder.read_bytes(name)
     except OSError as error:
         raise UsageError(f"{what} is {path}, which cannot be read ({str(error).splitlines()[0]})") from error

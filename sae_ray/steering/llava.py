@@ -119,6 +119,13 @@ class Llava:
         """Tokens per image that an edit sees, CLS included where there is one."""
         return self.info.n_tokens
 
+    def white(self) -> Image.Image:
+        """The image of which nothing can be said, as large as the tower reads it."""
+        from PIL import Image
+
+        height, width = self.info.image_size
+        return Image.new("RGB", (width, height), "white")
+
     def answer(
         self,
         image: Image.Image,

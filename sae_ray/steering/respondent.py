@@ -48,8 +48,8 @@ class Respondent:
             # The same image under the same edit is often asked several prompts in a row.
             shown = list({question._replace(prompt=""): question for question in batch}.values())
             embeddings = self.llava.image_embeddings(
-                [self._white if question.image_index == WHITE else image(question.image_index) for question in shown],
-                [self._edits(question) for question in shown],
+                [image(one.image_index) if one.image_index != WHITE else self.llava.white() for one in shown],
+                [self._edits(one) for one in shown],
             )
             seen = {question._replace(prompt=""): one for question, one in zip(shown, embeddings, strict=True)}
             answers += self.llava.generate(
@@ -58,13 +58,6 @@ class Respondent:
                 self.steering.max_new_tokens,
             )
         return answers
-
-    @property
-    def _white(self) -> Image.Image:
-        from PIL import Image
-
-        height, width = self.llava.info.image_size
-        return Image.new("RGB", (width, height), "white")
 
     def _edits(self, question: Question) -> tuple[TowerEdit, ...]:
         match question.kind:
