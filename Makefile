@@ -2,13 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ROOT ?= runs/demo
-WORLD ?= $(HOME)/.cache/sae-ray/world
 INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
 .PHONY: demo test test-slow test-gpu soak bench bench-serve bench-gpu lint format clean
 
 demo: .venv/.demo
-	$(BIN)/sae-ray world $(WORLD)
+	$(BIN)/sae-ray world ~/.cache/sae-ray/world
 	$(BIN)/sae-ray run studies/demo.toml --root $(ROOT)
 
 test: .venv/.test
