@@ -127,7 +127,7 @@ class Extraction:
     store_dtype: Literal["float16", "float32"] = "float16"
     """Dtype on disk."""
     images_per_part: int = 512
-    """Images in one part: what is redone at most after a kill."""
+    """Images in one part. After a kill those under way are redone, up to two per encoder actor."""
     pixels: Literal["exact", "fast"] = "exact"
     """`exact` are those of the encoder's own processor (on Pillow). `fast` decodes JPEGs at a half, quarter or eighth
     of their size where both sides stay twice as long as the encoder's input, and resizes with a vectorised kernel.
@@ -230,7 +230,8 @@ class TrainResources:
     cells_per_bundle: int = 16
     """SAEs that share one read of the data."""
     workers: int = 1
-    """Data-parallel workers of a bundle."""
+    """Data-parallel workers of a bundle. Each selects latents within its share of a batch, so that their number shows
+    in the SAEs."""
     cpus: float = 1
     """CPUs of a worker."""
     gpus: float | None = None
@@ -248,7 +249,7 @@ class ScoreResources:
     __pydantic_config__ = STRICT
 
     workers: int | None = None
-    """Blocks scored at once; as many as the CPUs (or GPUs) allow where not given."""
+    """Half as many as there are blocks in flight; what the CPUs (or GPUs) allow where not given."""
     cpus: float = 1
     """CPUs of a task."""
     gpus: float = 0
@@ -273,7 +274,8 @@ class SteerResources:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the study may use. Nothing here changes what is computed, so changing it redoes nothing."""
+    """What the study may use. Changing it redoes nothing: but for `train.workers`, nothing here changes what is
+    computed."""
 
     __pydantic_config__ = STRICT
 
@@ -338,6 +340,7 @@ class Study:
 
     def __post_init__(self):
         _check(self.name != "" and "/" not in self.name, "name", self.name, "give a name without slashes")
+        _check(self.seed >= 0, "seed", self.seed, "choose 0 or more")
         _check(bool(self.grid), "grid", [], "add a [[grid]] with at least one site")
         _check(0 < self.images.heldout_fraction < 1, "images.heldout_fraction", self.images.heldout_fraction,
                "choose a share between 0 and 1")  # fmt: skip

@@ -137,6 +137,7 @@ def test_all_problems_are_told_at_once():
         ({"name": ""}, "name = '': give a name without slashes"),
         ({"name": "a/b"}, "name = 'a/b': give a name without slashes"),
         ({"seed": "x"}, "seed = 'x': Input should be a valid integer"),
+        ({"seed": -1}, "seed = -1: choose 0 or more"),
         ({"encoder.dtype": "int8"}, "encoder.dtype = 'int8': Input should be 'float32', 'bfloat16' or 'float16'"),
         ({"encoder": "clip"}, "encoder = 'clip': Input should be a dictionary"),
         ({"grid": {"sites": ["projection"]}}, "grid = {'sites': ['projection']}: Input should be a list"),
