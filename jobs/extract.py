@@ -1,8 +1,9 @@
 """The extraction stage: Ray Data streams images through encoder actors into the activation store.
 
-One row of the dataset is one part, a fixed range of `image_index`: a decode task reads its images and hands on pixels,
-an actor encodes them batch by batch and writes the part of every site, the judge's embeddings included, while it
-encodes the next one. Thus a part is a function of its images alone, and what a killed run finished is not done again.
+One row of the dataset is one part, a fixed range of `image_index`. Its images are decoded: where encoders have GPUs in
+a task, else in the encoder's own actor. That actor encodes them batch by batch and writes the part of every site, the
+judge's embeddings included, while it encodes the next one. Thus a part is a function of its images alone, and what a
+killed run finished is not done again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock
 
 import numpy as np
@@ -34,7 +36,7 @@ from sae_ray.sites import Site
 from sae_ray.steps import hold
 from sae_ray.study import ExtractResources
 
-from .cluster import connect, n_cpus, n_gpus
+from .cluster import connect, gpus_or_default, n_cpus, n_gpus
 from .disk import check_disk
 from .progress import Progress, say
 
@@ -159,7 +161,7 @@ def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[i
 
 def _shares(resources: ExtractResources) -> tuple[int, float, int]:
     """Encoder actors, GPUs of each, decode tasks at once."""
-    gpus = resources.gpus if resources.gpus is not None else float(n_gpus() > 0)
+    gpus = gpus_or_default(resources.gpus)
     # Without GPUs an actor decodes as well, two parts at a time.
     at_most = n_gpus() / gpus if gpus else n_cpus() / (2 * max(resources.cpus, 1))
     workers = resources.workers or max(1, int(at_most))
@@ -170,7 +172,8 @@ def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
     by_encoder: dict[tuple[str, str | None, str, int | None], list[SitePart]] = {}
     for extract in todo:
         at_least = 2 * max(extract.info.image_size) if extract.step.config["pixels"] == "fast" else None
-        key = (extract.encoder.model, extract.encoder.revision, extract.encoder.dtype, at_least)
+        # The revision that was resolved for the step, whatever its name means by now.
+        key = (extract.info.model, extract.info.revision, extract.encoder.dtype, at_least)
         part = SitePart(extract.step.folder, extract.site, extract.step.config["store_dtype"])
         by_encoder.setdefault(key, []).append(part)
     return tuple(EncoderJob(*key, tuple(steps)) for key, steps in by_encoder.items())
@@ -195,6 +198,9 @@ class PartDecoder:
                 continue
             except FileNotFoundError:
                 rejects.append((image_id, "vanished since it was listed"))
+                continue
+            except PermissionError:
+                rejects.append((image_id, "no permission to read it"))
                 continue
             accepted.append(position)
             for column, array in zip(pixels, prepared, strict=True):
@@ -228,7 +234,7 @@ class PartEncoder:
 
     def __init__(self, jobs: tuple[EncoderJob, ...], device: str, per_part: int, batch_size: int, seed: int):
         self.jobs = jobs
-        self.encoders = [load_encoder(job.model, job.revision, device, job.dtype) for job in jobs]
+        self.device = device
         self.per_part = per_part
         self.batch_size = batch_size
         self.seed = seed
@@ -245,17 +251,22 @@ class PartEncoder:
             problem = str(error)
         return pa.table({"part": [part], "problem": [problem]})
 
+    @cached_property
+    def encoders(self) -> list[Encoder]:
+        """Loaded when they are first needed: an actor whose start fails cannot tell the driver why."""
+        return [load_encoder(job.model, job.revision, self.device, job.dtype) for job in self.jobs]
+
     def _write(self, part: int, batch: pa.Table) -> None:
         ids = batch["image_ids"][0].as_py()
         accepted = batch["accepted"][0].as_py()
         rejects = [(reject["image_id"], reject["reason"]) for reject in batch["rejects"][0].as_py()]
         image_index = part * self.per_part + np.asarray(accepted, dtype=np.int64)
         image_ids = [ids[position] for position in accepted]
-        for number, (job, encoder) in enumerate(zip(self.jobs, self.encoders, strict=True)):
+        for number, job in enumerate(self.jobs):
             pixels = np.frombuffer(batch[f"pixels_{number}"][0].as_buffer(), dtype=np.uint8)
             pixels = pixels.reshape(batch[f"shape_{number}"][0].as_py())
             with self.encoding:
-                tables = self._tables(encoder, job.steps, pixels, image_index, image_ids)
+                tables = self._tables(self.encoders[number], job.steps, pixels, image_index, image_ids)
             for step, table in zip(job.steps, tables, strict=True):
                 write_part(step.folder, part, table, rejects)
 
@@ -277,7 +288,7 @@ class PartEncoder:
             for step, tables in zip(steps, pieces, strict=True):
                 rows = tapped[step.site]
                 index = image_index[batch][rows.position.cpu().numpy()]
-                activation = rows.activation.float().cpu().numpy()
+                activation = rows.activation.cpu().numpy()
                 tables.append(activation_table(index, rows.token.cpu().numpy(), activation, step.store_dtype))
         empty = np.zeros(0, dtype=np.int64)
         for step, tables in zip(steps, pieces, strict=True):

@@ -97,6 +97,7 @@ class Pass:
         ranges = list(neuron_blocks(score.neurons, width))
         self._shapes = [(len(neurons), width, self.step.config["top_images"]) for neurons in ranges]
         self._counts = {"images": store.n_images, "neurons": score.neurons}
+        self._device = "cuda" if resources.gpus else "cpu"
         options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "num_returns": 1 + len(ranges)}
         self._block = ray.remote(**options)(block_entries)
         self._fold = ray.remote(num_cpus=resources.cpus)(folded)
@@ -107,7 +108,7 @@ class Pass:
 
     def submit(self, parts: range) -> Any:
         """Starts one block, in image order, and sometimes a fold; returns what to wait for."""
-        result: Any = self._block.remote(self._sae, self._activations, self._embeddings, parts)
+        result: Any = self._block.remote(self._sae, self._device, self._activations, self._embeddings, parts)
         self._waiting.append(result)
         self.n_submitted += 1
         if len(self._waiting) < BLOCKS_PER_FOLD and self.n_submitted < len(self.blocks):
@@ -132,14 +133,14 @@ class Pass:
 
 
 def block_entries(
-    sae: Folder | None, activations: Folder, embeddings: Folder | None, parts: range
+    sae: Folder | None, device: str, activations: Folder, embeddings: Folder | None, parts: range
 ) -> tuple[BlockImages | Entries, ...]:
     """The task: one block of images, then its entries for every range of neurons."""
     import torch
 
     torch.set_num_threads(1)  # the number of threads would show in the last bits
     judged = ActivationStore(embeddings) if embeddings else None
-    images, entries = read_block(_sae(sae) if sae else None, ActivationStore(activations), judged, parts)
+    images, entries = read_block(_sae(sae, device) if sae else None, ActivationStore(activations), judged, parts)
     return images, *entries
 
 
@@ -174,10 +175,8 @@ def tables(*folded: NeuronStats) -> dict[str, pa.Table]:
 
 
 @lru_cache(maxsize=1)
-def _sae(folder: Folder) -> SAE:
-    import torch
-
-    return load_sae(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+def _sae(folder: Folder, device: str) -> SAE:
+    return load_sae(folder).to(device)
 
 
 if __name__ == "__main__":

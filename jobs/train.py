@@ -24,7 +24,7 @@ from sae_ray.sae import Cell, CellTrainer, NonFiniteLoss, evaluate, save_sae
 from sae_ray.steps import Step, digest, hold
 from sae_ray.stream import TrainingStream
 
-from .cluster import connect, n_gpus, user_error
+from .cluster import connect, gpus_or_default, n_gpus, user_error
 from .disk import check_disk
 from .progress import Board, Progress, say
 
@@ -109,7 +109,7 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
     import ray
 
     resources = plan.study.resources.train
-    gpus = resources.gpus if resources.gpus is not None else float(n_gpus() > 0)
+    gpus = gpus_or_default(resources.gpus)
     at_once = resources.bundles or (max(1, int(n_gpus() / (gpus * resources.workers))) if gpus else 1)
     scaling = {
         "workers": resources.workers,
@@ -135,11 +135,13 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
             for reference in finished:
                 try:
                     ray.get(reference)
-                except Exception as error:  # the other bundles go on; all problems are raised at the end
+                except Exception as error:  # the other bundles go on
                     problems.append(error)
     for train in todo:
         if reason := train.step.failure:
             say(f"{train.grid_cell.name} failed: {reason}")
+    for problem in problems[1:]:
+        say(f"another bundle failed: {user_error(problem) or problem}")
     if problems:
         known = user_error(problems[0])
         if known is not None:

@@ -152,8 +152,6 @@ class ActivationStore:
 
 def _vectors(table: pa.Table) -> np.ndarray:
     column = table["activation"].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     width = table.schema.field("activation").type.list_size
     return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
 

@@ -56,7 +56,7 @@ class TrainingStream:
         with ThreadPoolExecutor(1) as reader:
             coming = reader.submit(self._load, window)
             while True:
-                vectors = coming.result()
+                vectors = coming.result().to(self.device)
                 order = torch.from_numpy(self._rng(epoch, *window).permutation(len(vectors))).to(self.device)
                 following = next(windows)
                 coming = reader.submit(self._load, following[1])
@@ -98,13 +98,13 @@ class TrainingStream:
         if not self._fits:
             return self._read(window)
         if self._whole is None:
-            self._whole = self._read(window)
+            self._whole = self._read(window).to(self.device)
         return self._whole
 
     def _read(self, window: tuple[int, ...]) -> Float[Tensor, "rows d"]:
         rows = sum(self.store.parts[number].rows for number in window)
         dtype = getattr(torch, self.store.record["config"]["store_dtype"])
-        vectors = torch.empty(rows, self.store.d, dtype=dtype, device=self.device)
+        vectors = torch.empty(rows, self.store.d, dtype=dtype)
         start = 0
         for number in window:
             part = torch.tensor(self.store.read(number)[2])  # a copy, since Arrow's memory is read-only

@@ -51,6 +51,6 @@ class BatchTopK:
     def reconstruct(self, x: Tensor) -> tuple[Tensor, int]:
         with tempfile.TemporaryDirectory() as folder:
             self.sae.save_inference_model(folder)
-            inference = SAE.load_from_disk(folder)
+            inference = SAE.load_from_disk(folder, device=str(x.device))
         codes = inference.encode(x)
         return inference.decode(codes), int((codes > 0).sum())

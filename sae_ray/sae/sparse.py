@@ -1,8 +1,8 @@
 """Sparse codes, and the products with them that cost the number of entries instead of the width of the dictionary.
 
-Sums over entries go through `embedding_bag`, which adds the entries of one row (or latent) in order on one thread, so
-results are the same every time; on a GPU too. Gradients of weights are sparse tensors that hold the rows of the latents
-that have entries.
+Sums over entries go through `embedding_bag`, or through Triton kernels on a GPU. Both add the entries of one row (or
+latent) in order, so results are the same every time. Gradients of weights are sparse tensors that hold the rows of the
+latents that have entries.
 """
 
 from __future__ import annotations

@@ -198,8 +198,9 @@ class CellTrainer:
             name: RowGradient.of(gradient, self.ranks)
             for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)
         }
-        # In parts that stay in the cache.
-        for rows, values in zip(*(part.split(1024) for part in gradients["W_dec"]), strict=True):
+        # On a CPU in parts that stay in the cache.
+        at_once = 1024 if self.device.type == "cpu" else self.d_sae
+        for rows, values in zip(*(part.split(at_once) for part in gradients["W_dec"]), strict=True):
             W_dec = self.weights.W_dec.detach().index_select(0, rows)
             values.addcmul_(torch.linalg.vecdot(W_dec, values).unsqueeze(1), W_dec, value=-1)
         norm = torch.nn.utils.get_total_norm([gradient.values for gradient in gradients.values()])

@@ -1,7 +1,8 @@
 """The training step's sparse parts as Triton kernels, for CUDA tensors.
 
 Each function computes what the plain torch formulation beside its call computes, which stays the path of CPUs and the
-reference of the tests. Sums run in a fixed order: results are the same every time.
+reference of the tests. Sums run in a fixed order: results are the same every time. Kernels run on the device of their
+tensors, whichever is the current one.
 """
 
 # Triton is not everywhere, and what its decorator makes of a function is not what pyright sees.
@@ -39,7 +40,8 @@ def bag_sums(
     sums = table.new_empty(n_bags, d)
     if sums.numel():
         width = min(1024, triton.next_power_of_2(d))
-        _bag_sums[(n_bags, triton.cdiv(d, width))](indices, offsets, weights, table, sums, d, width, _ENTRIES)
+        with torch.cuda.device_of(table):
+            _bag_sums[(n_bags, triton.cdiv(d, width))](indices, offsets, weights, table, sums, d, width, _ENTRIES)
     return sums
 
 
@@ -54,7 +56,8 @@ def dots(
     products = left.new_empty(len(rows))
     if len(rows):
         width = triton.next_power_of_2(d)
-        _dots[(len(rows),)](rows, latents, left.contiguous(), right.contiguous(), products, d, width)
+        with torch.cuda.device_of(left):
+            _dots[(len(rows),)](rows, latents, left.contiguous(), right.contiguous(), products, d, width)
     return products
 
 
@@ -63,7 +66,8 @@ def at_least(flat: Float[Tensor, " n"], bound: float, count: int) -> Int[Tensor,
     capacity = _CAPACITY * count
     found = torch.empty(capacity, dtype=torch.int64, device=flat.device)
     n_found = torch.zeros(1, dtype=torch.int64, device=flat.device)
-    _compact[(triton.cdiv(len(flat), _COMPACTED),)](flat, bound, found, n_found, len(flat), capacity, _COMPACTED)
+    with torch.cuda.device_of(flat):
+        _compact[(triton.cdiv(len(flat), _COMPACTED),)](flat, bound, found, n_found, len(flat), capacity, _COMPACTED)
     total = int(n_found)
     return found[:total].sort().values if count <= total <= capacity else None
 
@@ -86,18 +90,19 @@ def adam_rows(
     n, d = parameter.shape
     slots = torch.full((n,), -1, dtype=torch.int64, device=parameter.device)
     slots[rows] = torch.arange(len(rows), device=rows.device)
-    _adam_rows[(n,)](
-        parameter,
-        exp_avg,
-        exp_avg_sq,
-        slots,
-        values.contiguous(),
-        learning_rate / (1 - 0.9**step),
-        (1 - 0.999**step) ** 0.5,
-        d,
-        triton.next_power_of_2(d),
-        unit_rows,
-    )
+    with torch.cuda.device_of(parameter):
+        _adam_rows[(n,)](
+            parameter,
+            exp_avg,
+            exp_avg_sq,
+            slots,
+            values.contiguous(),
+            learning_rate / (1 - 0.9**step),
+            (1 - 0.999**step) ** 0.5,
+            d,
+            triton.next_power_of_2(d),
+            unit_rows,
+        )
 
 
 @triton.jit

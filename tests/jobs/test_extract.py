@@ -2,6 +2,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -87,10 +88,15 @@ def test_bad_images_become_rejects(ray_cluster, make_plan, world, tmp_path):
     (images / "a" / "notes.txt").write_text("no picture")
     (images / "a" / "torn.png").write_bytes(files[0].read_bytes()[:200])
     Image.open(files[1]).convert("L").save(images / "a" / "gray.webp")
-    overrides = {"images.train.path": str(images), "images.max_bad_fraction": 0.05}
-    plan = make_plan(tmp_path / "root", **overrides)
-    extract.run(plan)
+    overrides = {"images.train.path": str(images)}
+    strict = make_plan(tmp_path / "root", **overrides, **{"images.max_bad_fraction": 0.01})
+    with pytest.raises(SaeRayError, match=r"(?s)3 of .* could not be read.*a/torn.png: truncated"):
+        extract.run(strict)
+    assert not next(e for e in strict.extracts if e.images.name == "train").step.finished
+    # The same images with a wider margin: all parts are there, only the verdict changes.
+    plan = make_plan(tmp_path / "root", **overrides, **{"images.max_bad_fraction": 0.05})
     train = next(e for e in plan.extracts if e.images.name == "train")
+    extract.run_only(plan, [train])
     rejects = train.step.folder.read_parquet("rejects.parquet").to_pydict()
     assert dict(zip(rejects["image_id"], rejects["reason"], strict=True)) == {
         "a/empty.png": "zero bytes",
@@ -103,14 +109,31 @@ def test_bad_images_become_rejects(ray_cluster, make_plan, world, tmp_path):
     ids = train.images.manifest["image_id"].to_pylist()
     assert {ids[i] for i in range(len(ids))} - {ids[i] for i in stored} == set(rejects["image_id"])
 
-    strict = make_plan(tmp_path / "strict", **overrides | {"images.max_bad_fraction": 0.01})
-    with pytest.raises(SaeRayError, match=r"(?s)3 of .* could not be read.*a/torn.png: truncated"):
-        extract.run(strict)
-    assert not next(e for e in strict.extracts if e.images.name == "train").step.finished
-    # The same images with a wider margin: all parts are there, only the verdict changes.
-    relaxed = make_plan(tmp_path / "strict", **overrides)
-    extract.run(relaxed)
-    assert all(e.step.finished for e in relaxed.extracts)
+
+def test_a_file_that_may_not_be_read_is_a_reject(world):
+    class Locked(Folder):
+        """Whoever runs the tests may read everything, as root."""
+
+        def read_bytes(self, name):
+            if name.endswith("0.png"):
+                raise PermissionError(name)
+            return super().read_bytes(name)
+
+    names = [str(path.relative_to(world)) for path in sorted((world / "heldout").rglob("*.png"))[:12]]
+    decode = extract.PartDecoder(Locked(str(world)), ((load_preprocess(f"{world}/clip"), None),))
+    batch = decode(pa.table({"part": [0], "image_ids": [names]}))
+    locked = [name for name in names if name.endswith("0.png")]
+    assert batch["rejects"][0].as_py() == [{"image_id": name, "reason": "no permission to read it"} for name in locked]
+    assert len(batch["accepted"][0]) == batch["shape_0"][0].as_py()[0] == len(names) - len(locked) > 0
+    assert locked
+
+
+def test_a_model_without_weights_is_told_of_plainly(ray_cluster, make_plan, world, tmp_path):
+    hollow = tmp_path / "hollow"
+    shutil.copytree(world / "clip", hollow, ignore=shutil.ignore_patterns("*.safetensors"))
+    plan = make_plan(tmp_path / "root", **{"encoder.model": str(hollow)})
+    with pytest.raises(SaeRayError, match=r"hollow.*safetensors"):
+        extract.run_only(plan, [next(e for e in plan.extracts if e.images.name == "train")])
 
 
 def test_fast_pixels_are_another_step(ray_cluster, make_plan, world, tmp_path):
@@ -150,5 +173,6 @@ def test_overflow_names_the_remedy(ray_cluster, make_plan, world, tmp_path):
     with pytest.raises(SaeRayError, match='store_dtype = "float32"'):
         extract.run(plan)
     wide = make_plan(tmp_path / "root", **overrides | {"extraction.store_dtype": "float32"})
-    extract.run(wide)
-    assert all(e.step.finished for e in wide.extracts)
+    chosen = next(e for e in wide.extracts if e.images.name == "heldout")
+    extract.run_only(wide, [chosen])
+    assert chosen.step.finished
