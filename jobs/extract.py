@@ -36,7 +36,7 @@ from sae_ray.sites import Site
 from sae_ray.steps import hold
 from sae_ray.study import ExtractResources
 
-from .cluster import connect, gpus_or_default, n_cpus, n_gpus
+from .cluster import connect, gpus_or_default, n_cpus, n_gpus, require
 from .disk import check_disk
 from .progress import Progress, say
 
@@ -165,6 +165,9 @@ def _shares(resources: ExtractResources) -> tuple[int, float, int]:
     # Without GPUs an actor decodes as well, two parts at a time.
     at_most = n_gpus() / gpus if gpus else n_cpus() / (2 * max(resources.cpus, 1))
     workers = resources.workers or max(1, int(at_most))
+    # Ray decodes in the actors themselves where they ask for just what its tasks do, 1 CPU.
+    fused = not gpus and resources.cpus == 1
+    require("resources.extract", workers, resources.cpus, gpus, beside=0 if fused else 1)
     return workers, gpus, resources.decoders or max(1, int(n_cpus() - workers * resources.cpus))
 
 

@@ -26,7 +26,7 @@ from sae_ray.statistics import BlockImages, Entries, NeuronStats, neuron_blocks
 from sae_ray.steps import hold
 from sae_ray.study import ScoreResources
 
-from .cluster import connect, n_cpus, n_gpus, user_error
+from .cluster import connect, n_cpus, n_gpus, require, user_error
 from .disk import check_disk
 from .progress import Progress
 
@@ -62,6 +62,7 @@ def run(plan: StudyPlan) -> None:
 def _score(passes: Sequence[Pass], resources: ScoreResources) -> None:
     import ray
 
+    require("resources.score", 1, resources.cpus, resources.gpus)
     slots = n_gpus() / resources.gpus if resources.gpus else n_cpus() / max(resources.cpus, 1)
     at_once = 2 * (resources.workers or max(1, int(slots)))
     waiting = deque((one, parts) for one in passes for parts in one.blocks)

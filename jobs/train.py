@@ -24,7 +24,7 @@ from sae_ray.sae import Cell, CellTrainer, NonFiniteLoss, evaluate, save_sae
 from sae_ray.steps import Step, digest, hold
 from sae_ray.stream import TrainingStream
 
-from .cluster import connect, gpus_or_default, n_gpus, user_error
+from .cluster import connect, gpus_or_default, n_gpus, require, user_error
 from .disk import check_disk
 from .progress import Board, Progress, say
 
@@ -110,6 +110,7 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
 
     resources = plan.study.resources.train
     gpus = gpus_or_default(resources.gpus)
+    require("resources.train", resources.workers, resources.cpus, gpus)
     at_once = resources.bundles or (max(1, int(n_gpus() / (gpus * resources.workers))) if gpus else 1)
     scaling = {
         "workers": resources.workers,
@@ -164,14 +165,12 @@ def _write_sae(
     columns = {name: getattr(latents, name).numpy() for name in latents._fields}
     save_sae(sae, folder)
     folder.write_parquet("latents.parquet", pa.table({"latent": np.arange(sae.d_sae), **columns}))
-    folder.delete(CHECKPOINTS)
     sizes = {"steps": trainer.n_steps, "d_in": sae.d_in, "d_sae": sae.d_sae}
     counts = {**sizes, **fidelity.summary()._asdict(), "waiting_for_data": round(waiting, 4)}
     job.step.finish(seconds, counts)
 
 
 def _fail(job: CellJob, trainer: CellTrainer, error: SaeRayError, seconds: float) -> None:
-    job.step.folder.delete(CHECKPOINTS)
     job.step.finish(seconds, {"steps": trainer.n_steps}, "failed", str(error))
 
 

@@ -11,7 +11,7 @@ from sae_ray.jobs import extract
 
 from sae_ray.activations import ActivationStore
 from sae_ray.encoders import load_encoder, load_preprocess
-from sae_ray.errors import SaeRayError
+from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.files import Folder
 from sae_ray.images import decode_image
 
@@ -158,6 +158,14 @@ def test_fast_pixels_are_another_step(ray_cluster, make_plan, world, tmp_path):
         expected = encoder.tap(pixels, [chosen.site], [""] * 6, seed=0)[chosen.site].activation
         np.testing.assert_allclose(found[kind], expected.numpy(), atol=1e-5)
     assert not np.allclose(found["exact"], found["fast"], atol=1e-3)
+
+
+@pytest.mark.parametrize(("cpus", "workers"), [(1, 5), (4, 1)])
+def test_actors_that_would_wait_for_ever_are_refused(ray_cluster, make_plan, tmp_path, cpus, workers):
+    """Four actors of one CPU decode themselves; one of four CPUs would leave none for the tasks that decode."""
+    asked = {"resources.extract.cpus": cpus, "resources.extract.workers": workers}
+    with pytest.raises(UsageError, match=r"resources\.extract: .* do not fit in the cluster of 4 CPUs"):
+        extract.run(make_plan(tmp_path / "root", **asked))
 
 
 def test_overflow_names_the_remedy(ray_cluster, make_plan, world, tmp_path):
