@@ -30,6 +30,7 @@ SHORTHANDS = {
     "--steps": "training.steps",
 }
 LISTS = {"--site", "--architecture", "--expansion", "--k"}
+NUMBERS = {"--expansion", "--k", "--steps"}
 
 
 def study_options(command: Callable) -> Callable:
@@ -58,12 +59,20 @@ def open_plan(study: str | None, root: str | None, settings: tuple[str, ...], **
     """The plan of the study that the options name.
 
     Without a study file it is what the root remembers from the command before, or what the flags alone say.
+
+    Raises:
+        UsageError: there is no study, something in it cannot be, or the root cannot be read or would be lost.
     """
+    if root is not None and _in_job() and "://" not in root and not Path(root).expanduser().is_absolute():
+        raise UsageError(
+            f"--root {root} would lie in the directory of this Ray job, a temporary copy that is deleted after it; "
+            "give an absolute path or a URI"
+        )
     overrides = _overrides(settings, flags)
     if study is not None:
         loaded = Study.load(study, overrides)
-    elif root is not None and Folder(root).exists(REMEMBERED):
-        loaded = Study.from_dict(Folder(root).read_json(REMEMBERED), overrides)
+    elif root is not None and (remembered := _remembered(Folder(root))) is not None:
+        loaded = Study.from_dict(remembered, overrides)
     elif overrides:
         loaded = Study.from_dict({"name": "study"}, overrides)
     else:
@@ -82,12 +91,20 @@ def remember(plan: StudyPlan) -> None:
         raise UsageError(f"--root {plan.root} cannot be written ({error}); choose a directory of yours") from error
 
 
+def _remembered(root: Folder) -> dict[str, Any] | None:
+    try:
+        return root.read_json(REMEMBERED) if root.exists(REMEMBERED) else None
+    except OSError as error:
+        raise UsageError(f"--root {root} cannot be read ({error}); see to it, or choose another") from error
+
+
 def _overrides(settings: tuple[str, ...], flags: Mapping[str, Any]) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for flag, field in SHORTHANDS.items():
         given = flags[_parameter(field)]
         if given:
-            overrides[field] = [_value(text) for text in given] if flag in LISTS else _value(given)
+            read = _value if flag in NUMBERS else str
+            overrides[field] = [read(text) for text in given] if flag in LISTS else read(given)
     for setting in settings:
         field, equals, text = setting.partition("=")
         if not equals:
@@ -109,5 +126,8 @@ def _value(text: str) -> Any:
 
 
 def _default_root(name: str) -> str:
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return str(Path.home() / "sae-ray" / name if in_job else Path("runs") / name)
+    return str(Path.home() / "sae-ray" / name if _in_job() else Path("runs") / name)
+
+
+def _in_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
