@@ -472,6 +472,16 @@ def test_an_interrupted_report_leaves_the_old_one(copy: StudyPlan, monkeypatch: 
     assert write_report(copy)
 
 
+def test_what_a_killed_run_left_is_not_in_the_way(copy: StudyPlan):
+    assert write_report(copy)
+    left = Step(copy.root, "report", "report", {}).folder
+    for name in ("old/index.html", "new/index.html"):
+        left.write_bytes(name, b"left")
+    shutil.rmtree(copy.scores[0].step.folder.path)
+    assert write_report(copy)
+    assert [path.name for path in Path(copy.root.path).glob("report*")] == ["report"]
+
+
 def test_two_drivers_do_not_make_one_report(copy: StudyPlan):
     with hold([Step(copy.root, "report", "report", {})]), pytest.raises(SaeRayError, match="is being written"):
         write_report(copy)

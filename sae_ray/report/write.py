@@ -52,7 +52,8 @@ def write_report(plan: StudyPlan) -> bool:
     workshop = Step(plan.root, "report", "report", {})
     with hold([workshop]):
         started = time.monotonic()
-        workshop.folder.delete("new")  # what a killed run left
+        for left_by_a_kill in ("new", "old"):
+            workshop.folder.delete(left_by_a_kill)
         made = Path((workshop.folder / "new").path) if plan.root.is_local else Path(tempfile.mkdtemp())
         try:
             _make(plan, made)
