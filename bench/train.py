@@ -39,7 +39,7 @@ D_IN, K, BATCH, THREADS = 512, 20, 1024, 2
 # Width -> training steps before fidelity is compared, in rounds of as many steps.
 ROUNDS = {8192: (6, 4), 32768: (5, 3)}
 REQUIRED = {8192: 5.0, 32768: 6.0}
-AUXK_ROUNDS = (3, 2)
+AUXK_ROUNDS = (3, 3)
 R2_TOLERANCE, L0_TOLERANCE = 0.02, 0.1
 """How far a peer's R² may lie from ours, and its L0 relative to ours."""
 # SAELens averages the threshold from 0 on, the others from its first value: after a dozen steps that must not show.
