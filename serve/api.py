@@ -8,11 +8,12 @@ from contextlib import aclosing
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Path, Query
+from fastapi import FastAPI, Path, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from sae_ray import report
+from sae_ray.images import BadImage
 
 from .catalogue import SaeEntry, Sort, Summary
 from .errors import ApiError, as_api_error
@@ -49,6 +50,8 @@ ASSETS = {
     "/playground.js": (PLAYGROUND / "playground.js", "text/javascript; charset=utf-8"),
     "/report.css": (FilePath(report.__file__).parent / "assets" / "report.css", "text/css; charset=utf-8"),
 }
+OPEN_TO_ALL = {"", *ASSETS, "/health", "/ready", "/metrics", "/docs", "/openapi.json"}
+"""Paths that need no key: what tells nothing of the study and computes nothing."""
 SAFE = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -83,7 +86,9 @@ def create_api(service: Service) -> FastAPI:
     )
     limits = service.config.limits
     key = api_key(service.config)
-    app.add_middleware(Manners, key=key, max_bytes=limits.body_mb * 1e6, metrics=service.metrics)
+    app.add_middleware(
+        Manners, key=key, open_to_all=OPEN_TO_ALL, max_bytes=limits.body_mb * 1e6, metrics=service.metrics
+    )
     answer_errors(app)
     _add_answers(app, service)
     _add_features(app, service)
@@ -232,11 +237,11 @@ def _add_features(app: FastAPI, service: Service) -> None:
         return Features(data=[_summary(one) for one in found[offset : offset + limit]], total=len(found))
 
     @app.get("/v1/saes/{sae}/features/{index}")
-    def get_feature(sae: SaeId, index: Index) -> FeatureDetail:
+    def get_feature(request: Request, sae: SaeId, index: Index) -> FeatureDetail:
         """Scores, histogram, name and top images."""
         entry = entry_of(sae)
         summary = _summary(summary_of(entry, index))
-        base = f"/v1/saes/{sae}/features/{index}/images"
+        base = f"{request.scope.get('root_path', '')}/v1/saes/{sae}/features/{index}/images"
         images = [TopImage(**top._asdict(), url=f"{base}/{top.rank}") for top in entry.top(index)]
         return FeatureDetail(**summary.model_dump(), histogram=entry.bins(index), images=images)  # type: ignore[arg-type]
 
@@ -247,7 +252,10 @@ def _add_features(app: FastAPI, service: Service) -> None:
     )
     def get_image(sae: SaeId, index: Index, rank: Annotated[int, Path(ge=0, le=MAX_INDEX)]) -> Response:
         """A top image, small."""
-        picture = entry_of(sae).picture(index, rank)
+        try:
+            picture = entry_of(sae).picture(index, rank)
+        except (BadImage, OSError) as error:
+            raise ApiError(404, "unknown_image", f"the image cannot be read any more ({error})", "rank") from error
         if picture is None:
             raise ApiError(404, "unknown_image", f"feature {index} has no top image of rank {rank}", "rank")
         return Response(picture, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})

@@ -13,7 +13,7 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from .api import create_api
-from .config import Replicas, ServeConfig, with_llava
+from .config import Replicas, Selection, ServeConfig, with_llava
 from .language import Language
 from .manners import api_key
 from .service import Service
@@ -25,7 +25,7 @@ SHUTDOWN_GRACE_S = 5.0
 @serve.deployment
 @serve.ingress()
 class Api:
-    """HTTP in front of tower and language. `user_config` names the SAEs, and may name others while it runs."""
+    """HTTP in front of tower and language. `user_config`, a `Selection`, may name other SAEs while it runs."""
 
     def __init__(self, config: ServeConfig, tower: Any, language: Any):
         api_key(config)
@@ -35,11 +35,13 @@ class Api:
         return create_api(self.service)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Takes up the SAEs of a study. Requests that are on their way keep those they began with."""
-        service = self.service
-        known = service.config.root, service.config.saes
-        wanted = user_config.get("root", known[0]), user_config.get("saes", known[1])
-        service.saes = await asyncio.to_thread(service.read, *wanted)
+        """Takes up the SAEs of a study, first at the start. Requests on their way keep those they began with.
+
+        Raises ValidationError for unknown fields, and what `read_catalogue` does.
+        """
+        config = self.service.config
+        wanted = Selection.model_validate({"root": config.root, "saes": config.saes} | user_config)
+        await asyncio.to_thread(self.service.take_up, wanted)
 
 
 def build(config: ServeConfig) -> Application:
@@ -58,15 +60,15 @@ def build(config: ServeConfig) -> Application:
             "logging_config": logs,
         }
 
-    # The API bounds what is there at once; behind it nothing is refused.
-    present = limits.max_running * limits.choices * config.replicas
+    # The API's gate bounds what tower and language are asked for. Beyond it there is room to say 429, and to look at
+    # features meanwhile; what comes on top of that waits in Serve's proxy, or is refused there.
     tower = Tower.options(**replicas(config.tower), max_ongoing_requests=4 * config.tower.batch_size)
-    language = Language.options(
-        **replicas(config.language), max_ongoing_requests=config.language.max_running, max_queued_requests=-1
-    )
+    language = Language.options(**replicas(config.language), max_ongoing_requests=config.language.max_running)
+    present = 2 * (limits.max_running + limits.max_waiting)
     api = Api.options(
         **replicas(config),
-        max_ongoing_requests=2 * (limits.max_running + limits.max_waiting) + present,
+        max_ongoing_requests=present,
+        max_queued_requests=present,
         user_config={"root": config.root, "saes": config.saes},
     )
     return api.bind(config, tower.bind(config), language.bind(config))

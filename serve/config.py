@@ -64,7 +64,7 @@ class Limits(Strict):
     body_mb: float = Field(default=20, gt=0)
     """Size of a request."""
     image_megapixels: float = Field(default=40, gt=0)
-    """Size of an image, looked up in its header before it is decoded."""
+    """Size of the images of a request together, looked up in their headers before they are decoded."""
     images: int = Field(default=8, ge=1)
     """Images of a request."""
     features: int = Field(default=64, ge=1)
@@ -75,13 +75,18 @@ class Limits(Strict):
     """Length of an answer in tokens; also what is generated at most when a request names no length."""
 
 
-class ServeConfig(Strict):
-    """Everything that the application is told."""
+class Selection(Strict):
+    """The SAEs that steer."""
 
     root: str
-    """The study whose SAEs steer: its directory or URI."""
+    """The study they are of: its directory or URI."""
     saes: tuple[str, ...] | None = None
     """Names of its SAEs; all that were trained where the LLaVA reads its vision tower by default."""
+
+
+class ServeConfig(Selection):
+    """Everything that the application is told."""
+
     llava: str | None = None
     """The LLaVA, a directory or a model id on the Hugging Face hub; the study's by default."""
     revision: str | None = None
@@ -98,7 +103,7 @@ class ServeConfig(Strict):
     image_hosts: tuple[str, ...] = ()
     """Hosts that `image_url` may name; by default images come with the request."""
     without_key: bool = False
-    """Serve everybody when the environment holds no key. For addresses that only this machine reaches."""
+    """Serve this machine without a key when the environment holds none: only localhost and 127.0.0.1 are answered."""
 
     @property
     def model(self) -> str:

@@ -11,6 +11,9 @@ from sae_ray.steering.llava import FORMS, describe_llava
 from .errors import refused
 from .wire import Message
 
+LONGEST_TOKEN = 16
+"""Characters per token that no sensible text has on average: what has more is refused before tokenizing takes long."""
+
 
 class Prompt(NamedTuple):
     """A conversation as a language engine takes it."""
@@ -38,8 +41,11 @@ class Tokenizer:
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         """The conversation, ready for the answer. In each message the images come first, as LLaVA was trained.
 
-        Raises ApiError for a text that holds the image token.
+        Raises ApiError for a text that holds the image token, or that is far too long for the model.
         """
+        n_characters, most = sum(len(message.text) for message in messages), LONGEST_TOKEN * self.context
+        if n_characters > most:
+            raise refused(f"the messages have {n_characters:,} characters; send at most {most:,}", "messages")
         text = self._text(messages)
         starts_itself = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         tokens = tuple(self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"])

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from sae_ray.errors import SaeRayError, UsageError
 
@@ -59,8 +59,6 @@ def as_api_error(error: BaseException) -> ApiError:
             return error
         case UsageError():
             return refused(str(error))
-        case BackPressureError():
-            return overloaded("too many requests are waiting; try again later")
         case TimeoutError():
             return ApiError(504, "timeout", "the request took longer than this server allows; ask for fewer tokens")
         case RayActorError() | DeploymentUnavailableError():

@@ -55,7 +55,11 @@ def _decode(data: bytes, max_pixels: float) -> Image.Image:
     try:
         return decode_image(data, min(int(max_pixels), PIXEL_LIMIT))
     except BadImage as error:
-        raise refused(f"the image cannot be used: {error}; send a PNG, JPEG or WebP file", "image") from error
+        raise refused(
+            f"the image cannot be used: {error}; send a PNG, JPEG or WebP file of at most {max_pixels / 1e6:.1f} "
+            "megapixels (what the request's images before it leave)",
+            "image",
+        ) from error
 
 
 async def fetch(url: str, hosts: Sequence[str], max_bytes: float) -> bytes:
@@ -63,7 +67,10 @@ async def fetch(url: str, hosts: Sequence[str], max_bytes: float) -> bytes:
 
     Raises ApiError for everything else.
     """
-    host = urlsplit(url).hostname or ""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError as error:
+        raise refused(f"the image's address {url[:100]!r} is none ({error}); correct it", "image_url") from error
     if host not in hosts:
         known = f"allowed hosts are {', '.join(hosts)}" if hosts else "send the image as a data URL"
         raise refused(f"this server fetches no image from {host[:100]!r}; {known}", "image_url")

@@ -1,4 +1,4 @@
-"""`sae-ray serve`: the application on this machine, or on the cluster that `RAY_ADDRESS` names."""
+"""`sae-ray serve`: the application on this machine alone; `serve deploy` is for clusters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def read_config(file: str | None, engine: str | None, options: Mapping[str, Any]
     values = {} if file is None else _read_yaml(file)
     values |= {name: value for name, value in options.items() if value}
     if engine is not None:
-        values["language"] = dict(values.get("language") or {}) | {"engine": engine}
+        language = values.get("language") or {}
+        values["language"] = language | {"engine": engine} if isinstance(language, dict) else language
     try:
         return ServeConfig.model_validate(values)
     except ValidationError as error:
@@ -55,24 +56,28 @@ def _read_yaml(file: str) -> dict[str, Any]:
 def run(config: ServeConfig, host: str, port: int, say: Callable[[str], None]) -> None:
     """Serves until it is interrupted.
 
-    Raises UsageError when the study or its LLaVA is not there, or everybody could reach the server without a key.
+    Raises UsageError when the study or its LLaVA is not there, everybody could reach the server without a key, or
+    RAY_ADDRESS names a cluster.
     """
-    loopback = _is_loopback(host)
-    if not loopback and not os.environ.get(API_KEY):
+    if address := os.environ.get("RAY_ADDRESS"):
+        raise UsageError(
+            f"RAY_ADDRESS is {address}, but sae-ray serve starts a Ray of its own on this machine; unset it, or bring "
+            "the application to that cluster with serve deploy (cluster/serve has configurations)"
+        )
+    has_key = bool(os.environ.get(API_KEY))
+    if not has_key and not _is_loopback(host):
         raise UsageError(
             f"--host {host} can be reached from other machines; set {API_KEY} to a secret that clients must send, or "
             "serve on 127.0.0.1"
         )
     _check_port(host, port)
-    config = with_llava(config).model_copy(update={"without_key": loopback})
+    config = with_llava(config).model_copy(update={"without_key": not has_key})
     started = time.monotonic()
-    import ray
     from ray import serve
 
     from .app import build
 
-    if not ray.is_initialized():
-        _start_ray()
+    _start_ray()
     serve.start(
         http_options={
             "host": host,
@@ -86,7 +91,7 @@ def run(config: ServeConfig, host: str, port: int, say: Callable[[str], None]) -
         reason = _why_not_deployed()
         serve.shutdown()
         raise SaeRayError(f"the application did not start: {reason}") from error
-    key = f", API key from {API_KEY}" if os.environ.get(API_KEY) else ""
+    key = f", API key from {API_KEY}" if has_key else ""
     say(f"Serving {config.model} steered by {config.root} after {time.monotonic() - started:.0f} s{key}")
     say(f"  playground  http://{host}:{port}/")
     say(f"  API         http://{host}:{port}/v1   (documentation: /docs)")
@@ -115,16 +120,13 @@ def _start_ray() -> None:
     import ray
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=max(4, os.cpu_count() or 1),
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
+    ray.init(
+        address="local",
+        num_cpus=max(4, os.cpu_count() or 1),
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+    )
 
 
 def _check_port(host: str, port: int) -> None:

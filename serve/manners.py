@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
 import time
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,6 +24,9 @@ from .metrics import Metrics
 SHOWN = 60
 """Characters of a refused value that are repeated in the refusal."""
 
+_LOCAL = re.compile(rb"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
+"""`Host` headers that no other site's name in the browser leads to."""
+
 
 def api_key(config: ServeConfig) -> str | None:
     """The key that clients must send.
@@ -38,11 +43,12 @@ def api_key(config: ServeConfig) -> str | None:
 
 
 class Manners:
-    """ASGI middleware: key, size of the body, metrics."""
+    """ASGI middleware: key, size of the body, metrics. Without a key it answers only to this machine's own names."""
 
-    def __init__(self, app: ASGIApp, key: str | None, max_bytes: float, metrics: Metrics):
+    def __init__(self, app: ASGIApp, key: str | None, open_to_all: Collection[str], max_bytes: float, metrics: Metrics):
         self.app = app
         self._key = key
+        self._open_to_all = open_to_all
         self._max_bytes = max_bytes
         self._metrics = metrics
 
@@ -64,13 +70,20 @@ class Manners:
                 await refusal.response()(scope, receive, noting)
             else:
                 await self.app(scope, self._limited(receive), noting)
+        except Exception:  # its answer is given outside of here
+            status = 500
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.request(route, status, time.monotonic() - started)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
-        if self._key is not None and scope["path"].startswith("/v1/"):
+        if self._key is None:
+            if not _LOCAL.fullmatch(headers.get(b"host", b"")):
+                message = f"without an API key only localhost and 127.0.0.1 are served; use these, or set {API_KEY}"
+                return ApiError(403, "foreign_host", message)
+        elif scope["path"].removeprefix(scope.get("root_path", "")) not in self._open_to_all:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
                 message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"

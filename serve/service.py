@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .catalogue import SaeEntry, read_catalogue
-from .config import ServeConfig
+from .config import Selection, ServeConfig
 from .conversation import Prompt, TextStream, Tokenizer
 from .engine import Sampling, Task
 from .errors import ApiError, refused, request_id
@@ -25,7 +25,7 @@ from .tower import Active, Change
 from .wire import ChatRequest, Edits, Finish, SteeringType, Usage
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from jaxtyping import UInt8
 
 logger = logging.getLogger("ray.serve")
 
@@ -72,15 +72,16 @@ class Service:
         self.config = config
         self.tower, self.language = tower, language
         self.tokenizer = Tokenizer(config.model, config.revision)
-        self.saes = self.read(config.root, config.saes)
+        self.saes: dict[str, SaeEntry] = {}
         self.gate = Gate(config.limits.max_running, config.limits.max_waiting)
         self.metrics = Metrics(self.gate)
         is_path = config.model.startswith(("/", "~", "."))
         self.model = PurePath(config.model).name if is_path else config.model
         self.started = int(time.time())
 
-    def read(self, root: str, names: Sequence[str] | None) -> dict[str, SaeEntry]:
-        return read_catalogue(root, self.config.model, self.config.revision, names)
+    def take_up(self, wanted: Selection) -> None:
+        """From now on these SAEs steer; at first there are none. Raises what `read_catalogue` does."""
+        self.saes = read_catalogue(wanted.root, self.config.model, self.config.revision, wanted.saes)
 
     def sae(self, name: str | None, param: str = "sae") -> SaeEntry:
         """The SAE of that id, or the first. Raises ApiError, a 404, for an unknown one."""
@@ -112,11 +113,15 @@ class Service:
             [kind for kind in types for _ in range(request.n)],
         )
 
-    async def images(self, urls: Sequence[str]) -> list[Image.Image]:
-        """Decoded. Raises ApiError for one that is none."""
-        limits = self.config.limits
-        size = limits.body_mb * 1e6, limits.image_megapixels * 1e6
-        return [await read_image(url, self.config.image_hosts, *size) for url in urls]
+    async def images(self, urls: Sequence[str]) -> list[UInt8[np.ndarray, "height width 3"]]:
+        """Decoded. Raises ApiError for one that is none, and when they have too many pixels together."""
+        limits, images = self.config.limits, []
+        left = limits.image_megapixels * 1e6
+        for url in urls:
+            image = await read_image(url, self.config.image_hosts, limits.body_mb * 1e6, left)
+            left -= image.width * image.height
+            images.append(np.asarray(image))
+        return images
 
     async def events(self, completion: Completion) -> AsyncGenerator[Event, None]:
         """The choices as they grow, in any order, each to its end. Closing it ends the work.
@@ -146,7 +151,7 @@ class Service:
         entry = self.sae(name)
         async with asyncio.timeout(self.config.limits.timeout_s), self.gate.entered():
             [image] = await self.images([url])
-            return entry, await self.tower.inspect.remote(np.asarray(image), entry.folder, limit)
+            return entry, await self.tower.inspect.remote(image, entry.folder, limit)
 
     async def ready(self) -> bool:
         """Whether a tower and a language model answer."""
@@ -159,19 +164,23 @@ class Service:
 
     async def _work(self, completion: Completion, queue: asyncio.Queue[Event | None]) -> None:
         async with self.gate.entered():
-            images = [np.asarray(image) for image in await self.images(completion.request.image_urls)]
-            async with asyncio.TaskGroup() as tasks:
-                seen = {
-                    kind: [
-                        tasks.create_task(self._see(pixels, completion.change if kind == "STEERED" else None))
-                        for pixels in images
-                    ]
-                    for kind in dict.fromkeys(completion.types)
-                }
+            seen = await self._seen(completion)
             async with asyncio.TaskGroup() as tasks:
                 for choice, kind in enumerate(completion.types):
-                    shown = tuple(task.result() for task in seen[kind])
-                    tasks.create_task(self._answer(completion, choice, shown, queue))
+                    tasks.create_task(self._answer(completion, choice, seen[kind], queue))
+
+    async def _seen(self, completion: Completion) -> dict[str, tuple[np.ndarray, ...]]:
+        """What the tower sees of the images. They themselves end here: answers take long, and pixels much memory."""
+        images = await self.images(completion.request.image_urls)
+        async with asyncio.TaskGroup() as tasks:
+            seen = {
+                kind: [
+                    tasks.create_task(self._see(pixels, completion.change if kind == "STEERED" else None))
+                    for pixels in images
+                ]
+                for kind in dict.fromkeys(completion.types)
+            }
+        return {kind: tuple(task.result() for task in of) for kind, of in seen.items()}
 
     async def _see(self, pixels: np.ndarray, change: Change | None) -> np.ndarray:
         return await self.tower.embed.remote(pixels, change)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+GREEDY = 1e-5
+"""A temperature below takes the likeliest token, as 0 does: divided by it, logits may be infinite."""
+
 
 class TransformersEngine:
     """A LLaVA's language model."""
@@ -80,7 +83,7 @@ class _Answer:
 
 def choose(logits: Float[Tensor, " vocabulary"], sampling: Sampling, random: torch.Generator | None) -> int:
     """The next token."""
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY:
         return int(logits.argmax())
     probability, token = (logits / sampling.temperature).softmax(0).sort(descending=True, stable=True)
     before = probability.cumsum(0) - probability

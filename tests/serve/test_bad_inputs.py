@@ -41,6 +41,7 @@ BAD = {
     "a text file": (image(data_url(b"hello")), 400, "not an image"),
     "a pixel bomb": (image(data_url(huge_png())), 400, "30000x30000"),
     "a web address": (image("http://example.com/cat.png"), 400, "fetches no image"),
+    "half a web address": (image("http://[x/a.png"), 400, "http://[x/a.png"),
     "a metadata service": (image("http://169.254.169.254/latest"), 400, "fetches no image"),
     "too many images": (chat("w", *[white()] * 9), 400, "9 images"),
     "the image token": (chat("<image> again"), 400, "<image>"),
@@ -70,6 +71,7 @@ BAD = {
     "too many choices": (chat(n=17), 400, "n times"),
     "temperature 3": (chat(temperature=3), 400, "temperature"),
     "a prompt too long": (chat("cat " * 400), 400, "room"),
+    "a prompt far too long": (chat("cat " * 100_000), 400, "characters"),
     "an empty stop": (chat(stop=[""]), 400, "stop"),
     "strength out of all bounds": (feature(strength=1e17), 400, "steering.features.0.strength"),
 }
@@ -105,7 +107,7 @@ def test_a_body_that_is_no_request(http, content, words):
 
 
 def test_a_body_too_large_is_not_read(server, http):
-    assert http.post("/v1/steer", content=b"x" * 100_000_000).status_code == 413
+    assert http.post("/v1/steer", content=b"x" * 5_000_000).status_code == 413
 
     def chunks():
         for _ in range(100):

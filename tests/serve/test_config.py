@@ -42,13 +42,14 @@ def test_options_override_the_file(tmp_path):
         ("root: x\nlimits: {images: 0}", "limits.images"),
         ("{}", "root is missing"),
         ("root: [", "cannot be read"),
+        ("root: x\nlanguage: vllm", "language is 'vllm'"),
     ],
 )
 def test_a_bad_file_is_told_what_is_wrong(tmp_path, text, words):
     file = tmp_path / "serve.yaml"
     file.write_text(text)
     with pytest.raises(UsageError, match=words):
-        read_config(str(file), None, {})
+        read_config(str(file), "vllm", {})
 
 
 def test_unknown_fields_are_refused():
@@ -61,6 +62,12 @@ def test_other_machines_need_a_key(monkeypatch, host):
     monkeypatch.delenv(API_KEY, raising=False)
     with pytest.raises(UsageError, match=API_KEY):
         run(ServeConfig(root="nowhere"), host, 8000, print)
+
+
+def test_another_cluster_is_left_to_serve_deploy(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(UsageError, match="serve deploy"):
+        run(ServeConfig(root="nowhere"), "127.0.0.1", 0, print)
 
 
 def test_a_port_that_is_taken_and_a_root_that_is_not_there(monkeypatch, tmp_path):
