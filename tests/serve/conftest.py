@@ -21,7 +21,7 @@ from sae_ray.study import Study
 from sae_ray.world import write_world
 
 KEY = "a-key-for-tests"
-LIMITS = {"max_running": 32, "max_waiting": 64, "timeout_s": 60, "body_mb": 4}
+LIMITS = {"max_running": 16, "max_waiting": 32, "timeout_s": 60, "body_mb": 4}
 STEERS = "layer3.random-4-matryoshka_batch_topk-x1-k4"
 OTHER = "layer3.random-4-matryoshka_batch_topk-x2-k4"
 ONE_WORD = "What is shown in this image? Use exactly one word!"
@@ -35,7 +35,7 @@ class Server(NamedTuple):
     root: Path
     llava: str
     deploy: Callable[..., None]
-    """Takes the `user_config` of the API and waits until it is in force."""
+    """Takes the `user_config` of the API, which soon is in force, and waits until there is an answer."""
 
     def client(self, **options: Any) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self.key}"}
@@ -126,8 +126,8 @@ def server(served_study) -> Server:
 
     def deploy(user_config: dict[str, Any] | None = None) -> None:
         application["deployments"] = [] if user_config is None else [{"name": "Api", "user_config": user_config}]
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=True)
-        until(lambda: status(url) == 200, 120)
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
+        until(lambda: status(url) == 200, 240)
 
     deploy()
     yield Server(

@@ -21,10 +21,10 @@ def browser():
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
 
-@pytest.fixture(params=[(1400, 1000), (390, 844)], ids=["desktop", "phone"])
+@pytest.fixture
 def page(browser, server, request):
     """The playground, where the key was given; nothing but this server is asked for anything."""
-    width, height = request.param
+    width, height = getattr(request, "param", (1400, 1000))
     context = browser.new_context(viewport={"width": width, "height": height})
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
     page = context.new_page()
@@ -41,6 +41,7 @@ def page(browser, server, request):
     context.close()
 
 
+@pytest.mark.parametrize("page", [(1400, 1000), (390, 844)], ids=["desktop", "phone"], indirect=True)
 def test_a_feature_is_searched_for_and_steers(page):
     page.fill("#search", "star")
     page.press("#search", "Enter")

@@ -30,7 +30,7 @@ from sae_ray.steering import Intervention, LatentEdit, load_llava, load_max_toke
 
 from .conftest import ONE_WORD, STEERS
 
-N = 100
+N = 40
 CLEAR = 1e-3
 """Logits this far apart are told apart by every engine."""
 PROMPTS = (ONE_WORD, "What colour is it?", "What is the background?", "Describe the image.")
@@ -52,19 +52,19 @@ def asked(config) -> tuple[list[Task], list[str]]:
     live = [latent for latent in range(sae.d_sae) if max_token[latent] > 0]
     files = sorted(Path(open_study(config.root).images.heldout.path).rglob("*.png"))
     dice = random.Random(0)
-    tasks, answers = [], []
-    for number in range(N):
+    prompts, shown, tasks = [dice.choice(PROMPTS) for _ in range(N)], [], []
+    for number, prompt in enumerate(prompts):
         images = [Image.open(dice.choice(files)).convert("RGB") for _ in range(2 if number % 10 == 0 else 1)]
-        chain, prompt = (), dice.choice(PROMPTS)
+        chain = ()
         if number % 3:
             chain = (Intervention(sae, (LatentEdit(dice.choice(live), "set", 4.0, "max"),), max_token=max_token),)
         seen = llava.image_embeddings(images, [chain] * len(images))
-        answers += llava.generate([seen], [prompt], 16)
         parts = [ImagePart(type="image_url", image_url=ImageUrl(url="…")) for _ in images]
         message = Message(role="user", content=[*parts, TextPart(type="text", text=prompt)])
         tokens = tokenizer.prompt([message]).tokens
+        shown.append(seen)
         tasks.append(Task(tokens, tuple(one.numpy() for one in seen), Sampling(16)))
-    return tasks, answers
+    return tasks, llava.generate(shown, prompts, 16)
 
 
 async def answer(engine: Engine, task: Task) -> tuple[list[int], str | None]:
