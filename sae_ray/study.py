@@ -249,7 +249,7 @@ class ScoreResources:
     __pydantic_config__ = STRICT
 
     workers: int | None = None
-    """Half as many as there are blocks in flight; what the CPUs (or GPUs) allow where not given."""
+    """Twice as many blocks are in flight; as many as the CPUs (or GPUs) allow where not given."""
     cpus: float = 1
     """CPUs of a task."""
     gpus: float = 0
