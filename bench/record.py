@@ -38,6 +38,7 @@ def machine() -> dict[str, Any]:
     """What a figure depends on besides the code."""
     return {
         "cpu": _cpu(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 1),

@@ -12,7 +12,7 @@ from bench.record import RESULTS
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 PLACE = re.compile(r"<!-- bench: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
-MACHINE = ("gpu", "cpu", "cores", "threads", "load_average", "python", "torch", "date")
+MACHINE = ("gpu", "cpu", "vectors", "cores", "threads", "load_average", "python", "torch", "date")
 
 
 def with_tables(page: str, results: Path = RESULTS) -> str:
