@@ -17,7 +17,7 @@ from sae_ray.encoders.base import EncoderInfo
 from sae_ray.errors import UsageError
 from sae_ray.files import Folder
 from sae_ray.images import decode_image
-from sae_ray.plan import ImagePlan, ScorePlan, StudyPlan, TrainPlan
+from sae_ray.plan import ImagePlan, StudyPlan, TrainPlan
 from sae_ray.steering import load_max_token
 from sae_ray.steering.concepts import Concept, image_classes, label_concepts, mean_embeddings
 from sae_ray.steering.llava import describe_llava
@@ -177,19 +177,13 @@ def _fits(train: TrainPlan, info: EncoderInfo, layer: int) -> bool:
     return per_token and site.layer == layer and train.activations.width == info.residual_width
 
 
-def _passes(plan: StudyPlan, train: TrainPlan) -> tuple[ScorePlan, ScorePlan]:
-    """The scoring passes over held-out images and over the pictures."""
-    of_images = {one.activations.images.name: one for one in plan.scores if one.name == train.grid_cell.name}
-    return of_images["heldout"], of_images[plan.study.scoring.pictures]
-
-
 def _done(plan: StudyPlan, train: TrainPlan) -> bool:
-    steps = [train.step, *(score.step for score in _passes(plan, train))]
+    steps = [train.step, *(score.step for score in plan.passes(train.grid_cell.name))]
     return all(step.finished and step.failure is None for step in steps)
 
 
 def _entry(plan: StudyPlan, train: TrainPlan, store: ActivationStore | None, encoder: TextEncoder | None) -> SaeEntry:
-    heldout, pictures = _passes(plan, train)
+    heldout, pictures = plan.passes(train.grid_cell.name)
     scores, top_images = (pictures.step.folder.read_parquet(f"{name}.parquet") for name in ("scores", "top_images"))
     top_images = top_images.sort_by([("neuron", "ascending"), ("rank", "ascending")])
     images = pictures.activations.images

@@ -126,7 +126,7 @@ class Tower:
         latents, place = codes.latents.unique(return_inverse=True)
         values = torch.zeros(len(latents), len(patches), device=sae.device)
         values[place, codes.rows] = codes.values.to(values)
-        grid = patch_grid(len(patches), self.llava.info.image_size)
+        grid = self.llava.info.patch_grid
         strongest = values.amax(dim=1).argsort(descending=True, stable=True)[:most].tolist()
         return [Active(int(latents[one]), values[one].reshape(grid).cpu().numpy().copy()) for one in strongest]
 
@@ -140,12 +140,6 @@ class Tower:
 
     async def _in_thread(self, work, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
-
-
-def patch_grid(n_patches: int, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the patches of an image of that height and width."""
-    rows = round((n_patches * image_size[0] / image_size[1]) ** 0.5)
-    return rows, n_patches // rows
 
 
 def _not_finite() -> UsageError:

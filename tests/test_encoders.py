@@ -382,6 +382,17 @@ def test_description_is_json_and_pins_the_files(kind, saved, loaded):
         describe_encoder(model.spec, "0" * 64)
 
 
+@pytest.mark.parametrize(
+    ("n_patches", "image_size", "grid"),
+    [(16, (28, 28), (4, 4)), (576, (336, 336), (24, 24)), (200, (140, 280), (10, 20))],
+)
+def test_the_patch_grid_has_the_shape_of_the_image(loaded, n_patches, image_size, grid):
+    for kind in ("clip", "siglip"):
+        info = loaded(kind).info
+        sized = dataclasses.replace(info, n_tokens=n_patches + info.has_cls, image_size=image_size)
+        assert sized.patch_grid == grid
+
+
 @pytest.mark.parametrize("kind", ["clip", "dinov2_registers", "siglip", "open_clip_vit", "timm_cls"])
 def test_the_forward_stops_at_the_deepest_residual_site(saved, kind):
     spec = saved(kind).spec

@@ -26,7 +26,7 @@ from sae_ray.report import album as albums
 from sae_ray.report import write_report
 from sae_ray.report.album import SIDE, Album, read_pixels, thumbnail_size, write_sprites
 from sae_ray.report.data import rounded
-from sae_ray.report.heat import caution, codes_of, heat_maps, patch_grid, why_none
+from sae_ray.report.heat import caution, codes_of, heat_maps, why_none
 from sae_ray.report.neighbours import N_NEAREST, nearest_latents
 from sae_ray.report.neurons import Neurons, read_neurons
 from sae_ray.report.plots import POINTS, Line, Plot, curve_plots, draw, fidelity_plots, grid_plots, ms_curve
@@ -240,14 +240,6 @@ def test_codes_of_a_few_latents_are_those_of_all(architecture):
     x = torch.randn(40, 6, generator=generator)
     latents = np.array([7, 0, 19])
     torch.testing.assert_close(codes_of(sae, x, latents), sae.encode(x)[:, latents])
-
-
-@pytest.mark.parametrize(
-    ("n_patches", "image_size", "grid"),
-    [(16, (28, 28), (4, 4)), (576, (336, 336), (24, 24)), (200, (140, 280), (10, 20))],
-)
-def test_the_patch_grid_has_the_shape_of_the_image(n_patches: int, image_size: tuple[int, int], grid: tuple[int, int]):
-    assert patch_grid(n_patches, image_size) == grid
 
 
 def test_neighbours_are_the_nearest_decoder_rows(monkeypatch: pytest.MonkeyPatch):

@@ -60,6 +60,13 @@ class EncoderInfo:
     image_size: tuple[int, int]
     """Height and width in pixels that the preprocessing yields."""
 
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches, as the image's sides have them; of towers that have patches."""
+        n_patches = self.n_tokens - self.has_cls
+        rows = round((n_patches * self.image_size[0] / self.image_size[1]) ** 0.5)
+        return rows, n_patches // rows
+
     def width(self, point: Literal["residual", "projection", "pooled"]) -> int | None:
         match point:
             case "residual":

@@ -113,8 +113,7 @@ class _Maker:
         self.top_image = cell.top_image[self.latents]
         self.sae = load_sae(train.step.folder).to(encoder.device)
         self.n_cls = int(encoder.info.has_cls)
-        grid = patch_grid(encoder.info.n_tokens - self.n_cls, encoder.info.image_size)
-        self.maps = np.full((*self.top_image.shape, *grid), np.nan, dtype=np.float32)
+        self.maps = np.full((*self.top_image.shape, *encoder.info.patch_grid), np.nan, dtype=np.float32)
 
     def add(self, indices: list[int], activation: Float[Tensor, "rows d_in"]) -> None:
         """Takes what it needs from the tokens of a batch of images, sorted by (image, token)."""
@@ -146,9 +145,3 @@ def codes_of(sae: SAE, x: Float[Tensor, "n d_in"], latents: Int[np.ndarray, " la
         threshold=None if sae.threshold is None else sae.threshold[where],
     )
     return part.encode(x)
-
-
-def patch_grid(n_patches: int, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the patches of an image of that height and width."""
-    rows = round((n_patches * image_size[0] / image_size[1]) ** 0.5)
-    return rows, n_patches // rows

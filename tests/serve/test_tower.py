@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sae_ray.serve.config import ServeConfig
-from sae_ray.serve.tower import Tower, patch_grid
+from sae_ray.serve.tower import Tower
 
 from sae_ray.errors import UsageError
 from sae_ray.steering import Intervention, LatentEdit, load_llava
@@ -42,10 +42,3 @@ def test_one_edit_that_cannot_be_does_not_spoil_the_pass(tower, tiny_llava, sae)
         [expected] = llava.image_embeddings([white()], [edits])
         torch.testing.assert_close(torch.from_numpy(seen), expected)
     assert not np.array_equal(first, last)
-
-
-@pytest.mark.parametrize(
-    ("n_patches", "size", "grid"), [(16, (56, 56), (4, 4)), (576, (336, 336), (24, 24)), (8, (28, 56), (2, 4))]
-)
-def test_patch_grids(n_patches, size, grid):
-    assert patch_grid(n_patches, size) == grid
