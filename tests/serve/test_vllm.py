@@ -30,7 +30,7 @@ from sae_ray.steering import Intervention, LatentEdit, load_llava, load_max_toke
 
 from .conftest import ONE_WORD, STEERS
 
-N = 40
+N = 100
 CLEAR = 1e-3
 """Logits this far apart are told apart by every engine."""
 PROMPTS = (ONE_WORD, "What colour is it?", "What is the background?", "Describe the image.")
