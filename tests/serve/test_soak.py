@@ -12,39 +12,54 @@ from PIL import Image
 
 from .conftest import ONE_WORD, STEERS, Server, chat, data_url
 
-GROWTH_MB = 150
-"""What allocators and caches of any one process may still take after the warm-up, with sixteen images under way."""
+GROWTH_MB = 60
+"""What allocators and caches of any one process may still take after the warm-up."""
+LARGE_MB = 12
+"""A decoded image of 2000 × 2000 pixels."""
+N_LARGE = 2 * GROWTH_MB // LARGE_MB
+"""Large images that would show if each were kept."""
 
 
 def memory_mb() -> dict[str, float]:
-    """Of the processes of the application."""
+    """Private to each process of the application: of the memory they share, Ray's store, each touches all in time."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         name = " ".join(process.cmdline())
         if name.startswith(("ray::ServeReplica:sae-ray", "ray::ProxyActor")):
-            found[name.split(":")[-1].split()[0]] = process.memory_info().rss / 2**20
+            found[name.split(":")[-1].split()[0]] = private_mb(process.memory_info())
     return found
 
 
+def private_mb(memory) -> float:
+    return (memory.rss - memory.shared) / 2**20
+
+
 async def visit(server: Server, star: int, seconds: float) -> int:
-    """Sixteen clients that ask, stream, steer, look at features, leave early and send rubbish. Counts requests."""
-    large = Image.new("RGB", (2000, 2000), "white")  # 12 MB that none may leave behind
-    asked, looked_at = chat(ONE_WORD, large), {"image": data_url(large)}
+    """Sixteen clients that ask, stream, steer, look at features, leave early and send rubbish. Counts requests.
+
+    Large images come one at a time: what several take at once, allocators would keep.
+    """
+    large = Image.new("RGB", (2000, 2000), "white")
+    alone, n_large = asyncio.Lock(), 0
     steering = {"sae": STEERS, "features": [{"index": star, "strength": 4.0, "unit": "max"}]}
     until, count = time.monotonic() + seconds, 0
     headers = {"Authorization": f"Bearer {server.key}"}
 
     async def client(number: int) -> None:
-        nonlocal count
+        nonlocal count, n_large
         async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=120) as http:
-            while time.monotonic() < until:
+            while time.monotonic() < until or n_large < N_LARGE:
                 match (number + count) % 6:
                     case 0:
-                        answer = await http.post("/v1/chat/completions", json=asked)
+                        async with alone:
+                            answer = await http.post("/v1/chat/completions", json=chat(ONE_WORD, large))
+                            n_large += 1
                     case 1:
                         answer = await http.post("/v1/chat/completions", json=chat(ONE_WORD, steering=steering))
                     case 2:
-                        answer = await http.post("/v1/features/inspect", json=looked_at)
+                        async with alone:
+                            answer = await http.post("/v1/features/inspect", json={"image": data_url(large)})
+                            n_large += 1
                     case 3:
                         answer = await http.post("/v1/chat/completions", json=chat(n=0))
                         assert answer.status_code == 400
