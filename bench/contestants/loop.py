@@ -3,8 +3,7 @@
 A DataLoader opens the images, the model's processor runs where batches are put together, a hook on the layer collects
 its CLS tokens, and a tensor is saved in the end. A way is `<backend>:<workers>`, the backend being `pil`, `torchvision`
 or, for versions of transformers that offer no choice, `own`. The answer is a JSON line of images per second, one for
-each way. Imports, the loading of the model and the first batches, for which workers start, do not count. Batches are
-those of the reference's script.
+each way; imports and the loading of the model do not count. Batches are those of the reference's script.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
 
 THREADS = 2
 BATCH = 128
-SKIPPED = 10
-"""Batches that are done before the rate is taken: one of each worker, where there are most."""
 
 
 class Files(torch.utils.data.Dataset):
@@ -67,13 +64,14 @@ def loop(model: Any, processor: Any, files: Files, layer: int, workers: int) -> 
         num_workers=workers,
         collate_fn=lambda images: processor(images=images, return_tensors="pt"),
     )
-    done = []
+    begun = time.perf_counter()
     with torch.no_grad():
         for batch in loader:
             model(**batch)
-            done.append(time.perf_counter())
+    activations = torch.cat(collected)
+    seconds = time.perf_counter() - begun
     hook.remove()
-    return torch.cat(collected), (len(files) - SKIPPED * BATCH) / (done[-1] - done[SKIPPED - 1])
+    return activations, len(files) / seconds
 
 
 if __name__ == "__main__":
