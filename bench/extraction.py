@@ -35,13 +35,13 @@ from sae_ray.jobs.cluster import connect
 from bench import environments
 from bench.contestants.loop import THREADS
 from bench.record import record
-from sae_ray.activations import ActivationStore, activation_table, write_part
 from sae_ray.encoders import load_encoder, load_preprocess
-from sae_ray.files import Folder
+from sae_ray.encoders.sites import Site
 from sae_ray.images import decode_image
-from sae_ray.plan import ExtractPlan, StudyPlan
-from sae_ray.sites import Site
-from sae_ray.study import Study
+from sae_ray.store.activations import ActivationStore, activation_table, write_part
+from sae_ray.store.files import Folder
+from sae_ray.study.config import Study
+from sae_ray.study.plan import ExtractPlan, StudyPlan
 from sae_ray.world import write_world
 from sae_ray.world.render import SIDE, render
 

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from bench.contestants import ours
 from bench.contestants.worker import Settings
 from bench.record import Table, record
-from sae_ray.encoders.base import Encoder, EncoderInfo, Tower
+from sae_ray.encoders.base import Encoder, Tower
+from sae_ray.encoders.info import EncoderInfo
+from sae_ray.encoders.sites import Site
 from sae_ray.encoders.transformers_models import blocks_of
 from sae_ray.sae import SAE
-from sae_ray.sites import Site
 from sae_ray.steering.interventions import Intervention, LatentEdit
 from sae_ray.steering.llava import Llava
 

@@ -87,9 +87,9 @@ def prepare(scratch: Path) -> tuple[Path, Path, list[bytes]]:
     from sae_ray.jobs import extract, score, train
     from sae_ray.jobs.options import remember
 
-    from sae_ray.files import Folder
-    from sae_ray.plan import StudyPlan
-    from sae_ray.study import Study
+    from sae_ray.store.files import Folder
+    from sae_ray.study.config import Study
+    from sae_ray.study.plan import StudyPlan
     from sae_ray.world import write_world
 
     world, llava, root = scratch / "world", scratch / "llava", scratch / "root"

@@ -27,12 +27,12 @@ from bench.contestants import ours
 from bench.contestants.worker import PARTS, Settings
 from bench.record import Table, record
 from jobs import train as job
-from sae_ray.activations import ActivationStore, activation_table, write_part
-from sae_ray.files import Folder
 from sae_ray.sae import Cell, CellTrainer, TrainingConfig
 from sae_ray.sae.training import geometric_median
-from sae_ray.steps import Step
-from sae_ray.stream import TrainingStream
+from sae_ray.store.activations import ActivationStore, activation_table, write_part
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step
+from sae_ray.store.stream import TrainingStream
 
 ROOT = Path(__file__).parent.parent
 D_IN, K, BATCH, THREADS = 512, 20, 1024, 2

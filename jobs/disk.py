@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sae_ray.errors import SaeRayError
-from sae_ray.files import Folder
+from sae_ray.store.files import Folder
 
 SPARE = 1.1
 

@@ -19,7 +19,11 @@ from threading import Lock
 import numpy as np
 import pyarrow as pa
 
-from sae_ray.activations import (
+from sae_ray.encoders import Encoder, load_encoder, load_preprocess, site_width
+from sae_ray.encoders.sites import Site
+from sae_ray.errors import SaeRayError
+from sae_ray.images import BadImage, decode_image
+from sae_ray.store.activations import (
     REJECTS_SCHEMA,
     activation_table,
     finished_parts,
@@ -27,14 +31,10 @@ from sae_ray.activations import (
     remove_orphans,
     write_part,
 )
-from sae_ray.encoders import Encoder, load_encoder, load_preprocess, site_width
-from sae_ray.errors import SaeRayError
-from sae_ray.files import Folder
-from sae_ray.images import BadImage, decode_image
-from sae_ray.plan import ExtractPlan, ImagePlan, StudyPlan
-from sae_ray.sites import Site
-from sae_ray.steps import hold
-from sae_ray.study import ExtractResources
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import hold
+from sae_ray.study.config import ExtractResources
+from sae_ray.study.plan import ExtractPlan, ImagePlan, StudyPlan
 
 from .cluster import connect, gpus_or_default, n_cpus, n_gpus, require
 from .disk import check_disk

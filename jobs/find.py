@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from sae_ray.activations import ActivationStore
+from sae_ray.concepts.labelling import image_classes, label_concepts, mean_embeddings, search
+from sae_ray.encoders.text import load_text_encoder
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.plan import StudyPlan
-from sae_ray.steering.concepts import image_classes, label_concepts, mean_embeddings, search
 from sae_ray.steering.interventions import load_max_token
-from sae_ray.steering.text import load_text_encoder
+from sae_ray.store.activations import ActivationStore
+from sae_ray.study.plan import StudyPlan
 
 from . import extract
 

@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 from sae_ray.errors import UsageError
-from sae_ray.files import Folder
-from sae_ray.plan import StudyPlan
-from sae_ray.study import Study, field_help
+from sae_ray.store.files import Folder
+from sae_ray.study.config import Study, field_help
+from sae_ray.study.plan import StudyPlan
 
 REMEMBERED = "study.json"
 SHORTHANDS = {

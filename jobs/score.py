@@ -16,15 +16,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from sae_ray.activations import ActivationStore
 from sae_ray.errors import SaeRayError
-from sae_ray.files import Folder
-from sae_ray.plan import ScorePlan, StudyPlan
 from sae_ray.sae import SAE, load_sae
-from sae_ray.scores import histogram_table, image_blocks, read_block, score_table, top_images_table
-from sae_ray.statistics import BlockImages, Entries, NeuronStats, neuron_blocks
-from sae_ray.steps import hold
-from sae_ray.study import ScoreResources
+from sae_ray.scores.scoring import histogram_table, image_blocks, read_block, score_table, top_images_table
+from sae_ray.scores.statistics import BlockImages, Entries, NeuronStats, neuron_blocks
+from sae_ray.store.activations import ActivationStore
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import hold
+from sae_ray.study.config import ScoreResources
+from sae_ray.study.plan import ScorePlan, StudyPlan
 
 from .cluster import connect, n_cpus, n_gpus, require, user_error
 from .disk import check_disk

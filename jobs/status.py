@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_ray.activations import finished_parts
-from sae_ray.plan import StudyPlan
+from sae_ray.store.activations import finished_parts
+from sae_ray.study.plan import StudyPlan
 
 from .disk import readable
 

@@ -15,18 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from sae_ray.activations import ActivationStore
+from sae_ray.concepts.labelling import Concept, image_classes, label_concepts, mean_embeddings
+from sae_ray.concepts.naming import class_names
+from sae_ray.encoders.text import load_text_encoder
 from sae_ray.errors import SaeRayError
-from sae_ray.files import Folder
 from sae_ray.images import decode_image
-from sae_ray.plan import ImagePlan, ScorePlan, SteeringPlan, StudyPlan
 from sae_ray.sae import load_sae
-from sae_ray.steering.concepts import Concept, image_classes, label_concepts, mean_embeddings
+from sae_ray.steering.config import Steering
 from sae_ray.steering.diffmean import ClassSums, class_sums, diffmean
 from sae_ray.steering.evaluation import Yardstick, answer_table, best_scales, concept_table, rates, texts
 from sae_ray.steering.interventions import load_max_token
 from sae_ray.steering.llava import load_llava
-from sae_ray.steering.naming import class_names
 from sae_ray.steering.protocol import (
     WHITE,
     Question,
@@ -38,9 +37,11 @@ from sae_ray.steering.protocol import (
     usable_images,
 )
 from sae_ray.steering.respondent import Respondent
-from sae_ray.steering.text import load_text_encoder
-from sae_ray.steps import hold
-from sae_ray.study import Steering, SteerResources
+from sae_ray.store.activations import ActivationStore
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import hold
+from sae_ray.study.config import SteerResources
+from sae_ray.study.plan import ImagePlan, ScorePlan, SteeringPlan, StudyPlan
 
 from .cluster import connect, gpus_or_default, n_gpus, require, user_error
 from .disk import check_disk

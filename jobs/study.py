@@ -6,12 +6,12 @@ import math
 import time
 from dataclasses import asdict
 
-from sae_ray.files import Folder
-from sae_ray.plan import StudyPlan
 from sae_ray.report import REPORT, write_report
 from sae_ray.steering.evaluation import rate_lines
-from sae_ray.study import Study
-from sae_ray.summary import compare, summarise, table_lines
+from sae_ray.store.files import Folder
+from sae_ray.study.config import Study
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.summary import compare, summarise, table_lines
 
 from . import extract, score, steering, train
 from .disk import readable

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from sae_ray.activations import ActivationStore
-from sae_ray.checkpoints import newest_checkpoint, save_checkpoint
 from sae_ray.errors import SaeRayError
-from sae_ray.files import Folder
-from sae_ray.plan import StudyPlan, TrainPlan
 from sae_ray.sae import Cell, CellTrainer, NonFiniteLoss, evaluate, save_sae
-from sae_ray.steps import Step, digest, hold
-from sae_ray.stream import TrainingStream
+from sae_ray.store.activations import ActivationStore
+from sae_ray.store.checkpoints import newest_checkpoint, save_checkpoint
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step, digest, hold
+from sae_ray.store.stream import TrainingStream
+from sae_ray.study.plan import StudyPlan, TrainPlan
 
 from .cluster import connect, gpus_or_default, n_gpus, require, user_error
 from .disk import check_disk

@@ -12,17 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sae_ray.activations import ActivationStore
-from sae_ray.encoders.base import EncoderInfo
+from sae_ray.concepts.labelling import Concept, image_classes, label_concepts, mean_embeddings
+from sae_ray.concepts.naming import class_names
+from sae_ray.encoders.info import EncoderInfo
+from sae_ray.encoders.text import TextEncoder, load_text_encoder
 from sae_ray.errors import UsageError
-from sae_ray.files import Folder
 from sae_ray.images import decode_image
-from sae_ray.plan import ImagePlan, StudyPlan, TrainPlan
 from sae_ray.steering import load_max_token
-from sae_ray.steering.concepts import Concept, image_classes, label_concepts, mean_embeddings
 from sae_ray.steering.llava import describe_llava
-from sae_ray.steering.naming import class_names
-from sae_ray.steering.text import TextEncoder, load_text_encoder
+from sae_ray.store.activations import ActivationStore
+from sae_ray.store.files import Folder
+from sae_ray.study.plan import ImagePlan, StudyPlan, TrainPlan
 
 from .config import open_study
 

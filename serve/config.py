@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.files import Folder
-from sae_ray.study import Study
+from sae_ray.store.files import Folder
+from sae_ray.study.config import Study
 
 Engine = Literal["transformers", "vllm"]
 API_KEY = "SAE_RAY_API_KEY"

@@ -14,9 +14,9 @@ import torch
 from ray import serve
 
 from sae_ray.errors import UsageError
-from sae_ray.files import Folder
 from sae_ray.sae import SAE, load_sae
 from sae_ray.steering import Intervention, LatentEdit, TowerEdit, load_llava, load_max_token
+from sae_ray.store.files import Folder
 
 from .config import ServeConfig
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from sae_ray.activations import ActivationStore, activation_table, write_part
-from sae_ray.files import Folder
-from sae_ray.plan import StudyPlan
-from sae_ray.steps import Step
+from sae_ray.store.activations import ActivationStore, activation_table, write_part
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step
+from sae_ray.study.plan import StudyPlan
 
 settings.register_profile(
     "sae-ray", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True

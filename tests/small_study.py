@@ -9,16 +9,16 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from sae_ray.activations import REJECTS_SCHEMA, ActivationStore, activation_table, write_part
 from sae_ray.encoders import load_encoder, load_preprocess
-from sae_ray.files import Folder
 from sae_ray.images import BadImage, decode_image
-from sae_ray.plan import ExtractPlan, ScorePlan, SteeringPlan, StudyPlan, TrainPlan
 from sae_ray.sae import SAE, load_sae, save_sae
-from sae_ray.scores import histogram_table, score_store, score_table, top_images_table
+from sae_ray.scores.scoring import histogram_table, score_store, score_table, top_images_table
 from sae_ray.steering.evaluation import ANSWERS_SCHEMA, CONCEPTS_SCHEMA, rates
 from sae_ray.steering.protocol import WHITE
-from sae_ray.study import Study
+from sae_ray.store.activations import REJECTS_SCHEMA, ActivationStore, activation_table, write_part
+from sae_ray.store.files import Folder
+from sae_ray.study.config import Study
+from sae_ray.study.plan import ExtractPlan, ScorePlan, SteeringPlan, StudyPlan, TrainPlan
 
 LABELS = ("red", "green", "<b>&blue\"'")
 COLOURS = ((220, 40, 40), (40, 180, 60), (50, 70, 220))

@@ -21,19 +21,19 @@ FORBIDDEN = {
 }
 COMMAND_LINE = ("jobs.cli", "sae_ray.serve.local.")
 """The command line lends its name to the command of the room beside it, when that is called."""
+ROOMS = ("store", "images", "encoders", "sae", "scores", "concepts", "steering", "study", "report", "world")
+"""From the ground up: a room may import those before it, and the modules beside the rooms."""
 NUMERIC_ROOMS = (
     "sae_ray",
-    "sae_ray.activations",
-    "sae_ray.checkpoints",
-    "sae_ray.encoders",
-    "sae_ray.files",
-    "sae_ray.sae",
-    "sae_ray.scores",
-    "sae_ray.sites",
-    "sae_ray.statistics",
-    "sae_ray.steps",
-    "sae_ray.steering",
-    "sae_ray.stream",
+    "sae_ray.concepts.labelling",
+    "sae_ray.encoders.loading",
+    "sae_ray.sae.training",
+    "sae_ray.scores.scoring",
+    "sae_ray.steering.interventions",
+    "sae_ray.steering.llava",
+    "sae_ray.store.activations",
+    "sae_ray.store.checkpoints",
+    "sae_ray.store.stream",
 )
 NOT_NEEDED = (
     "PIL",
@@ -125,11 +125,29 @@ def test_imports_point_downwards(room: str):
     assert violations(ROOT / room) == []
 
 
+def room_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else None
+
+
+def upward(graph: dict[str, set[str]]) -> list[str]:
+    """Imports of the science that go from a room to one above it."""
+    return [
+        f"{module}: {other}"
+        for module, others in graph.items()
+        for other in others
+        if room_of(other) and (room_of(module) is None or ROOMS.index(room_of(other)) > ROOMS.index(room_of(module)))
+    ]
+
+
 def test_the_rooms_of_the_science_have_an_order():
     graph = import_graph(ROOT / "sae_ray")
-    assert "sae_ray.errors" in graph["sae_ray.files"]  # the graph is not empty
-    assert "sae_ray.sae" in graph["sae_ray.study"]  # `from sae_ray.sae.config import …` runs the package first
+    assert "sae_ray.errors" in graph["sae_ray.store.files"]  # the graph is not empty
+    assert "sae_ray.sae.config" in graph["sae_ray.study.config"]
     TopologicalSorter(graph).prepare()
+    assert upward(graph) == []
+    folders = {path.name for path in (ROOT / "sae_ray").iterdir() if (path / "__init__.py").exists()}
+    assert folders == set(ROOMS)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +167,9 @@ def test_the_rooms_of_the_science_have_an_order():
 def test_an_import_that_points_upwards_is_seen(tmp_path: Path, room: str, statement: str):
     (tmp_path / room).mkdir()
     (tmp_path / room / "__init__.py").touch()
-    (tmp_path / room / "ok.py").write_text("import pyarrow\nfrom sae_ray.files import Folder\nfrom . import other\n")
+    (tmp_path / room / "ok.py").write_text(
+        "import pyarrow\nfrom sae_ray.store.files import Folder\nfrom . import other\n"
+    )
     assert violations(tmp_path / room) == []
     (tmp_path / room / "bad.py").write_text(statement)
     assert len(violations(tmp_path / room)) == 1
@@ -160,13 +180,13 @@ def test_a_circle_of_imports_is_seen(tmp_path: Path):
     (room / "sae").mkdir(parents=True)
     (room / "__init__.py").touch()
     (room / "sae" / "__init__.py").write_text("from sae_ray.sae.model import SAE")
-    (room / "sae" / "model.py").write_text("def f():\n    import sae_ray.study")
+    (room / "sae" / "model.py").write_text("def f():\n    import sae_ray.study.config")
     (room / "study.py").write_text(
         "from typing import TYPE_CHECKING\nfrom sae_ray.sae.model import SAE\n"
-        "if TYPE_CHECKING:\n    import sae_ray.study"
+        "if TYPE_CHECKING:\n    import sae_ray.study.config"
     )
     TopologicalSorter(import_graph(room)).prepare()
-    (room / "sae" / "model.py").write_text("class SAE:\n    import sae_ray.study")
+    (room / "sae" / "model.py").write_text("class SAE:\n    import sae_ray.study.config")
     with pytest.raises(CycleError):
         TopologicalSorter(import_graph(room)).prepare()
 

@@ -1,91 +1,32 @@
 """Encoders: vision towers of transformers and open_clip, named by a specification string and tapped at sites.
 
-The forms of a specification:
+An encoder is described without its weights (`describe_encoder`), loaded (`load_encoder`), and tapped at many sites in
+one forward pass. A family of models is a module of its own; no layer's forward is re-implemented."""
 
-- `openai/clip-vit-large-patch14-336`: a model id on the hub, loaded by transformers, pinned by `revision`;
-- `/models/clip`, `~/models/clip`: a directory in the transformers format;
-- `open_clip:ViT-B-32/laion2b_s34b_b79k`: an open_clip architecture and the tag of its pretrained weights;
-- `open_clip:local-dir:/models/judge`: a directory with `open_clip_config.json` and weights.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sae_ray.encoders.base import (
-    Encoder,
-    EncoderInfo,
-    Tapped,
-    check_site,
-    placement,
-    rows_per_image,
-    site_width,
-)
+from sae_ray.lazy import exports
 
 if TYPE_CHECKING:
-    import numpy as np
-    from jaxtyping import UInt8
-    from PIL import Image
+    from sae_ray.encoders.base import Encoder as Encoder
+    from sae_ray.encoders.base import Tapped as Tapped
+    from sae_ray.encoders.base import placement as placement
+    from sae_ray.encoders.info import EncoderInfo as EncoderInfo
+    from sae_ray.encoders.info import check_site as check_site
+    from sae_ray.encoders.info import rows_per_image as rows_per_image
+    from sae_ray.encoders.info import site_width as site_width
+    from sae_ray.encoders.loading import describe_encoder as describe_encoder
+    from sae_ray.encoders.loading import load_encoder as load_encoder
+    from sae_ray.encoders.loading import load_preprocess as load_preprocess
+    from sae_ray.encoders.sites import Site as Site
+    from sae_ray.encoders.sites import select_tokens as select_tokens
 
-__all__ = [
-    "Encoder",
-    "EncoderInfo",
-    "Tapped",
-    "check_site",
-    "describe_encoder",
-    "load_encoder",
-    "load_preprocess",
-    "rows_per_image",
-    "site_width",
-]
-
-
-def _backend(model: str):
-    if model.startswith("open_clip:"):
-        from sae_ray.encoders import open_clip_models as backend
-    else:
-        from sae_ray.encoders import transformers_models as backend
-    return backend
-
-
-def describe_encoder(model: str, revision: str | None = None) -> EncoderInfo:
-    """What an encoder is, from its configuration alone; no weights are loaded, though those of a directory are hashed.
-
-    Raises:
-        UsageError: The encoder is unknown, out of reach, of no supported family, or not of the given revision.
-    """
-    return _backend(model).describe(model, revision)
-
-
-def load_preprocess(
-    model: str, revision: str | None = None, fast: bool = False
-) -> Callable[[Image.Image], UInt8[np.ndarray, "3 h w"]]:
-    """The encoder's own resizing and cropping of an RGB image; it pickles, and needs no weights.
-
-    Rescaling and normalisation follow on the device, in `Encoder.tap`. With `fast` images are resized by `fast_resize`,
-    unless the encoder wants more done to them than resizing and cropping.
-
-    Raises:
-        UsageError: As `describe_encoder`.
-    """
-    return _backend(model).preprocess(model, revision, fast)
-
-
-def load_encoder(model: str, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> Encoder:
-    """Loads an encoder's vision tower.
-
-    Args:
-        model: Its specification, as above.
-        revision: Pins the weights: give `EncoderInfo.revision` to get what was described, or an error.
-        device: A torch device.
-        dtype: What it computes in: `float32`, `bfloat16` or `float16`. Activations come as float32 in any case.
-
-    Raises:
-        UsageError: As `describe_encoder`; or the weights are missing, do not fit the configuration or are not
-            safetensors; or the device or dtype is not available.
-    """
-    place = placement(device, dtype)
-    backend = _backend(model)
-    info = backend.describe(model, revision)
-    return Encoder(info, backend.load(info, *place))
+__getattr__ = exports(
+    __name__,
+    {
+        "base": ["Encoder", "Tapped", "placement"],
+        "info": ["EncoderInfo", "check_site", "rows_per_image", "site_width"],
+        "loading": ["describe_encoder", "load_encoder", "load_preprocess"],
+        "sites": ["Site", "select_tokens"],
+    },
+)

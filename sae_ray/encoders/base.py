@@ -1,17 +1,17 @@
-"""What every encoder is to the rest of the program: a description, a check of sites, and a tap."""
+"""A loaded vision tower, tapped at sites."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, assert_never
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sae_ray.encoders.info import EncoderInfo, check_site
+from sae_ray.encoders.sites import Site, select_tokens
 from sae_ray.errors import UsageError
-from sae_ray.sites import Site, select_tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
@@ -31,90 +31,6 @@ def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         return torch.empty(0, device=device).device, DTYPES[dtype]
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device is {device!r}, which this machine does not offer ({error}); try cpu") from error
-
-
-@dataclass(frozen=True)
-class EncoderInfo:
-    """What is known of an encoder without its weights."""
-
-    model: str
-    """The specification it was asked for by."""
-    revision: str | None
-    """What pins the weights: the commit on the hub, the SHA-256 of a local directory's files, or open_clip's tag."""
-    family: str
-    """`clip`, `siglip`, `dinov2`, `dinov2_with_registers`, `llava` or `open_clip`."""
-    n_layers: int
-    """Blocks that have a residual stream; 0 for a convolutional tower."""
-    residual_width: int | None
-    """Width of the residual stream; None where there is none."""
-    projection_width: int | None
-    """Width of the image embedding shared with text; None where there is none."""
-    pooled_width: int | None
-    """Width of the pooler output; None where there is none."""
-    has_cls: bool
-    """Whether token 0 is a CLS token."""
-    n_registers: int
-    """Register tokens, which no site takes."""
-    n_tokens: int
-    """Length of the sequence without registers, with CLS."""
-    image_size: tuple[int, int]
-    """Height and width in pixels that the preprocessing yields."""
-
-    @property
-    def patch_grid(self) -> tuple[int, int]:
-        """Rows and columns of the patches, as the image's sides have them; of towers that have patches."""
-        n_patches = self.n_tokens - self.has_cls
-        rows = round((n_patches * self.image_size[0] / self.image_size[1]) ** 0.5)
-        return rows, n_patches // rows
-
-    def width(self, point: Literal["residual", "projection", "pooled"]) -> int | None:
-        match point:
-            case "residual":
-                return self.residual_width
-            case "projection":
-                return self.projection_width
-            case "pooled":
-                return self.pooled_width
-            case never:
-                assert_never(never)
-
-
-def check_site(info: EncoderInfo, site: Site) -> None:
-    """Refuses a site that the encoder does not have.
-
-    Raises:
-        UsageError: It names what there is instead.
-    """
-    if info.width(site.point) is None:
-        there = [point for point in ("residual", "projection", "pooled") if info.width(point) is not None]
-        raise UsageError(f"point is {site.point!r}, which {info.model} does not have; it has {', '.join(there)}")
-    if site.layer is not None and site.layer >= info.n_layers:
-        raise UsageError(
-            f"layer is {site.layer}, but {info.model} has {info.n_layers} layers; "
-            f"name one from 0 to {info.n_layers - 1}"
-        )
-    if site.tokens == "cls" and not info.has_cls:
-        raise UsageError(f"tokens is 'cls', but {info.model} has no CLS token; take mean, all or random:n")
-    if site.n_random is not None and site.n_random > info.n_tokens:
-        raise UsageError(
-            f"tokens is {site.tokens!r}, but {info.model} has {info.n_tokens} tokens per image; ask for at most those"
-        )
-
-
-def site_width(info: EncoderInfo, site: Site) -> int:
-    """`d_in` of the site's activations."""
-    check_site(info, site)
-    width = info.width(site.point)
-    assert width is not None
-    return width
-
-
-def rows_per_image(info: EncoderInfo, site: Site) -> int:
-    """How many activations the site gives per image."""
-    check_site(info, site)
-    if site.tokens == "all":
-        return info.n_tokens
-    return site.n_random or 1
 
 
 class Tapped(NamedTuple):

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from sae_ray.encoders.base import EncoderInfo, Tower
+from sae_ray.encoders.base import Tower
+from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.resizing import fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS, check_revision, directory_digest, local_directory
 from sae_ray.errors import UsageError

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sae_ray.encoders.base import EncoderInfo, Tower
+from sae_ray.encoders.base import Tower
 from sae_ray.encoders.hub import find, load_weights, refusing
+from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.resizing import fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS
 from sae_ray.errors import UsageError

@@ -1,5 +1,16 @@
 """The report of a study: a folder of static files to look at, opened from disk, without a network."""
 
-from sae_ray.report.write import REPORT, write_report
+from typing import TYPE_CHECKING
 
-__all__ = ["REPORT", "write_report"]
+from sae_ray.lazy import exports
+
+if TYPE_CHECKING:
+    from sae_ray.report.write import REPORT as REPORT
+    from sae_ray.report.write import write_report as write_report
+
+__getattr__ = exports(
+    __name__,
+    {
+        "write": ["REPORT", "write_report"],
+    },
+)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae_ray.images import BadImage, decode_image
-from sae_ray.plan import ImagePlan
+from sae_ray.study.plan import ImagePlan
 
 if TYPE_CHECKING:
     from jaxtyping import Int, UInt8

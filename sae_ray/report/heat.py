@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sae_ray.plan import ImagePlan, StudyPlan, TrainPlan
+from sae_ray.encoders.sites import Site
 from sae_ray.report.album import read_pixels
 from sae_ray.report.neurons import Neurons
-from sae_ray.sites import Site
+from sae_ray.study.plan import ImagePlan, StudyPlan, TrainPlan
 
 if TYPE_CHECKING:
     import torch

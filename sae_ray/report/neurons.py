@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sae_ray.plan import ImagePlan, ScorePlan, StudyPlan
-from sae_ray.scores import majority
-from sae_ray.statistics import HISTOGRAM_EDGES
+from sae_ray.scores.scoring import majority
+from sae_ray.scores.statistics import HISTOGRAM_EDGES
+from sae_ray.study.plan import ImagePlan, ScorePlan, StudyPlan
 
 if TYPE_CHECKING:
     import pyarrow as pa

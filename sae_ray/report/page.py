@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_ray.plan import StudyPlan
 from sae_ray.report import plots
 from sae_ray.report.album import SIDE, Album, thumbnail_size
 from sae_ray.report.data import PER_CHUNK
@@ -17,8 +16,9 @@ from sae_ray.report.heat import caution, why_none
 from sae_ray.report.neurons import Neurons
 from sae_ray.report.steering import SteeringResult, show
 from sae_ray.report.wording import count, duration, model_name, number, share
-from sae_ray.statistics import HISTOGRAM_EDGES
-from sae_ray.summary import BEST, CellSummary, compare
+from sae_ray.scores.statistics import HISTOGRAM_EDGES
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.summary import BEST, CellSummary, compare
 
 ASSETS = Path(__file__).parent / "assets"
 REJECTS_SHOWN = 200

@@ -14,8 +14,8 @@ import numpy as np
 
 from sae_ray.report.neurons import Neurons
 from sae_ray.sae.config import Cell
-from sae_ray.study import GridCell
-from sae_ray.summary import BEST, CellSummary
+from sae_ray.study.config import GridCell
+from sae_ray.study.summary import BEST, CellSummary
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -14,16 +14,16 @@ import numpy as np
 
 from sae_ray.encoders import load_preprocess
 from sae_ray.errors import SaeRayError
-from sae_ray.files import Folder
-from sae_ray.plan import StudyPlan
 from sae_ray.report.album import MOST, Album, thumbnail_size, write_sprites
 from sae_ray.report.data import WITH_NEIGHBOURS, write_captions, write_cell
 from sae_ray.report.heat import HeatMaps, heat_maps
 from sae_ray.report.neurons import Neurons, read_neurons
 from sae_ray.report.page import ASSETS, render
 from sae_ray.report.steering import SteeringResult, read_steering, write_steering
-from sae_ray.steps import Step, digest, hold
-from sae_ray.summary import summarise
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step, digest, hold
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.summary import summarise
 
 REPORT = "report"
 RECORD = "report.json"

@@ -1,25 +1,36 @@
-"""Sparse autoencoders: training them, using them, and what they look like on disk."""
+"""Sparse autoencoders: their architectures, training, use, and what they look like on disk.
 
-from sae_ray.sae.config import ArchitectureName, Cell, TrainingConfig
-from sae_ray.sae.formats import load_sae, save_sae
-from sae_ray.sae.metrics import Fidelity, FidelitySummary, LatentStatistics, evaluate
-from sae_ray.sae.model import SAE
-from sae_ray.sae.sparse import SparseCodes
-from sae_ray.sae.training import CellTrainer, NonFiniteLoss, StepMetrics
+`CellTrainer` trains one SAE of a grid; any number of them share a stream. `SAE` is a trained one, `load_sae` opens one,
+and `evaluate` measures how faithful it is."""
 
-__all__ = [
-    "SAE",
-    "ArchitectureName",
-    "Cell",
-    "CellTrainer",
-    "Fidelity",
-    "FidelitySummary",
-    "LatentStatistics",
-    "NonFiniteLoss",
-    "SparseCodes",
-    "StepMetrics",
-    "TrainingConfig",
-    "evaluate",
-    "load_sae",
-    "save_sae",
-]
+from typing import TYPE_CHECKING
+
+from sae_ray.lazy import exports
+
+if TYPE_CHECKING:
+    from sae_ray.sae.config import ArchitectureName as ArchitectureName
+    from sae_ray.sae.config import Cell as Cell
+    from sae_ray.sae.config import TrainingConfig as TrainingConfig
+    from sae_ray.sae.formats import load_sae as load_sae
+    from sae_ray.sae.formats import save_sae as save_sae
+    from sae_ray.sae.metrics import Fidelity as Fidelity
+    from sae_ray.sae.metrics import FidelitySummary as FidelitySummary
+    from sae_ray.sae.metrics import LatentStatistics as LatentStatistics
+    from sae_ray.sae.metrics import evaluate as evaluate
+    from sae_ray.sae.model import SAE as SAE
+    from sae_ray.sae.sparse import SparseCodes as SparseCodes
+    from sae_ray.sae.training import CellTrainer as CellTrainer
+    from sae_ray.sae.training import NonFiniteLoss as NonFiniteLoss
+    from sae_ray.sae.training import StepMetrics as StepMetrics
+
+__getattr__ = exports(
+    __name__,
+    {
+        "config": ["ArchitectureName", "Cell", "TrainingConfig"],
+        "formats": ["load_sae", "save_sae"],
+        "metrics": ["Fidelity", "FidelitySummary", "LatentStatistics", "evaluate"],
+        "model": ["SAE"],
+        "sparse": ["SparseCodes"],
+        "training": ["CellTrainer", "NonFiniteLoss", "StepMetrics"],
+    },
+)

@@ -16,9 +16,9 @@ import safetensors.torch
 import torch
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.files import Folder
 from sae_ray.sae.config import ArchitectureName
 from sae_ray.sae.model import SAE
+from sae_ray.store.files import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from sae_ray.activations import ActivationStore
+from sae_ray.store.activations import ActivationStore
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 import numpy as np
 import pyarrow as pa
 
-from sae_ray.steering.naming import first_synonym, names, words_of
+from sae_ray.concepts.naming import first_synonym, names, words_of
 from sae_ray.steering.protocol import SCALES, Kind, Question, Scales, Subjects
 
 if TYPE_CHECKING:

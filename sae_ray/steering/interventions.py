@@ -12,9 +12,9 @@ import pyarrow as pa
 import torch
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.files import Folder
 from sae_ray.sae.model import SAE
 from sae_ray.sae.sparse import Pattern
+from sae_ray.store.files import Folder
 
 if TYPE_CHECKING:
     from jaxtyping import Float

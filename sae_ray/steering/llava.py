@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from sae_ray.encoders.base import EncoderInfo, placement
+from sae_ray.encoders.base import placement
 from sae_ray.encoders.hub import find, load_weights, refusing
+from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.transformers_models import blocks_of, describe
 from sae_ray.errors import UsageError
 from sae_ray.steering.interventions import Intervention, TowerEdit

@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from sae_ray.steering.concepts import Concept, best_of_each
-from sae_ray.study import Steering, derived_seed
+from sae_ray.concepts.labelling import Concept, best_of_each
+from sae_ray.seeds import derived_seed
+from sae_ray.steering.config import Steering
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

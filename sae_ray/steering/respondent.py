@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_ray.sae import SAE
-    from sae_ray.study import Steering
+    from sae_ray.steering.config import Steering
 
 
 class Respondent:

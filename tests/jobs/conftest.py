@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sae_ray.files import Folder
-from sae_ray.plan import StudyPlan
-from sae_ray.study import Study
+from sae_ray.store.files import Folder
+from sae_ray.study.config import Study
+from sae_ray.study.plan import StudyPlan
 from sae_ray.world import write_world
 
 N_TRAIN = 500

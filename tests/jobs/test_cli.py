@@ -129,7 +129,7 @@ def test_a_disk_that_is_too_full(study_file, tmp_path, monkeypatch):
 
 
 def test_another_driver_at_work(study_file, make_plan, tmp_path):
-    from sae_ray.steps import hold
+    from sae_ray.store.steps import hold
 
     plan = make_plan(tmp_path / "root")
     with hold([plan.extracts[0].step]):

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from sae_ray.jobs import extract
 
-from sae_ray.activations import ActivationStore
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.files import Folder
 from sae_ray.images import decode_image
+from sae_ray.store.activations import ActivationStore
+from sae_ray.store.files import Folder
 
 
 def rows(folder: Folder) -> list[tuple[int, int, bytes]]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from sae_ray.files import Folder
 from sae_ray.sae import SAE, save_sae
+from sae_ray.store.files import Folder
 
 REPOSITORY = Path(__file__).parents[2]
 STEERED, STUDIED = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)

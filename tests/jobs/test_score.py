@@ -6,9 +6,9 @@ import torch
 from sae_ray.jobs import score
 
 from sae_ray import monosemanticity
-from sae_ray.activations import ActivationStore
 from sae_ray.errors import SaeRayError
 from sae_ray.sae import load_sae
+from sae_ray.store.activations import ActivationStore
 
 
 def dense(folder) -> tuple[np.ndarray, torch.Tensor]:
@@ -35,7 +35,9 @@ def test_scores_equal_a_dense_computation(finished, make_plan):
 
 
 def test_bits_do_not_depend_on_the_workers(ray_cluster, finished, make_plan, tmp_path, monkeypatch):
-    monkeypatch.setattr("sae_ray.scores.IMAGES_PER_BLOCK", 50)  # three blocks, so that there is something to fold
+    monkeypatch.setattr(
+        "sae_ray.scores.scoring.IMAGES_PER_BLOCK", 50
+    )  # three blocks, so that there is something to fold
     monkeypatch.setattr(score, "BLOCKS_PER_FOLD", 2)  # twice
     found = []
     for workers in (1, 4):

@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from sae_ray.jobs.cli import main
 
-from sae_ray.files import Folder
 from sae_ray.sae import SAE, load_sae, save_sae
 from sae_ray.steering import Intervention, LatentEdit, Llava, load_llava
+from sae_ray.store.files import Folder
 
 D_SAE = 64
 MAX_TOKEN = torch.linspace(0, 6.3, D_SAE, dtype=torch.float64)

@@ -15,8 +15,8 @@ from sae_ray.jobs.train import _bundles, train_cells
 
 from sae_ray.encoders import describe_encoder
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.plan import StudyPlan
 from sae_ray.steering.evaluation import rates
+from sae_ray.study.plan import StudyPlan
 from tests.small_study import finish_extract, finish_score
 
 OTHER = "What colour is it?"

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from sae_ray.files import Folder
-from sae_ray.plan import StudyPlan
-from sae_ray.study import Study
+from sae_ray.store.files import Folder
+from sae_ray.study.config import Study
+from sae_ray.study.plan import StudyPlan
 from sae_ray.world import write_world
 
 KEY = "a-key-for-tests"

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from sae_ray.serve.config import open_study
 
-from sae_ray.files import Folder
 from sae_ray.sae import load_sae
 from sae_ray.steering import Intervention, LatentEdit, Llava, load_llava, load_max_token
+from sae_ray.store.files import Folder
 
 from .conftest import ONE_WORD, OTHER, STEERS, chat, data_url, until, white
 

@@ -24,9 +24,9 @@ from sae_ray.serve.transformers_engine import TransformersEngine
 from sae_ray.serve.vllm_engine import VllmEngine
 from sae_ray.serve.wire import ImagePart, ImageUrl, Message, TextPart
 
-from sae_ray.files import Folder
 from sae_ray.sae import load_sae
 from sae_ray.steering import Intervention, LatentEdit, load_llava, load_max_token
+from sae_ray.store.files import Folder
 
 from .conftest import ONE_WORD, STEERS
 

@@ -1,0 +1,23 @@
+"""Concepts: what neurons mean, by the labels of the images that activate them most, or by a text like those."""
+
+from typing import TYPE_CHECKING
+
+from sae_ray.lazy import exports
+
+if TYPE_CHECKING:
+    from sae_ray.concepts.labelling import Concept as Concept
+    from sae_ray.concepts.labelling import best_of_each as best_of_each
+    from sae_ray.concepts.labelling import image_classes as image_classes
+    from sae_ray.concepts.labelling import label_concepts as label_concepts
+    from sae_ray.concepts.labelling import mean_embeddings as mean_embeddings
+    from sae_ray.concepts.labelling import search as search
+    from sae_ray.concepts.naming import class_names as class_names
+    from sae_ray.concepts.naming import class_of as class_of
+
+__getattr__ = exports(
+    __name__,
+    {
+        "labelling": ["Concept", "best_of_each", "image_classes", "label_concepts", "mean_embeddings", "search"],
+        "naming": ["class_names", "class_of"],
+    },
+)

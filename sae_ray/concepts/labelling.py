@@ -1,0 +1,148 @@
+"""Which neurons stand for a concept: by the labels of the images that activate them most, or by a text like them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from sae_ray.concepts.naming import class_of
+from sae_ray.scores.scoring import majority
+from sae_ray.store.activations import ActivationStore
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class Concept(NamedTuple):
+    """A live neuron and the class that most of its top images belong to."""
+
+    latent: int
+    """Its number; of raw neurons the coordinate."""
+    label: str | None
+    """The class, as `class_of` has it; None where none of the images is of any."""
+    purity: float
+    """Share of the top images that are of the class."""
+    n_firing: int
+    """Images it fires on."""
+    frequency: float
+    """Share of the images."""
+    max_token: float
+    """Its largest value on a token."""
+
+    @property
+    def support(self) -> tuple[int, int]:
+        """Sorts neurons by the images they fire on, most first; ties by number."""
+        return -self.n_firing, self.latent
+
+    def stands_for_its_class(self, min_images: int, min_purity: float) -> bool:
+        return self.label is not None and self.n_firing >= min_images and self.purity >= min_purity
+
+
+class Found(NamedTuple):
+    """What a text search found."""
+
+    concept: Concept
+    similarity: float
+    """Cosine of the text's embedding and the mean embedding of the neuron's top images."""
+
+
+def image_classes(manifest: pa.Table, ignored: Sequence[str] = ()) -> list[str | None]:
+    """The class of every image of a manifest; None without a label, or with one of the ignored."""
+    labels = manifest["label_name"].to_pylist()
+    return [None if label is None or label in ignored else class_of(label) for label in labels]
+
+
+def label_concepts(
+    scores: pa.Table,
+    top_images: pa.Table,
+    classes: Sequence[str | None],
+    max_token: Float[np.ndarray, " neurons"],
+) -> list[Concept]:
+    """What every live neuron stands for: one that fires on some image and has a `max_token` above 0.
+
+    Args:
+        scores, top_images: the tables of one scoring pass.
+        classes: of the images of that pass, by `image_index`.
+        max_token: per neuron.
+    """
+    known = sorted({label for label in classes if label is not None})
+    code_of = {label: code for code, label in enumerate(known)}
+    codes = np.array([-1 if label is None else code_of[label] for label in classes], np.int64)
+
+    n_firing, frequency = scores["n_firing"].to_numpy(), scores["frequency"].to_numpy()
+    neuron, image = (top_images[name].to_numpy() for name in ("neuron", "image_index"))
+    code, purity = majority(neuron, codes[image], len(n_firing))
+    return [
+        Concept(
+            latent,
+            None if code[latent] < 0 else known[code[latent]],
+            float(purity[latent]),
+            int(n_firing[latent]),
+            float(frequency[latent]),
+            float(max_token[latent]),
+        )
+        for latent in np.flatnonzero((n_firing > 0) & (max_token > 0)).tolist()
+    ]
+
+
+def best_of_each(concepts: Sequence[Concept]) -> list[Concept]:
+    """Of each class the concept with the highest `max_token` times `frequency`, the best of all first."""
+
+    def order(concept: Concept) -> tuple[float, int]:
+        return -concept.max_token * concept.frequency, concept.latent
+
+    best: dict[str | None, Concept] = {}
+    for concept in sorted(concepts, key=order):
+        best.setdefault(concept.label, concept)
+    return list(best.values())
+
+
+def mean_embeddings(
+    top_images: pa.Table, embeddings: ActivationStore, neurons: Sequence[int]
+) -> Float[np.ndarray, "neurons d"]:
+    """The direction of the mean unit embedding of each neuron's top images: a unit vector, NaN without top images.
+
+    Args:
+        top_images: of the scoring pass.
+        embeddings: of the same images, `projection` of the model that texts are compared by.
+        neurons: whose embeddings are wanted.
+    """
+    top_neuron, top_image = top_images["neuron"].to_numpy(), top_images["image_index"].to_numpy()
+    position = np.full(max(int(top_neuron.max(initial=0)), *neurons, 0) + 1, -1)
+    position[list(neurons)] = np.arange(len(neurons))
+    row = position[top_neuron]
+    row, image = row[row >= 0], top_image[row >= 0]
+    order = np.argsort(image, kind="stable")
+    row, image = row[order], image[order]
+    total = np.zeros((len(neurons), embeddings.d))
+    for number in range(len(embeddings.parts)):
+        index, _, vectors = embeddings.read(number)
+        if not len(index):
+            continue
+        first, last = np.searchsorted(image, (index[0], index[-1] + 1))
+        vectors = _unit(vectors[np.searchsorted(index, image[first:last])].astype(np.float64))
+        np.add.at(total, row[first:last], vectors)
+    return _unit(total)
+
+
+def search(
+    text: Float[np.ndarray, " d"], means: Float[np.ndarray, "concepts d"], concepts: Sequence[Concept]
+) -> list[Found]:
+    """Neurons in the order of how much their top images are like a text, best first.
+
+    Args:
+        text: its unit embedding.
+        means: `mean_embeddings` of the neurons.
+        concepts: those neurons.
+    """
+    similarity = means @ text.astype(np.float64)
+    found = [Found(concept, value) for concept, value in zip(concepts, similarity.tolist(), strict=True)]
+    return sorted(found, key=lambda one: (-one.similarity, one.concept.latent))
+
+
+def _unit(vectors: Float[np.ndarray, "rows d"]) -> Float[np.ndarray, "rows d"]:
+    with np.errstate(invalid="ignore"):
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

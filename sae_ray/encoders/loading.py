@@ -1,0 +1,72 @@
+"""Opening an encoder by its specification string.
+
+The forms of a specification:
+
+- `openai/clip-vit-large-patch14-336`: a model id on the hub, loaded by transformers, pinned by `revision`;
+- `/models/clip`, `~/models/clip`: a directory in the transformers format;
+- `open_clip:ViT-B-32/laion2b_s34b_b79k`: an open_clip architecture and the tag of its pretrained weights;
+- `open_clip:local-dir:/models/judge`: a directory with `open_clip_config.json` and weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sae_ray.encoders.base import Encoder, placement
+from sae_ray.encoders.info import EncoderInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import UInt8
+    from PIL import Image
+
+
+def _backend(model: str):
+    if model.startswith("open_clip:"):
+        from sae_ray.encoders import open_clip_models as backend
+    else:
+        from sae_ray.encoders import transformers_models as backend
+    return backend
+
+
+def describe_encoder(model: str, revision: str | None = None) -> EncoderInfo:
+    """What an encoder is, from its configuration alone; no weights are loaded, though those of a directory are hashed.
+
+    Raises:
+        UsageError: The encoder is unknown, out of reach, of no supported family, or not of the given revision.
+    """
+    return _backend(model).describe(model, revision)
+
+
+def load_preprocess(
+    model: str, revision: str | None = None, fast: bool = False
+) -> Callable[[Image.Image], UInt8[np.ndarray, "3 h w"]]:
+    """The encoder's own resizing and cropping of an RGB image; it pickles, and needs no weights.
+
+    Rescaling and normalisation follow on the device, in `Encoder.tap`. With `fast` images are resized by `fast_resize`,
+    unless the encoder wants more done to them than resizing and cropping.
+
+    Raises:
+        UsageError: As `describe_encoder`.
+    """
+    return _backend(model).preprocess(model, revision, fast)
+
+
+def load_encoder(model: str, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> Encoder:
+    """Loads an encoder's vision tower.
+
+    Args:
+        model: Its specification, as above.
+        revision: Pins the weights: give `EncoderInfo.revision` to get what was described, or an error.
+        device: A torch device.
+        dtype: What it computes in: `float32`, `bfloat16` or `float16`. Activations come as float32 in any case.
+
+    Raises:
+        UsageError: As `describe_encoder`; or the weights are missing, do not fit the configuration or are not
+            safetensors; or the device or dtype is not available.
+    """
+    place = placement(device, dtype)
+    backend = _backend(model)
+    info = backend.describe(model, revision)
+    return Encoder(info, backend.load(info, *place))

@@ -1,0 +1,134 @@
+"""Decoding one image file."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae_ray.errors import SaeRayError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PIXEL_LIMIT = 178_956_970
+"""Pixels above which an image is refused unread: where Pillow itself stops warning and raises."""
+
+ASPECT_LIMIT = 200
+"""Longest side over shortest above which an image is refused: resizing the shortest side to a model's input size makes
+the longest one as many times larger, so that a strip of 1 × 60 000 pixels would fill the memory."""
+
+
+class BadImage(SaeRayError):
+    """A file that is not a usable image. `reason` is short and stable: it is what the rejects table holds."""
+
+    @property
+    def reason(self) -> str:
+        return str(self)
+
+
+def decode_image(data: bytes, max_pixels: int = PIXEL_LIMIT, at_least: int | None = None) -> Image.Image:
+    """Decodes a JPEG, PNG or WebP file to RGB, upright as its EXIF orientation says; of an animation the first frame.
+
+    Colours are taken as CLIP's own preprocessing takes them (`convert("RGB")`): transparency is dropped rather than
+    composed over a background, palettes are resolved, CMYK is converted. 16-bit gray is scaled to 8 bits, where Pillow
+    alone would clip it.
+
+    Args:
+        data: The file.
+        max_pixels: More are refused, by the header alone.
+        at_least: A JPEG may come reduced to a half, quarter or eighth, whichever is the smallest whose sides have at
+            least so many pixels.
+
+    Raises:
+        BadImage: `zero bytes`, `not an image`, `unsupported format: …`, `truncated`, `pixel bomb: WxH`,
+            `aspect ratio: WxH`, or `unreadable: …` with the decoder's own words.
+    """
+    if not data:
+        raise BadImage("zero bytes")
+    image = _open(data)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage(f"pixel bomb: {width}x{height}")
+    if max(width, height) > ASPECT_LIMIT * min(width, height):
+        raise BadImage(f"aspect ratio: {width}x{height}")
+    try:
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        image.load()
+        return _upright(_to_rgb(image), image)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever a damaged file makes them raise
+        raise BadImage(_reason(error)) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    """Reads the header only. The readers are called directly, since `Image.open` hides the size of a pixel bomb."""
+    from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+    if data.startswith(b"\xff\xd8\xff"):
+        reader = JpegImagePlugin.JpegImageFile
+    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        reader = PngImagePlugin.PngImageFile
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        if len(data) < int.from_bytes(data[4:8], "little") + 8:
+            raise BadImage("truncated")
+        reader = WebPImagePlugin.WebPImageFile
+    else:
+        raise BadImage(_other_format(data))
+    stream = BytesIO(data)
+    try:
+        return reader(stream, "")
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"pixel bomb: {error}") from error
+    except Exception as error:
+        # A header that breaks off leaves the reader at the end of the file.
+        raise BadImage("truncated" if stream.tell() >= len(data) else _reason(error)) from error
+
+
+def _other_format(data: bytes) -> str:
+    from PIL import Image
+
+    try:
+        return f"unsupported format: {Image.open(BytesIO(data)).format}"
+    except Exception:  # whatever a foreign reader trips over, this is no image of ours
+        return "not an image"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode == "RGB":
+        return image  # as it is, where convert() would copy it
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.float64)
+        return Image.fromarray(np.rint(wide / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the direct way to RGB warns
+    return image.convert("RGB")
+
+
+def _upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
+    from PIL import ExifTags, Image
+
+    try:
+        orientation = source.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken metadata does not spoil the picture
+        orientation = 1
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(orientation)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _reason(error: Exception) -> str:
+    message = str(error) or type(error).__name__
+    return "truncated" if "truncated" in message.lower() else f"unreadable: {message.splitlines()[0][:80]}"

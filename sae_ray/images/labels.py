@@ -1,0 +1,148 @@
+"""Labels of an image folder, from its sub-folders or from a file.
+
+Forms of `labels`:
+
+- `none`: no labels.
+- `auto`: when every image lies in a sub-folder, its class is the path of that sub-folder, without the leading
+  components that all images share. So `n01440764/x.JPEG` (ImageNet) is of class `n01440764`, `train/n01440764/x.JPEG`
+  too if nothing lies outside `train`, `00000_Animalia_…/x.jpg` (iNaturalist) is of class `00000_Animalia_…`, and
+  `a/abbey/x.jpg` (Places365) of class `a/abbey`. A folder with images at its top is unlabelled.
+- a CSV file with a header that has `image_id` (the relative path) and `label` (the class name; empty for none). Every
+  image must have a row; rows of absent images are ignored.
+- Kaggle's `LOC_val_solution.csv` (`ImageId,PredictionString`: the file's name without extension; the first word is its
+  synset). With `LOC_synset_mapping.txt` beside it a class is named by the line there (`n02012849 crane`; the synset
+  stays in the name, as ImageNet has two cranes).
+- the ILSVRC devkit's `ILSVRC2012_validation_ground_truth.txt`: one class number per line, in the order of the sorted
+  file names. The number is the class name.
+
+An *image* here is a file named like one (`.jpg`, `.jpeg`, `.png`, `.webp`); in a folder that has none, any file. Other
+files are labelled only where a sub-folder or a row labels them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from sae_ray.errors import UsageError
+from sae_ray.store.files import Folder, parent_and_name
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+SYNSET_MAPPING = "LOC_synset_mapping.txt"
+FORMS = (
+    "labels must be auto, none, or the path of a CSV file with the header image_id,label, of Kaggle's "
+    "LOC_val_solution.csv, or of the devkit's ILSVRC2012_validation_ground_truth.txt"
+)
+
+
+def read_labels(labels: str, folder: Folder, paths: list[str]) -> tuple[list[str], list[str | None]]:
+    """The files of `folder` that are not label files, and the class name of each.
+
+    Args:
+        labels: One of the forms above.
+        folder: The image folder.
+        paths: Its files, sorted, relative.
+
+    Raises:
+        UsageError: The label file is missing, is none of the forms or does not fit the images.
+    """
+    if labels == "none":
+        return paths, [None] * len(paths)
+    if labels == "auto":
+        return paths, _from_folders(paths)
+
+    parent, name = parent_and_name(labels)
+    if not parent.exists(name):
+        raise UsageError(f"the label file {labels} does not exist; {FORMS}")
+    label_files = {parent.path_of(name), parent.path_of(SYNSET_MAPPING)}
+    image_ids = [path for path in paths if folder.path_of(path) not in label_files]
+    try:
+        text = parent.read_bytes(name).decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"the label file {labels} cannot be read ({error}); {FORMS}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{labels} is not UTF-8 text ({error}); {FORMS}") from error
+    match PurePosixPath(name).suffix.lower():
+        case ".csv":
+            named = _from_csv(labels, text, parent, image_ids)
+        case ".txt":
+            named = _from_devkit(labels, text, image_ids)
+        case _:
+            raise UsageError(f"labels is {labels!r}; {FORMS}")
+    return image_ids, [named.get(image_id) for image_id in image_ids]
+
+
+def _images(paths: list[str]) -> list[str]:
+    return [path for path in paths if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES] or paths
+
+
+def _from_folders(paths: list[str]) -> list[str | None]:
+    parents = [path.rpartition("/")[0].split("/") for path in _images(paths)]
+    if not parents or [""] in parents:
+        return [None] * len(paths)
+    # Where all images lie in one folder, its own name is the class.
+    last = min(len(parent) for parent in parents) - 1
+    shared = next((i for i in range(last) if len({parent[i] for parent in parents}) > 1), last)
+    return ["/".join(path.split("/")[shared:-1]) or None for path in paths]
+
+
+def _from_csv(file: str, text: str, parent: Folder, image_ids: list[str]) -> dict[str, str]:
+    rows = csv.DictReader(io.StringIO(text), strict=True)
+    header = rows.fieldnames or []
+    try:
+        if {"image_id", "label"} <= set(header):
+            names = {image_id: label or None for image_id, label in _rows(file, rows, "image_id", "label")}
+            keys = {image_id: image_id for image_id in image_ids}
+        elif {"ImageId", "PredictionString"} <= set(header):
+            synsets = _synsets(parent)
+            pairs = _rows(file, rows, "ImageId", "PredictionString")
+            firsts = {image_id: (boxes.split() or [""])[0] for image_id, boxes in pairs}
+            names = {image_id: synsets.get(synset, synset) or None for image_id, synset in firsts.items()}
+            keys = {image_id: PurePosixPath(image_id).stem for image_id in image_ids}
+        else:
+            raise UsageError(f"{file} has the columns {', '.join(header) or '(none)'}; {FORMS}")
+    except csv.Error as error:
+        raise UsageError(f"{file}, row {rows.reader.line_num}: {error}; mend the row") from error
+    for image_id in _images(image_ids):
+        if keys[image_id] not in names:
+            raise UsageError(
+                f"{file} has no row for the image {image_id}; "
+                f"add the row {keys[image_id]!r}, with an empty label if it has none"
+            )
+    return {image_id: name for image_id, key in keys.items() if (name := names.get(key)) is not None}
+
+
+def _rows(file: str, rows: csv.DictReader, key: str, value: str) -> Iterator[tuple[str, str]]:
+    seen = set()
+    for row in rows:
+        if row[key] is None or row[value] is None:
+            raise UsageError(f"{file}, row {rows.line_num}: it has no {value}; give each row all the header's columns")
+        if row[key] in seen:
+            raise UsageError(f"{file}, row {rows.line_num}: {row[key]!r} has a row already; keep one of them")
+        seen.add(row[key])
+        yield row[key], row[value].strip()
+
+
+def _synsets(parent: Folder) -> dict[str, str]:
+    if not parent.exists(SYNSET_MAPPING):
+        return {}
+    lines = parent.read_bytes(SYNSET_MAPPING).decode().splitlines()
+    return {line.split()[0]: line.strip() for line in lines if line.strip()}
+
+
+def _from_devkit(file: str, text: str, image_ids: list[str]) -> dict[str, str]:
+    numbers = text.split("\n")
+    if numbers[-1] == "":
+        numbers.pop()
+    for row, number in enumerate(numbers, start=1):
+        if not number.strip().isdecimal():
+            raise UsageError(f"{file}, row {row}: {number!r} is not a class number; {FORMS}")
+    images = sorted(_images(image_ids), key=lambda path: PurePosixPath(path).name.encode())
+    if len(numbers) != len(images):
+        raise UsageError(
+            f"{file} has {len(numbers)} rows for {len(images)} images; it labels by order, so the folder must hold "
+            "exactly the images it was made for; name a CSV file with the header image_id,label for a part of them"
+        )
+    return dict(zip(images, (str(int(number)) for number in numbers), strict=True))

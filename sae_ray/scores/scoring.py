@@ -1,0 +1,210 @@
+"""Scoring one SAE, or the raw activations, on one image set: fixed blocks in, three tables out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.scores.statistics import (
+    HISTOGRAM_EDGES,
+    IMAGES_PER_BLOCK,
+    BlockImages,
+    Entries,
+    NeuronStats,
+    neuron_blocks,
+    pool_tokens,
+)
+from sae_ray.store.activations import ActivationStore
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    from sae_ray.sae import SAE
+
+
+def image_blocks(store: ActivationStore) -> list[range]:
+    """Part numbers of every block: whole parts of about `IMAGES_PER_BLOCK` images, whatever the cluster."""
+    per_block = max(1, IMAGES_PER_BLOCK // store.record["config"]["images_per_part"])
+    return [range(start, min(start + per_block, len(store.parts))) for start in range(0, len(store.parts), per_block)]
+
+
+def n_neurons(sae: SAE | None, store: ActivationStore) -> int:
+    """Latents of the SAE, or coordinates of the activation where there is no SAE.
+
+    Raises UsageError when the SAE was made for activations of another width.
+    """
+    if sae is None:
+        return store.d
+    if sae.d_in != store.d:
+        raise UsageError(
+            f"the SAE reads activations of width {sae.d_in}, {store.folder} holds width {store.d}; "
+            "choose the site it was trained on"
+        )
+    return sae.d_sae
+
+
+def read_block(
+    sae: SAE | None, store: ActivationStore, embeddings: ActivationStore | None, parts: range
+) -> tuple[BlockImages, list[Entries]]:
+    """One block of images, and its entries for every range of `neuron_blocks`.
+
+    Args:
+        sae: None takes the raw activation coordinates in the same way.
+        embeddings: the judge's, of the same images; None collects everything but the score.
+        parts: part numbers, the same in both stores.
+
+    Raises:
+        UsageError: the SAE was made for activations of another width.
+        SaeRayError: the embeddings are of other images.
+    """
+    ranges = list(neuron_blocks(n_neurons(sae, store), _width(embeddings)))
+    if embeddings is not None and len(embeddings.parts) != len(store.parts):
+        raise _other_images(store, embeddings)
+    part_entries, image_index, judged = [], [], []
+    n_seen = 0
+    for number in parts:
+        row_index, _, activation = store.read(number)
+        images, row_image = np.unique(row_index, return_inverse=True)
+        entries = _encode(sae, activation, row_image)
+        part_entries.append(entries._replace(image=entries.image + n_seen))
+        image_index.append(images)
+        n_seen += len(images)
+        if embeddings is not None:
+            judged_index, _, judged_part = embeddings.read(number)
+            if not np.array_equal(judged_index, images):
+                raise _other_images(store, embeddings)
+            judged.append(judged_part)
+
+    entries = joined(part_entries)
+    images = BlockImages.of(np.concatenate(image_index), np.concatenate(judged) if judged else None)
+    return images, [entries.of_range(neurons) for neurons in ranges]
+
+
+def joined(parts: Sequence[Entries]) -> Entries:
+    """Entries of consecutive images, sorted again."""
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    order = np.argsort(columns[1], kind="stable")  # the images are in order
+    return Entries(*(column[order] for column in columns))
+
+
+def score_store(
+    sae: SAE | None, store: ActivationStore, embeddings: ActivationStore | None, n_top: int
+) -> list[NeuronStats]:
+    """Statistics of all images, as the scoring stage has them; arguments and errors as of `read_block`.
+
+    `n_top`: top images kept per neuron.
+    """
+    width = _width(embeddings)
+    stats = [NeuronStats(len(neurons), width, n_top) for neurons in neuron_blocks(n_neurons(sae, store), width)]
+    for parts in image_blocks(store):
+        images, entries = read_block(sae, store, embeddings, parts)
+        for one, of_range in zip(stats, entries, strict=True):
+            one.add(of_range, images)
+    return stats
+
+
+def _width(embeddings: ActivationStore | None) -> int:
+    return 0 if embeddings is None else embeddings.d
+
+
+def _other_images(store: ActivationStore, embeddings: ActivationStore) -> SaeRayError:
+    return SaeRayError(
+        f"{store.folder} and {embeddings.folder} do not hold the same images part by part; "
+        "extract both from the same manifest"
+    )
+
+
+def _encode(sae: SAE | None, activation: np.ndarray, row_image: np.ndarray) -> Entries:
+    if sae is None:
+        row, neuron = np.nonzero(activation)
+        return pool_tokens(row_image, row, neuron, activation[row, neuron])
+    import torch
+
+    codes = sae.encode_sparse(torch.from_numpy(activation.astype(np.float32)).to(sae.W_enc.device))
+    row, neuron, value = (tensor.cpu().numpy() for tensor in (codes.rows, codes.latents, codes.values))
+    return pool_tokens(row_image, row, neuron, value)
+
+
+def score_table(blocks: Sequence[NeuronStats]) -> pa.Table:
+    """One row per neuron, in order; `ms` is NaN for the dead, maxima are 0 for a latent that never fired."""
+    n_images = blocks[0].n_images
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(block, name) for block in blocks])
+
+    n_firing = column("n_firing")
+    return pa.table(
+        {
+            "neuron": np.arange(len(n_firing)),
+            "ms": np.concatenate([block.monosemanticity() for block in blocks]),
+            "n_active": column("n_active"),
+            "n_firing": n_firing,
+            "frequency": n_firing / n_images,
+            "mean": column("total") / n_images,
+            "mean_active": column("total_firing") / np.maximum(n_firing, 1),
+            "max_image": column("max_image"),
+            "max_token": column("max_token"),
+        }
+    )
+
+
+def top_images_table(blocks: Sequence[NeuronStats]) -> pa.Table:
+    """One row per (neuron, rank), rank from 0; images on which the neuron is 0 are not listed."""
+    value = np.concatenate([block.top_value for block in blocks])
+    image = np.concatenate([block.top_image for block in blocks])
+    neuron, rank = np.nonzero(image >= 0)
+    return pa.table(
+        {
+            "neuron": neuron,
+            "rank": rank.astype(np.int16),
+            "image_index": image[neuron, rank],
+            "activation": value[neuron, rank].astype(np.float32),
+        }
+    )
+
+
+def histogram_table(blocks: Sequence[NeuronStats]) -> pa.Table:
+    """One row per (neuron, bin) with images in it: how many have a value from `low` to below `high`, above 0.
+
+    The first and the last bin also hold what lies outside the bins (`HISTOGRAM_EDGES`).
+    """
+    counts = np.concatenate([block.histogram for block in blocks])
+    neuron, bins = np.nonzero(counts)
+    return pa.table(
+        {
+            "neuron": neuron,
+            "low": HISTOGRAM_EDGES[bins],
+            "high": HISTOGRAM_EDGES[bins + 1],
+            "n_images": counts[neuron, bins],
+        }
+    )
+
+
+def majority(
+    neuron: Int[np.ndarray, " entries"], label: Int[np.ndarray, " entries"], n_neurons: int
+) -> tuple[Int[np.ndarray, " neurons"], Float[np.ndarray, " neurons"]]:
+    """The commonest label among each neuron's images, the lower one of two that tie, and its share of the images.
+
+    Args:
+        neuron: of every pair of a neuron and one of its top images.
+        label: of that image; -1 for none.
+
+    Returns:
+        -1 and 0 where no image has a label.
+    """
+    n_images = np.bincount(neuron, minlength=n_neurons)
+    neuron, label = neuron[label >= 0], label[label >= 0]
+    n_labels = int(label.max(initial=0)) + 1
+    pairs, counts = np.unique(neuron * n_labels + label, return_counts=True)
+    neuron, label = pairs // n_labels, pairs % n_labels
+    best = np.lexsort((label, -counts, neuron))
+    _, first = np.unique(neuron[best], return_index=True)
+    found, share = np.full(n_neurons, -1), np.zeros(n_neurons)
+    chosen = best[first]
+    found[neuron[chosen]] = label[chosen]
+    share[neuron[chosen]] = counts[chosen] / n_images[neuron[chosen]]
+    return found, share

@@ -1,0 +1,39 @@
+"""Training checkpoints of one SAE: safetensors for what is large, JSON for the rest, the newest two kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load, save
+
+from sae_ray.store.files import Folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEPT = 2
+
+
+def save_checkpoint(folder: Folder, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Writes the state after `step` steps and removes all but the newest two. A half-written one does not exist."""
+    name = f"step-{step:09d}"
+    folder.write_bytes(f"{name}.safetensors", save(tensors))
+    folder.write_json(f"{name}.json", facts)  # last: it makes the checkpoint exist
+    for old in _steps(folder)[:-KEPT]:
+        folder.delete(f"step-{old:09d}.json")
+        folder.delete(f"step-{old:09d}.safetensors")
+
+
+def newest_checkpoint(folder: Folder) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and facts of the newest checkpoint that survived, or None."""
+    steps = _steps(folder)
+    if not steps:
+        return None
+    name = f"step-{steps[-1]:09d}"
+    return load(folder.read_bytes(f"{name}.safetensors")), folder.read_json(f"{name}.json")
+
+
+def _steps(folder: Folder) -> list[int]:
+    names = folder.files()
+    found = (name.removeprefix("step-").removesuffix(".json") for name in names if name.endswith(".json"))
+    return sorted(int(step) for step in found if f"step-{step}.safetensors" in names)

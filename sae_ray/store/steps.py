@@ -1,0 +1,246 @@
+"""Steps: directories named by what decides their content, done once, resumed when half done, locked while written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from sae_ray.errors import SaeRayError
+from sae_ray.store.files import Folder
+
+SCHEMA_VERSION = 2
+RECORD = "step.json"
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 120.0
+SCRATCH = ("checkpoints", "calibration", "answers")
+"""Folders of what is only needed until a step is finished."""
+
+Status = Literal["done", "failed", "running", "partial", "missing"]
+
+
+def digest(value: Any) -> str:
+    """A hex sha256 of any JSON value; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage applied to one configuration. Its directory is `<label>-<hash of stage, config and schema version>`."""
+
+    root: Folder
+    stage: str
+    label: str
+    config: dict
+    """All that decides the content: settings, names of the steps read, model revisions, dtypes, seed."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}-{digest([SCHEMA_VERSION, self.stage, self.config])[:12]}"
+
+    @property
+    def folder(self) -> Folder:
+        return self.root / self.name
+
+    def record(self) -> dict | None:
+        """The contents of `step.json`, or None while the step is not finished.
+
+        Raises SaeRayError when the directory is torn (a file that `step.json` lists is missing or has another size) or
+        was written by another schema version.
+        """
+        if not self.folder.exists(RECORD):
+            return None
+        return read_record(self.folder)
+
+    def status(self) -> Status:
+        record = self.record()
+        if record is not None:
+            return record["status"]
+        if live_locks(self.folder):
+            return "running"
+        return "partial" if self.folder.exists() else "missing"
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do: it is done, or failed for good."""
+        return self.record() is not None
+
+    @property
+    def failure(self) -> str | None:
+        """Why it failed for good; None when it did not."""
+        record = self.record()
+        return record["reason"] if record is not None and record["status"] == "failed" else None
+
+    def finish(
+        self,
+        seconds: float,
+        counts: dict[str, Any],
+        status: Literal["done", "failed"] = "done",
+        reason: str | None = None,
+    ) -> None:
+        """Writes `step.json`, last of all, then deletes the folders in `SCRATCH`.
+
+        Args:
+            seconds: the time spent in this process.
+            counts: what was found; NaN and infinity become null.
+        """
+        files = {name: size for name, size in self.folder.files(recursive=True).items() if not _is_housekeeping(name)}
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "stage": self.stage,
+            "status": status,
+            "reason": reason,
+            "config": self.config,
+            "counts": _finite(counts),
+            "seconds": round(seconds, 3),
+            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": _versions(),
+            "git_commit": _git_commit(),
+            "files": files,
+        }
+        self.folder.write_json(RECORD, record)
+        for name in SCRATCH:
+            self.folder.delete(name)
+
+
+def read_record(folder: Folder) -> dict:
+    """Reads and checks `step.json` of a finished step.
+
+    Raises SaeRayError when it is missing, torn or of another schema version.
+    """
+    if not folder.exists(RECORD):
+        raise SaeRayError(f"{folder} is not a finished step: it has no {RECORD}; run its stage to the end first")
+    record = folder.read_json(RECORD)
+    found = record.get("schema_version") if isinstance(record, dict) else None
+    if found != SCHEMA_VERSION:
+        raise SaeRayError(
+            f"{folder} was written by schema version {found}, this program reads {SCHEMA_VERSION}; "
+            "delete the directory and run the stage again"
+        )
+    present = folder.files(recursive=True)
+    for name, size in record["files"].items():
+        if present.get(name) != size:
+            raise SaeRayError(
+                f"{folder} is torn: {name} should have {size} bytes and "
+                f"{f'has {present[name]}' if name in present else 'is missing'}; delete the directory and run again"
+            )
+    return record
+
+
+@contextmanager
+def hold(steps: Sequence[Step]) -> Iterator[None]:
+    """Keeps other drivers out of these steps; a heartbeat shows that this one is alive.
+
+    Raises SaeRayError when another live driver holds one of them. The lock of a process that died is taken over: at
+    once on the same host, after two minutes without a heartbeat elsewhere.
+    """
+    lock = f"lock-{uuid.uuid4().hex}.json"
+    owner = {"host": socket.gethostname(), "pid": os.getpid()}
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(HEARTBEAT_SECONDS):
+            for step in steps:
+                with suppress(OSError):  # a disk that is full for a while does not cost the lock
+                    step.folder.write_json(lock, owner | {"time": time.time()})
+
+    heartbeat = threading.Thread(target=beat, daemon=True)
+    held: list[Step] = []
+    try:
+        for step in steps:
+            # Written before looking, so that of two drivers at least one sees the other.
+            held.append(step)
+            step.folder.write_json(lock, owner | {"time": time.time()})
+            others = [other for name, other in live_locks(step.folder).items() if name != lock]
+            if others:
+                raise SaeRayError(
+                    f"{step.folder} is being written by process {others[0]['pid']} on {others[0]['host']}; "
+                    "wait for it, or stop it and try again"
+                )
+        heartbeat.start()
+        yield
+    finally:
+        stop.set()
+        if heartbeat.is_alive():
+            heartbeat.join()
+        for step in held:
+            step.folder.delete(lock)
+            if not step.folder.files(recursive=True):
+                step.root.delete(step.name)
+
+
+def live_locks(folder: Folder) -> dict[str, dict]:
+    """Lock file -> its owner, for every owner that is still alive; the locks of the dead are removed."""
+    live = {}
+    for name in folder.files():
+        if not (name.startswith("lock-") and name.endswith(".json")):
+            continue
+        try:
+            owner = folder.read_json(name)
+        except (FileNotFoundError, SaeRayError):
+            continue  # released, or about to be written
+        if _is_alive(owner):
+            live[name] = owner
+        else:
+            folder.delete(name)
+    return live
+
+
+def _is_alive(owner: dict) -> bool:
+    if time.time() - owner["time"] > STALE_SECONDS:
+        return False
+    if owner["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_housekeeping(name: str) -> bool:
+    return name == RECORD or name.startswith("lock-") or name.endswith(".tmp") or name.split("/")[0] in SCRATCH
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("sae-ray", "torch", "transformers", "open_clip_torch", "ray", "pyarrow", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def _git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None

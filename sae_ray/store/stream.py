@@ -1,0 +1,117 @@
+"""The training stream: shuffled batches of one site, the same for every cell, seekable to any step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sae_ray.store.activations import ActivationStore
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+class TrainingStream:
+    """An endless sequence of batches, a pure function of (store, seed, batch size, shuffle rows).
+
+    Every epoch permutes the parts, cuts them into windows, and permutes the rows of each window; epochs follow one
+    another without a gap. A store of at most `shuffle_rows` rows is one window, which is read once and stays on the
+    device. Of a larger one, windows of half that size follow one another, and the next is read while one is used.
+
+    Args:
+        store: the activations of one site.
+        batch_size: rows per batch.
+        seed: of the site, not of a cell: all cells of a site see the same batches.
+        shuffle_rows: rows held at once, about.
+        device: holds them, in the stored dtype.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        batch_size: int,
+        seed: int,
+        shuffle_rows: int,
+        device: torch.device | str = "cpu",
+    ):
+        self.store = store
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = torch.device(device)
+        self._fits = store.n_rows <= shuffle_rows
+        self._window_rows = shuffle_rows if self._fits else shuffle_rows // 2
+        self._whole: Tensor | None = None
+
+    def batches(self, first_step: int = 0) -> Iterator[Float[Tensor, "batch d"]]:
+        """Batches from `first_step` on, in the stored dtype and unscaled; what lies before is skipped, not read."""
+        pending: list[Tensor] = []
+        missing = self.batch_size
+        windows = self._windows_from(first_step)
+        epoch, window, offset = next(windows)
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(self._load, window)
+            while True:
+                vectors = coming.result().to(self.device)
+                order = torch.from_numpy(self._rng(epoch, *window).permutation(len(vectors))).to(self.device)
+                following = next(windows)
+                coming = reader.submit(self._load, following[1])
+                while offset < len(vectors):
+                    taken = order[offset : offset + missing]
+                    pending.append(vectors.index_select(0, taken))
+                    offset += len(taken)
+                    missing -= len(taken)
+                    if missing == 0:
+                        yield pending[0] if len(pending) == 1 else torch.cat(pending)
+                        pending, missing = [], self.batch_size
+                del vectors  # else three windows would be held
+                epoch, window, offset = following
+
+    def _windows_from(self, first_step: int) -> Iterator[tuple[int, tuple[int, ...], int]]:
+        """Epoch, parts, and the first row to take of every window from a step on."""
+        epoch, offset = divmod(first_step * self.batch_size, self.store.n_rows)
+        while True:
+            for window in self._windows(epoch):
+                rows = sum(self.store.parts[number].rows for number in window)
+                if offset < rows:
+                    yield epoch, window, offset
+                offset = max(0, offset - rows)
+            epoch += 1
+
+    def _windows(self, epoch: int) -> Iterator[tuple[int, ...]]:
+        window: list[int] = []
+        rows = 0
+        for number in self._rng(epoch).permutation(len(self.store.parts)).tolist():
+            part_rows = self.store.parts[number].rows
+            if window and rows + part_rows > self._window_rows:
+                yield tuple(sorted(window))
+                window, rows = [], 0
+            window.append(number)
+            rows += part_rows
+        yield tuple(sorted(window))
+
+    def _load(self, window: tuple[int, ...]) -> Tensor:
+        if not self._fits:
+            return self._read(window)
+        if self._whole is None:
+            self._whole = self._read(window).to(self.device)
+        return self._whole
+
+    def _read(self, window: tuple[int, ...]) -> Float[Tensor, "rows d"]:
+        rows = sum(self.store.parts[number].rows for number in window)
+        dtype = getattr(torch, self.store.record["config"]["store_dtype"])
+        vectors = torch.empty(rows, self.store.d, dtype=dtype)
+        start = 0
+        for number in window:
+            part = torch.tensor(self.store.read(number)[2])  # a copy, since Arrow's memory is read-only
+            vectors[start : start + len(part)] = part
+            start += len(part)
+        return vectors
+
+    def _rng(self, epoch: int, *window: int) -> np.random.Generator:
+        # The 1 keeps a window apart from its epoch: numpy ignores zeros at the end of a seed.
+        return np.random.default_rng([self.seed, epoch, 1, *window] if window else [self.seed, epoch])

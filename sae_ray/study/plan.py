@@ -1,0 +1,382 @@
+"""What a study amounts to: its steps, what they read, what they need. Nothing is computed here and nothing written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import pyarrow as pa
+
+from sae_ray.encoders import EncoderInfo, check_site, describe_encoder, rows_per_image, site_width
+from sae_ray.encoders.sites import Site
+from sae_ray.encoders.text import check_text_side
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.images import list_images, manifest_digest, select_split
+from sae_ray.seeds import derived_seed
+from sae_ray.steering.config import Steering
+from sae_ray.steering.llava import describe_llava
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step
+from sae_ray.study.config import EncoderConfig, GridCell, ImageSet, JudgeConfig, Study
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """One image set and its manifest."""
+
+    name: str
+    """`train` or `heldout`."""
+    folder: Folder
+    manifest: pa.Table
+    step: Step
+
+
+@dataclass(frozen=True)
+class ExtractPlan:
+    """The activations of one site, or the judge's embeddings, on one image set."""
+
+    images: ImagePlan
+    encoder: EncoderConfig | JudgeConfig
+    info: EncoderInfo
+    site: Site
+    step: Step
+
+    @property
+    def rows(self) -> int:
+        """Rows if no image is rejected."""
+        return len(self.images.manifest) * rows_per_image(self.info, self.site)
+
+    @property
+    def width(self) -> int:
+        return site_width(self.info, self.site)
+
+    @property
+    def bytes(self) -> int:
+        """About what the step takes on disk."""
+        return self.rows * (self.width * {"float16": 2, "float32": 4}[self.step.config["store_dtype"]] + 10)
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """One SAE."""
+
+    grid_cell: GridCell
+    activations: ExtractPlan
+    heldout: ExtractPlan
+    stream_seed: int
+    step: Step
+
+    @property
+    def d_sae(self) -> int:
+        return self.grid_cell.cell.d_sae(self.activations.width)
+
+    @property
+    def bytes(self) -> int:
+        """About what training takes on disk at most: two checkpoints of weights and Adam's moments, and the SAE."""
+        parameters = 2 * self.activations.width * self.d_sae
+        return 4 * parameters * (2 * 3 + 1)
+
+    @property
+    def flops(self) -> float:
+        """Of the encoder's products, which bound the work from below."""
+        training = self.grid_cell.cell.training
+        return 2.0 * self.activations.width * self.d_sae * training.batch_size * training.steps
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """One pass over (SAE or raw activations, image set)."""
+
+    name: str
+    """Name of the cell, or `raw-<site>`."""
+    sae: TrainPlan | None
+    activations: ExtractPlan
+    embeddings: ExtractPlan | None
+    """The judge's; None for a pass that only collects pictures."""
+    step: Step
+
+    @property
+    def inputs(self) -> list[Step]:
+        """The steps that are read."""
+        read = (self.activations, self.embeddings, self.sae)
+        return [plan.step for plan in read if plan is not None]
+
+    @property
+    def neurons(self) -> int:
+        return self.sae.d_sae if self.sae else self.activations.width
+
+    @property
+    def bytes(self) -> int:
+        """About what the tables take on disk at most."""
+        return self.neurons * (72 + 22 * self.step.config["top_images"] + 8 * 32)
+
+    @property
+    def flops(self) -> float:
+        """Of the encoder's product."""
+        return 2.0 * self.activations.rows * self.activations.width * self.neurons if self.sae else 0.0
+
+
+@dataclass(frozen=True)
+class SteeringPlan:
+    """A LLaVA steered by one SAE. Concepts are found on training images, steering is judged on held-out ones."""
+
+    steering: Steering
+    scores: ScorePlan
+    """Of the SAE, on training images."""
+    raw_scores: ScorePlan
+    """Of the raw neurons there."""
+    embeddings: ExtractPlan
+    """The scorer's, of the training images."""
+    heldout: ImagePlan
+    step: Step
+
+    @property
+    def name(self) -> str:
+        """Name of the cell."""
+        return self.scores.name
+
+    @property
+    def sae(self) -> TrainPlan:
+        assert self.scores.sae is not None, "raw neurons are steered beside an SAE, never alone"
+        return self.scores.sae
+
+    @property
+    def inputs(self) -> list[Step]:
+        """The steps that are read."""
+        read = (self.heldout, self.scores.activations, self.embeddings, self.sae, self.scores, self.raw_scores)
+        return [plan.step for plan in read]
+
+    @property
+    def answers(self) -> int:
+        """About how many answers are kept at most: the same latents and directions are asked every question.
+
+        Those that the scales of the directions are chosen by come on top.
+        """
+        images = min(self.steering.n_images, len(self.heldout.manifest))
+        prompts = 1 + len(self.steering.other_prompts)
+        return 3 * self.steering.n_white_latents + 2 * images * prompts * (1 + self.steering.n_image_latents)
+
+    @property
+    def bytes(self) -> int:
+        """About what the answers take on disk, with the parts that they are gathered in."""
+        return 200 * self.answers
+
+
+class StudyPlan:
+    """The steps of a study under a root.
+
+    Lists the images and reads the encoders' configurations, but no weights and no image.
+
+    Raises:
+        UsageError: a folder, encoder, site or cell that cannot be.
+        SaeRayError: no images.
+    """
+
+    def __init__(self, study: Study, root: Folder):
+        self.study = study
+        self.root = root
+        self.encoder = describe_encoder(study.encoder.model, study.encoder.revision)
+        for cell in study.cells():
+            for site in (cell.site, cell.score_site):
+                check_site(self.encoder, site)
+            cell.cell.check(site_width(self.encoder, cell.site))
+        self.judge_site = Site(point=study.judge.point)
+        self.judge = describe_encoder(study.judge.model, study.judge.revision)
+        check_site(self.judge, self.judge_site)
+        self.images = {images.name: images for images in self._image_plans()}
+        self.steerings = self._steerings()
+
+    @property
+    def steps(self) -> Iterator[Step]:
+        """All steps, in the order in which they are done."""
+        for plan in (*self.images.values(), *self.extracts, *self.trains, *self.scores, *self.steerings):
+            yield plan.step
+
+    @cached_property
+    def extracts(self) -> list[ExtractPlan]:
+        """Sites on both image sets: what is trained on, what is scored, what fidelity is measured on, the judge."""
+        train, heldout = self.images["train"], self.images["heldout"]
+        wanted: dict[str, ExtractPlan] = {}
+
+        def want(plan: ExtractPlan) -> None:
+            wanted.setdefault(plan.step.name, plan)
+
+        for cell in self.study.cells():
+            want(self._activations(train, cell.site))
+            want(self._activations(heldout, cell.site))
+            want(self._activations(heldout, cell.score_site))
+            want(self._activations(self.images[self.study.scoring.pictures], cell.score_site))
+        want(self._embeddings)
+        if self.study.steering is not None:
+            want(self.text_space)
+        return list(wanted.values())
+
+    @cached_property
+    def trains(self) -> list[TrainPlan]:
+        return [self._train(cell) for cell in self.study.cells()]
+
+    @cached_property
+    def scores(self) -> list[ScorePlan]:
+        """Raw neurons of every scored site first, then every SAE."""
+        heldout, pictures = self.images["heldout"], self.images[self.study.scoring.pictures]
+        scores: dict[str, ScorePlan] = {}
+        raw = [(f"raw-{train.grid_cell.score_site.name}", None, train.grid_cell.score_site) for train in self.trains]
+        saes = [(train.grid_cell.name, train, train.grid_cell.score_site) for train in self.trains]
+        for name, sae, site in [*raw, *saes]:
+            plans = [self._score(name, sae, self._activations(heldout, site), self._embeddings)]
+            if pictures is not heldout:
+                plans.append(self._score(name, sae, self._activations(pictures, site), None))
+            for plan in plans:
+                scores.setdefault(plan.step.name, plan)
+        return list(scores.values())
+
+    def _steerings(self) -> list[SteeringPlan]:
+        """Every SAE of the layer that the study's LLaVA reads, but for those that know one vector per image alone."""
+        steering = self.study.steering
+        if steering is None:
+            return []
+        llava, layer, _ = describe_llava(steering.llava, steering.revision)
+        if (llava.residual_width, llava.n_tokens) != (self.encoder.residual_width, self.encoder.n_tokens):
+            raise UsageError(
+                f"steering.llava = {steering.llava!r}: its vision tower has {llava.n_tokens} tokens of width "
+                f"{llava.residual_width}, the encoder {self.encoder.model} {self.encoder.n_tokens} of width "
+                f"{self.encoder.residual_width}; take the encoder that is its tower"
+            )
+        steered = [
+            train
+            for train in self.trains
+            if train.grid_cell.site.layer == layer and train.grid_cell.site.tokens not in ("cls", "mean")
+        ]
+        if not steered:
+            raise UsageError(
+                f"steering.llava = {steering.llava!r}: its language model reads layer {layer}, where no SAE is "
+                f'trained on its tokens; add a [[grid]] with sites = ["layer{layer}:random:2"]'
+            )
+        return [self._steering(steering, train, llava) for train in steered]
+
+    def passes(self, name: str) -> tuple[ScorePlan, ScorePlan]:
+        """The scoring passes of a cell (`ScorePlan.name`) over held-out images and over those that pictures are of."""
+        by_images = {one.activations.images.name: one for one in self.scores if one.name == name}
+        return by_images["heldout"], by_images[self.study.scoring.pictures]
+
+    @cached_property
+    def text_space(self) -> ExtractPlan:
+        """The images of `pictures` as texts are compared with them: by the scorer, or without one by the encoder."""
+        pictures, site, steering = self.images[self.study.scoring.pictures], Site("projection"), self.study.steering
+        config = EncoderConfig(steering.scorer, steering.scorer_revision) if steering else self.study.encoder
+        check_text_side(config.model, config.revision)
+        info = describe_encoder(config.model, config.revision)
+        check_site(info, site)
+        if (_identity(info), config.dtype) == (_identity(self.encoder), self.study.encoder.dtype):
+            return self._activations(pictures, site)  # perhaps a site of the grid
+        return self._extract(pictures, config, info, site, f"embeddings-{pictures.name}-scorer")
+
+    def _image_plans(self) -> Iterator[ImagePlan]:
+        images = self.study.images
+        listed = _list("images.train", images.train)
+        if images.heldout is not None:
+            tables = {
+                "train": (images.train, listed),
+                "heldout": (images.heldout, _list("images.heldout", images.heldout)),
+            }
+        else:
+            fraction = images.heldout_fraction
+            tables = {part: (images.train, select_split(listed, fraction, part)) for part in ("train", "heldout")}
+        for name, (image_set, manifest) in tables.items():
+            if not len(manifest):
+                raise SaeRayError(
+                    f"images.{name}: no image is left in {image_set.path}; add images or change images.heldout_fraction"
+                )
+            config = {"manifest": manifest_digest(manifest)}
+            step = Step(self.root, "manifest", f"manifest-{name}", config)
+            yield ImagePlan(name, Folder(image_set.path), manifest, step)
+
+    def _activations(self, images: ImagePlan, site: Site) -> ExtractPlan:
+        return self._extract(images, self.study.encoder, self.encoder, site, f"activations-{images.name}-{site.name}")
+
+    @property
+    def _embeddings(self) -> ExtractPlan:
+        heldout = self.images["heldout"]
+        return self._extract(heldout, self.study.judge, self.judge, self.judge_site, "embeddings-heldout")
+
+    def _extract(
+        self, images: ImagePlan, encoder: EncoderConfig | JudgeConfig, info: EncoderInfo, site: Site, label: str
+    ) -> ExtractPlan:
+        config = {
+            "manifest": images.step.name,
+            "encoder": _identity(info),
+            "site": site.name,
+            "token_seed": self.study.seed if site.tokens.startswith("random") else None,
+            "dtype": encoder.dtype,
+            "store_dtype": self.study.extraction.store_dtype,
+            "images_per_part": self.study.extraction.images_per_part,
+            "pixels": self.study.extraction.pixels,
+        }
+        return ExtractPlan(images, encoder, info, site, Step(self.root, "extract", label, config))
+
+    def _train(self, grid_cell: GridCell) -> TrainPlan:
+        activations = self._activations(self.images["train"], grid_cell.site)
+        heldout = self._activations(self.images["heldout"], grid_cell.site)
+        stream_seed = derived_seed(self.study.seed, grid_cell.site.name)
+        config = {
+            "activations": activations.step.name,
+            "heldout": heldout.step.name,
+            "cell": dataclasses.asdict(grid_cell.cell),
+            "stream_seed": stream_seed,
+            "shuffle_rows": self.study.shuffle_rows,
+        }
+        step = Step(self.root, "train", f"sae-{grid_cell.name}", config)
+        return TrainPlan(grid_cell, activations, heldout, stream_seed, step)
+
+    def _score(
+        self, name: str, sae: TrainPlan | None, activations: ExtractPlan, embeddings: ExtractPlan | None
+    ) -> ScorePlan:
+        config = {
+            "sae": sae.step.name if sae else None,
+            "activations": activations.step.name,
+            "embeddings": embeddings.step.name if embeddings else None,
+            "top_images": self.study.scoring.top_images,
+        }
+        label = f"scores-{activations.images.name}-{name}"
+        return ScorePlan(name, sae, activations, embeddings, Step(self.root, "score", label, config))
+
+    def _steering(self, steering: Steering, train: TrainPlan, llava: EncoderInfo) -> SteeringPlan:
+        site = train.grid_cell.score_site
+        activations = self._activations(self.images["train"], site)
+        scores = self._score(train.grid_cell.name, train, activations, None)
+        raw_scores = self._score(f"raw-{site.name}", None, activations, None)
+        heldout = self.images["heldout"]
+        named = ("llava", "revision", "scorer", "scorer_revision")
+        config = {
+            "sae": train.step.name,
+            "scores": scores.step.name,
+            "raw_scores": raw_scores.step.name,
+            "embeddings": self.text_space.step.name,
+            "heldout": heldout.step.name,
+            "llava": _identity(llava),
+            "settings": {name: value for name, value in dataclasses.asdict(steering).items() if name not in named},
+            "seed": self.study.seed,
+        }
+        step = Step(self.root, "steer", f"steering-{train.grid_cell.name}", config)
+        # As in the hash: what is loaded is what was described, whatever becomes of a branch or a directory meanwhile.
+        pinned = dataclasses.replace(steering, revision=llava.revision, scorer_revision=self.text_space.info.revision)
+        return SteeringPlan(pinned, scores, raw_scores, self.text_space, heldout, step)
+
+
+def _list(field: str, images: ImageSet) -> pa.Table:
+    try:
+        return list_images(Folder(images.path), images.labels)
+    except UsageError as error:
+        raise UsageError(f"{field}: {error}") from error
+    except SaeRayError as error:
+        raise SaeRayError(f"{field}: {error}") from error
+    except OSError as error:
+        raise SaeRayError(f"{field}: {images.path} cannot be read ({error}); see to it, or name another") from error
+
+
+def _identity(info: EncoderInfo) -> list[str | None]:
+    """What makes an encoder the same: the digest of a local directory wherever it lies, else name and revision."""
+    is_digest = info.revision is not None and len(info.revision) == 64
+    return [info.revision] if is_digest else [info.model, info.revision]

@@ -1,0 +1,660 @@
+"""Encoders against the models' own outputs: tiny randomly initialised checkpoints of every family, saved and loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sae_ray.encoders import (
+    Encoder,
+    check_site,
+    describe_encoder,
+    load_encoder,
+    load_preprocess,
+    rows_per_image,
+    site_width,
+)
+from sae_ray.encoders.sites import Site
+from sae_ray.errors import UsageError
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 60,
+    "max_position_embeddings": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
+DINO = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 42, "patch_size": 7}
+OPEN_CLIP_TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+OPEN_CLIP_VISION = {
+    "open_clip_vit": {"image_size": 28, "layers": 3, "width": 32, "head_width": 16, "patch_size": 7},
+    "open_clip_coca": {
+        "image_size": 28,
+        "layers": 2,
+        "width": 64,
+        "head_width": 32,
+        "patch_size": 7,
+        "attentional_pool": True,
+        "attn_pooler_queries": 4,
+        "attn_pooler_heads": 2,
+        "output_tokens": True,
+    },
+    "open_clip_resnet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64},
+    "timm_cls": {"image_size": 64, "timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear"},
+    "timm_eva": {
+        "image_size": 224,
+        "timm_model_name": "eva02_tiny_patch14_224",
+        "timm_pool": "token",
+        "timm_proj": "linear",
+    },
+    "timm_registers": {"image_size": 64, "timm_model_name": "test_vit2", "timm_pool": "avg", "timm_proj": "linear"},
+}
+
+
+class Reference(NamedTuple):
+    """What a model itself says of a batch of images."""
+
+    streams: list[torch.Tensor]
+    """The residual stream behind each block, without registers."""
+    projection: torch.Tensor | None
+    pooled: torch.Tensor | None
+
+
+class Model(NamedTuple):
+    spec: str
+    reference: Callable[[list[Image.Image]], Reference]
+    family: str
+    has_cls: bool = True
+    n_registers: int = 0
+
+
+def photos(n: int = 4) -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    sizes = [(37 + 11 * i, 61 - 7 * i, 3) for i in range(n)]
+    return [Image.fromarray(generator.integers(0, 256, size, np.uint8)) for size in sizes]
+
+
+def save_processor(path: Path, name: str, **settings) -> None:
+    import transformers
+
+    getattr(transformers, name)(**settings).save_pretrained(path)
+
+
+def pixel_values(path: Path, images: list[Image.Image]) -> torch.Tensor:
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(path, backend="pil")(images, return_tensors="pt")["pixel_values"]
+
+
+@torch.no_grad()
+def transformers_reference(path: Path, name: str, images: list[Image.Image]) -> Reference:
+    import transformers
+
+    model = getattr(transformers, name).from_pretrained(path).eval()
+    pixels = pixel_values(path, images)
+    match name:
+        case "CLIPModel" | "SiglipModel":
+            tower, projection = model.vision_model, model.get_image_features(pixels).pooler_output
+        case "CLIPVisionModelWithProjection":
+            tower, projection = model.vision_model, model(pixels).image_embeds
+        case "LlavaForConditionalGeneration":
+            tower, projection = model.model.vision_tower, None
+        case _:
+            tower, projection = model, None
+    output = tower(pixels, output_hidden_states=True)
+    registers = getattr(tower.config, "num_register_tokens", 0)
+    streams = [torch.cat([h[:, :1], h[:, 1 + registers :]], 1) for h in output.hidden_states[1:]]
+    return Reference(streams, projection, output.pooler_output)
+
+
+@torch.no_grad()
+def open_clip_reference(path: Path, images: list[Image.Image]) -> Reference:
+    import open_clip
+
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{path}")
+    model.eval()
+    pixels = torch.stack([transform(image) for image in images])
+    projection = model.encode_image(pixels, normalize=False)
+    if isinstance(model.visual, open_clip.model.ModifiedResNet):
+        return Reference([], projection, None)
+    out = model.visual.forward_intermediates(
+        pixels, output_fmt="NLC", output_extra_tokens=True, intermediates_only=True
+    )
+    prefixes = out.get("image_intermediates_prefix", [])
+    # timm_registers has a register and no CLS token, the others a CLS token and no register.
+    has_cls = getattr(getattr(model.visual, "trunk", None), "cls_token", 0) is not None
+    patches = out["image_intermediates"]
+    streams = [torch.cat([a, b], 1) for a, b in zip(prefixes, patches, strict=True)] if has_cls else patches
+    return Reference(streams, projection, None)
+
+
+def save_transformers(path: Path, kind: str) -> Model:
+    import transformers as tf
+
+    clip_vision = tf.CLIPVisionConfig(**VISION, projection_dim=24)
+    llama = tf.LlamaConfig(**{**TEXT, "num_key_value_heads": 2})
+    match kind:
+        case "clip":
+            config = tf.CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=24)
+            name, model = "CLIPModel", tf.CLIPModel(config)
+        case "clip_vision":
+            name, model = "CLIPVisionModel", tf.CLIPVisionModel(clip_vision)
+        case "clip_vision_projection":
+            name, model = "CLIPVisionModelWithProjection", tf.CLIPVisionModelWithProjection(clip_vision)
+        case "siglip":
+            name, model = "SiglipModel", tf.SiglipModel(tf.SiglipConfig(vision_config=VISION, text_config=TEXT))
+        case "siglip_vision":
+            name, model = "SiglipVisionModel", tf.SiglipVisionModel(tf.SiglipVisionConfig(**VISION))
+        case "dinov2":
+            name, model = "Dinov2Model", tf.Dinov2Model(tf.Dinov2Config(**DINO))
+        case "dinov2_registers":
+            config = tf.Dinov2WithRegistersConfig(**DINO, num_register_tokens=3)
+            name, model = "Dinov2WithRegistersModel", tf.Dinov2WithRegistersModel(config)
+        case "llava" | "llava_hub_layout":
+            config = tf.LlavaConfig(vision_config=clip_vision, text_config=llama, image_token_index=59)
+            name, model = "LlavaForConditionalGeneration", tf.LlavaForConditionalGeneration(config)
+        case _:
+            raise AssertionError(kind)
+    model.save_pretrained(path)
+    if kind == "llava_hub_layout":
+        weights = load_file(path / "model.safetensors")
+        weights = {
+            key.replace("vision_tower.", "vision_tower.vision_model.", 1): value for key, value in weights.items()
+        }
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    if "dinov2" in kind:
+        # Cropped smaller than the configuration's image_size, as facebook/dinov2-base is.
+        save_processor(path, "BitImageProcessor", size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
+    elif "siglip" in kind:
+        save_processor(path, "SiglipImageProcessor", size={"height": 28, "width": 28})
+    else:
+        save_processor(path, "CLIPImageProcessor", size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    family = {"dinov2_registers": "dinov2_with_registers"}.get(kind, kind.split("_")[0])
+    return Model(
+        str(path),
+        lambda images: transformers_reference(path, name, images),
+        family,
+        has_cls="siglip" not in kind,
+        n_registers=3 if kind == "dinov2_registers" else 0,
+    )
+
+
+def save_open_clip(path: Path, kind: str) -> Model:
+    import open_clip
+
+    config = {"embed_dim": 24, "vision_cfg": OPEN_CLIP_VISION[kind], "text_cfg": OPEN_CLIP_TEXT}
+    if kind.startswith("timm"):
+        config["custom_text"] = True
+    if kind == "open_clip_coca":
+        text = {**OPEN_CLIP_TEXT, "embed_cls": True, "output_tokens": True}
+        decoder = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+        config |= {"text_cfg": text, "multimodal_cfg": decoder, "custom_text": True, "embed_dim": 32}
+    path.mkdir()
+    preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic"}
+    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    model = open_clip.create_model(f"local-dir:{path}", load_weights=False)
+    save_file(model.state_dict(), path / "open_clip_model.safetensors")
+    return Model(
+        f"open_clip:local-dir:{path}",
+        lambda images: open_clip_reference(path, images),
+        "open_clip",
+        has_cls=kind in ("open_clip_vit", "open_clip_coca", "timm_cls", "timm_eva"),
+        n_registers=1 if kind == "timm_registers" else 0,
+    )
+
+
+TRANSFORMERS = [
+    "clip",
+    "clip_vision",
+    "clip_vision_projection",
+    "siglip",
+    "siglip_vision",
+    "dinov2",
+    "dinov2_registers",
+    "llava",
+    "llava_hub_layout",
+]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Callable[[str], Model]:
+    root, models = tmp_path_factory.mktemp("encoders"), {}
+
+    def get(kind: str) -> Model:
+        if kind not in models:
+            torch.manual_seed(0)
+            models[kind] = (save_transformers if kind in TRANSFORMERS else save_open_clip)(root / kind, kind)
+        return models[kind]
+
+    return get
+
+
+@pytest.fixture(params=[*TRANSFORMERS, *OPEN_CLIP_VISION])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def loaded(saved) -> Callable[[str], Encoder]:
+    return functools.cache(lambda kind: load_encoder(saved(kind).spec))
+
+
+def batch(spec: str, images: list[Image.Image]) -> torch.Tensor:
+    preprocess = pickle.loads(pickle.dumps(load_preprocess(spec)))
+    arrays = [preprocess(image) for image in images]
+    assert all(array.dtype == np.uint8 for array in arrays)
+    return torch.from_numpy(np.stack(arrays))
+
+
+def ids(images: list[Image.Image]) -> list[str]:
+    return [f"folder/{i}.png" for i in range(len(images))]
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_every_site_equals_the_models_own_output(kind, saved, loaded):
+    model, encoder = saved(kind), loaded(kind)
+    images = photos()
+    reference = model.reference(images)
+    info = encoder.info
+    layers = range(info.n_layers)
+    kinds = ["all", "mean", "random:3", *(["cls"] if info.has_cls else [])]
+    sites = [Site("residual", layer, tokens) for layer in layers for tokens in kinds]
+    sites += [Site(point) for point in ("projection", "pooled") if info.width(point) is not None]
+    tapped = encoder.tap(batch(model.spec, images), sites, ids(images), seed=7)
+
+    assert list(tapped) == sites
+    assert (info.family, info.has_cls, info.n_registers) == (model.family, model.has_cls, model.n_registers)
+    assert info.n_layers == len(reference.streams)
+    assert (info.projection_width is None, info.pooled_width is None) == (
+        reference.projection is None,
+        reference.pooled is None,
+    )
+    for site, (position, token, activation) in tapped.items():
+        assert (position.dtype, token.dtype, activation.dtype) == (torch.int64, torch.int16, torch.float32)
+        assert activation.shape == (len(images) * rows_per_image(info, site), site_width(info, site))
+        if site.point != "residual":
+            assert token.tolist() == [-1] * len(images)
+            expected = getattr(reference, site.point)
+        else:
+            stream = reference.streams[site.layer]
+            assert stream.shape[1] == info.n_tokens
+            if site.tokens == "mean":
+                assert token.tolist() == [-1] * len(images)
+                expected = stream.mean(1)
+            else:
+                expected = stream[position, token.long()]
+            if site.tokens == "cls":
+                assert token.tolist() == [0] * len(images)
+            if site.tokens == "all":
+                assert token.tolist() == list(range(info.n_tokens)) * len(images)
+        close(activation, expected)
+        order = list(zip(position.tolist(), token.tolist(), strict=True))
+        assert order == sorted(set(order))
+
+
+def test_uint8_pixels_equal_the_models_own_preprocessing(kind, saved, loaded):
+    model = saved(kind)
+    images = photos()
+    seen = loaded(kind)._normalise(batch(model.spec, images))
+    path = model.spec.removeprefix("open_clip:local-dir:")
+    if model.spec.startswith("open_clip:"):
+        import open_clip
+
+        _, transform = open_clip.create_model_from_pretrained(f"local-dir:{path}")
+        expected = torch.stack([transform(image) for image in images])
+    else:
+        expected = pixel_values(Path(path), images)
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-6)
+    assert seen.shape[2:] == loaded(kind).info.image_size
+
+
+@settings(max_examples=10)
+@given(width=st.integers(1, 200), height=st.integers(1, 200))
+@pytest.mark.parametrize(("fast", "backend"), [(False, "pil"), (True, "torchvision")])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+def test_images_of_any_size_are_preprocessed_as_the_processor_does(kind, fast, backend, saved, width, height):
+    from transformers import AutoImageProcessor
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+    processor = AutoImageProcessor.from_pretrained(saved(kind).spec, backend=backend)
+    [expected] = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    assert np.array_equal(load_preprocess(saved(kind).spec, fast=fast)(image), expected)
+
+
+def test_fast_pixels_differ_little_from_exact_ones(kind, saved):
+    for image in photos():
+        exact, fast = (load_preprocess(saved(kind).spec, fast=fast)(image) for fast in (False, True))
+        assert fast.shape == exact.shape
+        assert np.abs(exact.astype(int) - fast).mean() <= 0.25  # of noise; another way of sampling is 10 off
+
+
+@pytest.mark.parametrize("changed", [{"do_pad": True}, {"do_resize": False}])
+def test_a_processor_that_does_more_than_resize_and_crop_is_asked_itself(saved, tmp_path, changed):
+    path = copy_of(saved("clip"), tmp_path / "clip")
+    config = json.loads((path / "preprocessor_config.json").read_text())
+    (path / "preprocessor_config.json").write_text(json.dumps({**config, **changed}))
+    from transformers import AutoImageProcessor
+
+    image = photos(1)[0]
+    processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    [expected] = processor(image, do_rescale=False, do_normalize=False)["pixel_values"]
+    assert np.array_equal(load_preprocess(str(path))(image), expected)
+
+
+def test_description_is_json_and_pins_the_files(kind, saved, loaded):
+    model = saved(kind)
+    info = describe_encoder(model.spec)
+    assert info == loaded(kind).info
+    assert json.loads(json.dumps(dataclasses.asdict(info)))["model"] == model.spec
+    assert describe_encoder(model.spec, info.revision) == info
+    with pytest.raises(UsageError, match=info.revision):
+        describe_encoder(model.spec, "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("n_patches", "image_size", "grid"),
+    [(16, (28, 28), (4, 4)), (576, (336, 336), (24, 24)), (200, (140, 280), (10, 20))],
+)
+def test_the_patch_grid_has_the_shape_of_the_image(loaded, n_patches, image_size, grid):
+    for kind in ("clip", "siglip"):
+        info = loaded(kind).info
+        sized = dataclasses.replace(info, n_tokens=n_patches + info.has_cls, image_size=image_size)
+        assert sized.patch_grid == grid
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2_registers", "siglip", "open_clip_vit", "timm_cls"])
+def test_the_forward_stops_at_the_deepest_residual_site(saved, kind):
+    spec = saved(kind).spec
+    encoder = load_encoder(spec)
+    ran = []
+    for layer, block in enumerate(encoder.tower.blocks):
+        block.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+    pixels = batch(spec, photos(2))
+    for deepest in (0, 1):
+        ran.clear()
+        encoder.tap(pixels, [Site("residual", deepest, "mean"), Site("residual", 0, "all")], ["a", "b"], seed=0)
+        # The tap's own hook comes after the counting one, so the deepest block is counted too.
+        assert ran == list(range(deepest + 1))
+    ran.clear()
+    point = "pooled" if encoder.info.pooled_width else "projection"
+    encoder.tap(pixels, [Site("residual", 0, "mean"), Site(point)], ["a", "b"], seed=0)
+    assert ran == list(range(encoder.info.n_layers))
+    assert all(len(block._forward_hooks) == 1 for block in encoder.tower.blocks)
+
+
+def test_random_tokens_depend_on_the_image_and_the_seed_alone(saved, loaded):
+    spec, encoder = saved("clip").spec, loaded("clip")
+    images = photos()
+    pixels = batch(spec, images)
+    site, deeper = Site("residual", 0, "random:5"), Site("residual", 2, "random:5")
+
+    def rows(order: list[int], seed: int, site: Site) -> dict[str, tuple[list[int], torch.Tensor]]:
+        names = [ids(images)[i] for i in order]
+        _, token, activation = encoder.tap(pixels[order], [site], names, seed)[site]
+        return {
+            name: (token[i * 5 : i * 5 + 5].tolist(), activation[i * 5 : i * 5 + 5]) for i, name in enumerate(names)
+        }
+
+    alone = {name: row for i in range(4) for name, row in rows([i], 7, site).items()}
+    for order in ([0, 1, 2, 3], [3, 1], [2, 0, 3]):
+        for name, (token, activation) in rows(order, 7, site).items():
+            assert token == alone[name][0]
+            close(activation, alone[name][1])
+    assert {name: token for name, (token, _) in rows([0, 1, 2, 3], 7, deeper).items()} == {
+        name: token for name, (token, _) in alone.items()
+    }
+    assert len({tuple(token) for token, _ in alone.values()}) > 1
+    assert [token for token, _ in rows([0, 1, 2, 3], 8, site).values()] != [token for token, _ in alone.values()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("clip", "bfloat16"),
+        ("clip", "float16"),
+        ("siglip", "bfloat16"),
+        ("dinov2_registers", "bfloat16"),
+        ("open_clip_vit", "bfloat16"),
+        ("timm_cls", "bfloat16"),
+        ("open_clip_resnet", "bfloat16"),
+    ],
+)
+def test_lower_precisions_stay_near_float32(saved, loaded, kind, dtype):
+    spec = saved(kind).spec
+    pixels = batch(spec, photos())
+    full, low = loaded(kind), load_encoder(spec, dtype=dtype)
+    point = "projection" if full.info.projection_width else "pooled"
+    sites = [Site(point)] + ([Site("residual", 1, "all")] if full.info.n_layers else [])
+    expected, got = (encoder.tap(pixels, sites, list("abcd"), 0) for encoder in (full, low))
+    for site in sites:
+        assert got[site].activation.dtype == torch.float32
+        close_to = torch.nn.functional.cosine_similarity(got[site].activation, expected[site].activation)
+        assert close_to.min() > 0.995
+
+
+def test_llava_sites_read_what_the_language_model_reads(saved, loaded):
+    """`vision_feature_layer = -2` of three layers is the residual stream behind block 1."""
+    from transformers import LlavaForConditionalGeneration
+
+    spec = saved("llava").spec
+    llava = LlavaForConditionalGeneration.from_pretrained(spec).eval()
+    seen = []
+    llava.model.multi_modal_projector.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    images = photos()
+    with torch.no_grad():
+        llava.model.get_image_features(
+            pixel_values(Path(spec), images), vision_feature_layer=-2, vision_feature_select_strategy="default"
+        )
+    encoder = loaded("llava")
+    site = Site("residual", 1, "all")
+    activation = encoder.tap(batch(spec, images), [site], ids(images), 0)[site].activation
+    close(activation.unflatten(0, (4, -1))[:, 1:], seen[0])
+    assert not any("language_model" in name for name, _ in encoder.tower.module.named_parameters())
+
+
+def test_sites_that_do_not_exist_are_refused_with_what_there_is(loaded):
+    clip, siglip, dino, resnet = (loaded(kind).info for kind in ("clip", "siglip", "dinov2", "open_clip_resnet"))
+    check_site(clip, Site("residual", 2, "cls"))
+    check_site(clip, Site("residual", 0, "random:17"))
+    check_site(siglip, Site("residual", 0, "random:16"))
+    refused = [
+        (clip, Site("residual", 3, "cls"), "from 0 to 2"),
+        (clip, Site("residual", 0, "random:18"), "17 tokens"),
+        (siglip, Site("residual", 0, "cls"), "mean, all or random:n"),
+        (siglip, Site("residual", 0, "random:17"), "16 tokens"),
+        (dino, Site("projection"), "residual, pooled"),
+        (resnet, Site("residual", 0, "mean"), "it has projection"),
+        (resnet, Site("pooled"), "it has projection"),
+    ]
+    for info, site, words in refused:
+        for refuse in (check_site, site_width, rows_per_image):
+            with pytest.raises(UsageError, match=words):
+                refuse(info, site)
+    encoder = loaded("dinov2")
+    with pytest.raises(UsageError, match="residual, pooled"):
+        encoder.tap(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), [Site("projection")], ["a"], 0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("/no/such/directory", "there is no directory /no/such/directory"),
+        ("~/no/such/directory", "there is no directory"),
+        ("nobody/no-such-model", "nobody/no-such-model cannot be loaded"),
+        ("open_clip:local-dir:/no/such/directory", "open_clip_config.json"),
+        ("open_clip:ViT-B-32/no-such-tag", "laion2b_s34b_b79k"),
+        ("open_clip:No-Such-Arch/openai", "open_clip:<architecture>/<pretrained tag>"),
+        ("open_clip:ViT-B-32", "open_clip:<architecture>/<pretrained tag>"),
+    ],
+)
+def test_unknown_encoders_are_refused(spec, words):
+    for ask in (describe_encoder, load_preprocess, load_encoder):
+        with pytest.raises(UsageError, match=words):
+            ask(spec)
+
+
+def test_settings_that_cannot_be_are_refused(saved):
+    with pytest.raises(UsageError, match="float32, bfloat16, float16"):
+        load_encoder(saved("clip").spec, dtype="int8")
+    with pytest.raises(UsageError, match="device is 'cuda:99'"):
+        load_encoder(saved("clip").spec, device="cuda:99")
+
+
+def copy_of(saved_model: Model, target: Path) -> Path:
+    source = Path(saved_model.spec.removeprefix("open_clip:local-dir:"))
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(saved, tmp_path):
+    path = copy_of(saved("dinov2"), tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    del weights["layernorm.weight"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"lacks weights.*layernorm\.weight"):
+        load_encoder(str(path))
+
+
+@pytest.mark.parametrize("kind", ["clip", "open_clip_vit"])
+def test_torn_weights_are_refused(saved, tmp_path, kind):
+    path = copy_of(saved(kind), tmp_path / "model")
+    [weights] = path.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    spec = f"open_clip:local-dir:{path}" if kind.startswith("open_clip") else str(path)
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_encoder(spec)
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_a_pretrained_tag_brings_its_preprocessing_and_activation_function(tmp_path, monkeypatch, quick_gelu):
+    """With a tag registered for a local file, as no weights can be downloaded here."""
+    import open_clip
+
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [tmp_path])
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {})
+    config = {"embed_dim": 24, "vision_cfg": OPEN_CLIP_VISION["open_clip_vit"], "text_cfg": OPEN_CLIP_TEXT}
+    (tmp_path / "Tiny-7.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    model = open_clip.create_model("Tiny-7", force_quick_gelu=quick_gelu).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    tag = {"file": str(tmp_path / "weights.pt"), "quick_gelu": quick_gelu, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Tiny-7", {"ours": tag})
+
+    encoder = load_encoder("open_clip:Tiny/7/ours")
+    assert encoder.info.revision == "ours"
+    with pytest.raises(UsageError, match="'ours'"):
+        describe_encoder("open_clip:Tiny-7/ours", "theirs")
+    pixels = batch("open_clip:Tiny-7/ours", photos())
+    projection = encoder.tap(pixels, [Site("projection")], list("abcd"), 0)[Site("projection")].activation
+    with torch.no_grad():
+        close(projection, model.encode_image((pixels / 255 - 0.5) / 0.25))
+
+
+class Payload:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_pickled_weights_do_not_run_code(saved, tmp_path):
+    mark = tmp_path / "executed"
+    clip = copy_of(saved("clip"), tmp_path / "clip")
+    (clip / "model.safetensors").unlink()
+    torch.save({"a": Payload(mark)}, clip / "pytorch_model.bin")
+    open_clip = copy_of(saved("open_clip_vit"), tmp_path / "open_clip")
+    (open_clip / "open_clip_model.safetensors").unlink()
+    torch.save({"a": Payload(mark)}, open_clip / "open_clip_pytorch_model.bin")
+    for spec in (str(clip), f"open_clip:local-dir:{open_clip}"):
+        with pytest.raises(UsageError, match="cannot be loaded"):
+            load_encoder(spec)
+    assert not mark.exists()
+
+
+def test_other_model_types_are_refused_by_name(tmp_path):
+    from transformers import ViTConfig
+
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"model type vit; encoders are CLIP, SigLIP.*DINOv2.*LLaVA"):
+        describe_encoder(str(tmp_path))
+
+
+def test_preprocessing_that_does_not_fit_is_refused(saved, tmp_path):
+    path = copy_of(saved("clip"), tmp_path / "model")
+    save_processor(path, "CLIPImageProcessor", size={"shortest_edge": 28}, do_center_crop=False)
+    with pytest.raises(UsageError, match="one size"):
+        describe_encoder(str(path))
+    save_processor(path, "CLIPImageProcessor", size={"shortest_edge": 35}, crop_size={"height": 35, "width": 35})
+    with pytest.raises(UsageError, match="28 × 28 pixels, but its preprocessing yields 35 × 35"):
+        describe_encoder(str(path))
+
+
+def test_a_changed_file_changes_the_revision(saved, tmp_path):
+    path = copy_of(saved("clip"), tmp_path / "model")
+    assert describe_encoder(str(path)).revision == describe_encoder(saved("clip").spec).revision
+    (path / "README.md").write_text("Not part of the model.")
+    assert describe_encoder(str(path)).revision == describe_encoder(saved("clip").spec).revision
+    config = json.loads((path / "preprocessor_config.json").read_text())
+    (path / "preprocessor_config.json").write_text(json.dumps({**config, "image_mean": [0.5, 0.5, 0.5]}))
+    assert describe_encoder(str(path)).revision != describe_encoder(saved("clip").spec).revision
+
+
+@pytest.mark.parametrize("prefix", ["", "open_clip:local-dir:"])
+def test_the_home_directory_is_expanded(saved, tmp_path, monkeypatch, prefix):
+    copy_of(saved("open_clip_vit" if prefix else "clip"), tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert describe_encoder(f"{prefix}~/model").n_layers == 3
+    assert load_encoder(f"{prefix}~/model").info.model == f"{prefix}~/model"
+
+
+def test_a_model_on_the_hub_is_pinned_by_its_commit(saved, tmp_path):
+    """In a process of its own, as the hub's cache folder is read at import."""
+    commit = "1f" * 20
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "snapshots").mkdir(parents=True)
+    copy_of(saved("clip"), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    program = (
+        "from sae_ray.encoders import describe_encoder, load_encoder\n"
+        "info = describe_encoder('someone/tiny')\n"
+        f"assert info.revision == {commit!r}, info\n"
+        "assert load_encoder('someone/tiny', info.revision).info == info\n"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,413 @@
+"""Images: manifests of every folder layout, splits, and the decoding of good, odd and broken files."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.images import MANIFEST_SCHEMA, BadImage, decode_image, list_images, manifest_digest, select_split
+from sae_ray.store.files import Folder
+
+
+def fill(folder: Path, *paths: str) -> Folder:
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"")
+    return Folder(folder)
+
+
+def label_names(table: pa.Table) -> dict[str, str | None]:
+    return dict(zip(table["image_id"].to_pylist(), table["label_name"].to_pylist(), strict=True))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def noise(mode: str = "RGB", size: tuple[int, int] = (23, 17)) -> Image.Image:
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    shape = (size[1], size[0], bands) if bands > 1 else (size[1], size[0])
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return Image.frombytes(mode, size, pixels.tobytes())
+
+
+# Manifests
+
+
+def test_a_flat_folder_lists_every_visible_file(tmp_path):
+    folder = fill(tmp_path, "b.png", "B.JPG", "a.jpeg", "é.webp", "notes.txt", "raw", ".hidden.png", ".cache/x.png")
+    table = list_images(folder)
+    assert table.schema == MANIFEST_SCHEMA
+    assert table["image_id"].to_pylist() == ["B.JPG", "a.jpeg", "b.png", "notes.txt", "raw", "é.webp"]
+    assert table["image_index"].to_pylist() == [0, 1, 2, 3, 4, 5]
+    assert table["label"].null_count == table["label_name"].null_count == 6
+
+
+names = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\0.", exclude_categories=["C"]), min_size=1, max_size=8
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sets(names, min_size=1, max_size=8))
+def test_the_order_is_that_of_the_utf8_bytes(tmp_path_factory, stems):
+    folder = fill(tmp_path_factory.mktemp("ordered"), *(f"{stem}.png" for stem in stems))
+    table = list_images(folder)
+    assert [path.encode() for path in table["image_id"].to_pylist()] == sorted(f"{stem}.png".encode() for stem in stems)
+    assert table["image_index"].to_pylist() == list(range(len(stems)))
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["n01440764/a.JPEG", "n01443537/b.JPEG"], ["n01440764", "n01443537"]),
+        (["train/n01440764/a.JPEG", "train/n01443537/b.JPEG"], ["n01440764", "n01443537"]),
+        (
+            ["00000_Animalia_Annelida_x/a.jpg", "00001_Animalia_y/b.jpg"],
+            ["00000_Animalia_Annelida_x", "00001_Animalia_y"],
+        ),
+        (["a/abbey/1.jpg", "a/airfield/2.jpg", "b/beach/3.jpg"], ["a/abbey", "a/airfield", "b/beach"]),
+        (["cat/1.jpg", "cat/2.jpg"], ["cat", "cat"]),
+        (["train/cat/1.jpg"], ["cat"]),
+        (["cat/1.jpg", "cat/kittens/2.jpg"], ["cat", "cat/kittens"]),
+        (["1.jpg", "cat/2.jpg"], [None, None]),
+        (["README.md", "cat/2.jpg", "dog/3.jpg"], [None, "cat", "dog"]),
+    ],
+)
+def test_sub_folders_are_classes(tmp_path, paths, expected):
+    assert list_images(fill(tmp_path, *paths))["label_name"].to_pylist() == expected
+
+
+def test_labels_are_dense_over_the_sorted_names(tmp_path):
+    folder = fill(tmp_path, "zebra/1.jpg", "ant/2.jpg", "zebra/3.jpg", "bee/4.jpg")
+    table = list_images(folder)
+    assert table["label_name"].to_pylist() == ["ant", "bee", "zebra", "zebra"]
+    assert table["label"].to_pylist() == [0, 1, 2, 2]
+    assert list_images(folder, "none")["label"].null_count == 4
+
+
+def test_a_csv_file_labels_by_path(tmp_path):
+    folder = fill(tmp_path / "images", "x/1.jpg", "2.jpg", "3.jpg", "broken.txt")
+    file = tmp_path / "images" / "labels.csv"
+    file.write_text('﻿image_id,source,label\n3.jpg,web,"dog, brown"\n2.jpg,web,\nx/1.jpg,web,cat\nabsent.jpg,web,emu\n')
+    table = list_images(folder, str(file))
+    assert label_names(table) == {"2.jpg": None, "3.jpg": "dog, brown", "broken.txt": None, "x/1.jpg": "cat"}
+    assert table["label"].to_pylist() == [None, 1, None, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("image_id,label\n1.jpg,cat\n", "no row for the image 2.jpg"),
+        ("image_id,label\n1.jpg,cat\n2.jpg\n", "row 3: it has no label"),
+        ("image_id,label\n1.jpg,cat\n2.jpg,dog\n1.jpg,cat\n", "row 4: '1.jpg' has a row already"),
+        ('image_id,label\n1.jpg,"cat" x\n2.jpg,dog\n', "row 2"),
+        ("file,class\n1.jpg,cat\n", "columns file, class; labels must be auto, none"),
+        ("", "columns \\(none\\)"),
+    ],
+)
+def test_csv_files_that_do_not_fit_are_refused(tmp_path, text, words):
+    folder = fill(tmp_path / "images", "1.jpg", "2.jpg")
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(UsageError, match=words) as refusal:
+        list_images(folder, str(tmp_path / "labels.csv"))
+    assert "labels.csv" in str(refusal.value)
+
+
+def test_kaggles_solution_file_labels_by_stem(tmp_path):
+    folder = fill(tmp_path / "val", *(f"ILSVRC2012_val_0000000{i}.JPEG" for i in (1, 2, 3)))
+    (tmp_path / "LOC_val_solution.csv").write_text(
+        "ImageId,PredictionString\n"
+        "ILSVRC2012_val_00000003,n02012849 1 2 3 4 n02012849 5 6 7 8 \n"
+        "ILSVRC2012_val_00000001,n03126707 1 2 3 4 \n"
+        "ILSVRC2012_val_00000002,n02012849 1 2 3 4 \n"
+    )
+    file = str(tmp_path / "LOC_val_solution.csv")
+    assert list_images(folder, file)["label_name"].to_pylist() == ["n03126707", "n02012849", "n02012849"]
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n02012849 crane\nn03126707 crane\n")
+    table = list_images(folder, file)
+    # The bird and the machine are two classes of one name.
+    assert table["label_name"].to_pylist() == ["n03126707 crane", "n02012849 crane", "n02012849 crane"]
+    assert table["label"].to_pylist() == [1, 0, 0]
+
+
+def test_label_files_inside_the_folder_are_not_images(tmp_path):
+    folder = fill(tmp_path, "a.jpg", "LOC_synset_mapping.txt")
+    (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\na,n02012849 1 2 3 4\n")
+    assert list_images(folder, str(tmp_path / "LOC_val_solution.csv"))["image_id"].to_pylist() == ["a.jpg"]
+    assert list_images(folder, "none").num_rows == 3
+
+
+def test_the_devkits_ground_truth_labels_by_order(tmp_path):
+    folder = fill(tmp_path / "val", "c.JPEG", "a.JPEG", "b.JPEG")
+    file = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
+    file.write_text("490\n361\n490\n")
+    assert label_names(list_images(folder, str(file))) == {"a.JPEG": "490", "b.JPEG": "361", "c.JPEG": "490"}
+    file.write_text("490\n361\n")
+    with pytest.raises(UsageError, match="2 rows for 3 images"):
+        list_images(folder, str(file))
+    file.write_text("490\ncat\n1\n")
+    with pytest.raises(UsageError, match="row 2: 'cat' is not a class number"):
+        list_images(folder, str(file))
+
+
+def test_labels_that_cannot_be_read_are_refused(tmp_path):
+    folder = fill(tmp_path / "images", "1.jpg")
+    (tmp_path / "labels.json").write_text("{}")
+    (tmp_path / "labels.csv").write_bytes(b"image_id,label\n1.jpg,\xff\xfe\n")
+    for name, words in (("labels.json", "labels must be"), ("labels.csv", "not UTF-8"), ("no.csv", "does not exist")):
+        with pytest.raises(UsageError, match=words):
+            list_images(folder, str(tmp_path / name))
+
+
+def test_folders_without_images_are_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    for name in ("nowhere", "file"):
+        with pytest.raises(UsageError, match=f"no image folder .*{name}; name a folder"):
+            list_images(Folder(tmp_path / name))
+    fill(tmp_path / "empty", ".hidden.png")
+    with pytest.raises(SaeRayError, match="holds no file"):
+        list_images(Folder(tmp_path / "empty"))
+    (tmp_path / "latin").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path / "latin") + b"/caf\xe9.png")).write_bytes(b"")
+    with pytest.raises(SaeRayError, match=r"not UTF-8.*; rename it"):
+        list_images(Folder(tmp_path / "latin"))
+
+
+def test_links_are_followed(tmp_path):
+    fill(tmp_path, "far/cat/1.jpg", "images/dog/2.jpg")
+    (tmp_path / "images" / "cat").symlink_to(tmp_path / "far" / "cat")
+    assert label_names(list_images(Folder(tmp_path / "images"))) == {"cat/1.jpg": "cat", "dog/2.jpg": "dog"}
+
+
+def manifest(image_ids: list[str]) -> pa.Table:
+    n = len(image_ids)
+    columns = [pa.array(range(n)), image_ids, pa.array([0] * n, pa.int32()), ["cat"] * n, pa.array([9] * n)]
+    return pa.table(columns, schema=MANIFEST_SCHEMA)
+
+
+@given(st.sets(st.text(min_size=1, max_size=10), max_size=30), st.floats(0, 1), st.floats(0, 1), st.data())
+def test_the_split_is_disjoint_exhaustive_and_stable(image_ids, fraction, other, data):
+    table = manifest(sorted(image_ids))
+    sides = {part: select_split(table, fraction, part) for part in ("train", "heldout")}
+    found = {part: side["image_id"].to_pylist() for part, side in sides.items()}
+    assert sorted(found["train"] + found["heldout"]) == sorted(image_ids)
+    for side in sides.values():
+        assert side.schema == MANIFEST_SCHEMA
+        assert side["image_index"].to_pylist() == list(range(side.num_rows))
+        assert side["image_id"].to_pylist() == sorted(side["image_id"].to_pylist())
+    fewer = sorted(data.draw(st.sets(st.sampled_from(sorted(image_ids))))) if image_ids else []
+    heldout_of_fewer = select_split(manifest(fewer), fraction, "heldout")["image_id"].to_pylist()
+    assert set(heldout_of_fewer) == set(fewer) & set(found["heldout"])
+    if other >= fraction:
+        assert set(found["heldout"]) <= set(select_split(table, other, "heldout")["image_id"].to_pylist())
+
+
+def test_the_split_holds_out_its_fraction():
+    table = manifest([f"{i:05}.png" for i in range(10_000)])
+    # Six standard deviations of a binomial count are 240.
+    assert abs(select_split(table, 0.2, "heldout").num_rows - 2000) < 240
+    assert select_split(table, 0, "train").equals(table)
+    assert select_split(table, 1, "heldout").equals(table)
+    for fraction, part, words in ((1.5, "train", "heldout_fraction is 1.5"), (0.5, "test", "part is 'test'")):
+        with pytest.raises(UsageError, match=words):
+            select_split(table, fraction, part)
+
+
+def test_the_digest_follows_ids_and_labels_alone(tmp_path):
+    first = list_images(fill(tmp_path / "a", "x/1.jpg", "y/2.jpg"))
+    again = list_images(fill(tmp_path / "b", "x/1.jpg", "y/2.jpg"))
+    assert manifest_digest(first) == manifest_digest(again)
+    assert len(manifest_digest(first)) == 64
+    others = [
+        list_images(fill(tmp_path / "c", "x/1.jpg", "z/2.jpg")),
+        list_images(Folder(tmp_path / "a"), "none"),
+        first.slice(0, 1),
+    ]
+    assert len({manifest_digest(table) for table in [first, *others]}) == 4
+
+
+# Decoding
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_lossless_files_come_back_exactly(kind, options):
+    image = noise()
+    decoded = decode_image(encoded(image, kind, **options))
+    assert (decoded.mode, decoded.size) == ("RGB", image.size)
+    assert decoded.tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_each_mode_of_png_becomes_rgb_as_clip_converts_it(mode):
+    image = noise("RGB").convert(mode) if mode in ("1", "P") else noise(mode)
+    decoded = decode_image(encoded(image))
+    assert decoded.mode == "RGB"
+    assert decoded.tobytes() == image.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_each_mode_of_jpeg_becomes_rgb(mode, progressive):
+    data = encoded(noise(mode), "JPEG", progressive=progressive)
+    assert decode_image(data).tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("transparency", [3, bytes(range(256))])
+def test_palettes_with_transparency_keep_their_colours(transparency):
+    image = noise("RGB").quantize(256)
+    assert decode_image(encoded(image, transparency=transparency)).tobytes() == image.convert("RGB").tobytes()
+
+
+def test_sixteen_bit_gray_is_scaled_not_clipped():
+    wide = np.array([[0, 257, 32_896, 65_535]], np.uint16)
+    decoded = np.asarray(decode_image(encoded(Image.fromarray(wide))))
+    assert decoded[0].tolist() == [[0] * 3, [1] * 3, [128] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_stand_upright(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise(), kind, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    decoded = decode_image(data)
+    assert decoded.size == ((17, 23) if orientation >= 5 else (23, 17))
+    assert decoded.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("at_least", "size"), [(9, (16, 20)), (8, (8, 10)), (33, (64, 80)), (64, (64, 80)), (99, (64, 80))]
+)
+def test_a_jpeg_may_come_reduced(at_least, size):
+    ramp = np.add.outer(np.arange(80), np.arange(64)).astype(np.uint8)  # smooth, so that reduction loses little
+    image = Image.fromarray(ramp).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(image, "JPEG", exif=exif, quality=95)
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    reduced = decode_image(data, at_least=at_least)
+    assert reduced.size == size[::-1]
+    expected = upright.resize(reduced.size, Image.Resampling.BOX)
+    assert np.abs(np.asarray(reduced, float) - np.asarray(expected, float)).max() <= 4
+    for kind in ("PNG", "WEBP"):
+        assert decode_image(encoded(image, kind), at_least=at_least).size == image.size
+
+
+def test_broken_metadata_does_not_spoil_the_picture():
+    data = encoded(noise(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert decode_image(data).size == (23, 17)
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert decode_image(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+def png_header(width: int, height: int) -> bytes:
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    data = zlib.compress(b"\0" * 1000)
+    chunk = b"IDAT" + data
+    return png_header(width, height) + struct.pack(">I", len(data)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def jpeg_bomb(width: int, height: int) -> bytes:
+    data = bytearray(encoded(Image.new("RGB", (8, 8)), "JPEG"))
+    place = data.index(b"\xff\xc0") + 5
+    data[place : place + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def webp_bomb() -> bytes:
+    data = bytearray(encoded(noise("RGBA"), "WEBP", exif=b"Exif\0\0"))
+    assert data[12:16] == b"VP8X"
+    data[24:30] = b"\xfe\x3f\0" * 2
+    return bytes(data)
+
+
+def reason(data: bytes) -> str:
+    with pytest.raises(BadImage) as refusal:
+        decode_image(data)
+    return refusal.value.reason
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "zero bytes"),
+        (b"hello, world", "not an image"),
+        (b"<html><body>404</body></html>", "not an image"),
+        (b"RIFF\x10\0\0\0WAVEfmt ", "not an image"),
+        (encoded(noise(), "GIF"), "unsupported format: GIF"),
+        (encoded(noise(), "BMP"), "unsupported format: BMP"),
+        (encoded(noise(), "TIFF"), "unsupported format: TIFF"),
+        (png_bomb(50_000, 50_000), "pixel bomb: 50000x50000"),
+        (png_bomb(13_378, 13_378), "pixel bomb: 13378x13378"),
+        (jpeg_bomb(60_000, 60_000), "pixel bomb: 60000x60000"),
+        (encoded(Image.new("RGB", (2010, 10))), "aspect ratio: 2010x10"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_an_image_is_refused_with_its_reason(data, expected):
+    assert reason(data) == expected
+
+
+def test_a_webp_bomb_is_refused():
+    assert reason(webp_bomb()).startswith("pixel bomb")
+
+
+def test_large_but_allowed_images_do_not_warn(recwarn):
+    assert decode_image(encoded(Image.new("L", (10_000, 9_000)))).size == (10_000, 9_000)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kept", [0.02, 0.3, 0.5, 0.9])
+def test_truncated_files_are_refused(kind, kept):
+    data = encoded(noise(size=(120, 90)), kind)
+    assert reason(data[: max(int(kept * len(data)), 20)]) == "truncated"
+
+
+def outcome(data: bytes) -> str:
+    try:
+        return decode_image(data).mode
+    except BadImage as refusal:
+        return refusal.reason
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_damaged_files_decode_or_are_refused(kind, data):
+    """Whatever bytes are flipped, nothing but BadImage comes out."""
+    good = bytearray(encoded(noise(), kind))
+    for _ in range(data.draw(st.integers(1, 6))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    assert 0 < len(outcome(bytes(good))) < 120
+
+
+def test_the_digest_sees_another_file_under_the_same_name(tmp_path):
+    folder = fill(tmp_path, "cat/1.jpg")
+    before = manifest_digest(list_images(folder))
+    (tmp_path / "cat" / "1.jpg").write_bytes(b"another picture, another size")
+    assert manifest_digest(list_images(folder)) != before

@@ -1,0 +1,213 @@
+"""The report in a browser, opened from disk: what a reader does with it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sae_ray.report import write_report
+from sae_ray.report.neurons import Neurons, read_neurons
+from sae_ray.study.plan import StudyPlan
+from tests.small_study import DEAD, LABELS, STEERED
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here; apt-get install chromium")
+
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+MATRYOSHKA = "layer1.all-matryoshka_batch_topk-x4-k4"
+NATURAL_WIDTH = """async (address) => {
+  const image = Object.assign(new Image(), { src: address });
+  await image.decode();
+  return image.naturalWidth;
+}"""
+IS_DRAWN = """(canvas) => {
+  const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  return pixels.data.some((value) => value > 0);
+}"""
+
+
+class Reader:
+    """A page of the report, and what went wrong on it."""
+
+    def __init__(self, page, address: str):
+        self.page = page
+        self.address = address
+        self.troubles: list[str] = []
+        page.on("console", lambda message: self.troubles.append(message.text))
+        page.on("pageerror", lambda error: self.troubles.append(str(error)))
+        page.on("requestfailed", lambda request: self.troubles.append(request.url))
+        page.on("request", lambda request: request.url.startswith("file:") or self.troubles.append(request.url))
+
+    def open(self, place: str = "") -> None:
+        self.page.goto(f"{self.address}{place}")
+
+    def shown(self) -> list[int]:
+        """The neurons in the gallery."""
+        return [int(text) for text in self.page.locator("#gallery .card b").all_text_contents()]
+
+    def found(self, n: int) -> None:
+        """Waits until so many neurons are found."""
+        sync_api.expect(self.page.locator("#found")).to_contain_text(f"{n:,} neurons of")
+
+    def pictures(self, where: str) -> list[str]:
+        """The sprites behind the pictures, once all of them are there."""
+        self.page.locator(where).first.scroll_into_view_if_needed()
+        self.page.wait_for_function(
+            "where => [...document.querySelectorAll(where)].every((one) => one.style.backgroundImage)", arg=where
+        )
+        return self.page.eval_on_selector_all(where, "all => all.map((one) => getComputedStyle(one).backgroundImage)")
+
+
+@pytest.fixture(scope="module")
+def plan(small_study: Path, plan_small_study: Callable[..., StudyPlan]) -> StudyPlan:
+    plan = plan_small_study(small_study)
+    write_report(plan)
+    return plan
+
+
+@pytest.fixture(scope="module")
+def cell(plan: StudyPlan) -> Neurons:
+    return next(cell for cell in read_neurons(plan) if cell.name == MATRYOSHKA)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def reader(browser, plan: StudyPlan) -> Iterator[Reader]:
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.set_default_timeout(10_000)
+    reader = Reader(page, Path((plan.root / "report" / "index.html").path).as_uri())
+    yield reader
+    page.close()
+    assert reader.troubles == []
+
+
+def test_the_gallery_is_filtered_and_sorted(reader: Reader, cell: Neurons):
+    reader.open(f"#/neurons/{MATRYOSHKA}")
+    ms, support = cell.columns["ms"], cell.columns["n_active"]
+    frequency = cell.columns["frequency"]
+    kept = [neuron for neuron in cell.order if support[neuron] >= 2]
+    reader.found(len(kept))
+    assert reader.shown() == kept[:24]
+    reader.page.get_by_role("button", name="Show more").click()
+    sync_api.expect(reader.page.locator("#gallery .card")).to_have_count(48)
+    assert reader.shown() == kept[:48]
+
+    middle = float(sorted(ms[kept])[len(kept) // 2])
+    reader.page.get_by_label("MS at least").fill(repr(middle))
+    reader.found(sum(ms[neuron].astype("f4") >= middle for neuron in kept))
+    reader.page.get_by_label("MS at least").fill("")
+
+    reader.page.get_by_label("Sort by").select_option("frequency, low to high")
+    reader.page.get_by_label("Fires on at least %").fill("10")
+    reader.page.get_by_label("at most %").fill("60")
+    between = [neuron for neuron in kept if 0.1 <= frequency[neuron].astype("f4") <= 0.6]
+    reader.found(len(between))
+    shown = reader.shown()
+    assert set(shown) <= set(between)
+    assert [frequency[n] for n in shown] == sorted(frequency[n] for n in between)[: len(shown)]
+    reader.page.get_by_role("button", name="Reset").click()
+
+    reader.page.get_by_label("SAE").select_option(MATRYOSHKA)
+    reader.page.get_by_label("Matryoshka level").select_option("1")
+    first, last = cell.level_ends[:2]
+    reader.found(sum(first <= neuron < last for neuron in kept))
+    assert all(first <= neuron < last for neuron in reader.shown())
+    reader.page.get_by_label("Matryoshka level").select_option("")
+
+    reader.page.get_by_label("Top images show").select_option(LABELS[2])
+    label = sorted(LABELS).index(LABELS[2])
+    reader.found(sum(cell.label[neuron] == label for neuron in kept))
+    assert all(cell.label[neuron] == label for neuron in reader.shown())
+
+    wanted = [int(cell.order[-1]), int(cell.order[0])]
+    reader.page.get_by_role("textbox", name="Number").fill(f"{wanted[0]}, {wanted[1]}")
+    reader.found(2)
+    assert set(reader.shown()) == set(wanted), "a number is found whatever the other filters say"
+
+
+def test_a_neuron_is_opened_and_shows_its_images(reader: Reader, cell: Neurons):
+    reader.open(f"#/neurons/{MATRYOSHKA}")
+    card = reader.page.locator("#gallery .card").first
+    card.wait_for()
+    neuron = reader.shown()[0]
+    assert all("sprites/" in one for one in reader.pictures("#gallery .card:first-child .thumb"))
+    card.focus()
+    reader.page.keyboard.press("Enter")
+
+    heading = reader.page.get_by_role("heading", name=f"Neuron {neuron}", exact=True)
+    sync_api.expect(heading).to_be_focused()
+    images = [image for image in cell.top_image[neuron] if image >= 0]
+    tops = reader.page.get_by_role("img", name="Top image")
+    sync_api.expect(tops).to_have_count(len(images))
+    first = cell.pictures.manifest["image_id"][int(images[0])].as_py()
+    assert first in str(tops.first.get_attribute("aria-label"))
+
+    sprites = {one.removeprefix('url("').removesuffix('")') for one in reader.pictures('[aria-label^="Top image"]')}
+    assert sprites
+    for sprite in sprites:
+        assert reader.page.evaluate(NATURAL_WIDTH, sprite) == 280
+    sync_api.expect(reader.page.get_by_role("img", name="Histogram")).to_be_visible()
+    sync_api.expect(reader.page.get_by_role("img", name="Heat map")).to_have_count(len(images))
+    assert reader.page.locator("#neuron canvas").first.evaluate(IS_DRAWN)
+
+    neighbour = reader.page.locator("#neuron .near .card").first
+    number = neighbour.locator("b").text_content()
+    neighbour.click()
+    sync_api.expect(reader.page.get_by_role("heading", name=f"Neuron {number}", exact=True)).to_be_visible()
+    reader.page.go_back()
+    sync_api.expect(heading).to_be_visible()
+    reader.page.get_by_role("link", name="all neurons").click()
+    sync_api.expect(reader.page.locator("#gallery")).to_be_visible()
+
+
+def test_a_steered_neuron_shows_the_answers(reader: Reader):
+    reader.open("#steering")
+    sync_api.expect(reader.page.get_by_role("heading", name="Steering")).to_be_visible()
+    reader.page.get_by_role("link", name=f"neuron {STEERED[0]}", exact=True).first.click()
+    sync_api.expect(reader.page.locator("#neuron h3").first).to_have_text("A white image")
+    sync_api.expect(reader.page.locator("#neuron .answer").first).to_contain_text(f"nothing → {LABELS[0]}")
+    assert all("sprites/" in one for one in reader.pictures("#neuron .answer .thumb[data-image]"))
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (f"#/neuron/{MATRYOSHKA}/{DEAD}", "It never fired on these images."),
+        (f"#/neuron/{MATRYOSHKA}/9999", "There is no such neuron"),
+        ("#/neuron/nonsense/0", "There is no such neuron"),
+        ("#/neuron/pooled-batch_topk-x2-k2/1", "one vector for the whole image"),
+        ("#/neuron/layer0.cls-topk-x2-k4/1", "Out of distribution"),
+        ("#/neuron/raw-layer1.all/1", "not for raw neurons"),
+    ],
+)
+def test_what_there_is_not_is_said(reader: Reader, place: str, words: str):
+    reader.open(place)
+    sync_api.expect(reader.page.locator("#neuron")).to_contain_text(words)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_nothing_is_wider_than_the_window(reader: Reader, width: int, scheme):
+    reader.page.set_viewport_size({"width": width, "height": 844})
+    reader.page.emulate_media(color_scheme=scheme)
+    for place in ("", f"#/neuron/{MATRYOSHKA}/{STEERED[0]}"):
+        reader.open(place)
+        reader.page.locator(".card:visible").first.wait_for()
+        reader.page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+        assert reader.page.evaluate("document.documentElement.scrollWidth") == width
+    paper = reader.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (min(map(int, paper[4:-1].split(","))) > 128) == (scheme == "light")

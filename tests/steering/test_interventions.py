@@ -1,0 +1,263 @@
+"""Interventions against the formulas written out for dense codes, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.sae import SAE
+from sae_ray.steering import Intervention, LatentEdit, load_max_token
+from sae_ray.store.files import Folder
+
+D_IN, D_SAE, N = 6, 12, 5
+ARCHITECTURES = ["batch_topk", "matryoshka_batch_topk", "topk", "relu", "jumprelu"]
+
+
+def random_sae(architecture: str = "batch_topk", seed: int = 0, d_in: int = D_IN, d_sae: int = D_SAE) -> SAE:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return SAE(
+        architecture,
+        normal(d_in, d_sae),
+        normal(d_sae, d_in),
+        normal(d_sae) / 2,
+        normal(d_in),
+        threshold=None if architecture in ("topk", "relu") else normal(d_sae).abs(),
+        k=3 if architecture == "topk" else None,
+    )
+
+
+def tokens_of(seed: int, n: int = N, d_in: int = D_IN) -> torch.Tensor:
+    return 2 * torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed))
+
+
+def written_out(intervention: Intervention, x: torch.Tensor) -> torch.Tensor:
+    """METHODS in dense codes: encode, edit, decode; all tokens at once, then only those that are chosen."""
+    sae = intervention.sae
+    codes = sae.encode(x.float())
+    W_dec = sae.W_dec.to(codes)
+    mine = [edit.latent for edit in intervention.edits]
+    edited = torch.zeros_like(codes) if intervention.isolate else codes.clone()
+    edited[:, mine] = codes[:, mine]
+    for edit in intervention.edits:
+        strength = edit.strength * (intervention.max_token[edit.latent].item() if edit.unit == "max" else 1)
+        a = edited[:, edit.latent]
+        edited[:, edit.latent] = {
+            "set": torch.full_like(a, strength),
+            "add": a + strength,
+            "scale": a * strength,
+            "ablate": torch.zeros_like(a),
+        }[edit.mode]
+    replaced, corrected = edited @ W_dec + sae.b_dec, x.float() + (edited - codes) @ W_dec
+    result = replaced if intervention.error == "drop" else corrected
+    if intervention.tokens is not None:
+        chosen = torch.zeros(len(x), 1, dtype=torch.bool)
+        chosen[list(intervention.tokens)] = True
+        result = torch.where(chosen, result, x.float())
+    return result.to(x.dtype)
+
+
+@st.composite
+def interventions(draw) -> Intervention:
+    edits = []
+    for latent in draw(st.lists(st.integers(0, D_SAE - 1), unique=True, max_size=4)):
+        mode = draw(st.sampled_from(["set", "add", "scale", "ablate"]))
+        strength = 0.0 if mode == "ablate" else draw(st.floats(-20, 20, width=32))
+        unit = draw(st.sampled_from(["absolute", "max"])) if mode in ("set", "add") else "absolute"
+        edits.append(LatentEdit(latent, mode, strength, unit))
+    seed = draw(st.integers(0, 1000))
+    return Intervention(
+        random_sae(draw(st.sampled_from(ARCHITECTURES)), seed),
+        tuple(edits),
+        error=draw(st.sampled_from(["drop", "keep"])),
+        isolate=draw(st.booleans()),
+        tokens=draw(st.none() | st.lists(st.integers(0, N - 1), unique=True, min_size=1).map(tuple)),
+        max_token=torch.rand(D_SAE, generator=torch.Generator().manual_seed(seed)) + 0.1,
+    )
+
+
+@given(interventions(), st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_an_intervention_is_the_formula(intervention, seed, dtype):
+    x = tokens_of(seed).to(dtype)
+    before = x.clone()
+    result = intervention(x)
+    assert result.dtype == dtype
+    assert torch.equal(x, before)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(result, written_out(intervention, x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_keeping_the_error_an_edit_that_changes_nothing_leaves_every_bit(architecture, dtype):
+    sae, x = random_sae(architecture), tokens_of(1).to(dtype)
+    nothing = [(), (LatentEdit(3, "add", 0.0),), (LatentEdit(3, "scale", 1.0), LatentEdit(7, "add"))]
+    for edits in nothing:
+        assert torch.equal(Intervention(sae, edits, "keep")(x), x)
+    inactive = [latent for latent in range(D_SAE) if not sae.encode(x)[:, latent].any()]
+    assert torch.equal(Intervention(sae, tuple(LatentEdit(one, "ablate") for one in inactive), "keep")(x), x)
+    assert not torch.equal(Intervention(sae, (LatentEdit(3, "add", 5.0),), "keep")(x), x)
+
+
+def test_without_edits_dropping_the_error_is_the_reconstruction():
+    sae, x = random_sae(), tokens_of(2)
+    torch.testing.assert_close(Intervention(sae)(x), sae.decode(sae.encode(x)))
+    torch.testing.assert_close(Intervention(sae, isolate=True)(x), sae.b_dec.expand(N, D_IN))
+
+
+def test_a_strength_in_multiples_is_that_many_times_the_maximum():
+    sae, x, top = random_sae(), tokens_of(3), torch.linspace(0.5, 6, D_SAE, dtype=torch.float64)
+    relative = Intervention(sae, (LatentEdit(4, "set", 4, "max"),), max_token=top)
+    assert torch.equal(relative(x), Intervention(sae, (LatentEdit(4, "set", 4 * top[4].item()),))(x))
+
+
+def test_a_wide_sae_on_the_tokens_of_a_large_tower():
+    """65 536 latents, about 20 of them active, on 577 tokens."""
+    sae = random_sae(d_in=16, d_sae=65_536)
+    x = tokens_of(4, 577, 16)
+    top = (x - sae.b_dec) @ sae.W_enc[:, :1024] + sae.b_enc[:1024]
+    sae = SAE(
+        "jumprelu", sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, torch.full((65_536,), top.quantile(0.9997).item())
+    )
+    assert 5 < len(sae.encode_sparse(x).values) / 577 < 80
+    edits = (LatentEdit(65_535, "set", 30.0), LatentEdit(12, "scale", 3.0), LatentEdit(40_000, "ablate"))
+    for error in ("drop", "keep"):
+        intervention = Intervention(sae, edits, error)
+        torch.testing.assert_close(
+            intervention(x)[100:103], written_out(intervention, x[100:103]), rtol=1e-4, atol=1e-3
+        )
+
+
+def test_weights_of_another_precision():
+    intervention = Intervention(random_sae(), (LatentEdit(3, "set", 7.0),))
+    x = tokens_of(5)
+    for dtype in (torch.float64, torch.bfloat16):
+        other = Intervention(intervention.sae.to(dtype=dtype), intervention.edits)
+        result = other(x)
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result, written_out(other, x), rtol=1e-4, atol=1e-4)
+
+
+def test_plain_values_there_and_back():
+    values = {
+        "edits": [
+            {"latent": 3, "mode": "set", "strength": 4.0, "unit": "max"},
+            {"latent": 5, "mode": "ablate", "strength": 0.0, "unit": "absolute"},
+        ],
+        "error": "keep",
+        "isolate": True,
+        "tokens": [0, 4],
+    }
+    intervention = Intervention.from_dict(values, random_sae(), torch.ones(D_SAE))
+    assert intervention.edits == (LatentEdit(3, "set", 4.0, "max"), LatentEdit(5, "ablate"))
+    assert intervention.to_dict() == values
+    assert Intervention.from_dict({}, random_sae()).to_dict() == {
+        "edits": [],
+        "error": "drop",
+        "isolate": False,
+        "tokens": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("alias", "mode"),
+    [("pin", "set"), ("clamp", "set"), ("nudge", "add"), ("mul", "scale"), ("suppress", "ablate"), ("add", "add")],
+)
+def test_modes_go_by_the_names_of_other_apis(alias, mode):
+    strength = {} if mode == "ablate" else {"strength": 2}
+    made = Intervention.from_dict({"edits": [{"latent": 1, "mode": alias} | strength]}, random_sae())
+    assert made.edits == (LatentEdit(1, mode, strength.get("strength", 0.0)),)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ({"latent": -1}, "latent is -1"),
+        ({"latent": D_SAE}, "latent is 12; the SAE has latents 0 to 11"),
+        ({"latent": True}, "latent is True"),
+        ({"latent": 1.0}, "latent is 1.0"),
+        ({}, "latent is missing"),
+        (7, "must be a table"),
+        ({"latent": 1, "strength": math.nan}, "strength of latent 1 is nan"),
+        ({"latent": 1, "strength": -math.inf}, "strength of latent 1 is -inf"),
+        ({"latent": 1, "strength": 1e300}, "finite, in float32 too"),
+        ({"latent": 1, "strength": 10**400}, "finite, in float32 too"),
+        ({"latent": 1, "strength": "40"}, "strength of latent 1 is '40'; it must be a number"),
+        ({"latent": 1, "mode": "boost"}, "mode is 'boost'; it must be one of set, add, scale, ablate"),
+        ({"latent": 1, "mode": ["set"]}, "mode is"),
+        ({"latent": 1, "unit": "x"}, "unit is 'x'"),
+        ({"latent": 1, "mode": "ablate", "strength": 2}, "ablate takes none"),
+        ({"latent": 1, "mode": "scale", "strength": 2, "unit": "max"}, "no meaning for scale"),
+        ({"latent": 2, "strength": 2, "unit": "max"}, "latent 2 .* never fired"),
+        ({"latent": 1, "strenght": 2}, "unknown key 'strenght'; did you mean 'strength'"),
+    ],
+)
+def test_edits_that_cannot_be_are_refused(edit, words):
+    top = torch.ones(D_SAE)
+    top[2] = 0
+    with pytest.raises(UsageError, match=words):
+        Intervention.from_dict({"edits": [edit]}, random_sae(), top)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"error": "ignore"}, "error is 'ignore'; it must be one of drop, keep"),
+        ({"isolate": 1}, "isolate is 1"),
+        ({"tokens": [-1]}, r"tokens is \[-1\]"),
+        ({"tokens": []}, r"tokens is \[\]"),
+        ({"tokens": 3}, "tokens is 3"),
+        ({"edits": {"latent": 1}}, "edits is .* must be a list"),
+        ({"edits": [{"latent": 1}, {"latent": 1, "mode": "ablate"}]}, "latent 1 is edited twice"),
+        ({"edits": [{"latent": 1, "strength": 2, "unit": "max"}]}, "max_token, which is not known"),
+        ({"features": []}, "unknown key 'features'; known here: edits, error, isolate, tokens"),
+        ([], "must be a table"),
+    ],
+)
+def test_interventions_that_cannot_be_are_refused(values, words):
+    with pytest.raises(UsageError, match=words):
+        Intervention.from_dict(values, random_sae())
+
+
+def test_what_does_not_fit_the_tokens_is_refused():
+    with pytest.raises(UsageError, match="6 wide"):
+        Intervention(random_sae(d_in=4))(tokens_of(0))
+    with pytest.raises(UsageError, match="tokens has 5; there are tokens 0 to 4"):
+        Intervention(random_sae(), tokens=(1, 5))(tokens_of(0))
+    with pytest.raises(UsageError, match=r"max_token has shape \[3\]"):
+        Intervention(random_sae(), max_token=torch.ones(3))
+
+
+def test_max_token_comes_from_the_saes_directory(tmp_path):
+    with pytest.raises(UsageError, match=r"has no latents\.parquet"):
+        load_max_token(tmp_path)
+    order = np.array([2, 0, 1])
+    folder = Folder(tmp_path)
+    folder.write_parquet("latents.parquet", pa.table({"latent": order, "max_token": order / 2}))
+    assert load_max_token(tmp_path).tolist() == [0, 0.5, 1]
+    folder.write_parquet("latents.parquet", pa.table({"latent": order}))
+    with pytest.raises(SaeRayError, match="max_token"):
+        load_max_token(folder)
+    folder.write_bytes("latents.parquet", b"torn")
+    with pytest.raises(SaeRayError, match="max_token"):
+        load_max_token(str(tmp_path))
+
+
+def test_importing_steering_is_light():
+    code = "import sys, sae_ray.steering; print({'transformers', 'PIL', 'ray', 'open_clip'} & set(sys.modules))"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

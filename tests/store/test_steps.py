@@ -1,0 +1,264 @@
+"""Steps: named by what decides their content, finished once, locked while written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_ray.errors import SaeRayError
+from sae_ray.store import steps
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import RECORD, SCHEMA_VERSION, STALE_SECONDS, Step, digest, hold, read_record
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Step:
+    return Step(Folder(tmp_path), "train", "sae-x", {"k": 4})
+
+
+def finished(step: Step) -> Step:
+    step.folder.write_bytes("weights", b"12345")
+    step.folder.write_bytes("data/part", b"1")
+    step.finish(1.23456, {"rows": 7})
+    return step
+
+
+@contextmanager
+def other_driver(step: Step) -> Iterator[subprocess.Popen]:
+    """A process that holds a step until it is told to end, by its standard input or by a signal."""
+    code = """
+import sys
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step, hold
+with hold([Step(Folder(sys.argv[1]), "train", "sae-x", {"k": 4})]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(step.root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def reordered(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: reordered(inner) for key, inner in reversed(value.items())}
+    return [reordered(inner) for inner in value] if isinstance(value, list) else value
+
+
+@given(JSON)
+def test_a_digest_does_not_depend_on_the_order_of_keys(value: Any):
+    assert digest(reordered(value)) == digest(value)
+    assert digest(json.loads(json.dumps(value))) == digest(value)
+
+
+@given(JSON, JSON)
+def test_other_values_have_other_digests(one: Any, other: Any):
+    assert (digest(one) == digest(other)) == (json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True))
+
+
+def test_a_name_is_a_label_and_a_hash_of_what_decides_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def name(root: Path = tmp_path, stage: str = "train", label: str = "sae-x", **config: Any) -> str:
+        return Step(Folder(root), stage, label, {"k": 4, "seed": 0} | config).name
+
+    assert name().startswith("sae-x-")
+    assert name() == Step(Folder(tmp_path), "train", "sae-x", {"seed": 0, "k": 4}).name
+    assert name(root=tmp_path / "elsewhere") == name()
+    same_hash = {name(), name(label="sae-y").replace("sae-y", "sae-x")}
+    others = {name(stage="score"), name(k=5), name(seed=1), name(more=None)}
+    assert len(same_hash) == 1
+    assert len(same_hash | others) == 5
+    before = name()
+    monkeypatch.setattr(steps, "SCHEMA_VERSION", steps.SCHEMA_VERSION + 1)
+    assert name() != before
+
+
+def test_a_step_from_missing_to_done(step: Step):
+    assert (step.status(), step.record(), step.finished) == ("missing", None, False)
+    with hold([step]):
+        assert (step.status(), step.finished) == ("running", False)
+        step.folder.write_bytes("weights", b"12345")
+    assert (step.status(), step.finished) == ("partial", False)
+    with hold([step]):
+        finished(step)
+        assert step.status() == "done"
+    assert (step.status(), step.finished) == ("done", True)
+    record = step.record()
+    assert record is not None
+    assert record == read_record(step.folder) == json.loads((Path(str(step.folder)) / RECORD).read_text())
+    expected = {
+        "schema_version": SCHEMA_VERSION,
+        "stage": "train",
+        "status": "done",
+        "reason": None,
+        "config": {"k": 4},
+        "counts": {"rows": 7},
+        "seconds": 1.235,
+        "files": {"data/part": 1, "weights": 5},  # not the lock under which they were written
+    }
+    assert expected.items() <= record.items()
+    assert {"sae-ray", "torch", "python"} <= record["versions"].keys()
+
+
+def test_a_failed_step_is_finished_too_and_says_why(step: Step):
+    step.finish(0.0, {}, status="failed", reason="the loss is NaN")
+    assert (step.status(), step.finished) == ("failed", True)
+    assert (step.record() or {})["reason"] == "the loss is NaN"
+
+
+def test_what_is_not_finite_is_null_in_the_record(step: Step):
+    step.finish(0.0, {"r2": float("nan"), "kinds": {"white": {"rate": float("inf"), "asked": 3}}})
+    assert (step.record() or {})["counts"] == {"r2": None, "kinds": {"white": {"rate": None, "asked": 3}}}
+
+
+def test_scratch_is_deleted_once_the_step_is_done(step: Step, monkeypatch: pytest.MonkeyPatch):
+    step.folder.write_bytes("checkpoints/step-1.json", b"1")
+    step.folder.write_bytes("answers/part-0.parquet", b"1")
+    step.folder.write_bytes("answers.parquet", b"1")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            step.finish(0.0, {})
+    assert (step.record() or {})["files"] == {"answers.parquet": 1}
+    step.finish(0.0, {})
+    assert sorted(step.folder.files(recursive=True)) == ["answers.parquet", RECORD]
+    assert step.status() == "done"
+
+
+def test_files_that_are_added_later_do_no_harm(step: Step):
+    finished(step).folder.write_bytes("notes.txt", b"mine")
+    assert step.status() == "done"
+
+
+@pytest.mark.parametrize(
+    ("tear", "message"),
+    [
+        (lambda at, _: (at / "data" / "part").unlink(), "is torn: data/part should have 1 bytes and is missing"),
+        (lambda at, _: (at / "weights").write_bytes(b"123"), "is torn: weights should have 5 bytes and has 3; delete"),
+        (lambda at, text: (at / RECORD).write_text(text[:40]), "step.json is not JSON"),
+        (
+            lambda at, _: (at / RECORD).write_text("[]"),
+            f"was written by schema version None, this program reads {SCHEMA_VERSION}; delete",
+        ),
+        (
+            lambda at, text: (at / RECORD).write_text(text.replace('"schema_version": ', '"schema_version": 9')),
+            f"was written by schema version 9{SCHEMA_VERSION}, this program reads {SCHEMA_VERSION}; delete",
+        ),
+    ],
+)
+def test_a_torn_or_foreign_step_is_refused(step: Step, tear: Any, message: str):
+    place = Path(str(finished(step).folder))
+    tear(place, (place / RECORD).read_text())
+    for look in (step.record, step.status, lambda: read_record(step.folder)):
+        with pytest.raises(SaeRayError) as raised:
+            look()
+        assert message in str(raised.value)
+        assert str(step.folder) in str(raised.value)
+
+
+def test_reading_a_step_that_is_not_finished_is_refused(step: Step):
+    with pytest.raises(SaeRayError, match=r"is not a finished step: it has no step\.json"):
+        read_record(step.folder)
+
+
+def test_a_second_driver_is_kept_out_until_the_first_is_gone(step: Step):
+    other_step = Step(step.root, "train", "sae-y", {})
+    with other_driver(step) as driver:
+        assert step.status() == "running"
+        refusal = f"is being written by process {driver.pid} on "
+        with pytest.raises(SaeRayError, match=refusal), hold([other_step, step]):
+            pytest.fail("two drivers hold one step")
+        assert other_step.status() == "missing"  # what was held already is let go
+        assert step.status() == "running"
+        driver.communicate("")
+    assert step.status() == "missing"
+    with hold([step]):
+        pass
+
+
+def test_a_second_hold_in_the_same_process_is_kept_out(step: Step):
+    with hold([step]), pytest.raises(SaeRayError, match="is being written"), hold([step]):
+        pytest.fail("held twice")
+
+
+def test_the_lock_of_a_killed_driver_is_taken_over_at_once(step: Step):
+    with other_driver(step) as driver:
+        step.folder.write_bytes("half", b"1")
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        assert [name for name in step.folder.files() if name.startswith("lock-")] != []
+        with hold([step]):
+            assert step.status() == "running"
+    assert step.folder.files() == {"half": 1}
+    assert step.status() == "partial"
+
+
+def test_the_lock_of_another_host_lasts_as_long_as_its_heartbeat(step: Step):
+    owner = {"host": "elsewhere", "pid": 1}
+    step.folder.write_json("lock-a.json", owner | {"time": time.time()})
+    assert step.status() == "running"
+    with pytest.raises(SaeRayError, match="is being written by process 1 on elsewhere"), hold([step]):
+        pytest.fail("two drivers hold one step")
+    step.folder.write_json("lock-a.json", owner | {"time": time.time() - STALE_SECONDS - 1})
+    with hold([step]):
+        assert "lock-a.json" not in step.folder.files()
+    assert step.status() == "missing"
+
+
+def test_a_lock_is_let_go_when_the_work_fails(step: Step):
+    step.folder.write_bytes("half", b"1")
+    with pytest.raises(ZeroDivisionError), hold([step]):
+        raise ZeroDivisionError
+    assert step.folder.files() == {"half": 1}
+
+
+def test_the_heartbeat_survives_a_disk_that_fails_for_a_while(step: Step, monkeypatch: pytest.MonkeyPatch):
+    def beats(seen: float) -> float:
+        """The time of the first heartbeat after `seen`."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            for name in step.folder.files():
+                if name.endswith(".json") and (beat := step.folder.read_json(name)["time"]) > seen:
+                    return beat
+            time.sleep(0.01)
+        pytest.fail("the heart stands still")
+
+    monkeypatch.setattr(steps, "HEARTBEAT_SECONDS", 0.01)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with hold([step]):
+        beats(beats(0.0))
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+            time.sleep(0.1)
+            with pytest.raises(OSError, match="File too large"):
+                step.folder.write_bytes("x", b"1")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        beats(time.time())
+    assert step.status() == "missing"

@@ -1,0 +1,591 @@
+"""Studies: files that are read or refused with the remedy, and the plan of steps that they amount to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.sae import TrainingConfig
+from sae_ray.store.files import Folder
+from sae_ray.study.config import Steering, Study, field_help
+from sae_ray.study.plan import StudyPlan
+
+STUDIES = Path(__file__).resolve().parents[2] / "studies"
+MINIMAL = {
+    "name": "s",
+    "images": {"train": {"path": "/images"}},
+    "encoder": {"model": "/clip"},
+    "grid": [{"sites": ["projection"]}],
+}
+
+
+def study(overrides: dict[str, Any] | None = None, **values: Any) -> Study:
+    return Study.from_dict(MINIMAL | values, overrides)
+
+
+def refusal(overrides: dict[str, Any] | None = None, **values: Any) -> str:
+    with pytest.raises(UsageError) as raised:
+        study(overrides, **values)
+    return str(raised.value)
+
+
+def test_the_papers_study_is_read():
+    paper = Study.load(STUDIES / "pach2025.toml")
+    cells = paper.cells()
+    assert paper.training == TrainingConfig()  # the defaults are the paper's settings
+    assert (paper.judge.model, paper.judge.point) == ("facebook/dinov2-base", "pooled")
+    assert paper.scoring.min_images == 2
+    assert paper.steering == Steering("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")  # the defaults again
+    # Five sites, two kinds, six widths; four sparsities at two widths, two of which are there already; the steered one.
+    assert len(cells) == 5 * 2 * 6 + (4 * 2 - 2) + 1
+    assert {cell.site.name for cell in cells} == {
+        "layer11.cls", "layer17.cls", "layer22.cls", "layer23.cls", "projection", "layer22.random-2",
+    }  # fmt: skip
+    assert {cell.cell.k for cell in cells} == {1, 10, 20, 50}
+    assert {cell.cell.expansion for cell in cells} == {1, 2, 4, 8, 16, 64}
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(names)
+    assert names[0] == "layer11.cls-batch_topk-x1-k20"
+    assert names[-1] == "layer22.random-2-matryoshka_batch_topk-x64-k20"
+    assert "layer23.cls-matryoshka_batch_topk-x16-k1" in names
+
+
+def test_the_demo_is_read():
+    demo = Study.load(STUDIES / "demo.toml")
+    *projection, steered = demo.cells()
+    assert [cell.name for cell in projection] == [
+        f"projection-batch_topk-x{expansion}-k{k}" for expansion in (1, 4, 16) for k in (5, 20)
+    ]
+    assert (steered.site.name, steered.cell.architecture) == ("layer3.random-4", "matryoshka_batch_topk")
+    assert demo.steering is not None
+    assert (demo.steering.strength, demo.steering.unit, demo.scoring.pictures) == (4, "max", "train")
+    assert demo.training.steps == 1500
+    assert (demo.resources.extract.workers, demo.resources.train.checkpoint_every) == (2, 500)
+
+
+@pytest.mark.parametrize("name", [path.name for path in STUDIES.glob("*.toml")])
+def test_a_study_comes_back_from_plain_values(name: str):
+    one = Study.load(STUDIES / name)
+    assert Study.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+    assert Study.from_dict(one.to_dict(), {"seed": 5}) == dataclasses.replace(one, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sed": 1}, "sed: unknown key; did you mean 'seed'?"),
+        ({"encoder": {"model": "m", "dtyp": "float32"}}, "encoder.dtyp: unknown key; did you mean 'dtype'?"),
+        (
+            {"images": {"train": {"path": "p", "lables": "none"}}},
+            "images.train.lables: unknown key; did you mean 'labels'?",
+        ),
+        (
+            {"images": {"train": {"path": "p"}, "heldout": {"pth": "p", "path": "q"}}},
+            "images.heldout.pth: unknown key; did you mean 'path'?",
+        ),
+        (
+            {"grid": [{"sites": ["projection"]}, {"sites": ["projection"], "expanion": [1]}]},
+            "grid.1.expanion: unknown key; did you mean 'expansions'?",
+        ),
+        ({"training": {"stepz": 1}}, "training.stepz: unknown key; did you mean 'steps'?"),
+        (
+            {"resources": {"train": {"cell_per_bundle": 1}}},
+            "resources.train.cell_per_bundle: unknown key; did you mean 'cells_per_bundle'?",
+        ),
+        (
+            {"extraction": {"zzz": 1}},
+            "extraction.zzz: unknown key; known here: store_dtype, images_per_part, pixels",
+        ),
+        ({"steering": {"llava": "m", "strenght": 4}}, "steering.strenght: unknown key; did you mean 'strength'?"),
+    ],
+)
+def test_an_unknown_key_is_told_from_the_nearest_known_one(values: dict, message: str):
+    assert refusal(**values) == message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"encoder": {}}, "encoder.model: missing; add it: A hub id, `open_clip:<architecture>/<pretrained tag>`"),
+        ({"images": {"train": {}}}, "images.train.path: missing; add it: The folder: a local path"),
+        ({"images": {}}, "images.train: missing; add it: The training images."),
+        ({"steering": {}}, "steering.llava: missing; add it: The LLaVA whose vision tower is the encoder: a hub id or"),
+        ({"grid": [{"k": [1]}]}, "grid.0.sites: missing; add it: Where the encoder is tapped: `layer<L>:<tokens>`"),
+    ],
+)
+def test_a_missing_key_is_explained(values: dict, message: str):
+    assert refusal(**values).startswith(message)
+
+
+def test_all_problems_are_told_at_once():
+    lines = refusal(seed="x", sed=1, encoder={}).splitlines()
+    assert [line.split(":")[0].split(" ")[0] for line in lines] == ["encoder.model", "seed", "sed"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"name": 5}, "name = 5: Input should be a valid string"),
+        ({"name": ""}, "name = '': give a name without slashes"),
+        ({"name": "a/b"}, "name = 'a/b': give a name without slashes"),
+        ({"seed": "x"}, "seed = 'x': Input should be a valid integer"),
+        ({"seed": -1}, "seed = -1: choose 0 or more"),
+        ({"encoder.dtype": "int8"}, "encoder.dtype = 'int8': Input should be 'float32', 'bfloat16' or 'float16'"),
+        ({"encoder": "clip"}, "encoder = 'clip': Input should be a dictionary"),
+        ({"grid": {"sites": ["projection"]}}, "grid = {'sites': ['projection']}: Input should be a list"),
+        ({"grid": []}, "grid = []: add a [[grid]] with at least one site"),
+        ({"grid.sites": "projection"}, "grid.0.sites = 'projection': Input should be a list"),
+        ({"grid.sites": []}, "grid.sites = []: name at least one"),
+        ({"grid.sites": ["layer3"]}, "site is 'layer3'; write layer<number>:<tokens>"),
+        ({"grid.sites": ["layer3:none"]}, "tokens is 'none'; for a residual site it must be cls, mean"),
+        ({"grid.expansions": [4, 0]}, "cell.expansion = 0.0: make it a number above 0"),
+        ({"grid.expansions": []}, "grid.expansions = []: name at least one"),
+        ({"grid.k": [4, 0]}, "cell.k = 0: make it at least 1 for batch_topk"),
+        ({"grid.k": [2.5]}, "grid.0.k.0 = 2.5: Input should be a valid integer"),
+        ({"grid.k": []}, "grid.k = []: batch_topk: name at least one"),
+        ({"grid.architectures": ["topkk"]}, "grid.0.architectures.0 = 'topkk': Input should be 'batch_topk'"),
+        ({"grid.architectures": ["relu"]}, "grid.sparsity = []: relu: name at least one coefficient"),
+        # Not left out in silence because other cells are fine.
+        ({"grid.architectures": ["topk", "relu"]}, "grid.sparsity = []: relu: name at least one coefficient"),
+        ({"grid.sparsity": [0.1]}, "grid.sparsity = [0.1]: only relu and jumprelu have such a"),
+        ({"grid.score_tokens": "cls"}, "tokens is 'cls'; a projection site has one vector per image: leave it out"),
+        ({"images.heldout_fraction": 1}, "images.heldout_fraction = 1.0: choose a share between 0 and 1"),
+        ({"images.max_bad_fraction": -0.1}, "images.max_bad_fraction = -0.1: choose a share from 0 to 1"),
+        ({"extraction.images_per_part": 0}, "extraction.images_per_part = 0: choose 1 or more"),
+        ({"scoring.min_images": 1}, "scoring.min_images = 1: choose 2 or more"),
+        ({"training.batch_size": 0}, "training.batch_size = 0: make it at least 1"),
+        ({"training.steps": 500}, "training.warmup_steps = 1000: make it between 0 and steps (500)"),
+        ({"resources.train.workers": 3}, "resources.train.workers = 3: choose a divisor of training.batch_size = 4096"),
+        ({"resources.extract.workers": 0}, "resources.extract.workers = 0: choose 1 or more"),
+        ({"resources.score.gpus": -1}, "resources.score.gpus = -1.0: choose 0 or more"),
+        ({"resources.steer.batch_size": 0}, "resources.steer.batch_size = 0: choose 1 or more"),
+        ({"steering.llava": "m"}, "scoring.pictures = 'heldout': steering finds its concepts on training images"),
+        ({"steering": {"llava": "m", "strength": math.inf}}, "steering.strength = inf: choose a finite number"),
+        ({"steering": {"llava": "m", "min_purity": 0}}, "steering.min_purity = 0.0: choose a share above 0, at most 1"),
+        ({"steering": {"llava": "m", "n_images": 0}}, "steering.n_images = 0: choose 1 or more"),
+        ({"steering": {"llava": "m", "unit": "x"}}, "steering.unit = 'x': Input should be 'absolute' or 'max'"),
+        (
+            {"steering": {"llava": "m", "prompt": "a?", "other_prompts": ["a?"]}},
+            "steering.other_prompts = 'a?': it is steering.prompt already; leave it out",
+        ),
+        ({"trainig.steps": 5}, "trainig: unknown key; did you mean 'training'?"),
+        ({"training.step": 5}, "training.step: unknown key; did you mean 'steps'?"),
+        ({"name.first": 5}, "name.first: name is not a table of the study file"),
+        ({"images.train.path.x": 5}, "images.train.path.x: path is not a table of the study file"),
+        ({"grid.k.first": 5}, "grid.k.first: k is not a table of the study file"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_is_refused_with_field_value_and_remedy(overrides: dict, message: str):
+    assert refusal(overrides).startswith(message)
+
+
+def test_two_cells_are_not_taken_for_one():
+    grid = {"sites": ["layer1:all"], "expansions": [2], "k": [4]}
+    assert len(study(grid=[grid, grid]).cells()) == 1
+    assert refusal(grid=[grid, grid | {"score_tokens": "cls"}]).startswith("grid = 'layer1.all-batch_topk-x2-k4': two")
+    assert refusal({"grid.expansions": [1, 1.0000001]}).startswith("grid = 'projection-batch_topk-x1-k20': two cells")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"nowhere\.toml cannot be read \(No such file or directory\); give the path"):
+        Study.load(tmp_path / "nowhere.toml")
+    with pytest.raises(UsageError, match=r"cannot be read \(Is a directory\)"):
+        Study.load(tmp_path)
+    for content in (b"name = ", b"\xff\xfe"):
+        (tmp_path / "bad.toml").write_bytes(content)
+        with pytest.raises(UsageError, match=r"bad\.toml is not TOML: "):
+            Study.load(tmp_path / "bad.toml")
+    (tmp_path / "dated.toml").write_text("seed = 2025-01-01\n")
+    with pytest.raises(UsageError, match="seed = '2025-01-01': Input should be a valid integer"):
+        Study.load(tmp_path / "dated.toml")
+
+
+def test_overrides_are_put_over_the_file(tmp_path: Path):
+    (tmp_path / "s.toml").write_text(
+        'name = "s"\nimages.train.path = "a"\nencoder.model = "m"\n[[grid]]\nsites = ["projection"]\nk = [1]\n'
+        '[[grid]]\nsites = ["pooled"]\nk = [2]\n[training]\nbatch_size = 8\n'
+    )
+    one = Study.load(
+        tmp_path / "s.toml",
+        {
+            "images.train.path": "b",
+            "images.heldout.path": "c",
+            "grid.expansions": [2, 4],
+            "training.steps": 2000,
+            "resources.train.cpus": 2,
+            "seed": 3,
+        },
+    )
+    assert (one.images.train.path, one.seed, one.resources.train.cpus) == ("b", 3, 2)
+    assert one.images.heldout is not None
+    assert one.images.heldout.path == "c"
+    assert (one.training.batch_size, one.training.steps) == (8, 2000)
+    assert [(grid.sites, grid.k, grid.expansions) for grid in one.grid] == [
+        (("projection",), (1,), (2, 4)),
+        (("pooled",), (2,), (2, 4)),
+    ]
+
+
+def test_overrides_alone_make_a_study():
+    values = {"images.train.path": "i", "encoder.model": "m", "grid.sites": ["pooled"], "grid.k": [3]}
+    assert [cell.name for cell in Study.from_dict({"name": "s"}, values).cells()] == ["pooled-batch_topk-x8-k3"]
+
+
+def test_overrides_leave_the_given_values_alone():
+    before = json.dumps(MINIMAL)
+    study({"grid.k": [3], "images.train.path": "elsewhere"})
+    assert json.dumps(MINIMAL) == before
+
+
+def test_a_field_left_out_before_can_be_overridden():
+    remembered = study().to_dict()
+    assert remembered["images"]["heldout"] is None
+    assert Study.from_dict(remembered, {"images.heldout.path": "h"}).images.heldout is not None
+
+
+def test_a_cells_seed_comes_from_its_name_alone():
+    def seeds(grid: list[dict], seed: int = 0) -> dict[str, int]:
+        return {cell.name: cell.cell.seed for cell in study(grid=grid, seed=seed).cells()}
+
+    one = {"sites": ["projection"], "expansions": [1, 2], "k": [2, 4]}
+    more = [
+        {"sites": ["layer0:cls"], "architectures": ["topk"]},
+        one | {"k": [1, 2, 4], "architectures": ["matryoshka_batch_topk", "batch_topk"]},
+    ]
+    assert seeds([one]).items() <= seeds(more).items()
+    assert len(seeds(more)) == 1 + 12
+    assert len(set(seeds(more).values())) == 13
+    assert set(seeds([one], seed=1).values()).isdisjoint(seeds([one]).values())
+
+
+def test_help_is_the_docstring_of_the_field():
+    assert field_help("encoder.revision") == "Commit, tag or branch of a hub id."
+    assert field_help("images.heldout.path").startswith("The folder: a local path (`~` is your home)")
+    assert field_help("grid.k") == "Average number of active latents per row, for the TopK family."
+    assert field_help("training.steps") == "Optimiser steps."
+    assert field_help("resources.score.gpus") == "GPUs of a task."
+
+
+# Plans
+
+
+MakePlan = Callable[..., StudyPlan]
+
+
+@pytest.fixture
+def make_plan(tmp_path: Path, tiny_clip: str, tiny_judge: str) -> MakePlan:
+    """The plan of a small study of two sites over a folder of 40 files, which planning never opens."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(40):
+        (images / f"{number:02d}.png").touch()
+
+    def make(overrides: dict[str, Any] | None = None, root: Path = tmp_path / "root") -> StudyPlan:
+        values = {
+            "name": "s",
+            "images": {"train": {"path": str(images)}, "heldout_fraction": 0.25},
+            "encoder": {"model": tiny_clip},
+            "judge": {"model": tiny_judge, "point": "projection"},
+            "grid": [{"sites": ["projection", "layer1:random:2"], "expansions": [2], "k": [4]}],
+        }
+        return StudyPlan(Study.from_dict(values, overrides), Folder(root))
+
+    return make
+
+
+def names(plan: StudyPlan) -> dict[str, str]:
+    """Label -> name of every step."""
+    steps = list(plan.steps)
+    assert len({step.label for step in steps}) == len(steps)
+    return {step.label: step.name for step in steps}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {label for label in before if before[label] != after[label]}
+
+
+MANIFESTS = {"manifest-train", "manifest-heldout"}
+PROJECTION = {"activations-train-projection", "activations-heldout-projection"}
+RANDOM = {"activations-train-layer1.random-2", "activations-heldout-layer1.random-2"}
+EMBEDDINGS = {"embeddings-heldout"}
+SAES = {"sae-projection-batch_topk-x2-k4", "sae-layer1.random-2-batch_topk-x2-k4"}
+SAE_SCORES = {label.replace("sae-", "scores-heldout-", 1) for label in SAES}
+RAW_SCORES = {"scores-heldout-raw-projection", "scores-heldout-raw-layer1.random-2"}
+RAW_RANDOM = {"scores-heldout-raw-layer1.random-2"}
+TRAINED = SAES | SAE_SCORES
+SCORES = SAE_SCORES | RAW_SCORES
+ACTIVATIONS = PROJECTION | RANDOM
+
+
+def test_a_plan_lists_the_steps_in_the_order_of_work(make_plan: MakePlan, tmp_path: Path):
+    plan = make_plan()
+    steps = list(plan.steps)
+    assert {step.label for step in steps} == MANIFESTS | ACTIVATIONS | EMBEDDINGS | SAES | SCORES
+    stages = [step.stage for step in steps]
+    assert stages == sorted(stages, key=["manifest", "extract", "train", "score"].index)
+    known: set[str] = set()
+    for step in steps:
+        read = {value for value in step.config.values() if isinstance(value, str)} & {other.name for other in steps}
+        assert read <= known  # what a step reads comes before it
+        known.add(step.name)
+    assert not (tmp_path / "root").exists()  # nothing is written
+    heldout, train = (len(plan.images[name].manifest) for name in ("heldout", "train"))
+    assert (heldout + train, 0 < heldout < 20) == (40, True)
+    sizes = {extract.step.label: (extract.rows, extract.width) for extract in plan.extracts}
+    assert sizes["activations-heldout-projection"] == (heldout, 16)
+    assert sizes["activations-train-layer1.random-2"] == (2 * train, 32)
+    assert [train.d_sae for train in plan.trains] == [32, 64]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"training.steps": 50_000}, TRAINED),
+        ({"training.gradient_clip": 2.0}, TRAINED),
+        ({"shuffle_rows": 1000}, TRAINED),
+        ({"seed": 1}, TRAINED | RANDOM | RAW_RANDOM),
+        ({"encoder.dtype": "bfloat16"}, ACTIVATIONS | TRAINED | RAW_SCORES),
+        ({"judge.dtype": "bfloat16"}, EMBEDDINGS | SCORES),
+        ({"judge.point": "pooled"}, EMBEDDINGS | SCORES),
+        ({"extraction.store_dtype": "float32"}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
+        ({"extraction.pixels": "fast"}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
+        ({"extraction.images_per_part": 7}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
+        ({"images.heldout_fraction": 0.5}, MANIFESTS | ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
+        ({"scoring.top_images": 4}, SCORES),
+        ({"scoring.min_images": 10}, set()),
+        ({"images.max_bad_fraction": 0.5}, set()),
+        ({"name": "other"}, set()),
+    ],
+    ids=str,
+)
+def test_a_setting_changes_the_steps_that_it_decides(make_plan: MakePlan, overrides: dict, expected: set[str]):
+    assert changed(names(make_plan()), names(make_plan(overrides))) == expected
+
+
+def test_resources_and_root_change_no_step(make_plan: MakePlan, tmp_path: Path):
+    before = names(make_plan())
+    resources = study().to_dict()["resources"]
+    overrides = {
+        f"resources.{stage}.{name}": 2 if value is None else value * 2
+        for stage, fields in resources.items()
+        for name, value in fields.items()
+    }
+    assert len(overrides) == 19
+    assert names(make_plan(overrides)) == before
+    assert names(make_plan(root=tmp_path / "elsewhere")) == before
+
+
+def test_a_new_image_changes_what_is_made_of_its_set(make_plan: MakePlan, tmp_path: Path):
+    heldout = tmp_path / "heldout"
+    heldout.mkdir()
+    (heldout / "a.png").touch()
+    overrides = {"images.heldout.path": str(heldout)}
+    before = names(make_plan(overrides))
+    (tmp_path / "images" / "more.png").touch()
+    of_train = {label for label in MANIFESTS | ACTIVATIONS if "-train" in label}
+    assert changed(before, names(make_plan(overrides))) == of_train | TRAINED
+    before = names(make_plan(overrides))
+    (heldout / "b.png").touch()
+    of_heldout = {label for label in MANIFESTS | ACTIVATIONS if "-heldout" in label}
+    assert changed(before, names(make_plan(overrides))) == of_heldout | EMBEDDINGS | TRAINED | RAW_SCORES
+
+
+def test_an_encoder_is_its_files_wherever_they_lie(
+    make_plan: MakePlan, make_clip: Callable[..., str], tiny_clip: str, tmp_path: Path
+):
+    before = names(make_plan())
+    copied = shutil.copytree(tiny_clip, tmp_path / "copied")
+    assert names(make_plan({"encoder.model": str(copied)})) == before
+    other = make_clip(tmp_path / "other", seed=2)
+    assert changed(before, names(make_plan({"encoder.model": other}))) == ACTIVATIONS | TRAINED | RAW_SCORES
+    assert changed(before, names(make_plan({"judge.model": other}))) == EMBEDDINGS | SCORES
+
+
+def test_more_cells_and_pictures_add_steps_and_change_none(make_plan: MakePlan):
+    before = names(make_plan())
+    more = names(make_plan({"grid.k": [2, 4], "grid.sites": ["layer0:cls", "projection", "layer1:random:2"]}))
+    assert before.items() < more.items()
+    pictures = names(make_plan({"scoring.pictures": "train"}))
+    assert before.items() < pictures.items()
+    assert pictures.keys() - before.keys() == {label.replace("-heldout-", "-train-") for label in SCORES}
+
+
+def test_a_study_that_was_remembered_is_the_same_steps(make_plan: MakePlan):
+    plan = make_plan({"grid.expansions": [1, 4], "training.gradient_clip": 1})
+    study = Study.from_dict(json.loads(json.dumps(plan.study.to_dict())))
+    assert names(StudyPlan(study, plan.root)) == names(plan)
+    [defaults] = Study.from_dict(MINIMAL).cells()
+    [remembered] = Study.from_dict(json.loads(json.dumps(Study.from_dict(MINIMAL).to_dict()))).cells()
+    [whole] = Study.from_dict(MINIMAL, {"grid.expansions": [8]}).cells()
+    assert json.dumps(dataclasses.asdict(defaults)) == json.dumps(dataclasses.asdict(remembered))
+    assert json.dumps(dataclasses.asdict(defaults)) == json.dumps(dataclasses.asdict(whole))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"grid.k": [4, 33]}, "cell.k = 33: make it at most d_sae = 32"),
+        ({"grid.expansions": [0.01]}, "cell.expansion = 0.01: make it at least 1/16: the input is 16 wide"),
+        ({"grid.sites": ["projection", "layer2:cls"]}, "layer is 2, but .*clip has 2 layers; name one from 0 to 1"),
+        ({"grid.sites": ["layer0:random:6"]}, "clip has 5 tokens per image; ask for at most those"),
+        ({"encoder.model": "/nowhere"}, "there is no directory /nowhere; an encoder is named by a local directory"),
+        ({"encoder.revision": "main"}, "revision is 'main', but that of .*clip is "),
+        ({"images.train.path": "/nowhere"}, "images.train: .*image folder /nowhere"),
+        ({"images.heldout.path": "/nowhere"}, "images.heldout: .*image folder /nowhere"),
+        ({"images.train.labels": "/nowhere.csv"}, "images.train: .*label file /nowhere.csv"),
+    ],
+    ids=str,
+)
+def test_a_plan_that_cannot_be_is_refused_before_any_work(make_plan: MakePlan, overrides: dict, message: str):
+    with pytest.raises(UsageError, match=message):
+        make_plan(overrides)
+
+
+def test_a_set_without_images_is_refused(make_plan: MakePlan, tmp_path: Path):
+    with pytest.raises(SaeRayError, match=r"images\.heldout: no image is left .* change images\.heldout_fraction"):
+        make_plan({"images.heldout_fraction": 1e-9})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SaeRayError, match=r"images\.train: .*empty"):
+        make_plan({"images.train.path": str(tmp_path / "empty")})
+
+
+def test_the_papers_study_is_planned_by_the_same_code(make_clip: Callable[..., str], tiny_llava: str, tmp_path: Path):
+    for number in range(20):
+        for part in ("train", "val"):
+            (tmp_path / part / "n01").mkdir(parents=True, exist_ok=True)
+            (tmp_path / part / "n01" / f"{number}.JPEG").touch()
+    clip = make_clip(tmp_path / "clip", n_layers=24, width=64, projection=32)
+    llava = with_tower(tiny_llava, tmp_path / "llava", num_hidden_layers=24, hidden_size=64, patch_size=14)
+    overrides = {
+        "images.train.path": str(tmp_path / "train"),
+        "images.heldout": {"path": str(tmp_path / "val")},
+        "encoder.model": clip,
+        "judge.model": clip,
+        "judge.point": "projection",
+        "steering.llava": llava,
+        "steering.scorer": clip,
+    }
+    plan = StudyPlan(Study.load(STUDIES / "pach2025.toml", overrides), Folder(tmp_path / "root"))
+    assert len(plan.trains) == 67
+    # Six sites on both image sets, the judge and the scorer; every SAE and the raw neurons of every site, on both sets.
+    assert len(plan.extracts) == 6 * 2 + 2
+    assert len(plan.scores) == 2 * (67 + 6)
+    assert len({step.name for step in plan.steps}) == 2 + 14 + 67 + 146 + 1
+    assert {train.d_sae for train in plan.trains if train.grid_cell.site.name == "projection"} == {
+        32 * expansion for expansion in (1, 2, 4, 8, 16, 64)
+    }
+    steered = plan.trains[-1]
+    assert (steered.activations.rows, steered.d_sae) == (2 * 20, 64 * 64)
+    assert [one.sae for one in plan.steerings] == [steered]
+    assert plan.steerings[0].answers == 3 * 1000 + 2 * 20 * (1 + 10)
+
+
+# The steering stage
+
+
+def with_tower(llava: str, directory: Path, **vision: int) -> str:
+    """A copy of the LLaVA with another tower in its configuration, which is all that planning reads."""
+    shutil.copytree(llava, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["vision_config"] |= vision
+    (directory / "config.json").write_text(json.dumps(config))
+    return str(directory)
+
+
+STEERING = {"steering-layer1.all-batch_topk-x2-k4", "steering-layer1.random-2-batch_topk-x2-k4"}
+
+
+@pytest.fixture
+def make_steered(make_plan: MakePlan, tiny_llava: str, tiny_clip: str) -> MakePlan:
+    """A plan whose encoder is the tower of a LLaVA that reads layer 1; there are SAEs that do not fit it."""
+
+    def make(overrides: dict[str, Any] | None = None) -> StudyPlan:
+        values = {
+            "encoder.model": tiny_llava,
+            "grid.sites": ["layer0:all", "layer1:all", "layer1:cls", "layer1:random:2"],
+            "scoring.pictures": "train",
+            "steering.llava": tiny_llava,
+            "steering.scorer": tiny_clip,
+        }
+        return make_plan(values | (overrides or {}))
+
+    return make
+
+
+def test_the_saes_of_the_layer_that_the_llava_reads_are_steered(make_steered: MakePlan):
+    plan = make_steered()
+    assert {one.step.label for one in plan.steerings} == STEERING
+    steps = list(plan.steps)
+    assert {step.label for step in steps[-2:]} == STEERING
+    for one in plan.steerings:
+        before = steps[: steps.index(one.step)]
+        assert all(step in before for step in one.inputs)
+        assert one.scores.activations.images.name == "train"
+        assert one.heldout.name == "heldout"
+    [scorer] = [extract for extract in plan.extracts if extract.step.label == "embeddings-train-scorer"]
+    assert (scorer.width, scorer.rows) == (16, len(plan.images["train"].manifest))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"steering.strength": 40}, STEERING),
+        ({"steering.other_prompts": ["And what else?"]}, STEERING),
+        ({"steering.ignore_labels": ["blank"]}, STEERING),
+        ({"steering.dtype": "bfloat16"}, STEERING),
+        ({"steering.strength": 100.0}, set()),
+        ({"scoring.min_images": 10}, set()),
+    ],
+    ids=str,
+)
+def test_settings_of_steering_change_its_own_steps(make_steered: MakePlan, overrides: dict, expected: set[str]):
+    assert changed(names(make_steered()), names(make_steered(overrides))) == expected
+
+
+def test_other_models_change_the_steps_that_they_decide(
+    make_steered: MakePlan, make_clip: Callable[..., str], make_llava: Callable[..., str], tmp_path: Path
+):
+    before = names(make_steered())
+    other = make_clip(tmp_path / "other", seed=2)
+    assert changed(before, names(make_steered({"steering.scorer": other}))) == STEERING | {"embeddings-train-scorer"}
+    llava = make_llava(tmp_path / "llava", layer=2)  # the same block, counted from below
+    assert changed(before, names(make_steered({"steering.llava": llava}))) == STEERING
+
+
+def test_the_encoder_as_scorer_embeds_the_images_once(make_plan: MakePlan, tiny_clip: str, tiny_llava: str, tmp_path):
+    llava = with_tower(tiny_llava, tmp_path / "llava", num_hidden_layers=2, patch_size=14)
+    steering = {"steering.llava": llava, "steering.scorer": tiny_clip, "scoring.pictures": "train"}
+    plan = make_plan(steering | {"grid.sites": ["projection", "layer0:all"]})
+    assert plan.text_space.step.label == "activations-train-projection"
+    assert plan.text_space.step.name in {train.activations.step.name for train in plan.trains}
+    assert make_plan().text_space.step.label == "activations-heldout-projection"  # without steering
+
+
+def test_what_cannot_be_steered_is_refused_before_any_work(
+    make_steered: MakePlan, tiny_clip: str, tiny_llava: str, tmp_path: Path
+):
+    def refused(overrides: dict[str, Any]) -> str:
+        with pytest.raises(UsageError) as raised:
+            make_steered(overrides)
+        return str(raised.value)
+
+    elsewhere = {"grid.sites": ["layer1:cls", "layer2:all"]}
+    assert (
+        'reads layer 1, where no SAE is trained on its tokens; add a [[grid]] with sites = ["layer1:random:2"]'
+        in refused(elsewhere)
+    )
+    assert "clip is of the model type clip, not llava" in refused({"steering.llava": tiny_clip})
+    wider = with_tower(tiny_llava, tmp_path / "wider", hidden_size=64)
+    assert "its vision tower has 17 tokens of width 64" in refused({"steering.llava": wider})
+    assert "which embeds no texts; name a CLIP, SigLIP" in refused({"steering.scorer": tiny_llava})
+    assert "there is no directory /nowhere" in refused({"steering.llava": "/nowhere"})
