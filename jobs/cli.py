@@ -10,13 +10,12 @@ from typing import Any
 import click
 
 from sae_ray.errors import SaeRayError
-from sae_ray.steering import MAX_NEW_TOKENS, ONE_WORD
 
-from .options import open_plan, remember, study_options
+from .options import open_plan, plan_to_work_on, study_options
 
 
 class Command(click.Command):
-    """Shows what a user can mend as one message with its exit code; anything else keeps its traceback."""
+    """Shows an error that a user can fix as one message with its exit code; anything else keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -25,7 +24,7 @@ class Command(click.Command):
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("Interrupted. What is finished stays; the same command goes on from there.", err=True)
+            click.echo("Interrupted. Finished work is kept; run the same command to resume.", err=True)
             ctx.exit(130)
 
 
@@ -51,14 +50,15 @@ def _json_option(command: Callable) -> Callable:
 @_json_option
 def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Run a whole study. What is finished is not done again."""
-    from . import status, study
+    from . import status
 
-    plan = open_plan(**options)
     if dry_run:
-        report = status.dry_run(plan)
+        report = status.dry_run(open_plan(list_again=True, **options))
         click.echo(json.dumps(report, indent=1) if as_json else "\n".join(status.dry_run_lines(report)))
         return
-    remember(plan)
+    plan = plan_to_work_on(list_again=True, describe_again=True, **options)
+    from . import study
+
     summary = study.run(plan)
     click.echo(json.dumps(summary, indent=1) if as_json else study.summary_text(plan, summary))
     if summary["failed"]:
@@ -71,8 +71,7 @@ def extract(**options: Any) -> None:
     """Extract activations, and the judge's embeddings, of all images of a study."""
     from . import extract as stage
 
-    plan = open_plan(**options)
-    remember(plan)
+    plan = plan_to_work_on(list_again=True, describe_again=True, **options)
     stage.run(plan)
     for one in plan.extracts:
         click.echo(one.step.folder)
@@ -84,8 +83,7 @@ def train(**options: Any) -> None:
     """Train the SAEs of a study on activations that are there."""
     from . import train as stage
 
-    plan = open_plan(**options)
-    remember(plan)
+    plan = plan_to_work_on(**options)
     stage.run(plan)
     for one in plan.trains:
         click.echo(one.step.folder)
@@ -95,13 +93,24 @@ def train(**options: Any) -> None:
 
 @main.command()
 @study_options
+def evaluate(**options: Any) -> None:
+    """Measure the trained SAEs of a study on held-out activations: fidelity, and how each latent fires."""
+    from . import evaluate as stage
+
+    plan = plan_to_work_on(**options)
+    stage.run(plan)
+    for one in plan.evaluations:
+        click.echo(one.step.folder)
+
+
+@main.command()
+@study_options
 def score(**options: Any) -> None:
-    """Score the SAEs of a study, and the raw neurons, and print the summary."""
+    """Score the SAEs of a study and the raw neurons, and print the summary."""
     from . import score as stage
     from . import study
 
-    plan = open_plan(**options)
-    remember(plan)
+    plan = plan_to_work_on(**options)
     stage.run(plan)
     click.echo(study.summary_text(plan, study.write_summary(plan)))
 
@@ -109,12 +118,11 @@ def score(**options: Any) -> None:
 @main.command()
 @study_options
 def steering(**options: Any) -> None:
-    """Evaluate the steering of a study's LLaVA by the SAEs of the layer that it reads, and print the rates."""
+    """Measure how well the SAEs of a study steer its LLaVA, and print the rates."""
     from . import steering as stage
     from . import study
 
-    plan = open_plan(**options)
-    remember(plan)
+    plan = plan_to_work_on(**options)
     stage.run(plan)
     click.echo(study.summary_text(plan, study.write_summary(plan)))
 
@@ -142,7 +150,7 @@ def find(text: str, sae: str | None, n: int, as_json: bool, **options: Any) -> N
 @study_options
 @_json_option
 def status(as_json: bool, **options: Any) -> None:
-    """Show every step of a study: done, running, partial or missing, with rows, bytes and time."""
+    """Show every step of a study: done, running, partial or missing, with rows, size and time."""
     from . import status as report
 
     entries = report.status(open_plan(**options))
@@ -152,7 +160,7 @@ def status(as_json: bool, **options: Any) -> None:
 @main.command()
 @study_options
 def report(**options: Any) -> None:
-    """Make the report of what is finished of a study, to look at in a browser, and print where it is."""
+    """Make the report of a study's finished steps, to open in a browser, and print where it is."""
     from . import study
 
     click.echo(study.make_report(open_plan(**options)) / "index.html")
@@ -160,7 +168,7 @@ def report(**options: Any) -> None:
 
 @main.command()
 @click.argument("image")
-@click.argument("prompt", default=ONE_WORD)
+@click.argument("prompt", required=False)
 @click.option("--llava", required=True, metavar="DIR_OR_ID", help="The LLaVA: a directory or a model id on the hub.")
 @click.option("--sae", required=True, metavar="DIR", help="The SAE, trained where that LLaVA reads its vision tower.")
 @click.option(
@@ -171,38 +179,42 @@ def report(**options: Any) -> None:
     help="39=40, or 39=4x for 4 times the largest value of latent 39 on a token; 39 alone with --sweep and for ablate. "
     "May be repeated.",
 )
-@click.option(
-    "--mode", help="What a strength does: set (as it is by default), add or scale. Or ablate, which takes none."
-)
-@click.option("--error", help="What becomes of what the SAE does not reconstruct: drop (by default) or keep.")
+@click.option("--mode", help="Edit: set (default), add, scale or ablate.")
+@click.option("--error", help="The part that the SAE does not reconstruct: drop (default) or keep.")
 @click.option("--isolate", is_flag=True, help="Zero all other latents.")
 @click.option(
     "--token", "tokens", multiple=True, type=int, metavar="N", help="Edit this token, not all. May be repeated."
 )
-@click.option("--intervention", "file", metavar="FILE", help="All of this as a JSON file, and several modes at once.")
-@click.option("--sweep", metavar="STRENGTHS", help='Several strengths, as in "0x,1x,2x,4x", one answer for each.')
-@click.option("--max-new-tokens", default=MAX_NEW_TOKENS, show_default=True, help="Length of the answers.")
+@click.option("--intervention", "file", metavar="FILE", help="JSON file with all of this; may mix modes.")
+@click.option("--sweep", metavar="STRENGTHS", help='Several strengths, as in "0x,1x,2x,4x"; one answer for each.')
+@click.option("--max-new-tokens", type=int, help="Length of the answers in tokens; 32 by default.")
 @click.option("--device", default="cpu", show_default=True, help="A torch device.")
 @click.option("--dtype", default="float32", show_default=True, help="What the LLaVA computes in.")
 @_json_option
-def steer(
+def ask(
     as_json: bool,
     image: str,
-    prompt: str,
+    prompt: str | None,
     llava: str,
     sae: str,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     device: str,
     dtype: str,
     sweep: str | None,
     **options: Any,
 ) -> None:
-    """Ask a LLaVA about IMAGE (a file, or the word white), without and with edited latents, and print both answers."""
-    from .steer import interventions_asked, lines, steered_answers
+    """Ask a LLaVA about IMAGE (a file, or the word white) with and without edited latents, and print both answers.
+
+    PROMPT is the question; by default it asks what is shown, in one word.
+    """
+    from sae_ray.steering.config import MAX_NEW_TOKENS, ONE_WORD
+
+    from .ask import interventions_asked, lines, steered_answers
 
     asked = interventions_asked(sweep=sweep, **options)
+    length = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
     result = steered_answers(
-        image, prompt, llava, sae, asked=asked, max_new_tokens=max_new_tokens, device=device, dtype=dtype
+        image, prompt or ONE_WORD, llava, sae, asked=asked, max_new_tokens=length, device=device, dtype=dtype
     )
     click.echo(json.dumps(result, indent=1) if as_json else "\n".join(lines(result, sweep)))
 

@@ -59,7 +59,7 @@ def require(field: str, workers: int, cpus: float, gpus: float, beside: float = 
     """Refuses workers that would wait for machines for ever; of a cluster that may grow (`RAY_ADDRESS`) it only warns.
 
     Args:
-        field: the table of the study that asks for them, such as `resources.steer`.
+        field: the table of the study that asks for them, such as `resources.steering`.
         workers: that must run at once.
         cpus: of a worker.
         gpus: of a worker.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -19,30 +19,31 @@ from threading import Lock
 import numpy as np
 import pyarrow as pa
 
-from sae_ray.encoders import Encoder, load_encoder, load_preprocess, site_width
+from sae_ray.encoders import Encoder, load_encoder, load_preprocess
+from sae_ray.encoders.part import encode_part
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import SaeRayError
-from sae_ray.images import BadImage, decode_image
+from sae_ray.images.part import Preparation, decode_part
 from sae_ray.store.activations import (
     REJECTS_SCHEMA,
     activation_table,
+    finish_store,
     finished_parts,
-    read_parts,
-    remove_orphans,
     write_part,
+    write_rejects,
 )
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import hold
 from sae_ray.study.config import ExtractResources
 from sae_ray.study.plan import ExtractPlan, ImagePlan, StudyPlan
 
-from .cluster import connect, gpus_or_default, n_cpus, n_gpus, require
-from .disk import check_disk
+from .cluster import gpus_or_default, n_cpus, n_gpus, require
 from .progress import Progress, say
+from .stage import at_work, unfinished
 
 
 def run(plan: StudyPlan) -> None:
-    """Writes the manifests, then extracts whatever site of either image set is not there yet.
+    """Writes the lists of images and labels, then extracts the sites of both image sets that are missing.
 
     Raises:
         SaeRayError: too many images are bad, a value overflows the stored dtype, the disk is too full, another driver
@@ -54,21 +55,22 @@ def run(plan: StudyPlan) -> None:
 def run_only(plan: StudyPlan, wanted: Sequence[ExtractPlan]) -> None:
     """As `run`, for some of the sites or for one that the study itself does not need."""
     for images in plan.images.values():
-        _write_manifest(images)
-        todo = [extract for extract in wanted if extract.images is images and not extract.step.finished]
+        _write_lists(images)
+        todo = unfinished([extract for extract in wanted if extract.images is images])
         if todo:
-            check_disk(plan.root, "extract", sum(extract.bytes for extract in todo))
-            with hold([extract.step for extract in todo]):
+            with at_work(plan.root, "extract", todo):
                 _extract(images, todo, plan)
 
 
-def _write_manifest(images: ImagePlan) -> None:
-    if images.step.finished:
-        return
-    with hold([images.step]):
-        started = time.monotonic()
-        images.step.folder.write_parquet("manifest.parquet", images.manifest)
-        images.step.finish(time.monotonic() - started, {"images": len(images.manifest)})
+def _write_lists(images: ImagePlan) -> None:
+    """The manifest and the labels."""
+    for step, name in ((images.step, "manifest"), (images.labels_step, "labels")):
+        if not step.finished:
+            with hold([step]):
+                started = time.monotonic()
+                table = getattr(images, name)
+                step.folder.write_parquet(f"{name}.parquet", table)
+                step.finish(time.monotonic() - started, {"images": table.num_rows})
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class EncoderJob:
 def _extract(images: ImagePlan, todo: Sequence[ExtractPlan], plan: StudyPlan) -> None:
     started = time.monotonic()
     per_part = plan.study.extraction.images_per_part
-    n_images = len(images.manifest)
+    n_images = images.n_images
     n_parts = -(-n_images // per_part)
     present = {extract.step.name: finished_parts(extract.step.folder) for extract in todo}
     missing = [number for number in range(n_parts) if any(number not in parts for parts in present.values())]
@@ -115,7 +117,6 @@ def _extract(images: ImagePlan, todo: Sequence[ExtractPlan], plan: StudyPlan) ->
 
 def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[int], plan: StudyPlan) -> Iterator[int]:
     """Runs the dataset over the missing parts; yields the number of each part as it is written."""
-    connect()
     import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
@@ -132,7 +133,7 @@ def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[i
     rows = [{"part": number, "image_ids": ids.slice(number * per_part, per_part).to_pylist()} for number in missing]
     decode = PartDecoder(
         images.folder,
-        tuple((load_preprocess(job.model, job.revision, job.at_least is not None), job.at_least) for job in jobs),
+        tuple(_preparation(job) for job in jobs),
     )
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -182,48 +183,26 @@ def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
     return tuple(EncoderJob(*key, tuple(steps)) for key, steps in by_encoder.items())
 
 
-class PartDecoder:
-    """Reads the images of a part: {part, image_ids} -> the same with pixels for every encoder, and the rejects."""
+def _preparation(job: EncoderJob) -> Preparation:
+    return Preparation(load_preprocess(job.model, job.revision, job.at_least is not None), job.at_least)
 
-    def __init__(self, folder: Folder, preprocesses: tuple[tuple[Callable, int | None], ...]):
-        """`preprocesses`: of every encoder, with the `at_least` of its job."""
+
+class PartDecoder:
+    """The task that decodes: {part, image_ids} -> the same with pixels for every encoder, and the rejects."""
+
+    def __init__(self, folder: Folder, preparations: tuple[Preparation, ...]):
+        """`preparations`: of every encoder."""
         self.folder = folder
-        self.preprocesses = preprocesses
+        self.preparations = preparations
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        accepted, rejects = [], []
-        pixels: list[list[np.ndarray]] = [[] for _ in self.preprocesses]
-        for position, image_id in enumerate(batch["image_ids"][0].as_py()):
-            try:
-                prepared = self._prepared(self.folder.read_bytes(image_id))
-            except BadImage as error:
-                rejects.append((image_id, str(error)))
-                continue
-            except FileNotFoundError:
-                rejects.append((image_id, "vanished since it was listed"))
-                continue
-            except PermissionError:
-                rejects.append((image_id, "no permission to read it"))
-                continue
-            accepted.append(position)
-            for column, array in zip(pixels, prepared, strict=True):
-                column.append(array)
-        batch = batch.append_column("accepted", pa.array([accepted], pa.list_(pa.int64())))
-        batch = batch.append_column("rejects", pa.array([rejects], pa.list_(pa.struct(REJECTS_SCHEMA))))
-        for number, column in enumerate(pixels):
-            shape = column[0].shape if column else (3, 0, 0)
-            array = np.empty((len(column), *shape), np.uint8)
-            for place, one in enumerate(column):
-                array[place] = one
-            batch = batch.append_column(f"pixels_{number}", _one_value(array))
-            batch = batch.append_column(f"shape_{number}", pa.array([array.shape]))
+        decoded = decode_part(self.folder, batch["image_ids"][0].as_py(), self.preparations)
+        batch = batch.append_column("accepted", pa.array([decoded.accepted], pa.list_(pa.int64())))
+        batch = batch.append_column("rejects", pa.array([decoded.rejects], pa.list_(pa.struct(REJECTS_SCHEMA))))
+        for number, pixels in enumerate(decoded.pixels):
+            batch = batch.append_column(f"pixels_{number}", _one_value(pixels))
+            batch = batch.append_column(f"shape_{number}", pa.array([pixels.shape]))
         return batch
-
-    def _prepared(self, data: bytes) -> list[np.ndarray]:
-        images = {
-            at_least: decode_image(data, at_least=at_least) for at_least in {least for _, least in self.preprocesses}
-        }
-        return [preprocess(images[at_least]) for preprocess, at_least in self.preprocesses]
 
 
 def _one_value(array: np.ndarray) -> pa.Array:
@@ -233,7 +212,7 @@ def _one_value(array: np.ndarray) -> pa.Array:
 
 
 class PartEncoder:
-    """An actor that encodes parts and writes them; returns which part it wrote, or what stood in its way."""
+    """An actor that encodes parts and writes them; returns which part it wrote, or the error that prevented it."""
 
     def __init__(self, jobs: tuple[EncoderJob, ...], device: str, per_part: int, batch_size: int, seed: int):
         self.jobs = jobs
@@ -268,64 +247,30 @@ class PartEncoder:
         for number, job in enumerate(self.jobs):
             pixels = np.frombuffer(batch[f"pixels_{number}"][0].as_buffer(), dtype=np.uint8)
             pixels = pixels.reshape(batch[f"shape_{number}"][0].as_py())
+            sites = [step.site for step in job.steps]
             with self.encoding:
-                tables = self._tables(self.encoders[number], job.steps, pixels, image_index, image_ids)
-            for step, table in zip(job.steps, tables, strict=True):
-                write_part(step.folder, part, table, rejects)
-
-    def _tables(
-        self,
-        encoder: Encoder,
-        steps: Sequence[SitePart],
-        pixels: np.ndarray,
-        image_index: np.ndarray,
-        image_ids: Sequence[str],
-    ) -> list[pa.Table]:
-        import torch
-
-        pieces: list[list[pa.Table]] = [[] for _ in steps]
-        for start in range(0, len(pixels), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            tensor = torch.from_numpy(pixels[batch])
-            tapped = encoder.tap(tensor, [step.site for step in steps], image_ids[batch], self.seed)
-            for step, tables in zip(steps, pieces, strict=True):
-                rows = tapped[step.site]
-                index = image_index[batch][rows.position.cpu().numpy()]
-                activation = rows.activation.cpu().numpy()
-                tables.append(activation_table(index, rows.token.cpu().numpy(), activation, step.store_dtype))
-        empty = np.zeros(0, dtype=np.int64)
-        for step, tables in zip(steps, pieces, strict=True):
-            if not tables:
-                nothing = np.zeros((0, site_width(encoder.info, step.site)), dtype=np.float32)
-                tables.append(activation_table(empty, empty, nothing, step.store_dtype))
-        return [pa.concat_tables(tables) for tables in pieces]
+                found = encode_part(
+                    self.encoders[number], sites, pixels, image_index, image_ids, self.seed, self.batch_size
+                )
+            for step, rows in zip(job.steps, found, strict=True):
+                write_part(step.folder, part, activation_table(*rows, step.store_dtype), rejects)
 
 
 def _finish(extract: ExtractPlan, seconds: float, max_bad_fraction: float) -> None:
-    folder = extract.step.folder
-    parts = read_parts(folder)
-    remove_orphans(folder, parts)
-    rejects = [reject for part in parts for reject in part.rejects]
-    n_images = len(extract.images.manifest)
-    ids, reasons = ([reject[column] for reject in rejects] for column in range(2))
-    folder.write_parquet("rejects.parquet", pa.table([ids, reasons], schema=REJECTS_SCHEMA))
-    if len(rejects) > max_bad_fraction * n_images or len(rejects) == n_images:
+    images = extract.images
+    rejects = write_rejects(extract.step.folder)
+    if len(rejects) > max_bad_fraction * images.n_images or len(rejects) == images.n_images:
         listed = "\n".join(f"  {image_id}: {reason}" for image_id, reason in rejects[:20])
         more = f"\n  … and {len(rejects) - 20:,} more" if len(rejects) > 20 else ""
         raise SaeRayError(
-            f"{len(rejects):,} of {n_images:,} images in {extract.images.folder} could not be read, more than "
-            f"images.max_bad_fraction = {max_bad_fraction:g} allows (all: {folder / 'rejects.parquet'}):\n"
-            f"{listed}{more}\nmend or remove them, or raise the fraction"
+            f"{len(rejects):,} of {images.n_images:,} images in {images.folder} could not be read, more than "
+            f"images.max_bad_fraction = {max_bad_fraction:g} allows (all: {extract.step.folder / 'rejects.parquet'}):\n"
+            f"{listed}{more}\nfix or remove them, or raise the fraction"
         )
     if rejects:
-        say(f"{extract.step.label}: {len(rejects):,} of {n_images:,} images could not be read (see rejects.parquet)")
-    counts = {
-        "images": sum(part.images for part in parts),
-        "rejects": len(rejects),
-        "rows": sum(part.rows for part in parts),
-        "width": extract.width,
-    }
-    extract.step.finish(seconds, counts)
+        few = f"{len(rejects):,} of {images.n_images:,} images could not be read"
+        say(f"{extract.step.label}: {few} (see rejects.parquet)")
+    finish_store(extract.step, extract.width, seconds)
 
 
 if __name__ == "__main__":

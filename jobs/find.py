@@ -43,7 +43,7 @@ def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, 
     assert pictures.sae is not None, "chosen among the SAEs"
     max_token = load_max_token(pictures.sae.step.folder).numpy()
     steering = plan.study.steering
-    classes = image_classes(pictures.activations.images.manifest, steering.ignore_labels if steering else ())
+    classes = image_classes(pictures.activations.images.labels, steering.ignore_labels if steering else ())
     concepts = label_concepts(table, top_images, classes, max_token)
     means = mean_embeddings(top_images, ActivationStore(space.step.folder), [one.latent for one in concepts])
     vector = load_text_encoder(space.encoder.model, space.info.revision).embed_texts([text])[0].numpy()

@@ -6,16 +6,15 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sae_ray.errors import UsageError
-from sae_ray.store.files import Folder
-from sae_ray.study.config import Study, field_help
-from sae_ray.study.plan import StudyPlan
 
-REMEMBERED = "study.json"
+if TYPE_CHECKING:
+    from sae_ray.study.plan import StudyPlan
+
 SHORTHANDS = {
     "--images": "images.train.path",
     "--labels": "images.train.labels",
@@ -33,10 +32,24 @@ LISTS = {"--site", "--architecture", "--expansion", "--k"}
 NUMBERS = {"--expansion", "--k", "--steps"}
 
 
+class FieldOption(click.Option):
+    """An option that sets a field of the study; its help is the field's docstring, which is read when it is shown."""
+
+    def __init__(self, *names: Any, field: str, **settings: Any):
+        super().__init__(*names, **settings)
+        self.field = field
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from sae_ray.study.fields import field_help
+
+        self.help = f"{self.field}: {field_help(self.field)}"
+        return super().get_help_record(ctx)
+
+
 def study_options(command: Callable) -> Callable:
-    """The study's file, its root, and flags whose help is the docstring of the field they set."""
+    """The study's file, its root, and flags that set single fields."""
     for flag, field in reversed(SHORTHANDS.items()):
-        option = click.option(flag, _parameter(field), multiple=flag in LISTS, help=f"{field}: {field_help(field)}")
+        option = click.option(flag, _parameter(field), cls=FieldOption, field=field, multiple=flag in LISTS)
         command = option(command)
     settings = click.option(
         "--set",
@@ -55,14 +68,29 @@ def study_options(command: Callable) -> Callable:
     return study(root(settings(command)))
 
 
-def open_plan(study: str | None, root: str | None, settings: tuple[str, ...], **flags: Any) -> StudyPlan:
+def open_plan(
+    study: str | None,
+    root: str | None,
+    settings: tuple[str, ...],
+    list_again: bool = False,
+    describe_again: bool = False,
+    **flags: Any,
+) -> StudyPlan:
     """The plan of the study that the options name.
 
     Without a study file it is what the root remembers from the command before, or what the flags alone say.
 
+    Args:
+        list_again: list the image folders even where the root remembers them, and report what has changed.
+        describe_again: look at the models even where the root remembers them.
+
     Raises:
-        UsageError: there is no study, something in it cannot be, or the root cannot be read or would be lost.
+        UsageError: there is no study, something in it is invalid, or the root cannot be read or would be lost.
     """
+    from sae_ray.store.files import Folder
+    from sae_ray.study.config import Study
+    from sae_ray.study.root import changed_folders, plan_study, recall
+
     if root is not None and _in_job() and "://" not in root and not Path(root).expanduser().is_absolute():
         raise UsageError(
             f"--root {root} would lie in the directory of this Ray job, a temporary copy that is deleted after it; "
@@ -71,31 +99,26 @@ def open_plan(study: str | None, root: str | None, settings: tuple[str, ...], **
     overrides = _overrides(settings, flags)
     if study is not None:
         loaded = Study.load(study, overrides)
-    elif root is not None and (remembered := _remembered(Folder(root))) is not None:
-        loaded = Study.from_dict(remembered, overrides)
+    elif root is not None and (memory := recall(Folder(root))) is not None:
+        loaded = Study.from_dict(memory.study.to_dict(), overrides)
     elif overrides:
         loaded = Study.from_dict({"name": "study"}, overrides)
     else:
         raise UsageError("no study: name a study file, or --images, --encoder and --site, or a --root that has one")
-    return StudyPlan(loaded, Folder(root or _default_root(loaded.name)))
+    plan = plan_study(loaded, Folder(root or _default_root(loaded.name)), list_again, describe_again)
+    if list_again:
+        for line in changed_folders(plan):
+            click.echo(line, err=True)
+    return plan
 
 
-def remember(plan: StudyPlan) -> None:
-    """Lets later commands do with `--root` alone.
+def plan_to_work_on(**options: Any) -> StudyPlan:
+    """As `open_plan`; the root remembers it. Raises UsageError when the root cannot be written."""
+    from sae_ray.study.root import remember
 
-    Raises UsageError when the root cannot be written.
-    """
-    try:
-        plan.root.write_json(REMEMBERED, plan.study.to_dict())
-    except OSError as error:
-        raise UsageError(f"--root {plan.root} cannot be written ({error}); choose a directory of yours") from error
-
-
-def _remembered(root: Folder) -> dict[str, Any] | None:
-    try:
-        return root.read_json(REMEMBERED) if root.exists(REMEMBERED) else None
-    except OSError as error:
-        raise UsageError(f"--root {root} cannot be read ({error}); see to it, or choose another") from error
+    plan = open_plan(**options)
+    remember(plan)
+    return plan
 
 
 def _overrides(settings: tuple[str, ...], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,47 +16,33 @@ from typing import Any
 
 import pyarrow as pa
 
-from sae_ray.errors import SaeRayError
 from sae_ray.sae import SAE, load_sae
 from sae_ray.scores.scoring import histogram_table, image_blocks, read_block, score_table, top_images_table
 from sae_ray.scores.statistics import BlockImages, Entries, NeuronStats, neuron_blocks
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
-from sae_ray.store.steps import hold
 from sae_ray.study.config import ScoreResources
 from sae_ray.study.plan import ScorePlan, StudyPlan
 
-from .cluster import connect, n_cpus, n_gpus, require, user_error
-from .disk import check_disk
+from .cluster import n_cpus, n_gpus, require
 from .progress import Progress
+from .stage import at_work, unfinished
 
 BLOCKS_PER_FOLD = 8
 """Every fold copies the statistics once, so several blocks are added at a time."""
 
 
 def run(plan: StudyPlan) -> None:
-    """Scores every SAE of the study, and the raw activations, where that is not done yet. Failed cells are left out.
+    """Scores the SAEs of the study and the raw activations that are not scored yet. Failed cells are left out.
 
     Raises:
         SaeRayError: activations or SAEs are missing, the disk is too full, another driver is at work on the same step.
     """
-    todo = [score for score in plan.scores if not score.step.finished and not (score.sae and score.sae.step.failure)]
-    if not todo:
-        return
-    for step in (step for score in todo for step in score.inputs):
-        if not step.finished:
-            raise SaeRayError(f"{step.label} is not there yet; run the {step.stage} stage first")
-    check_disk(plan.root, "score", sum(score.bytes for score in todo))
-    connect()
-    with hold([score.step for score in todo]):
-        try:
-            resources = plan.study.resources.score
+    todo = unfinished(plan.scores)
+    if todo:
+        resources = plan.study.resources.score
+        with at_work(plan.root, "score", todo):
             _score([Pass(score, resources) for score in todo], resources)
-        except Exception as error:
-            known = user_error(error)
-            if known is not None:
-                raise known from None
-            raise
 
 
 def _score(passes: Sequence[Pass], resources: ScoreResources) -> None:

@@ -1,4 +1,4 @@
-"""What a study amounts to, and how far it is."""
+"""What a study amounts to, and how much of it is done."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from sae_ray.store.activations import finished_parts
 from sae_ray.study.plan import StudyPlan
 
-from .disk import readable
+from .stage import readable
 
 
 def status(plan: StudyPlan) -> list[dict[str, Any]]:
@@ -20,7 +20,7 @@ def status(plan: StudyPlan) -> list[dict[str, Any]]:
             {
                 "step": step.name,
                 "stage": step.stage,
-                "status": step.status(),
+                "status": record["status"] if record else step.status(),
                 "reason": record["reason"] if record else None,
                 "rows": counts.get("rows", counts.get("images")),
                 "parts": len(finished_parts(step.folder)) if step.stage == "extract" and not record else None,
@@ -51,13 +51,16 @@ def dry_run(plan: StudyPlan) -> dict[str, Any]:
     """The steps of a study with rows, bytes on disk and work, before anything is done."""
     steps: list[dict[str, Any]] = []
     for images in plan.images.values():
-        steps.append({"step": images.step.name, "rows": len(images.manifest), "bytes": 60 * len(images.manifest)})
+        for step in (images.step, images.labels_step):
+            steps.append({"step": step.name, "rows": images.n_images, "bytes": 60 * images.n_images})
     for extract in plan.extracts:
         steps.append({"step": extract.step.name, "rows": extract.rows, "bytes": extract.bytes})
     for train in plan.trains:
         training = train.grid_cell.cell.training
         rows = training.batch_size * training.steps
         steps.append({"step": train.step.name, "rows": rows, "bytes": train.bytes, "flops": train.flops})
+    for one in plan.evaluations:
+        steps.append({"step": one.step.name, "rows": one.activations.rows, "bytes": one.bytes, "flops": one.flops})
     for score in plan.scores:
         rows = score.activations.rows
         steps.append({"step": score.step.name, "rows": rows, "bytes": score.bytes, "flops": score.flops})
@@ -70,7 +73,7 @@ def dry_run(plan: StudyPlan) -> dict[str, Any]:
         "study": plan.study.name,
         "root": str(plan.root),
         "steps": steps,
-        "images_to_encode": sum(len(images.manifest) for images in plan.images.values() if _is_left(plan, images.name)),
+        "images_to_encode": sum(images.n_images for images in plan.images.values() if _is_left(plan, images.name)),
         "bytes": sum(entry["bytes"] for entry in left),
         "flops": sum(entry.get("flops", 0.0) for entry in left),
         "free_bytes": plan.root.free_bytes(),

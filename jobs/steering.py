@@ -39,13 +39,12 @@ from sae_ray.steering.protocol import (
 from sae_ray.steering.respondent import Respondent
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
-from sae_ray.store.steps import hold
-from sae_ray.study.config import SteerResources
+from sae_ray.study.config import SteeringResources
 from sae_ray.study.plan import ImagePlan, ScorePlan, SteeringPlan, StudyPlan
 
-from .cluster import connect, gpus_or_default, n_gpus, require, user_error
-from .disk import check_disk
+from .cluster import gpus_or_default, n_gpus, require
 from .progress import Progress
+from .stage import at_work, unfinished
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -62,38 +61,26 @@ def run(plan: StudyPlan) -> None:
     Raises:
         SaeRayError: what is read is missing, the disk is too full, another driver is at work on the same step.
     """
-    todo = [one for one in plan.steerings if not one.step.finished and not one.sae.step.failure]
-    if not todo:
-        return
-    for step in (step for one in todo for step in one.inputs):
-        if not step.finished:
-            raise SaeRayError(f"{step.label} is not there yet; run the {step.stage} stage first")
-    check_disk(plan.root, "steer", sum(one.bytes for one in todo))
-    connect()
-    with hold([one.step for one in todo]):
-        try:
+    todo = unfinished(plan.steerings)
+    if todo:
+        with at_work(plan.root, "steering", todo):
             for one in todo:
-                Evaluation(one, plan.images["train"], plan.study.seed).run(plan.study.resources.steer)
-        except Exception as error:
-            known = user_error(error)
-            if known is not None:
-                raise known from None
-            raise
+                Evaluation(one, plan.study.seed).run(plan.study.resources.steering)
 
 
 class Evaluation:
     """The evaluation of one SAE: what is known before the first question, and the way to the tables."""
 
-    def __init__(self, plan: SteeringPlan, train: ImagePlan, seed: int):
+    def __init__(self, plan: SteeringPlan, seed: int):
         self.plan = plan
         self.steering = plan.steering
         self.folder = plan.step.folder
         self.seed = seed
-        self.train = Images(train, self.steering, plan.scores.activations.step.folder)
-        self.heldout = Images(plan.heldout, self.steering, plan.sae.heldout.step.folder)
+        self.train = Images(plan.train, self.steering, plan.scores.activations.step.folder)
+        self.heldout = Images(plan.heldout, self.steering, plan.heldout_activations.step.folder)
         self.class_name = class_names(self.train.labels | self.heldout.labels)
 
-    def run(self, resources: SteerResources) -> None:
+    def run(self, resources: SteeringResources) -> None:
         """Asks, judges and finishes the step."""
         started = time.monotonic()
         actors = Actors(self.plan, resources)
@@ -159,21 +146,22 @@ class Images:
         rejected = set(extracted.read_parquet("rejects.parquet")["image_id"].to_pylist())
         self.folder = plan.folder
         self.ids = plan.manifest["image_id"].to_pylist()
-        self.classes = image_classes(plan.manifest, steering.ignore_labels)
-        self.usable = usable_images(plan.manifest, rejected, steering.ignore_labels)
-        self.labels = set(plan.manifest["label_name"].to_pylist()) - {None, *steering.ignore_labels}
+        label_names = plan.labels["label_name"].to_pylist()
+        self.classes = image_classes(plan.labels, steering.ignore_labels)
+        self.usable = usable_images(self.ids, label_names, rejected, steering.ignore_labels)
+        self.labels = set(label_names) - {None, *steering.ignore_labels}
 
 
 class Actors:
     """The actors of one evaluation; they end with it."""
 
-    def __init__(self, plan: SteeringPlan, resources: SteerResources):
+    def __init__(self, plan: SteeringPlan, resources: SteeringResources):
         import ray
         from ray.util import ActorPool
 
         gpus = gpus_or_default(resources.gpus)
         n_actors = resources.workers or (max(1, int(n_gpus() / gpus)) if gpus else 1)
-        require("resources.steer", n_actors, resources.cpus, gpus)
+        require("resources.steering", n_actors, resources.cpus, gpus)
         actor = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3)(Actor)
         activations = plan.scores.activations.step.folder
         given = (plan.steering, plan.sae.step.folder, activations, plan.step.folder, resources.batch_size, gpus > 0)

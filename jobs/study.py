@@ -1,4 +1,4 @@
-"""The whole study: extraction, training, scoring, summary, report. As a Ray job: `python -m jobs.study STUDY`."""
+"""The whole study: every stage, the summary and the report. As a Ray job: `python -m jobs.study STUDY`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.summary import compare, summarise, table_lines
 
-from . import extract, score, steering, train
-from .disk import readable
+from . import evaluate, extract, score, steering, train
 from .progress import say
+from .stage import readable
 
 
 def run(plan: StudyPlan) -> dict:
-    """Does what is missing of a study and returns its summary, computed from the files.
+    """Runs the unfinished steps of a study and returns its summary, computed from the files.
 
-    Raises what the stages raise; what was finished by then stays.
+    Raises what the stages raise; finished work is kept.
     """
     started = time.monotonic()
     steps = list(plan.steps)
@@ -30,6 +30,7 @@ def run(plan: StudyPlan) -> dict:
         say(f"{plan.study.name}: all {len(steps)} steps are done, nothing is left to do")
     extract.run(plan)
     train.run(plan)
+    evaluate.run(plan)
     score.run(plan)
     steering.run(plan)
     summary = write_summary(plan)

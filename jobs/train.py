@@ -25,8 +25,8 @@ from sae_ray.store.stream import TrainingStream
 from sae_ray.study.plan import StudyPlan, TrainPlan
 
 from .cluster import connect, gpus_or_default, n_gpus, require, user_error
-from .disk import check_disk
 from .progress import Board, Progress, say
+from .stage import check_disk
 
 if TYPE_CHECKING:
     import torch

@@ -23,8 +23,7 @@ from sae_ray.steering.llava import describe_llava
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.study.plan import ImagePlan, StudyPlan, TrainPlan
-
-from .config import open_study
+from sae_ray.study.root import recalled_plan
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -102,10 +101,10 @@ class SaeEntry:
 
     def top(self, index: int) -> list[Top]:
         rows = self._top(index)
-        manifest = self.pictures.manifest
+        image_ids, labels = self.pictures.manifest["image_id"], self.pictures.labels["label_name"]
         found = []
         for row in rows.to_pylist():
-            image_id, label = (manifest[name][row["image_index"]].as_py() for name in ("image_id", "label_name"))
+            image_id, label = (column[row["image_index"]].as_py() for column in (image_ids, labels))
             found.append(Top(row["rank"], image_id, label, row["activation"]))
         return found
 
@@ -152,9 +151,10 @@ def read_catalogue(root: str, llava: str, revision: str | None, names: Sequence[
         UsageError: a name is none of these, or there are none.
         SaeRayError: their files are damaged.
     """
-    plan = StudyPlan(open_study(root), Folder(root))
-    tower, layer, _ = describe_llava(llava, revision)
-    fitting = [train for train in plan.trains if _fits(train, tower, layer)]
+    plan = recalled_plan(root)
+    info = describe_llava(llava, revision)
+    layer = info.layer
+    fitting = [train for train in plan.trains if _fits(train, info.tower, layer)]
     there = {train.grid_cell.name: train for train in fitting if _done(plan, train)}
     for name in names or ():
         if name not in there:
@@ -188,10 +188,10 @@ def _entry(plan: StudyPlan, train: TrainPlan, store: ActivationStore | None, enc
     top_images = top_images.sort_by([("neuron", "ascending"), ("rank", "ascending")])
     images = pictures.activations.images
     steering = plan.study.steering
-    classes = image_classes(images.manifest, steering.ignore_labels if steering else ())
+    classes = image_classes(images.labels, steering.ignore_labels if steering else ())
     max_token = load_max_token(train.step.folder).numpy()
     concepts = {one.latent: one for one in label_concepts(scores, top_images, classes, max_token)}
-    labels = [name for name in images.manifest["label_name"].to_pylist() if name is not None]
+    labels = [name for name in images.labels["label_name"].to_pylist() if name is not None]
     similar = MeanEmbeddings(top_images, store, list(concepts), encoder) if store and encoder else None
     return SaeEntry(
         train.grid_cell.name,

@@ -4,9 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.store.files import Folder
-from sae_ray.study.config import Study
+from sae_ray.errors import UsageError
+from sae_ray.study.root import recalled_plan
 
 Engine = Literal["transformers", "vllm"]
 API_KEY = "SAE_RAY_API_KEY"
@@ -119,21 +118,7 @@ def with_llava(config: ServeConfig) -> ServeConfig:
     """
     if config.llava is not None:
         return config
-    steering = open_study(config.root).steering
+    steering = recalled_plan(config.root).study.steering
     if steering is None:
         raise UsageError(f"the study in {config.root} steers no LLaVA; name one: llava = DIR_OR_ID")
     return config.model_copy(update={"llava": steering.llava, "revision": steering.revision})
-
-
-def open_study(root: str) -> Study:
-    """The study that a root remembers.
-
-    Raises UsageError when it remembers none.
-    """
-    folder = Folder(root)
-    try:
-        if folder.exists("study.json"):
-            return Study.from_dict(folder.read_json("study.json"))
-    except OSError as error:
-        raise SaeRayError(f"root = {root!r} cannot be read ({error})") from error
-    raise UsageError(f"root = {root!r} holds no study.json; name the root of a study that `sae-ray run` wrote")

@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 
 from sae_ray.encoders import load_encoder, load_preprocess
-from sae_ray.images import BadImage, decode_image
+from sae_ray.encoders.part import encode_part
+from sae_ray.images.part import Preparation, decode_part
 from sae_ray.sae import SAE, load_sae, save_sae
 from sae_ray.scores.scoring import histogram_table, score_store, score_table, top_images_table
 from sae_ray.steering.evaluation import ANSWERS_SCHEMA, CONCEPTS_SCHEMA, rates
 from sae_ray.steering.protocol import WHITE
-from sae_ray.store.activations import REJECTS_SCHEMA, ActivationStore, activation_table, write_part
+from sae_ray.store.activations import ActivationStore, activation_table, finish_store, write_part, write_rejects
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
-from sae_ray.study.plan import ExtractPlan, ScorePlan, SteeringPlan, StudyPlan, TrainPlan
+from sae_ray.study.plan import EvaluatePlan, ExtractPlan, ScorePlan, SteeringPlan, StudyPlan, TrainPlan
 
 LABELS = ("red", "green", "<b>&blue\"'")
 COLOURS = ((220, 40, 40), (40, 180, 60), (50, 70, 220))
@@ -70,12 +71,15 @@ def plan_study(directory: Path, llava: str, clip: str, judge: str, **overrides) 
 def finish_study(plan: StudyPlan) -> StudyPlan:
     """Does every step that is not done."""
     for images in plan.images.values():
-        images.step.folder.write_parquet("manifest.parquet", images.manifest)
-        images.step.finish(0.1, {"images": len(images.manifest)})
+        for step, name in ((images.step, "manifest"), (images.labels_step, "labels")):
+            step.folder.write_parquet(f"{name}.parquet", getattr(images, name))
+            step.finish(0.1, {"images": images.n_images})
     for extract in plan.extracts:
         finish_extract(extract)
     for train in plan.trains:
         finish_train(train)
+    for one in plan.evaluations:
+        finish_evaluation(one)
     for score in plan.scores:
         finish_score(score)
     for steering in plan.steerings:
@@ -84,26 +88,19 @@ def finish_study(plan: StudyPlan) -> StudyPlan:
 
 
 def finish_extract(extract: ExtractPlan) -> None:
+    """By the very functions of the stage."""
     encoder = load_encoder(extract.encoder.model)
-    preprocess = load_preprocess(extract.encoder.model)
-    ids = extract.images.manifest["image_id"].to_pylist()
+    preparations = [Preparation(load_preprocess(extract.encoder.model))]
+    ids, folder = extract.images.manifest["image_id"].to_pylist(), extract.step.folder
     per_part = extract.step.config["images_per_part"]
-    parts, rejects = [], []
     for number, start in enumerate(range(0, len(ids), per_part)):
-        pixels, index = [], []
-        for image in range(start, min(start + per_part, len(ids))):
-            try:
-                pixels.append(preprocess(decode_image(extract.images.folder.read_bytes(ids[image]))))
-                index.append(image)
-            except BadImage as error:
-                rejects.append((ids[image], error.reason))
-        rows = encoder.tap(torch.from_numpy(np.stack(pixels)), [extract.site], [ids[i] for i in index], 0)[extract.site]
-        table = activation_table(np.array(index)[rows.position], rows.token.numpy(), rows.activation.numpy(), "float16")
-        parts.append(write_part(extract.step.folder, number, table, []))
-    columns = [[reject[column] for reject in rejects] for column in range(2)]
-    extract.step.folder.write_parquet("rejects.parquet", pa.table(columns, schema=REJECTS_SCHEMA))
-    counts = {"images": sum(part.images for part in parts), "rows": sum(part.rows for part in parts)}
-    extract.step.finish(61.5, counts | {"rejects": len(rejects), "width": extract.width})
+        part = ids[start : start + per_part]
+        accepted, rejects, [pixels] = decode_part(extract.images.folder, part, preparations)
+        kept = [part[place] for place in accepted]
+        [rows] = encode_part(encoder, [extract.site], pixels, start + accepted, kept, 0, batch_size=64)
+        write_part(folder, number, activation_table(*rows, "float16"), rejects)
+    write_rejects(folder)
+    finish_store(extract.step, extract.width, 61.5)
 
 
 def finish_train(train: TrainPlan) -> None:
@@ -118,8 +115,15 @@ def finish_train(train: TrainPlan) -> None:
     threshold = None if cell.architecture == "topk" else ((x - x.mean(0)) @ W_enc).quantile(0.8, 0).clamp_min(0)
     sae = SAE(cell.architecture, W_enc, W_enc.T.clone(), b_enc, x.mean(0), threshold, cell.k)
     save_sae(sae, train.step.folder)
+    train.step.finish(12.0, {"d_sae": train.d_sae})
+
+
+def finish_evaluation(one: EvaluatePlan) -> None:
+    store = ActivationStore(one.activations.step.folder)
+    sae, cell = load_sae(one.sae.step.folder), one.sae.grid_cell.cell
+    x = torch.from_numpy(np.concatenate([store.read(number)[2] for number in range(len(store.parts))])).float()
     counts = {"l0": float((sae.encode(x) > 0).sum(1).float().mean()), "r2": 0.5 + 0.01 * (cell.k or 0)}
-    train.step.finish(12.0, counts | {"dead_fraction": 1 / train.d_sae})
+    one.step.finish(2.0, counts | {"dead_fraction": 1 / sae.d_sae})
 
 
 def finish_score(score: ScorePlan) -> None:
@@ -135,7 +139,7 @@ def finish_score(score: ScorePlan) -> None:
 
 def finish_steering(plan: SteeringPlan) -> None:
     """Made-up answers: five latents name their class on white and on every second image of other classes."""
-    labels = plan.heldout.manifest["label_name"].to_pylist()
+    labels = plan.heldout.labels["label_name"].to_pylist()
     prompt, other_prompt = plan.steering.prompt, *plan.steering.other_prompts
     answers, concepts = [], []
 

@@ -49,10 +49,10 @@ class Found(NamedTuple):
     """Cosine of the text's embedding and the mean embedding of the neuron's top images."""
 
 
-def image_classes(manifest: pa.Table, ignored: Sequence[str] = ()) -> list[str | None]:
-    """The class of every image of a manifest; None without a label, or with one of the ignored."""
-    labels = manifest["label_name"].to_pylist()
-    return [None if label is None or label in ignored else class_of(label) for label in labels]
+def image_classes(labels: pa.Table, ignored: Sequence[str] = ()) -> list[str | None]:
+    """The class of every image of a table of labels; None without a label, or with one of the ignored."""
+    names = labels["label_name"].to_pylist()
+    return [None if name is None or name in ignored else class_of(name) for name in names]
 
 
 def label_concepts(

@@ -35,6 +35,8 @@ class EncoderInfo:
     """Length of the sequence without registers, with CLS."""
     image_size: tuple[int, int]
     """Height and width in pixels that the preprocessing yields."""
+    has_text: bool = False
+    """Whether it also embeds texts, in the space of the projection."""
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -91,3 +93,13 @@ def rows_per_image(info: EncoderInfo, site: Site) -> int:
     if site.tokens == "all":
         return info.n_tokens
     return site.n_random or 1
+
+
+def check_text(info: EncoderInfo) -> None:
+    """Refuses an encoder that embeds images only.
+
+    Raises:
+        UsageError: It names what does embed texts.
+    """
+    if not info.has_text:
+        raise UsageError(f"{info.model} embeds no texts; name a CLIP, SigLIP or open_clip model that does")

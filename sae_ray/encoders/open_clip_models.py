@@ -63,6 +63,7 @@ def describe(model: str, revision: str | None) -> EncoderInfo:
         n_registers=trunk.n_registers,
         n_tokens=trunk.n_tokens,
         image_size=_pair(tower.image_size),
+        has_text=True,
     )
 
 

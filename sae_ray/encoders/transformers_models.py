@@ -63,6 +63,7 @@ def describe(model: str, revision: str | None) -> EncoderInfo:
         n_registers=getattr(vision, "num_register_tokens", 0),
         n_tokens=has_cls + (height // vision.patch_size) * (width // vision.patch_size),
         image_size=(height, width),
+        has_text=source.config.model_type in ("clip", "siglip"),
     )
 
 

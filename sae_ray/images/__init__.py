@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sae_ray.images.decode import PIXEL_LIMIT as PIXEL_LIMIT
     from sae_ray.images.decode import BadImage as BadImage
     from sae_ray.images.decode import decode_image as decode_image
-    from sae_ray.images.manifest import MANIFEST_SCHEMA as MANIFEST_SCHEMA
+    from sae_ray.images.manifest import ImageList as ImageList
     from sae_ray.images.manifest import list_images as list_images
     from sae_ray.images.manifest import manifest_digest as manifest_digest
     from sae_ray.images.manifest import select_split as select_split
@@ -20,6 +20,6 @@ __getattr__ = exports(
     __name__,
     {
         "decode": ["PIXEL_LIMIT", "BadImage", "decode_image"],
-        "manifest": ["MANIFEST_SCHEMA", "list_images", "manifest_digest", "select_split"],
+        "manifest": ["ImageList", "list_images", "manifest_digest", "select_split"],
     },
 )

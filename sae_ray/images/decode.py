@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from io import BytesIO
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,8 @@ def decode_image(data: bytes, max_pixels: int = PIXEL_LIMIT, at_least: int | Non
         if at_least is not None:
             image.draft(None, (at_least, at_least))
         image.load()
-        return _upright(_to_rgb(image), image)
+        _turn_upright(image)
+        return _to_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever a damaged file makes them raise
@@ -110,23 +112,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
-    from PIL import ExifTags, Image
+def _turn_upright(image: Image.Image) -> None:
+    from PIL import ImageOps
 
-    try:
-        orientation = source.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken metadata does not spoil the picture
-        orientation = 1
-    turn = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }.get(orientation)
-    return rgb if turn is None else rgb.transpose(turn)
+    with suppress(Exception):  # broken metadata does not spoil the picture
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _reason(error: Exception) -> str:

@@ -41,7 +41,7 @@ class Album:
 
     def __init__(self, sets: Sequence[ImagePlan], needed: Iterable[tuple[str, Int[np.ndarray, " n"]]]):
         self.sets = tuple(sets)
-        *starts, n_images = np.cumsum([0, *(len(one.manifest) for one in sets)]).tolist()
+        *starts, n_images = np.cumsum([0, *(one.n_images for one in sets)]).tolist()
         self._starts = dict(zip((one.name for one in sets), starts, strict=True))
         keys = [index.ravel()[index.ravel() >= 0] + self._starts[name] for name, index in needed]
         joined = np.concatenate([np.zeros(0, dtype=np.int64), *keys])
@@ -79,7 +79,8 @@ class Album:
         captions = []
         for number in range(sprite * SIDE**2, min((sprite + 1) * SIDE**2, len(self))):
             images, index = self.image(number)
-            captions.append([images.manifest[name][index].as_py() for name in ("image_id", "label_name")])
+            image_id, label_name = images.manifest["image_id"][index], images.labels["label_name"][index]
+            captions.append([image_id.as_py(), label_name.as_py()])
         return captions
 
 

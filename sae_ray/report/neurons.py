@@ -80,7 +80,7 @@ def _read(score: ScorePlan, pictures: ScorePlan, images: ImagePlan, min_images: 
     top_activation[place] = top["activation"].to_numpy()
 
     neuron, rank = np.nonzero(top_image >= 0)
-    label, purity = majority(neuron, image_labels(images.manifest)[top_image[neuron, rank]], n_neurons)
+    label, purity = majority(neuron, image_labels(images.labels)[top_image[neuron, rank]], n_neurons)
     return Neurons(
         score=score,
         pictures=images,
@@ -108,6 +108,6 @@ def _histogram(table: pa.Table, n_neurons: int) -> np.ndarray:
     return counts
 
 
-def image_labels(manifest: pa.Table) -> Int[np.ndarray, " images"]:
-    """The label of every image of a manifest; -1 where there is none."""
-    return manifest["label"].fill_null(-1).to_numpy().astype(np.int64)
+def image_labels(labels: pa.Table) -> Int[np.ndarray, " images"]:
+    """The label of every image of a table of labels; -1 where there is none."""
+    return labels["label"].fill_null(-1).to_numpy().astype(np.int64)

@@ -128,8 +128,8 @@ def _facts(
 
 def label_names(plan: StudyPlan) -> list[str]:
     """The names of the labels of the images that pictures come from, by label; empty for one that none of them has."""
-    manifest = plan.images[plan.study.scoring.pictures].manifest
-    found = dict(zip(manifest["label"].to_pylist(), manifest["label_name"].to_pylist(), strict=True))
+    labels = plan.images[plan.study.scoring.pictures].labels
+    found = dict(zip(labels["label"].to_pylist(), labels["label_name"].to_pylist(), strict=True))
     found.pop(None, None)
     return [found.get(label, "") for label in range(max(found, default=-1) + 1)]
 
@@ -142,7 +142,7 @@ def _tiles(
 ) -> list[dict[str, str]]:
     bad = Counter(reject.images for reject in {reject._replace(reason="") for reject in rejects})
     tiles = [
-        {"name": SETS[name], "value": count(len(images.manifest)), "note": f"{count(bad[SETS[name]])} rejected"}
+        {"name": SETS[name], "value": count(images.n_images), "note": f"{count(bad[SETS[name]])} rejected"}
         for name, images in plan.images.items()
     ]
     done = [train for train in plan.trains if train.step.finished and train.step.failure is None]

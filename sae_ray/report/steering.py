@@ -104,7 +104,7 @@ def _read(plan: SteeringPlan) -> SteeringResult:
         concepts=plan.step.folder.read_parquet("concepts.parquet").to_pylist(),
         examples=[one for images in groups.values() for one in _spread(images, EXAMPLES)],
         asked=asked,
-        class_name=class_names(set(plan.heldout.manifest["label_name"].to_pylist()) - {None}),
+        class_name=class_names(set(plan.heldout.labels["label_name"].to_pylist()) - {None}),
     )
 
 

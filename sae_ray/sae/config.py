@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -126,6 +127,9 @@ class Cell:
             fits = training.threshold_start_step < training.steps - 1
             _require(training, "threshold_start_step", fits, f"below steps - 1 ({training.steps - 1}): the inference "
                      "threshold is estimated in the steps after it")  # fmt: skip
+
+    def identity(self) -> dict:
+        return dataclasses.asdict(self)
 
     def check(self, d_in: int) -> None:
         """Raises UsageError when this cell cannot be trained on activations `d_in` wide."""

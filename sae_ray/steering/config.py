@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
 
 from sae_ray.errors import UsageError
 
 # Read by pydantic when a study file is opened; nothing here imports pydantic.
 _PYDANTIC = {"extra": "forbid", "use_attribute_docstrings": True}
 Dtype = Literal["float32", "bfloat16", "float16"]
+Count = Annotated[int, Ge(1)]
+
+ONE_WORD = "What is shown in this image? Use exactly one word!"
+"""The question of Pach et al. (arXiv 2504.02821, sec. 3.3)."""
+MAX_NEW_TOKENS = 32
+"""Length of an answer, where none is asked for."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +38,11 @@ class Steering:
     open_clip."""
     scorer_revision: str | None = None
     """Commit, tag or branch of a hub id."""
-    prompt: str = "What is shown in this image? Use exactly one word!"
+    prompt: str = ONE_WORD
     """The question; the first word of the answer counts."""
     other_prompts: tuple[str, ...] = ()
     """Questions about something else, whose answers steering should leave alone."""
-    max_new_tokens: int = 5
+    max_new_tokens: Count = 5
     """Length of an answer."""
     strength: float = 100.0
     """What the latent is set to."""
@@ -42,26 +50,23 @@ class Steering:
     """`max`: the strength counts in multiples of the latent's largest value on a token."""
     error: Literal["drop", "keep"] = "drop"
     """What becomes of the part of an activation that the SAE does not reconstruct."""
-    min_images: int = 16
+    min_images: Count = 16
     """A latent stands for a class if it fires on so many training images ..."""
-    min_purity: float = 0.75
+    min_purity: Annotated[float, Gt(0), Le(1)] = 0.75
     """... and this share of its top images is of the class."""
     ignore_labels: tuple[str, ...] = ()
     """Classes that are no concept, such as `blank`; their images are left out too."""
-    n_white_latents: int = 1000
+    n_white_latents: Count = 1000
     """Latents, at most, that a white image is steered by: those that fire on most images."""
-    n_images: int = 1000
+    n_images: Count = 1000
     """Held-out images that are steered by a few latents."""
-    n_image_latents: int = 10
+    n_image_latents: Count = 10
     """Those latents, at most: the best ones of their classes, or where there are no labels, as on the white image."""
 
     def __post_init__(self):
         _check(math.isfinite(self.strength), "steering.strength", self.strength, "choose a finite number")
-        _check(0 < self.min_purity <= 1, "steering.min_purity", self.min_purity, "choose a share above 0, at most 1")
         _check(self.prompt not in self.other_prompts, "steering.other_prompts", self.prompt,
                "it is steering.prompt already; leave it out")  # fmt: skip
-        for name in ("max_new_tokens", "min_images", "n_white_latents", "n_images", "n_image_latents"):
-            _check(getattr(self, name) >= 1, f"steering.{name}", getattr(self, name), "choose 1 or more")
 
 
 def _check(holds: bool, name: str, value: object, remedy: str) -> None:

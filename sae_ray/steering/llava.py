@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,17 +16,14 @@ from sae_ray.encoders.hub import find, load_weights, refusing
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.transformers_models import blocks_of, describe
 from sae_ray.errors import UsageError
+from sae_ray.steering.config import MAX_NEW_TOKENS
+from sae_ray.steering.info import LlavaInfo
 from sae_ray.steering.interventions import Intervention, TowerEdit
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from PIL import Image
     from torch import Tensor
-
-ONE_WORD = "What is shown in this image? Use exactly one word!"
-"""The paper's question."""
-
-MAX_NEW_TOKENS = 32
 
 FORMS = "a LLaVA is named by a local directory in the transformers format or a model id on the Hugging Face hub"
 
@@ -47,22 +44,12 @@ def load_llava(model: str, revision: str | None = None, device: str = "cpu", dty
     from transformers import AutoProcessor
 
     target, kind = placement(device, dtype)
-    tower, layer, _ = describe_llava(model, revision)
-    source = find(model, tower.revision, FORMS)
+    info = describe_llava(model, revision)
+    source = find(model, info.tower.revision, FORMS)
     with refusing(model, FORMS):
         processor = AutoProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
     network = load_weights(source, "LlavaForConditionalGeneration", kind, FORMS).to(target)
-    return Llava(tower, layer, network, processor)
-
-
-class LlavaInfo(NamedTuple):
-    """What is known of a LLaVA without its weights."""
-
-    tower: EncoderInfo
-    layer: int
-    """The tower's block, from 0, whose output the language model reads."""
-    n_image_tokens: int
-    """Places that an image takes in the language model's input."""
+    return Llava(info.tower, info.layer, network, processor)
 
 
 def describe_llava(model: str, revision: str | None = None) -> LlavaInfo:

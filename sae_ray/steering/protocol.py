@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from sae_ray.concepts.labelling import Concept, best_of_each
 from sae_ray.seeds import derived_seed
@@ -104,10 +103,11 @@ def choose_subjects(latents: Sequence[Concept], neurons: Sequence[Concept], stee
     return Subjects(most_supported(pure), best, most_supported(impure), most_supported(neurons))
 
 
-def usable_images(manifest: pa.Table, rejected: Collection[str], ignored: Collection[str]) -> list[int]:
+def usable_images(
+    image_ids: Sequence[str], label_names: Sequence[str | None], rejected: Collection[str], ignored: Collection[str]
+) -> list[int]:
     """`image_index` of the images that could be read and whose label is not ignored."""
-    ids, labels = manifest["image_id"].to_pylist(), manifest["label_name"].to_pylist()
-    rows = enumerate(zip(ids, labels, strict=True))
+    rows = enumerate(zip(image_ids, label_names, strict=True))
     return [index for index, (image_id, label) in rows if image_id not in rejected and label not in ignored]
 
 

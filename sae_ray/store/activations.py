@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.store.files import Folder
-from sae_ray.store.steps import read_record
+from sae_ray.store.steps import Step, read_record
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -112,6 +112,32 @@ def remove_orphans(folder: Folder, parts: Sequence[Part]) -> None:
     for name in (folder / "data").files():
         if f"data/{name}" not in wanted:
             folder.delete(f"data/{name}")
+
+
+def write_rejects(folder: Folder) -> list[tuple[str, str]]:
+    """Collects what the parts could not read into `rejects.parquet`: (`image_id`, reason), in order."""
+    rejects = [reject for part in read_parts(folder) for reject in part.rejects]
+    ids, reasons = ([reject[column] for reject in rejects] for column in range(2))
+    folder.write_parquet("rejects.parquet", pa.table([ids, reasons], schema=REJECTS_SCHEMA))
+    return rejects
+
+
+def finish_store(step: Step, width: int, seconds: float) -> None:
+    """Finishes an extraction step whose parts are all written, and deletes what killed writers left.
+
+    Args:
+        width: of the vectors.
+        seconds: spent in this process.
+    """
+    parts = read_parts(step.folder)
+    remove_orphans(step.folder, parts)
+    counts = {
+        "images": sum(part.images for part in parts),
+        "rejects": sum(len(part.rejects) for part in parts),
+        "rows": sum(part.rows for part in parts),
+        "width": width,
+    }
+    step.finish(seconds, counts)
 
 
 def part_name(number: int) -> str:

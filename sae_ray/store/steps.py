@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +23,17 @@ from typing import Any, Literal
 from sae_ray.errors import SaeRayError
 from sae_ray.store.files import Folder
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSIONS = {
+    "manifest": 3,
+    "labels": 3,
+    "extract": 3,
+    "train": 3,
+    "evaluate": 3,
+    "score": 3,
+    "steering": 3,
+    "report": 3,
+}
+"""Of every stage; raised when the format or the meaning of what it writes changes. Steps of the other stages stay."""
 RECORD = "step.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
@@ -40,17 +50,20 @@ def digest(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """One stage applied to one configuration. Its directory is `<label>-<hash of stage, config and schema version>`."""
+    """One stage applied to one configuration. Its directory is `<label>-<hash of stage, schema version and config>`."""
 
     root: Folder
     stage: str
     label: str
     config: dict
     """All that decides the content: settings, names of the steps read, model revisions, dtypes, seed."""
+    defaults: dict = field(default_factory=dict)
+    """Values of `config` that do not show in the name, so that a new setting with a neutral default renames nothing."""
 
     @property
     def name(self) -> str:
-        return f"{self.label}-{digest([SCHEMA_VERSION, self.stage, self.config])[:12]}"
+        decisive = {key: value for key, value in self.config.items() if self.defaults.get(key, ...) != value}
+        return f"{self.label}-{digest([SCHEMA_VERSIONS[self.stage], self.stage, decisive])[:12]}"
 
     @property
     def folder(self) -> Folder:
@@ -100,7 +113,7 @@ class Step:
         """
         files = {name: size for name, size in self.folder.files(recursive=True).items() if not _is_housekeeping(name)}
         record = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": SCHEMA_VERSIONS[self.stage],
             "stage": self.stage,
             "status": status,
             "reason": reason,
@@ -125,10 +138,11 @@ def read_record(folder: Folder) -> dict:
     if not folder.exists(RECORD):
         raise SaeRayError(f"{folder} is not a finished step: it has no {RECORD}; run its stage to the end first")
     record = folder.read_json(RECORD)
-    found = record.get("schema_version") if isinstance(record, dict) else None
-    if found != SCHEMA_VERSION:
+    stage, found = (record.get(key) if isinstance(record, dict) else None for key in ("stage", "schema_version"))
+    known = SCHEMA_VERSIONS.get(str(stage))
+    if found is None or found != known:
         raise SaeRayError(
-            f"{folder} was written by schema version {found}, this program reads {SCHEMA_VERSION}; "
+            f"{folder} was written by schema version {found} of the {stage} stage, this program reads {known}; "
             "delete the directory and run the stage again"
         )
     present = folder.files(recursive=True)
@@ -237,10 +251,15 @@ def _versions() -> dict[str, str]:
 
 @cache
 def _git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
+    """Of the checkout that this program runs from; None for an installed one, whatever repository it may lie in."""
+    checkout = Path(__file__).resolve().parents[2]
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(checkout), *command], capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() or None
+
+    top = git("rev-parse", "--show-toplevel")
+    return git("rev-parse", "HEAD") if top and Path(top).resolve() == checkout else None

@@ -1,19 +1,16 @@
-"""A study: a whole experiment as one frozen, validated object, read from a TOML file. Every default stands here."""
+"""A study: a whole experiment as one frozen, validated object. Every default and every bound stands here."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import product
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import UsageError
@@ -21,11 +18,11 @@ from sae_ray.sae.config import TOPK_FAMILY, ArchitectureName, Cell, TrainingConf
 from sae_ray.seeds import derived_seed
 from sae_ray.steering.config import Steering
 
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
-
+# Read by pydantic when a study file is opened; nothing here imports pydantic.
 STRICT = {"extra": "forbid", "use_attribute_docstrings": True}
 Dtype = Literal["float32", "bfloat16", "float16"]
+Count = Annotated[int, Ge(1)]
+Amount = Annotated[float, Ge(0), Lt(math.inf)]
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,9 @@ class Images:
     """The training images."""
     heldout: ImageSet | None = None
     """Images for metrics and scores; without it a share of the training images is kept out of training."""
-    heldout_fraction: float = 0.1
+    heldout_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
     """That share, where `heldout` is not given."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.01
     """Share of unreadable images up to which extraction succeeds."""
 
 
@@ -127,7 +124,7 @@ class Extraction:
 
     store_dtype: Literal["float16", "float32"] = "float16"
     """Dtype on disk."""
-    images_per_part: int = 512
+    images_per_part: Count = 512
     """Images in one part. After a kill those under way are redone, up to two per encoder actor."""
     pixels: Literal["exact", "fast"] = "exact"
     """`exact` are those of the encoder's own processor (on Pillow). `fast` decodes JPEGs at a half, quarter or eighth
@@ -142,11 +139,11 @@ class Scoring:
 
     __pydantic_config__ = STRICT
 
-    top_images: int = 16
+    top_images: Count = 16
     """Images kept per neuron, those that activate it most."""
     pictures: Literal["heldout", "train"] = "heldout"
     """The image set that top images come from. Scores always come from held-out images."""
-    min_images: int = 2
+    min_images: Annotated[int, Ge(2)] = 2
     """Neurons active on fewer held-out images are left out of the summary; 2 is the paper's behaviour."""
 
 
@@ -156,16 +153,16 @@ class ExtractResources:
 
     __pydantic_config__ = STRICT
 
-    workers: int | None = None
+    workers: Count | None = None
     """Encoder actors; one per GPU, or without GPUs one per two CPUs, where not given."""
-    cpus: float = 1
+    cpus: Amount = 1
     """CPUs of an encoder actor."""
-    gpus: float | None = None
+    gpus: Amount | None = None
     """GPUs of an encoder actor; 1 where the cluster has any."""
-    decoders: int | None = None
+    decoders: Count | None = None
     """Tasks that read and decode images at once; the remaining CPUs where not given. Encoder actors of one CPU and no
     GPU decode their images themselves."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images per forward pass."""
 
 
@@ -175,21 +172,35 @@ class TrainResources:
 
     __pydantic_config__ = STRICT
 
-    bundles: int | None = None
+    bundles: Count | None = None
     """Bundles at once; one per GPU, or one, where not given."""
-    cells_per_bundle: int = 16
+    cells_per_bundle: Count = 16
     """SAEs that share one read of the data."""
-    workers: int = 1
+    workers: Count = 1
     """Data-parallel workers of a bundle. Each selects latents within its share of a batch, so that their number shows
     in the SAEs."""
-    cpus: float = 1
+    cpus: Amount = 1
     """CPUs of a worker."""
-    gpus: float | None = None
+    gpus: Amount | None = None
     """GPUs of a worker; 1 where the cluster has any."""
-    checkpoint_every: int = 2000
+    checkpoint_every: Count = 2000
     """Steps between checkpoints."""
-    max_failures: int = 3
+    max_failures: Annotated[int, Ge(0)] = 3
     """Times a bundle is started again after losing a worker."""
+
+
+@dataclass(frozen=True)
+class EvaluateResources:
+    """What the evaluation of SAEs may use."""
+
+    __pydantic_config__ = STRICT
+
+    workers: Count | None = None
+    """SAEs evaluated at once; as many as the CPUs (or GPUs) allow by default."""
+    cpus: Amount = 1
+    """CPUs of a task."""
+    gpus: Amount = 0
+    """GPUs of a task."""
 
 
 @dataclass(frozen=True)
@@ -198,27 +209,27 @@ class ScoreResources:
 
     __pydantic_config__ = STRICT
 
-    workers: int | None = None
+    workers: Count | None = None
     """Twice as many blocks are in flight; as many as the CPUs (or GPUs) allow where not given."""
-    cpus: float = 1
+    cpus: Amount = 1
     """CPUs of a task."""
-    gpus: float = 0
+    gpus: Amount = 0
     """GPUs of a task."""
 
 
 @dataclass(frozen=True)
-class SteerResources:
+class SteeringResources:
     """What steering may use."""
 
     __pydantic_config__ = STRICT
 
-    workers: int | None = None
+    workers: Count | None = None
     """LLaVAs at once; one per GPU, or one, where not given."""
-    cpus: float = 1
+    cpus: Amount = 1
     """CPUs of a LLaVA."""
-    gpus: float | None = None
+    gpus: Amount | None = None
     """GPUs of a LLaVA; 1 where the cluster has any."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Answers generated together."""
 
 
@@ -233,9 +244,11 @@ class Resources:
     """For extraction."""
     train: TrainResources = field(default_factory=TrainResources)
     """For training."""
+    evaluate: EvaluateResources = field(default_factory=EvaluateResources)
+    """For evaluation."""
     score: ScoreResources = field(default_factory=ScoreResources)
     """For scoring."""
-    steer: SteerResources = field(default_factory=SteerResources)
+    steering: SteeringResources = field(default_factory=SteeringResources)
     """For steering."""
 
 
@@ -283,41 +296,14 @@ class Study:
     """How a LLaVA is steered; without it that stage is left out."""
     resources: Resources = field(default_factory=Resources)
     """What the study may use."""
-    shuffle_rows: int = 2_097_152
+    shuffle_rows: Count = 2_097_152
     """Activations that a bundle holds at once, on its device, shuffled among themselves."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """The one seed, from which all others are derived."""
 
     def __post_init__(self):
         _check(self.name != "" and "/" not in self.name, "name", self.name, "give a name without slashes")
-        _check(self.seed >= 0, "seed", self.seed, "choose 0 or more")
         _check(bool(self.grid), "grid", [], "add a [[grid]] with at least one site")
-        _check(0 < self.images.heldout_fraction < 1, "images.heldout_fraction", self.images.heldout_fraction,
-               "choose a share between 0 and 1")  # fmt: skip
-        _check(0 <= self.images.max_bad_fraction <= 1, "images.max_bad_fraction", self.images.max_bad_fraction,
-               "choose a share from 0 to 1")  # fmt: skip
-        at_least_1 = {
-            "extraction.images_per_part": self.extraction.images_per_part,
-            "scoring.top_images": self.scoring.top_images,
-            "shuffle_rows": self.shuffle_rows,
-            "resources.extract.batch_size": self.resources.extract.batch_size,
-            "resources.extract.workers": self.resources.extract.workers,
-            "resources.extract.decoders": self.resources.extract.decoders,
-            "resources.train.bundles": self.resources.train.bundles,
-            "resources.train.cells_per_bundle": self.resources.train.cells_per_bundle,
-            "resources.train.workers": self.resources.train.workers,
-            "resources.train.checkpoint_every": self.resources.train.checkpoint_every,
-            "resources.score.workers": self.resources.score.workers,
-            "resources.steer.workers": self.resources.steer.workers,
-            "resources.steer.batch_size": self.resources.steer.batch_size,
-        }
-        for name, value in at_least_1.items():
-            _check(value is None or value >= 1, name, value, "choose 1 or more")
-        for stage in ("extract", "train", "score", "steer"):
-            resources = getattr(self.resources, stage)
-            for name, value in (("cpus", resources.cpus), ("gpus", resources.gpus)):
-                _check(value is None or 0 <= value < math.inf, f"resources.{stage}.{name}", value, "choose 0 or more")
-        _check(self.scoring.min_images >= 2, "scoring.min_images", self.scoring.min_images, "choose 2 or more")
         _check(self.steering is None or self.scoring.pictures == "train", "scoring.pictures", self.scoring.pictures,
                'steering finds its concepts on training images; choose "train"')  # fmt: skip
         _check(self.training.batch_size % self.resources.train.workers == 0, "resources.train.workers",
@@ -356,104 +342,27 @@ class Study:
 
         Args:
             path: of the TOML file.
-            overrides: dotted field -> value, put over what the file says.
+            overrides: dotted field -> value, which replace what the file says.
 
         Raises:
-            UsageError: the file is missing or not TOML, a key is unknown, a value does not fit.
+            UsageError: the file is missing or not TOML, a key is unknown, a value is invalid.
         """
-        try:
-            data = Path(path).expanduser().read_bytes()
-        except OSError as error:
-            raise UsageError(
-                f"study file {path} cannot be read ({error.strerror}); give the path of a TOML file"
-            ) from error
-        try:
-            values = tomllib.loads(data.decode())
-        except ValueError as error:
-            raise UsageError(f"study file {path} is not TOML: {error}") from error
-        return cls.from_dict(values, overrides)
+        from sae_ray.study.reading import read_toml
+
+        return cls.from_dict(read_toml(path), overrides)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Study:
         """As `load`, from nested dictionaries."""
-        from pydantic import ValidationError
+        from sae_ray.study.reading import validated
 
-        merged = json.loads(json.dumps(values, default=str))  # a copy of plain values: TOML also knows dates
-        for key, value in (overrides or {}).items():
-            _override(merged, key, value)
-        try:
-            return _adapter().validate_python(merged)
-        except ValidationError as error:
-            raise UsageError("\n".join(_explain(problem) for problem in error.errors())) from None
+        return validated(values, overrides or {})
 
     def to_dict(self) -> dict[str, Any]:
         """As nested dictionaries of plain values; `from_dict` reads it back."""
         return dataclasses.asdict(self)
 
 
-def field_help(dotted: str) -> str:
-    """The docstring of a study's field, such as `images.train.path`, as one line: the help text of the command line."""
-    schema = node = _adapter().json_schema()
-    for part in dotted.split("."):
-        while "properties" not in node:
-            options = [node, *node.get("anyOf", []), node.get("items", {})]
-            node = next(schema["$defs"][o["$ref"].rsplit("/", 1)[1]] for o in options if "$ref" in o)
-        node = node["properties"][part]
-    return " ".join(node["description"].split())
-
-
-@cache
-def _adapter() -> TypeAdapter[Study]:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Study)
-
-
 def _check(holds: bool, name: str, value: Any, remedy: str) -> None:
     if not holds:
         raise UsageError(f"{name} = {value!r}: {remedy}")
-
-
-def _override(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    below: Any = values
-    for part in parents:
-        below = _descend(below, part, dotted)
-    for table in below if isinstance(below, list) else [below]:
-        table[last] = value
-
-
-def _descend(values: Any, part: str, dotted: str) -> Any:
-    """The table `part` of `values`, made where it is missing; of `grid` a list of them."""
-    below = values.get(part) if isinstance(values, dict) else 0
-    if below is None:
-        below = values[part] = [{}] if part == "grid" else {}
-    tables = below if isinstance(below, list) else [below]
-    if not all(isinstance(table, dict) for table in tables):
-        raise UsageError(f"{dotted}: {part} is not a table of the study file")
-    return below
-
-
-def _explain(problem: Any) -> str:
-    where = [str(part) for part in problem["loc"]]
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _known_keys(where[:-1])
-        near = difflib.get_close_matches(where[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{'.'.join(where)}: unknown key; {hint}"
-    if problem["type"] == "missing":
-        meaning = field_help(".".join(part for part in where if not part.isdigit()))
-        return f"{'.'.join(where)}: missing; add it: {meaning}"
-    message = problem["msg"].replace("a valid tuple", "a list")  # what TOML calls it
-    return f"{'.'.join(where)} = {problem['input']!r}: {message}"
-
-
-def _known_keys(where: list[str]) -> list[str]:
-    kind: Any = Study
-    for part in where:
-        if part.isdigit():
-            continue
-        kind = get_type_hints(kind)[part]
-        while get_origin(kind) in (Union, UnionType, tuple):
-            kind = next(arg for arg in get_args(kind) if arg is not type(None))
-    return [item.name for item in dataclasses.fields(kind)]

@@ -9,28 +9,48 @@ from functools import cached_property
 
 import pyarrow as pa
 
-from sae_ray.encoders import EncoderInfo, check_site, describe_encoder, rows_per_image, site_width
+from sae_ray.encoders.info import EncoderInfo, check_site, check_text, rows_per_image, site_width
 from sae_ray.encoders.sites import Site
-from sae_ray.encoders.text import check_text_side
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.images import list_images, manifest_digest, select_split
 from sae_ray.seeds import derived_seed
 from sae_ray.steering.config import Steering
-from sae_ray.steering.llava import describe_llava
+from sae_ray.steering.info import LlavaInfo
 from sae_ray.store.files import Folder
+from sae_ray.store.identity import changed, defaults
 from sae_ray.store.steps import Step
-from sae_ray.study.config import EncoderConfig, GridCell, ImageSet, JudgeConfig, Study
+from sae_ray.study.config import EncoderConfig, Extraction, GridCell, JudgeConfig, Scoring, Study
+from sae_ray.study.survey import Survey, SurveyedImages, survey
+
+MODELS = ("llava", "revision", "scorer", "scorer_revision")
+"""Fields of `[steering]` that name models; what decides is what they resolve to."""
 
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """One image set and its manifest."""
+    """One image set: its manifest, and its labels."""
 
     name: str
     """`train` or `heldout`."""
     folder: Folder
-    manifest: pa.Table
+    surveyed: SurveyedImages
     step: Step
+    """The manifest: which images there are."""
+    labels_step: Step
+    """What they are labelled as."""
+
+    @property
+    def n_images(self) -> int:
+        return self.surveyed.n_images
+
+    @cached_property
+    def manifest(self) -> pa.Table:
+        """`MANIFEST_SCHEMA`. Raises SaeRayError when it is neither surveyed nor written."""
+        return self.surveyed.found.manifest if self.surveyed.found else _table(self.step, "manifest")
+
+    @cached_property
+    def labels(self) -> pa.Table:
+        """`LABELS_SCHEMA`, row by row as the manifest. Raises SaeRayError when it is neither surveyed nor written."""
+        return self.surveyed.found.labels if self.surveyed.found else _table(self.labels_step, "labels")
 
 
 @dataclass(frozen=True)
@@ -46,7 +66,12 @@ class ExtractPlan:
     @property
     def rows(self) -> int:
         """Rows if no image is rejected."""
-        return len(self.images.manifest) * rows_per_image(self.info, self.site)
+        return self.images.n_images * rows_per_image(self.info, self.site)
+
+    @property
+    def inputs(self) -> list[Step]:
+        """The steps that are read: the images are listed by the stage itself."""
+        return []
 
     @property
     def width(self) -> int:
@@ -64,9 +89,13 @@ class TrainPlan:
 
     grid_cell: GridCell
     activations: ExtractPlan
-    heldout: ExtractPlan
     stream_seed: int
     step: Step
+
+    @property
+    def inputs(self) -> list[Step]:
+        """The steps that are read."""
+        return [self.activations.step]
 
     @property
     def d_sae(self) -> int:
@@ -83,6 +112,30 @@ class TrainPlan:
         """Of the encoder's products, which bound the work from below."""
         training = self.grid_cell.cell.training
         return 2.0 * self.activations.width * self.d_sae * training.batch_size * training.steps
+
+
+@dataclass(frozen=True)
+class EvaluatePlan:
+    """One SAE on held-out activations: how faithful it is, and how its latents fire."""
+
+    sae: TrainPlan
+    activations: ExtractPlan
+    step: Step
+
+    @property
+    def inputs(self) -> list[Step]:
+        """The steps that are read."""
+        return [self.activations.step, self.sae.step]
+
+    @property
+    def bytes(self) -> int:
+        """About what the table of latents takes on disk."""
+        return 32 * self.sae.d_sae
+
+    @property
+    def flops(self) -> float:
+        """Of the encoder's product."""
+        return 2.0 * self.activations.rows * self.activations.width * self.sae.d_sae
 
 
 @dataclass(frozen=True)
@@ -130,7 +183,14 @@ class SteeringPlan:
     embeddings: ExtractPlan
     """The scorer's, of the training images."""
     heldout: ImagePlan
+    heldout_activations: ExtractPlan
+    """Say which held-out images could be read."""
     step: Step
+
+    @property
+    def train(self) -> ImagePlan:
+        """The training images."""
+        return self.scores.activations.images
 
     @property
     def name(self) -> str:
@@ -145,8 +205,8 @@ class SteeringPlan:
     @property
     def inputs(self) -> list[Step]:
         """The steps that are read."""
-        read = (self.heldout, self.scores.activations, self.embeddings, self.sae, self.scores, self.raw_scores)
-        return [plan.step for plan in read]
+        read = (self.heldout, self.heldout_activations, self.scores.activations, self.embeddings, self.sae, self.scores)
+        return [*(plan.step for plan in read), self.raw_scores.step, self.train.labels_step, self.heldout.labels_step]
 
     @property
     def answers(self) -> int:
@@ -154,7 +214,7 @@ class SteeringPlan:
 
         Those that the scales of the directions are chosen by come on top.
         """
-        images = min(self.steering.n_images, len(self.heldout.manifest))
+        images = min(self.steering.n_images, self.heldout.n_images)
         prompts = 1 + len(self.steering.other_prompts)
         return 3 * self.steering.n_white_latents + 2 * images * prompts * (1 + self.steering.n_image_latents)
 
@@ -167,36 +227,42 @@ class SteeringPlan:
 class StudyPlan:
     """The steps of a study under a root.
 
-    Lists the images and reads the encoders' configurations, but no weights and no image.
+    Args:
+        study: the experiment.
+        root: where its results lie.
+        surveyed: what is known of its images and models; they are surveyed where it is not given.
 
     Raises:
-        UsageError: a folder, encoder, site or cell that cannot be.
-        SaeRayError: no images.
+        UsageError: a folder, model, site or cell is invalid.
+        SaeRayError: there are no images.
     """
 
-    def __init__(self, study: Study, root: Folder):
+    def __init__(self, study: Study, root: Folder, surveyed: Survey | None = None):
         self.study = study
         self.root = root
-        self.encoder = describe_encoder(study.encoder.model, study.encoder.revision)
+        self.survey = surveyed or survey(study)
+        models = self.survey.models
+        self.encoder, self.judge = models.encoder, models.judge
         for cell in study.cells():
             for site in (cell.site, cell.score_site):
                 check_site(self.encoder, site)
             cell.cell.check(site_width(self.encoder, cell.site))
         self.judge_site = Site(point=study.judge.point)
-        self.judge = describe_encoder(study.judge.model, study.judge.revision)
         check_site(self.judge, self.judge_site)
-        self.images = {images.name: images for images in self._image_plans()}
+        self.images = {name: self._images(name) for name in ("train", "heldout")}
         self.steerings = self._steerings()
 
     @property
     def steps(self) -> Iterator[Step]:
         """All steps, in the order in which they are done."""
-        for plan in (*self.images.values(), *self.extracts, *self.trains, *self.scores, *self.steerings):
+        for images in self.images.values():
+            yield from (images.step, images.labels_step)
+        for plan in (*self.extracts, *self.trains, *self.evaluations, *self.scores, *self.steerings):
             yield plan.step
 
     @cached_property
     def extracts(self) -> list[ExtractPlan]:
-        """Sites on both image sets: what is trained on, what is scored, what fidelity is measured on, the judge."""
+        """Sites on both image sets: what is trained on, evaluated and scored, the judge's embeddings, the scorer's."""
         train, heldout = self.images["train"], self.images["heldout"]
         wanted: dict[str, ExtractPlan] = {}
 
@@ -218,6 +284,10 @@ class StudyPlan:
         return [self._train(cell) for cell in self.study.cells()]
 
     @cached_property
+    def evaluations(self) -> list[EvaluatePlan]:
+        return [self._evaluate(train) for train in self.trains]
+
+    @cached_property
     def scores(self) -> list[ScorePlan]:
         """Raw neurons of every scored site first, then every SAE."""
         heldout, pictures = self.images["heldout"], self.images[self.study.scoring.pictures]
@@ -237,11 +307,13 @@ class StudyPlan:
         steering = self.study.steering
         if steering is None:
             return []
-        llava, layer, _ = describe_llava(steering.llava, steering.revision)
-        if (llava.residual_width, llava.n_tokens) != (self.encoder.residual_width, self.encoder.n_tokens):
+        llava = self.survey.models.llava
+        assert llava is not None, "a study with steering has its LLaVA surveyed"
+        tower, layer = llava.tower, llava.layer
+        if (tower.residual_width, tower.n_tokens) != (self.encoder.residual_width, self.encoder.n_tokens):
             raise UsageError(
-                f"steering.llava = {steering.llava!r}: its vision tower has {llava.n_tokens} tokens of width "
-                f"{llava.residual_width}, the encoder {self.encoder.model} {self.encoder.n_tokens} of width "
+                f"steering.llava = {steering.llava!r}: its vision tower has {tower.n_tokens} tokens of width "
+                f"{tower.residual_width}, the encoder {self.encoder.model} {self.encoder.n_tokens} of width "
                 f"{self.encoder.residual_width}; take the encoder that is its tower"
             )
         steered = [
@@ -266,32 +338,20 @@ class StudyPlan:
         """The images of `pictures` as texts are compared with them: by the scorer, or without one by the encoder."""
         pictures, site, steering = self.images[self.study.scoring.pictures], Site("projection"), self.study.steering
         config = EncoderConfig(steering.scorer, steering.scorer_revision) if steering else self.study.encoder
-        check_text_side(config.model, config.revision)
-        info = describe_encoder(config.model, config.revision)
+        info = self.survey.models.scorer or self.encoder
+        check_text(info)
         check_site(info, site)
         if (_identity(info), config.dtype) == (_identity(self.encoder), self.study.encoder.dtype):
             return self._activations(pictures, site)  # perhaps a site of the grid
         return self._extract(pictures, config, info, site, f"embeddings-{pictures.name}-scorer")
 
-    def _image_plans(self) -> Iterator[ImagePlan]:
-        images = self.study.images
-        listed = _list("images.train", images.train)
-        if images.heldout is not None:
-            tables = {
-                "train": (images.train, listed),
-                "heldout": (images.heldout, _list("images.heldout", images.heldout)),
-            }
-        else:
-            fraction = images.heldout_fraction
-            tables = {part: (images.train, select_split(listed, fraction, part)) for part in ("train", "heldout")}
-        for name, (image_set, manifest) in tables.items():
-            if not len(manifest):
-                raise SaeRayError(
-                    f"images.{name}: no image is left in {image_set.path}; add images or change images.heldout_fraction"
-                )
-            config = {"manifest": manifest_digest(manifest)}
-            step = Step(self.root, "manifest", f"manifest-{name}", config)
-            yield ImagePlan(name, Folder(image_set.path), manifest, step)
+    def _images(self, name: str) -> ImagePlan:
+        images, surveyed = self.study.images, self.survey.images[name]
+        image_set = images.heldout if name == "heldout" and images.heldout else images.train
+        step = Step(self.root, "manifest", f"manifest-{name}", {"images": surveyed.manifest_digest})
+        config = {"manifest": step.name, "labels": surveyed.labels_digest}
+        labels_step = Step(self.root, "labels", f"labels-{name}", config)
+        return ImagePlan(name, Folder(image_set.path), surveyed, step, labels_step)
 
     def _activations(self, images: ImagePlan, site: Site) -> ExtractPlan:
         return self._extract(images, self.study.encoder, self.encoder, site, f"activations-{images.name}-{site.name}")
@@ -310,25 +370,28 @@ class StudyPlan:
             "site": site.name,
             "token_seed": self.study.seed if site.tokens.startswith("random") else None,
             "dtype": encoder.dtype,
-            "store_dtype": self.study.extraction.store_dtype,
-            "images_per_part": self.study.extraction.images_per_part,
-            "pixels": self.study.extraction.pixels,
+            **dataclasses.asdict(self.study.extraction),
         }
-        return ExtractPlan(images, encoder, info, site, Step(self.root, "extract", label, config))
+        return ExtractPlan(images, encoder, info, site, Step(self.root, "extract", label, config, defaults(Extraction)))
 
     def _train(self, grid_cell: GridCell) -> TrainPlan:
         activations = self._activations(self.images["train"], grid_cell.site)
-        heldout = self._activations(self.images["heldout"], grid_cell.site)
         stream_seed = derived_seed(self.study.seed, grid_cell.site.name)
         config = {
             "activations": activations.step.name,
-            "heldout": heldout.step.name,
-            "cell": dataclasses.asdict(grid_cell.cell),
+            "cell": grid_cell.cell.identity(),
             "stream_seed": stream_seed,
             "shuffle_rows": self.study.shuffle_rows,
         }
-        step = Step(self.root, "train", f"sae-{grid_cell.name}", config)
-        return TrainPlan(grid_cell, activations, heldout, stream_seed, step)
+        neutral = {"shuffle_rows": defaults(Study)["shuffle_rows"]}
+        step = Step(self.root, "train", f"sae-{grid_cell.name}", config, neutral)
+        return TrainPlan(grid_cell, activations, stream_seed, step)
+
+    def _evaluate(self, train: TrainPlan) -> EvaluatePlan:
+        activations = self._activations(self.images["heldout"], train.grid_cell.site)
+        config = {"sae": train.step.name, "activations": activations.step.name}
+        step = Step(self.root, "evaluate", f"fidelity-{train.grid_cell.name}", config)
+        return EvaluatePlan(train, activations, step)
 
     def _score(
         self, name: str, sae: TrainPlan | None, activations: ExtractPlan, embeddings: ExtractPlan | None
@@ -340,40 +403,38 @@ class StudyPlan:
             "top_images": self.study.scoring.top_images,
         }
         label = f"scores-{activations.images.name}-{name}"
-        return ScorePlan(name, sae, activations, embeddings, Step(self.root, "score", label, config))
+        step = Step(self.root, "score", label, config, {"top_images": defaults(Scoring)["top_images"]})
+        return ScorePlan(name, sae, activations, embeddings, step)
 
-    def _steering(self, steering: Steering, train: TrainPlan, llava: EncoderInfo) -> SteeringPlan:
+    def _steering(self, steering: Steering, train: TrainPlan, llava: LlavaInfo) -> SteeringPlan:
         site = train.grid_cell.score_site
         activations = self._activations(self.images["train"], site)
         scores = self._score(train.grid_cell.name, train, activations, None)
         raw_scores = self._score(f"raw-{site.name}", None, activations, None)
         heldout = self.images["heldout"]
-        named = ("llava", "revision", "scorer", "scorer_revision")
+        heldout_activations = self._activations(heldout, train.grid_cell.site)
         config = {
             "sae": train.step.name,
             "scores": scores.step.name,
             "raw_scores": raw_scores.step.name,
             "embeddings": self.text_space.step.name,
-            "heldout": heldout.step.name,
-            "llava": _identity(llava),
-            "settings": {name: value for name, value in dataclasses.asdict(steering).items() if name not in named},
+            "heldout": heldout_activations.step.name,
+            "labels": [self.images[name].labels_step.name for name in ("train", "heldout")],
+            "llava": _identity(llava.tower),
+            "settings": {name: value for name, value in changed(steering).items() if name not in MODELS},
             "seed": self.study.seed,
         }
-        step = Step(self.root, "steer", f"steering-{train.grid_cell.name}", config)
+        step = Step(self.root, "steering", f"steering-{train.grid_cell.name}", config)
         # As in the hash: what is loaded is what was described, whatever becomes of a branch or a directory meanwhile.
-        pinned = dataclasses.replace(steering, revision=llava.revision, scorer_revision=self.text_space.info.revision)
-        return SteeringPlan(pinned, scores, raw_scores, self.text_space, heldout, step)
+        revisions = {"revision": llava.tower.revision, "scorer_revision": self.text_space.info.revision}
+        pinned = dataclasses.replace(steering, **revisions)
+        return SteeringPlan(pinned, scores, raw_scores, self.text_space, heldout, heldout_activations, step)
 
 
-def _list(field: str, images: ImageSet) -> pa.Table:
-    try:
-        return list_images(Folder(images.path), images.labels)
-    except UsageError as error:
-        raise UsageError(f"{field}: {error}") from error
-    except SaeRayError as error:
-        raise SaeRayError(f"{field}: {error}") from error
-    except OSError as error:
-        raise SaeRayError(f"{field}: {images.path} cannot be read ({error}); see to it, or name another") from error
+def _table(step: Step, name: str) -> pa.Table:
+    if not step.finished:
+        raise SaeRayError(f"{step.folder} does not exist yet; run the extract stage first")
+    return step.folder.read_parquet(f"{name}.parquet")
 
 
 def _identity(info: EncoderInfo) -> list[str | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sae_ray.study.config import GridCell
-from sae_ray.study.plan import ScorePlan, StudyPlan
+from sae_ray.study.plan import ScorePlan, StudyPlan, TrainPlan
 
 BEST = 32
 """The best neurons of a cell whose mean is compared over widths; the single best says little."""
@@ -47,21 +47,20 @@ class Comparison:
 
 def summarise(plan: StudyPlan) -> list[CellSummary]:
     """One row per raw site and per SAE that was scored on held-out images."""
-    return [
-        _summarise(score, plan.study.scoring.min_images)
-        for score in plan.scores
-        if score.embeddings and score.step.finished
-    ]
+    return [_summarise(plan, score) for score in plan.scores if score.embeddings and score.step.finished]
 
 
-def _summarise(score: ScorePlan, min_images: int) -> CellSummary:
+def fidelity(plan: StudyPlan, sae: TrainPlan) -> dict[str, Any]:
+    """What the evaluation of an SAE found, as `FidelitySummary` has it; empty where it is not evaluated."""
+    record = next(one for one in plan.evaluations if one.sae is sae).step.record()
+    return record["counts"] if record else {}
+
+
+def _summarise(plan: StudyPlan, score: ScorePlan) -> CellSummary:
     table = score.step.folder.read_parquet("scores.parquet")
     ms = table["ms"].to_numpy()
-    ms = np.sort(ms[(table["n_active"].to_numpy() >= min_images) & ~np.isnan(ms)])[::-1]
-    counts: dict[str, Any] = {}
-    if score.sae is not None:
-        record = score.sae.step.record()
-        counts = record["counts"] if record else {}
+    ms = np.sort(ms[(table["n_active"].to_numpy() >= plan.study.scoring.min_images) & ~np.isnan(ms)])[::-1]
+    counts = fidelity(plan, score.sae) if score.sae else {}
     return CellSummary(
         name=score.name,
         grid_cell=score.sae.grid_cell if score.sae else None,

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.images import MANIFEST_SCHEMA, BadImage, decode_image, list_images, manifest_digest, select_split
+from sae_ray.images import BadImage, ImageList, decode_image, list_images, manifest_digest, select_split
+from sae_ray.images.manifest import LABELS_SCHEMA, MANIFEST_SCHEMA, describe_change, labels_digest
 from sae_ray.store.files import Folder
 
 
@@ -27,8 +28,8 @@ def fill(folder: Path, *paths: str) -> Folder:
     return Folder(folder)
 
 
-def label_names(table: pa.Table) -> dict[str, str | None]:
-    return dict(zip(table["image_id"].to_pylist(), table["label_name"].to_pylist(), strict=True))
+def label_names(images: ImageList) -> dict[str, str | None]:
+    return dict(zip(images.manifest["image_id"].to_pylist(), images.labels["label_name"].to_pylist(), strict=True))
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -49,11 +50,12 @@ def noise(mode: str = "RGB", size: tuple[int, int] = (23, 17)) -> Image.Image:
 
 def test_a_flat_folder_lists_every_visible_file(tmp_path):
     folder = fill(tmp_path, "b.png", "B.JPG", "a.jpeg", "é.webp", "notes.txt", "raw", ".hidden.png", ".cache/x.png")
-    table = list_images(folder)
-    assert table.schema == MANIFEST_SCHEMA
+    table, labels = list_images(folder)
+    assert (table.schema, labels.schema) == (MANIFEST_SCHEMA, LABELS_SCHEMA)
     assert table["image_id"].to_pylist() == ["B.JPG", "a.jpeg", "b.png", "notes.txt", "raw", "é.webp"]
     assert table["image_index"].to_pylist() == [0, 1, 2, 3, 4, 5]
-    assert table["label"].null_count == table["label_name"].null_count == 6
+    assert labels["image_index"] == table["image_index"]
+    assert labels["label"].null_count == labels["label_name"].null_count == 6
 
 
 names = st.text(
@@ -65,7 +67,7 @@ names = st.text(
 @given(st.sets(names, min_size=1, max_size=8))
 def test_the_order_is_that_of_the_utf8_bytes(tmp_path_factory, stems):
     folder = fill(tmp_path_factory.mktemp("ordered"), *(f"{stem}.png" for stem in stems))
-    table = list_images(folder)
+    table = list_images(folder).manifest
     assert [path.encode() for path in table["image_id"].to_pylist()] == sorted(f"{stem}.png".encode() for stem in stems)
     assert table["image_index"].to_pylist() == list(range(len(stems)))
 
@@ -88,23 +90,24 @@ def test_the_order_is_that_of_the_utf8_bytes(tmp_path_factory, stems):
     ],
 )
 def test_sub_folders_are_classes(tmp_path, paths, expected):
-    assert list_images(fill(tmp_path, *paths))["label_name"].to_pylist() == expected
+    assert list_images(fill(tmp_path, *paths)).labels["label_name"].to_pylist() == expected
 
 
 def test_labels_are_dense_over_the_sorted_names(tmp_path):
     folder = fill(tmp_path, "zebra/1.jpg", "ant/2.jpg", "zebra/3.jpg", "bee/4.jpg")
-    table = list_images(folder)
+    table = list_images(folder).labels
     assert table["label_name"].to_pylist() == ["ant", "bee", "zebra", "zebra"]
     assert table["label"].to_pylist() == [0, 1, 2, 2]
-    assert list_images(folder, "none")["label"].null_count == 4
+    assert list_images(folder, "none").labels["label"].null_count == 4
 
 
 def test_a_csv_file_labels_by_path(tmp_path):
     folder = fill(tmp_path / "images", "x/1.jpg", "2.jpg", "3.jpg", "broken.txt")
     file = tmp_path / "images" / "labels.csv"
     file.write_text('﻿image_id,source,label\n3.jpg,web,"dog, brown"\n2.jpg,web,\nx/1.jpg,web,cat\nabsent.jpg,web,emu\n')
-    table = list_images(folder, str(file))
-    assert label_names(table) == {"2.jpg": None, "3.jpg": "dog, brown", "broken.txt": None, "x/1.jpg": "cat"}
+    found = list_images(folder, str(file))
+    table = found.labels
+    assert label_names(found) == {"2.jpg": None, "3.jpg": "dog, brown", "broken.txt": None, "x/1.jpg": "cat"}
     assert table["label"].to_pylist() == [None, 1, None, 0]
 
 
@@ -136,9 +139,9 @@ def test_kaggles_solution_file_labels_by_stem(tmp_path):
         "ILSVRC2012_val_00000002,n02012849 1 2 3 4 \n"
     )
     file = str(tmp_path / "LOC_val_solution.csv")
-    assert list_images(folder, file)["label_name"].to_pylist() == ["n03126707", "n02012849", "n02012849"]
+    assert list_images(folder, file).labels["label_name"].to_pylist() == ["n03126707", "n02012849", "n02012849"]
     (tmp_path / "LOC_synset_mapping.txt").write_text("n02012849 crane\nn03126707 crane\n")
-    table = list_images(folder, file)
+    table = list_images(folder, file).labels
     # The bird and the machine are two classes of one name.
     assert table["label_name"].to_pylist() == ["n03126707 crane", "n02012849 crane", "n02012849 crane"]
     assert table["label"].to_pylist() == [1, 0, 0]
@@ -147,8 +150,8 @@ def test_kaggles_solution_file_labels_by_stem(tmp_path):
 def test_label_files_inside_the_folder_are_not_images(tmp_path):
     folder = fill(tmp_path, "a.jpg", "LOC_synset_mapping.txt")
     (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\na,n02012849 1 2 3 4\n")
-    assert list_images(folder, str(tmp_path / "LOC_val_solution.csv"))["image_id"].to_pylist() == ["a.jpg"]
-    assert list_images(folder, "none").num_rows == 3
+    assert list_images(folder, str(tmp_path / "LOC_val_solution.csv")).manifest["image_id"].to_pylist() == ["a.jpg"]
+    assert list_images(folder, "none").manifest.num_rows == 3
 
 
 def test_the_devkits_ground_truth_labels_by_order(tmp_path):
@@ -193,51 +196,66 @@ def test_links_are_followed(tmp_path):
     assert label_names(list_images(Folder(tmp_path / "images"))) == {"cat/1.jpg": "cat", "dog/2.jpg": "dog"}
 
 
-def manifest(image_ids: list[str]) -> pa.Table:
+def listing(image_ids: list[str]) -> ImageList:
     n = len(image_ids)
-    columns = [pa.array(range(n)), image_ids, pa.array([0] * n, pa.int32()), ["cat"] * n, pa.array([9] * n)]
-    return pa.table(columns, schema=MANIFEST_SCHEMA)
+    index = pa.array(range(n), pa.int64())
+    return ImageList(
+        pa.table([index, pa.array(image_ids, pa.string()), pa.array([9] * n, pa.int64())], schema=MANIFEST_SCHEMA),
+        pa.table([index, pa.array([0] * n, pa.int32()), pa.array(image_ids, pa.string())], schema=LABELS_SCHEMA),
+    )
 
 
 @given(st.sets(st.text(min_size=1, max_size=10), max_size=30), st.floats(0, 1), st.floats(0, 1), st.data())
 def test_the_split_is_disjoint_exhaustive_and_stable(image_ids, fraction, other, data):
-    table = manifest(sorted(image_ids))
+    table = listing(sorted(image_ids))
     sides = {part: select_split(table, fraction, part) for part in ("train", "heldout")}
-    found = {part: side["image_id"].to_pylist() for part, side in sides.items()}
+    found = {part: side.manifest["image_id"].to_pylist() for part, side in sides.items()}
     assert sorted(found["train"] + found["heldout"]) == sorted(image_ids)
     for side in sides.values():
-        assert side.schema == MANIFEST_SCHEMA
-        assert side["image_index"].to_pylist() == list(range(side.num_rows))
-        assert side["image_id"].to_pylist() == sorted(side["image_id"].to_pylist())
+        assert (side.manifest.schema, side.labels.schema) == (MANIFEST_SCHEMA, LABELS_SCHEMA)
+        assert side.labels["image_index"] == side.manifest["image_index"]
+        assert side.labels["label_name"].to_pylist() == side.manifest["image_id"].to_pylist()
+        assert side.manifest["image_index"].to_pylist() == list(range(side.manifest.num_rows))
+        assert side.manifest["image_id"].to_pylist() == sorted(side.manifest["image_id"].to_pylist())
     fewer = sorted(data.draw(st.sets(st.sampled_from(sorted(image_ids))))) if image_ids else []
-    heldout_of_fewer = select_split(manifest(fewer), fraction, "heldout")["image_id"].to_pylist()
+    heldout_of_fewer = select_split(listing(fewer), fraction, "heldout").manifest["image_id"].to_pylist()
     assert set(heldout_of_fewer) == set(fewer) & set(found["heldout"])
     if other >= fraction:
-        assert set(found["heldout"]) <= set(select_split(table, other, "heldout")["image_id"].to_pylist())
+        more = select_split(table, other, "heldout").manifest["image_id"].to_pylist()
+        assert set(found["heldout"]) <= set(more)
 
 
 def test_the_split_holds_out_its_fraction():
-    table = manifest([f"{i:05}.png" for i in range(10_000)])
+    table = listing([f"{i:05}.png" for i in range(10_000)])
     # Six standard deviations of a binomial count are 240.
-    assert abs(select_split(table, 0.2, "heldout").num_rows - 2000) < 240
-    assert select_split(table, 0, "train").equals(table)
-    assert select_split(table, 1, "heldout").equals(table)
+    assert abs(select_split(table, 0.2, "heldout").manifest.num_rows - 2000) < 240
+    assert select_split(table, 0, "train") == table
+    assert select_split(table, 1, "heldout") == table
     for fraction, part, words in ((1.5, "train", "heldout_fraction is 1.5"), (0.5, "test", "part is 'test'")):
         with pytest.raises(UsageError, match=words):
             select_split(table, fraction, part)
 
 
-def test_the_digest_follows_ids_and_labels_alone(tmp_path):
+def test_images_and_labels_have_digests_of_their_own(tmp_path):
     first = list_images(fill(tmp_path / "a", "x/1.jpg", "y/2.jpg"))
     again = list_images(fill(tmp_path / "b", "x/1.jpg", "y/2.jpg"))
-    assert manifest_digest(first) == manifest_digest(again)
-    assert len(manifest_digest(first)) == 64
-    others = [
-        list_images(fill(tmp_path / "c", "x/1.jpg", "z/2.jpg")),
-        list_images(Folder(tmp_path / "a"), "none"),
-        first.slice(0, 1),
-    ]
-    assert len({manifest_digest(table) for table in [first, *others]}) == 4
+    unlabelled = list_images(Folder(tmp_path / "a"), "none")
+    other = list_images(fill(tmp_path / "c", "x/1.jpg", "z/2.jpg"))
+    digests = [(manifest_digest(one.manifest), labels_digest(one.labels)) for one in (first, again, unlabelled, other)]
+    assert digests[0] == digests[1]
+    assert digests[0][0] == digests[2][0] != digests[3][0]
+    assert len({labels for _, labels in digests}) == 3
+    assert {len(digest) for pair in digests for digest in pair} == {64}
+    assert manifest_digest(first.manifest.slice(0, 1)) != digests[0][0]
+
+
+def test_a_changed_folder_is_described(tmp_path):
+    before = list_images(fill(tmp_path, "a.jpg", "b.jpg", "c.jpg")).manifest
+    assert describe_change(before, before) == ""
+    (tmp_path / "a.jpg").unlink()
+    (tmp_path / "b.jpg").write_bytes(b"another picture")
+    after = list_images(fill(tmp_path, "d.jpg", "e.jpg")).manifest
+    assert describe_change(before, after) == "2 added, 1 removed, 1 changed"
 
 
 # Decoding
@@ -408,6 +426,6 @@ def test_damaged_files_decode_or_are_refused(kind, data):
 
 def test_the_digest_sees_another_file_under_the_same_name(tmp_path):
     folder = fill(tmp_path, "cat/1.jpg")
-    before = manifest_digest(list_images(folder))
+    before = manifest_digest(list_images(folder).manifest)
     (tmp_path / "cat" / "1.jpg").write_bytes(b"another picture, another size")
-    assert manifest_digest(list_images(folder)) != before
+    assert manifest_digest(list_images(folder).manifest) != before

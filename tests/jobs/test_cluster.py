@@ -11,7 +11,7 @@ from sae_ray.errors import UsageError
     [(4, 1, 0), (1, 4, 0), (8, 0.5, 0), (2, 1.5, 0, 1), (3, 1, 0, 1), (99, 0, 0)],
 )
 def test_what_the_cluster_holds_passes(ray_cluster, resources):
-    require("resources.steer", *resources)
+    require("resources.steering", *resources)
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,9 @@ def test_what_the_cluster_holds_passes(ray_cluster, resources):
 )
 def test_what_it_does_not_hold_is_refused(ray_cluster, resources, words, monkeypatch, capsys):
     with pytest.raises(UsageError) as refusal:
-        require("resources.steer", *resources)
-    assert str(refusal.value).startswith(f"resources.steer: {words}")
+        require("resources.steering", *resources)
+    assert str(refusal.value).startswith(f"resources.steering: {words}")
 
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster that may grow
-    require("resources.steer", *resources)
-    assert f"resources.steer: {words.removesuffix('; lower')}" in capsys.readouterr().err
+    require("resources.steering", *resources)
+    assert f"resources.steering: {words.removesuffix('; lower')}" in capsys.readouterr().err

@@ -141,7 +141,7 @@ def test_an_interrupted_run_goes_on_where_it_was(steered, scored, make_steered, 
         patched.setattr(steering.Progress, "advance", stop)
         with pytest.raises(Interrupted):
             steering.run(make_steered(root))
-    plan = make_steered(root, **{"resources.steer.workers": 2})
+    plan = make_steered(root, **{"resources.steering.workers": 2})
     [one] = plan.steerings
     assert one.step.status() == "partial"
     parts = one.step.folder / "answers"
@@ -185,7 +185,7 @@ def test_more_actors_than_the_cluster_holds_are_refused(ray_cluster, scored, mak
     root = tmp_path / "root"
     shutil.copytree(scored, root)
     with pytest.raises(UsageError, match=r"resources\.steer: 5 at once with cpus = 1 and gpus = 0 each do not fit"):
-        steering.run(make_steered(root, **{"resources.steer.workers": 5}))
+        steering.run(make_steered(root, **{"resources.steering.workers": 5}))
 
 
 def test_latents_are_found_by_text(scored, make_steered, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +19,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sae_ray
 from sae_ray.errors import SaeRayError
 from sae_ray.store import steps
 from sae_ray.store.files import Folder
-from sae_ray.store.steps import RECORD, SCHEMA_VERSION, STALE_SECONDS, Step, digest, hold, read_record
+from sae_ray.store.steps import RECORD, SCHEMA_VERSIONS, STALE_SECONDS, Step, digest, hold, read_record
+
+TRAIN = SCHEMA_VERSIONS["train"]
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -90,9 +95,19 @@ def test_a_name_is_a_label_and_a_hash_of_what_decides_the_content(tmp_path: Path
     others = {name(stage="score"), name(k=5), name(seed=1), name(more=None)}
     assert len(same_hash) == 1
     assert len(same_hash | others) == 5
-    before = name()
-    monkeypatch.setattr(steps, "SCHEMA_VERSION", steps.SCHEMA_VERSION + 1)
-    assert name() != before
+    before, of_scores = name(), name(stage="score")
+    monkeypatch.setitem(SCHEMA_VERSIONS, "train", SCHEMA_VERSIONS["train"] + 1)
+    assert (name() != before, name(stage="score")) == (True, of_scores)  # each stage has a version of its own
+
+
+def test_a_setting_at_its_neutral_default_does_not_show_in_the_name(tmp_path: Path):
+    def step(config: dict[str, Any]) -> Step:
+        return Step(Folder(tmp_path), "score", "scores", config, defaults={"top_images": 16, "later": None})
+
+    assert step({"top_images": 16}).name == step({}).name == step({"top_images": 16, "later": None}).name
+    assert len({step(config).name for config in ({}, {"top_images": 4}, {"later": 1}, {"other": None})}) == 4
+    step({"top_images": 16}).finish(0.0, {})
+    assert (step({}).record() or {})["config"] == {"top_images": 16}
 
 
 def test_a_step_from_missing_to_done(step: Step):
@@ -109,7 +124,7 @@ def test_a_step_from_missing_to_done(step: Step):
     assert record is not None
     assert record == read_record(step.folder) == json.loads((Path(str(step.folder)) / RECORD).read_text())
     expected = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSIONS["train"],
         "stage": "train",
         "status": "done",
         "reason": None,
@@ -164,11 +179,11 @@ def test_files_that_are_added_later_do_no_harm(step: Step):
         (lambda at, text: (at / RECORD).write_text(text[:40]), "step.json is not JSON"),
         (
             lambda at, _: (at / RECORD).write_text("[]"),
-            f"was written by schema version None, this program reads {SCHEMA_VERSION}; delete",
+            "was written by schema version None of the None stage, this program reads None; delete",
         ),
         (
             lambda at, text: (at / RECORD).write_text(text.replace('"schema_version": ', '"schema_version": 9')),
-            f"was written by schema version 9{SCHEMA_VERSION}, this program reads {SCHEMA_VERSION}; delete",
+            f"was written by schema version 9{TRAIN} of the train stage, this program reads {TRAIN}; delete",
         ),
     ],
 )
@@ -262,3 +277,25 @@ def test_the_heartbeat_survives_a_disk_that_fails_for_a_while(step: Step, monkey
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         beats(time.time())
     assert step.status() == "missing"
+
+
+def test_the_commit_is_that_of_this_program_not_of_a_repository_around_it(tmp_path: Path):
+    """As where a virtual environment lies inside the repository of somebody else's project."""
+    project = tmp_path / "project"
+    site_packages = project / ".venv" / "lib" / "site-packages"
+    shutil.copytree(Path(sae_ray.__file__).parent, site_packages / "sae_ray", ignore=shutil.ignore_patterns("models"))
+    code = "from sae_ray.store.steps import _git_commit; import sae_ray; print(sae_ray.__file__, _git_commit())"
+
+    def git(*command: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        return subprocess.run(
+            ["git", *identity, *command], cwd=project, check=True, capture_output=True, text=True
+        ).stdout
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "theirs")
+    environment = os.environ | {"PYTHONPATH": str(site_packages)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(site_packages / "sae_ray" / "__init__.py"), "None"]

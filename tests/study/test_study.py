@@ -14,8 +14,10 @@ import pytest
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import TrainingConfig
+from sae_ray.steering.config import Steering
 from sae_ray.store.files import Folder
-from sae_ray.study.config import Steering, Study, field_help
+from sae_ray.study.config import Study
+from sae_ray.study.fields import field_help
 from sae_ray.study.plan import StudyPlan
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
@@ -137,7 +139,7 @@ def test_all_problems_are_told_at_once():
         ({"name": ""}, "name = '': give a name without slashes"),
         ({"name": "a/b"}, "name = 'a/b': give a name without slashes"),
         ({"seed": "x"}, "seed = 'x': Input should be a valid integer"),
-        ({"seed": -1}, "seed = -1: choose 0 or more"),
+        ({"seed": -1}, "seed = -1: Input should be greater than or equal"),
         ({"encoder.dtype": "int8"}, "encoder.dtype = 'int8': Input should be 'float32', 'bfloat16' or 'float16'"),
         ({"encoder": "clip"}, "encoder = 'clip': Input should be a dictionary"),
         ({"grid": {"sites": ["projection"]}}, "grid = {'sites': ['projection']}: Input should be a list"),
@@ -157,20 +159,20 @@ def test_all_problems_are_told_at_once():
         ({"grid.architectures": ["topk", "relu"]}, "grid.sparsity = []: relu: name at least one coefficient"),
         ({"grid.sparsity": [0.1]}, "grid.sparsity = [0.1]: only relu and jumprelu have such a"),
         ({"grid.score_tokens": "cls"}, "tokens is 'cls'; a projection site has one vector per image: leave it out"),
-        ({"images.heldout_fraction": 1}, "images.heldout_fraction = 1.0: choose a share between 0 and 1"),
-        ({"images.max_bad_fraction": -0.1}, "images.max_bad_fraction = -0.1: choose a share from 0 to 1"),
-        ({"extraction.images_per_part": 0}, "extraction.images_per_part = 0: choose 1 or more"),
-        ({"scoring.min_images": 1}, "scoring.min_images = 1: choose 2 or more"),
+        ({"images.heldout_fraction": 1}, "images.heldout_fraction = 1: Input should be less than 1"),
+        ({"images.max_bad_fraction": -0.1}, "images.max_bad_fraction = -0.1: Input should be greater than or equal"),
+        ({"extraction.images_per_part": 0}, "extraction.images_per_part = 0: Input should be greater than or equal"),
+        ({"scoring.min_images": 1}, "scoring.min_images = 1: Input should be greater than or equal"),
         ({"training.batch_size": 0}, "training.batch_size = 0: make it at least 1"),
         ({"training.steps": 500}, "training.warmup_steps = 1000: make it between 0 and steps (500)"),
         ({"resources.train.workers": 3}, "resources.train.workers = 3: choose a divisor of training.batch_size = 4096"),
-        ({"resources.extract.workers": 0}, "resources.extract.workers = 0: choose 1 or more"),
-        ({"resources.score.gpus": -1}, "resources.score.gpus = -1.0: choose 0 or more"),
-        ({"resources.steer.batch_size": 0}, "resources.steer.batch_size = 0: choose 1 or more"),
+        ({"resources.extract.workers": 0}, "resources.extract.workers = 0: Input should be greater than or equal"),
+        ({"resources.score.gpus": -1}, "resources.score.gpus = -1: Input should be greater than or equal"),
+        ({"resources.steering.batch_size": 0}, "resources.steering.batch_size = 0: Input should be greater than or equal"),
         ({"steering.llava": "m"}, "scoring.pictures = 'heldout': steering finds its concepts on training images"),
         ({"steering": {"llava": "m", "strength": math.inf}}, "steering.strength = inf: choose a finite number"),
-        ({"steering": {"llava": "m", "min_purity": 0}}, "steering.min_purity = 0.0: choose a share above 0, at most 1"),
-        ({"steering": {"llava": "m", "n_images": 0}}, "steering.n_images = 0: choose 1 or more"),
+        ({"steering": {"llava": "m", "min_purity": 0}}, "steering.min_purity = 0: Input should be greater than 0"),
+        ({"steering": {"llava": "m", "n_images": 0}}, "steering.n_images = 0: Input should be greater than or equal"),
         ({"steering": {"llava": "m", "unit": "x"}}, "steering.unit = 'x': Input should be 'absolute' or 'max'"),
         (
             {"steering": {"llava": "m", "prompt": "a?", "other_prompts": ["a?"]}},
@@ -315,14 +317,17 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
 
 
 MANIFESTS = {"manifest-train", "manifest-heldout"}
+LABELS = {"labels-train", "labels-heldout"}
 PROJECTION = {"activations-train-projection", "activations-heldout-projection"}
 RANDOM = {"activations-train-layer1.random-2", "activations-heldout-layer1.random-2"}
 EMBEDDINGS = {"embeddings-heldout"}
 SAES = {"sae-projection-batch_topk-x2-k4", "sae-layer1.random-2-batch_topk-x2-k4"}
+FIDELITY = {label.replace("sae-", "fidelity-", 1) for label in SAES}
 SAE_SCORES = {label.replace("sae-", "scores-heldout-", 1) for label in SAES}
 RAW_SCORES = {"scores-heldout-raw-projection", "scores-heldout-raw-layer1.random-2"}
 RAW_RANDOM = {"scores-heldout-raw-layer1.random-2"}
-TRAINED = SAES | SAE_SCORES
+TRAINED = SAES | FIDELITY | SAE_SCORES
+JUDGED = FIDELITY | SAE_SCORES | RAW_SCORES
 SCORES = SAE_SCORES | RAW_SCORES
 ACTIVATIONS = PROJECTION | RANDOM
 
@@ -330,16 +335,16 @@ ACTIVATIONS = PROJECTION | RANDOM
 def test_a_plan_lists_the_steps_in_the_order_of_work(make_plan: MakePlan, tmp_path: Path):
     plan = make_plan()
     steps = list(plan.steps)
-    assert {step.label for step in steps} == MANIFESTS | ACTIVATIONS | EMBEDDINGS | SAES | SCORES
-    stages = [step.stage for step in steps]
-    assert stages == sorted(stages, key=["manifest", "extract", "train", "score"].index)
+    assert {step.label for step in steps} == MANIFESTS | LABELS | ACTIVATIONS | EMBEDDINGS | SAES | FIDELITY | SCORES
+    stages = [step.stage for step in steps if step.stage not in ("manifest", "labels")]
+    assert stages == sorted(stages, key=["extract", "train", "evaluate", "score"].index)
     known: set[str] = set()
     for step in steps:
         read = {value for value in step.config.values() if isinstance(value, str)} & {other.name for other in steps}
         assert read <= known  # what a step reads comes before it
         known.add(step.name)
     assert not (tmp_path / "root").exists()  # nothing is written
-    heldout, train = (len(plan.images[name].manifest) for name in ("heldout", "train"))
+    heldout, train = (plan.images[name].n_images for name in ("heldout", "train"))
     assert (heldout + train, 0 < heldout < 20) == (40, True)
     sizes = {extract.step.label: (extract.rows, extract.width) for extract in plan.extracts}
     assert sizes["activations-heldout-projection"] == (heldout, 16)
@@ -360,7 +365,7 @@ def test_a_plan_lists_the_steps_in_the_order_of_work(make_plan: MakePlan, tmp_pa
         ({"extraction.store_dtype": "float32"}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
         ({"extraction.pixels": "fast"}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
         ({"extraction.images_per_part": 7}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
-        ({"images.heldout_fraction": 0.5}, MANIFESTS | ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
+        ({"images.heldout_fraction": 0.5}, MANIFESTS | LABELS | ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
         ({"scoring.top_images": 4}, SCORES),
         ({"scoring.min_images": 10}, set()),
         ({"images.max_bad_fraction": 0.5}, set()),
@@ -372,6 +377,19 @@ def test_a_setting_changes_the_steps_that_it_decides(make_plan: MakePlan, overri
     assert changed(names(make_plan()), names(make_plan(overrides))) == expected
 
 
+def test_labels_change_only_what_reads_them(make_steered: MakePlan, tmp_path: Path):
+    """A label file, and then one label in it: activations, SAEs, fidelity and scores stay."""
+    before = names(make_steered())
+    file = tmp_path / "labels.csv"
+    rows = [f"{number:02d}.png,{('cat', 'dog')[number % 2]}" for number in range(40)]
+    file.write_text("\n".join(["image_id,label", *rows]))
+    labelled = names(make_steered({"images.train.labels": str(file)}))
+    assert changed(before, labelled) == LABELS | STEERING
+    file.write_text("\n".join(["image_id,label", *rows[:-1], "39.png,fish"]))
+    [side] = changed(labelled, names(make_steered({"images.train.labels": str(file)}))) - STEERING
+    assert side in LABELS
+
+
 def test_resources_and_root_change_no_step(make_plan: MakePlan, tmp_path: Path):
     before = names(make_plan())
     resources = study().to_dict()["resources"]
@@ -380,7 +398,7 @@ def test_resources_and_root_change_no_step(make_plan: MakePlan, tmp_path: Path):
         for stage, fields in resources.items()
         for name, value in fields.items()
     }
-    assert len(overrides) == 19
+    assert len(overrides) == 22
     assert names(make_plan(overrides)) == before
     assert names(make_plan(root=tmp_path / "elsewhere")) == before
 
@@ -392,12 +410,12 @@ def test_a_new_image_changes_what_is_made_of_its_set(make_plan: MakePlan, tmp_pa
     overrides = {"images.heldout.path": str(heldout)}
     before = names(make_plan(overrides))
     (tmp_path / "images" / "more.png").touch()
-    of_train = {label for label in MANIFESTS | ACTIVATIONS if "-train" in label}
+    of_train = {label for label in MANIFESTS | LABELS | ACTIVATIONS if "-train" in label}
     assert changed(before, names(make_plan(overrides))) == of_train | TRAINED
     before = names(make_plan(overrides))
     (heldout / "b.png").touch()
-    of_heldout = {label for label in MANIFESTS | ACTIVATIONS if "-heldout" in label}
-    assert changed(before, names(make_plan(overrides))) == of_heldout | EMBEDDINGS | TRAINED | RAW_SCORES
+    of_heldout = {label for label in MANIFESTS | LABELS | ACTIVATIONS if "-heldout" in label}
+    assert changed(before, names(make_plan(overrides))) == of_heldout | EMBEDDINGS | JUDGED
 
 
 def test_an_encoder_is_its_files_wherever_they_lie(
@@ -480,7 +498,7 @@ def test_the_papers_study_is_planned_by_the_same_code(make_clip: Callable[..., s
     # Six sites on both image sets, the judge and the scorer; every SAE and the raw neurons of every site, on both sets.
     assert len(plan.extracts) == 6 * 2 + 2
     assert len(plan.scores) == 2 * (67 + 6)
-    assert len({step.name for step in plan.steps}) == 2 + 14 + 67 + 146 + 1
+    assert len({step.name for step in plan.steps}) == 4 + 14 + 2 * 67 + 146 + 1
     assert {train.d_sae for train in plan.trains if train.grid_cell.site.name == "projection"} == {
         32 * expansion for expansion in (1, 2, 4, 8, 16, 64)
     }
@@ -533,7 +551,7 @@ def test_the_saes_of_the_layer_that_the_llava_reads_are_steered(make_steered: Ma
         assert one.scores.activations.images.name == "train"
         assert one.heldout.name == "heldout"
     [scorer] = [extract for extract in plan.extracts if extract.step.label == "embeddings-train-scorer"]
-    assert (scorer.width, scorer.rows) == (16, len(plan.images["train"].manifest))
+    assert (scorer.width, scorer.rows) == (16, plan.images["train"].n_images)
 
 
 @pytest.mark.parametrize(
@@ -587,5 +605,5 @@ def test_what_cannot_be_steered_is_refused_before_any_work(
     assert "clip is of the model type clip, not llava" in refused({"steering.llava": tiny_clip})
     wider = with_tower(tiny_llava, tmp_path / "wider", hidden_size=64)
     assert "its vision tower has 17 tokens of width 64" in refused({"steering.llava": wider})
-    assert "which embeds no texts; name a CLIP, SigLIP" in refused({"steering.scorer": tiny_llava})
+    assert "embeds no texts; name a CLIP, SigLIP" in refused({"steering.scorer": tiny_llava})
     assert "there is no directory /nowhere" in refused({"steering.llava": "/nowhere"})

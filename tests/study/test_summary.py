@@ -82,13 +82,14 @@ def test_where_no_neuron_is_scored_the_means_are_nan(make_plan: MakePlan):
     assert "nan" in table_lines([row])[1]
 
 
-def test_fidelity_is_that_of_the_training_step(make_plan: MakePlan):
+def test_fidelity_is_that_of_the_evaluation(make_plan: MakePlan):
     plan = make_plan()
     score = write_scores(plan, cell(4, 8), [0.5])
     assert score.sae is not None
     [before] = summarise(plan)
     assert before.l0 is None
-    score.sae.step.finish(0.0, {"l0": 7.5, "r2": 0.625, "dead_fraction": 0.25})
+    [evaluation] = [one for one in plan.evaluations if one.sae is score.sae]
+    evaluation.step.finish(0.0, {"l0": 7.5, "r2": 0.625, "dead_fraction": 0.25})
     [row] = summarise(plan)
     assert (row.l0, row.r2, row.dead_fraction) == (7.5, 0.625, 0.25)
     assert row.grid_cell == score.sae.grid_cell

@@ -50,7 +50,7 @@ def call(tiny_llava, sae):
 
     def run(*arguments, llava: str = tiny_llava, sae: str = sae) -> Result:
         models = ["--llava", llava, "--sae", sae, "--max-new-tokens", "6"]
-        return CliRunner().invoke(main, ["steer", *map(str, arguments), *models])
+        return CliRunner().invoke(main, ["ask", *map(str, arguments), *models])
 
     return run
 

@@ -1,0 +1,70 @@
+"""The evaluation stage: Ray tasks measure every SAE on held-out activations, one SAE a task."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sae_ray.store.steps import Step
+from sae_ray.study.plan import EvaluatePlan, StudyPlan
+
+from .cluster import n_cpus, n_gpus, require
+from .progress import Progress
+from .stage import at_work, unfinished
+
+
+def run(plan: StudyPlan) -> None:
+    """Measures the fidelity of every SAE of the study that is not evaluated yet, and how its latents fire.
+
+    Failed cells are left out.
+
+    Raises:
+        SaeRayError: activations or SAEs are missing, the disk is too full, another driver is at work on the same step.
+    """
+    todo = unfinished(plan.evaluations)
+    if todo:
+        with at_work(plan.root, "evaluate", todo):
+            _evaluate(plan, todo)
+
+
+def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
+    import ray
+
+    resources = plan.study.resources.evaluate
+    require("resources.evaluate", 1, resources.cpus, resources.gpus)
+    slots = n_gpus() / resources.gpus if resources.gpus else n_cpus() / max(resources.cpus, 1)
+    at_once = resources.workers or max(1, int(slots))
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(evaluated)
+    waiting, running = list(todo), []
+    with Progress(f"evaluate {len(todo)} SAEs", len(todo), "SAEs") as progress:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                one = waiting.pop(0)
+                folders = (one.sae.step.folder, one.activations.step.folder)
+                running.append(task.remote(*folders, one.step, "cuda" if resources.gpus else "cpu"))
+            finished, running = ray.wait(running)
+            ray.get(finished)
+            progress.advance(len(finished))
+
+
+def evaluated(sae: Any, activations: Any, step: Step, device: str) -> None:
+    """The task: measures one SAE and finishes its step."""
+    from sae_ray.sae import load_sae
+    from sae_ray.sae.metrics import evaluate_store
+    from sae_ray.store import ActivationStore
+
+    started = time.monotonic()
+    fidelity = evaluate_store(load_sae(sae).to(device), ActivationStore(activations))
+    latents = fidelity.latents()
+    columns = {name: getattr(latents, name).numpy() for name in latents._fields}
+    step.folder.write_parquet("latents.parquet", pa.table({"latent": np.arange(len(latents.max_token)), **columns}))
+    step.finish(time.monotonic() - started, fidelity.summary()._asdict())
+
+
+if __name__ == "__main__":
+    from .cli import evaluate as command
+
+    command()

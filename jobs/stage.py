@@ -1,0 +1,82 @@
+"""What every stage does around its work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+from sae_ray.errors import SaeRayError
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step, hold
+
+from .cluster import connect, user_error
+
+SPARE = 1.1
+
+
+class Planned(Protocol):
+    """The plan of one step."""
+
+    @property
+    def step(self) -> Step: ...
+
+    @property
+    def inputs(self) -> list[Step]:
+        """The steps that it reads."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """About what it takes on disk."""
+        ...
+
+
+P = TypeVar("P", bound=Planned)
+
+
+def unfinished(plans: Sequence[P]) -> list[P]:
+    """Those that are left to do: neither finished nor reading a step that failed for good."""
+    return [one for one in plans if not one.step.finished and not any(step.failure for step in one.inputs)]
+
+
+@contextmanager
+def at_work(root: Folder, stage: str, todo: Sequence[Planned]) -> Iterator[None]:
+    """Surrounds the work on some steps of one stage: checks, joins the cluster, keeps other drivers out.
+
+    Raises:
+        SaeRayError: a step that is read is missing, the disk is too full, another driver is at work on one of the
+            steps; or what a worker raised that a user can fix, as it was raised there.
+    """
+    for step in (step for one in todo for step in one.inputs):
+        if not step.finished:
+            raise SaeRayError(f"{step.label} does not exist yet; run the {step.stage} stage first")
+    check_disk(root, stage, sum(one.bytes for one in todo))
+    with hold([one.step for one in todo]):
+        connect()
+        try:
+            yield
+        except Exception as error:
+            known = user_error(error)
+            if known is None or known is error:
+                raise
+            raise known from None
+
+
+def check_disk(root: Folder, stage: str, needed: int) -> None:
+    """Raises SaeRayError when the root's disk has less than `needed` bytes (and a tenth) free."""
+    free = root.free_bytes()
+    if free is not None and free < needed * SPARE:
+        raise SaeRayError(
+            f"{stage} needs about {readable(needed)} under {root}, where {readable(free)} are free; "
+            "free some space or choose another root"
+        )
+
+
+def readable(n_bytes: float) -> str:
+    """`1.5 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.3g} TB"

@@ -1,0 +1,69 @@
+"""A part of an image set: a fixed range of images, read, decoded and prepared for every encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from sae_ray.images.decode import BadImage, decode_image
+from sae_ray.store.files import Folder
+
+if TYPE_CHECKING:
+    from jaxtyping import Int, UInt8
+    from PIL import Image
+
+
+class Preparation(NamedTuple):
+    """What one encoder does to an image before its forward pass."""
+
+    preprocess: Callable[[Image.Image], UInt8[np.ndarray, "3 h w"]]
+    """Resizes and crops, as `load_preprocess` gives it."""
+    at_least: int | None = None
+    """Pixels that the sides of a JPEG must keep which is decoded at reduced size; None decodes at full size."""
+
+
+class DecodedPart(NamedTuple):
+    """The images of a part."""
+
+    accepted: Int[np.ndarray, " n"]
+    """Places within the part of the images that could be read, ascending."""
+    rejects: list[tuple[str, str]]
+    """(`image_id`, reason) of the others."""
+    pixels: list[UInt8[np.ndarray, "n 3 h w"]]
+    """Of the accepted ones, once for every preparation."""
+
+
+def decode_part(folder: Folder, image_ids: Sequence[str], preparations: Sequence[Preparation]) -> DecodedPart:
+    """Reads and decodes images. One that cannot be read is rejected with a short, stable reason."""
+    accepted, rejects = [], []
+    pixels: list[list[np.ndarray]] = [[] for _ in preparations]
+    for place, image_id in enumerate(image_ids):
+        try:
+            prepared = _prepared(folder.read_bytes(image_id), preparations)
+        except BadImage as error:
+            rejects.append((image_id, error.reason))
+            continue
+        except FileNotFoundError:
+            rejects.append((image_id, "vanished since it was listed"))
+            continue
+        except PermissionError:
+            rejects.append((image_id, "no permission to read it"))
+            continue
+        accepted.append(place)
+        for column, array in zip(pixels, prepared, strict=True):
+            column.append(array)
+    return DecodedPart(np.array(accepted, np.int64), rejects, [_stacked(column) for column in pixels])
+
+
+def _prepared(data: bytes, preparations: Sequence[Preparation]) -> list[np.ndarray]:
+    images = {at_least: decode_image(data, at_least=at_least) for at_least in {one.at_least for one in preparations}}
+    return [preprocess(images[at_least]) for preprocess, at_least in preparations]
+
+
+def _stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    stacked = np.empty((len(arrays), *(arrays[0].shape if arrays else (3, 0, 0))), np.uint8)
+    for place, array in enumerate(arrays):
+        stacked[place] = array
+    return stacked

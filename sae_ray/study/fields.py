@@ -1,0 +1,49 @@
+"""The fields of a study: their names and what their docstrings say. Nothing here imports pydantic."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from sae_ray.study.config import Study
+
+
+def field_help(dotted: str) -> str:
+    """The docstring of a study's field, such as `images.train.path`, as one line: the help text of the command line."""
+    *parents, name = dotted.split(".")
+    return " ".join(_docstrings(_table(parents))[name].split())
+
+
+def known_keys(where: Sequence[str]) -> list[str]:
+    """The fields of a table of the study, which is named by the parts of its path; numbers are skipped."""
+    return [item.name for item in dataclasses.fields(_table(where))]
+
+
+def _table(where: Sequence[str]) -> Any:
+    kind: Any = Study
+    for part in where:
+        if part.isdigit():
+            continue
+        kind = get_type_hints(kind)[part]
+        while get_origin(kind) in (Union, UnionType, tuple):
+            kind = next(arg for arg in get_args(kind) if arg is not type(None))
+    return kind
+
+
+@cache
+def _docstrings(kind: type) -> dict[str, str]:
+    [body] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: text.value.value
+        for field, text in pairwise(body.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }

@@ -1,0 +1,123 @@
+"""What a root remembers of its study, so that later commands need the root alone, and neither folders nor models."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from sae_ray.errors import UsageError
+from sae_ray.images.manifest import describe_change
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step
+from sae_ray.study.config import Images, Study
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.survey import Survey, survey_images, survey_models
+
+FILE = "study.json"
+LAYOUT = 3
+"""Of a root as a whole; the stages have schema versions of their own."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the last command that worked under a root knew."""
+
+    study: Study
+    survey: Survey
+
+
+def remember(plan: StudyPlan) -> None:
+    """Writes what later commands need.
+
+    Raises UsageError when the root cannot be written.
+    """
+    values = {"layout": LAYOUT, "study": plan.study.to_dict(), "survey": plan.survey.to_dict()}
+    try:
+        plan.root.write_json(FILE, values)
+    except OSError as error:
+        raise UsageError(f"--root {plan.root} cannot be written ({error}); choose a directory of your own") from error
+
+
+def recall(root: Folder) -> Memory | None:
+    """What a root remembers; None where it is new.
+
+    Raises UsageError when the root cannot be read, or was written by another version of sae-ray.
+    """
+    try:
+        values = root.read_json(FILE) if root.exists(FILE) else None
+    except OSError as error:
+        raise UsageError(f"--root {root} cannot be read ({error}); check it or choose another") from error
+    if values is None:
+        return None
+    if values.get("layout") != LAYOUT:
+        raise UsageError(
+            f"{root} was written by another version of sae-ray, whose steps this one cannot reuse (layout "
+            f"{values.get('layout', 'unknown')} instead of {LAYOUT}); choose another --root, or delete this one"
+        )
+    return Memory(Study.from_dict(values["study"]), Survey.from_dict(values["survey"]))
+
+
+def plan_study(study: Study, root: Folder, list_again: bool = False, describe_again: bool = False) -> StudyPlan:
+    """The plan of a study, by what its root remembers where that is of the same images and models.
+
+    Args:
+        list_again: list the image folders whatever the root remembers.
+        describe_again: look at the models whatever the root remembers.
+
+    Raises:
+        UsageError: a folder, model, site or cell is invalid; or as `recall`.
+        SaeRayError: there are no images.
+    """
+    memory = recall(root)
+    same_images = memory is not None and _images(memory.study) == _images(study)
+    same_models = memory is not None and _models(memory.study) == _models(study)
+    images = memory.survey.images if memory and same_images and not list_again else survey_images(study.images)
+    models = memory.survey.models if memory and same_models and not describe_again else survey_models(study)
+    return StudyPlan(study, root, Survey(images, models))
+
+
+def recalled_plan(root: str) -> StudyPlan:
+    """The plan of the study that a root remembers.
+
+    Raises UsageError when it remembers none; or as `recall`.
+    """
+    folder = Folder(root)
+    memory = recall(folder)
+    if memory is None:
+        raise UsageError(f"root = {root!r} has no {FILE}; name the root of a study that `sae-ray run` wrote")
+    return StudyPlan(memory.study, folder, memory.survey)
+
+
+def changed_folders(plan: StudyPlan) -> list[str]:
+    """One line for every image set that is not as its root remembers it."""
+    memory = recall(plan.root)
+    if memory is None or _images(memory.study) != _images(plan.study):
+        return []
+    lines = []
+    for name, images in plan.images.items():
+        before = memory.survey.images[name]
+        if before.manifest_digest != images.surveyed.manifest_digest:
+            step = Step(plan.root, "manifest", f"manifest-{name}", {"images": before.manifest_digest})
+            known = step.folder.read_parquet("manifest.parquet") if step.finished else images.manifest.slice(0, 0)
+            what = describe_change(known, images.manifest)
+            lines.append(
+                f"images.{name}: {images.folder} has changed since the last run ({what}); its steps are redone"
+            )
+        elif before.labels_digest != images.surveyed.labels_digest:
+            lines.append(
+                f"images.{name}: the labels have changed since the last run; the steps that read them are redone"
+            )
+    return lines
+
+
+def _images(study: Study) -> Images:
+    return dataclasses.replace(study.images, max_bad_fraction=0)
+
+
+def _models(study: Study) -> Any:
+    steering = study.steering
+    named = [(study.encoder.model, study.encoder.revision), (study.judge.model, study.judge.revision)]
+    if steering is not None:
+        named += [(steering.llava, steering.revision), (steering.scorer, steering.scorer_revision)]
+    return named

@@ -1,0 +1,145 @@
+"""A survey: what a plan must know of the world outside its root, the image folders and the models.
+
+Taking it lists folders and reads models' configurations, which needs their libraries. A root remembers the last one, so
+that commands which only look at a study are quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sae_ray.encoders.info import EncoderInfo
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.images.manifest import ImageList, labels_digest, list_images, manifest_digest, select_split
+from sae_ray.steering.info import LlavaInfo
+from sae_ray.store.files import Folder
+from sae_ray.study.config import Images, ImageSet, Study
+
+
+@dataclass(frozen=True)
+class SurveyedImages:
+    """One image set."""
+
+    n_images: int
+    manifest_digest: str
+    labels_digest: str
+    found: ImageList | None = dataclasses.field(default=None, compare=False, repr=False)
+    """The images themselves; None where the survey is remembered: they are read from the root then."""
+
+    @classmethod
+    def of(cls, found: ImageList) -> SurveyedImages:
+        manifest, labels = found
+        return cls(manifest.num_rows, manifest_digest(manifest), labels_digest(labels), found)
+
+
+@dataclass(frozen=True)
+class SurveyedModels:
+    """The models of a study."""
+
+    encoder: EncoderInfo
+    judge: EncoderInfo
+    scorer: EncoderInfo | None = None
+    """None without steering, like the LLaVA."""
+    llava: LlavaInfo | None = None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The image sets, `train` and `heldout`, and the models of a study."""
+
+    images: Mapping[str, SurveyedImages]
+    models: SurveyedModels
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, without the lists of images."""
+        images = {name: vars(one) | {"found": None} for name, one in self.images.items()}
+        return {"images": images, "models": dataclasses.asdict(self.models)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Survey:
+        """The inverse of `to_dict`."""
+        models = dict(values["models"])
+        llava = models.pop("llava")
+        infos: dict[str, Any] = {name: _encoder_info(info) if info else None for name, info in models.items()}
+        if llava:
+            infos["llava"] = LlavaInfo(**llava | {"tower": _encoder_info(llava["tower"])})
+        images = {name: SurveyedImages(**one) for name, one in values["images"].items()}
+        return cls(images, SurveyedModels(**infos))
+
+
+def survey_images(images: Images) -> dict[str, SurveyedImages]:
+    """Lists the folders of a study.
+
+    Raises:
+        UsageError: a folder is missing, or its labels do not fit.
+        SaeRayError: a set has no image, or a folder cannot be read.
+    """
+    train = _list("images.train", images.train)
+    if images.heldout is not None:
+        found = {"train": train, "heldout": _list("images.heldout", images.heldout)}
+    else:
+        found = {
+            "train": select_split(train, images.heldout_fraction, "train"),
+            "heldout": select_split(train, images.heldout_fraction, "heldout"),
+        }
+    for name, one in found.items():
+        if not one.manifest.num_rows:
+            path = (images.heldout if name == "heldout" and images.heldout else images.train).path
+            remedy = "add images or change images.heldout_fraction"
+            raise SaeRayError(f"images.{name}: no image is left in {path}; {remedy}")
+    return {name: SurveyedImages.of(one) for name, one in found.items()}
+
+
+def survey_models(study: Study) -> SurveyedModels:
+    """Describes the models of a study, without loading their weights.
+
+    Raises:
+        UsageError: a model is unknown, out of reach or of no supported family; the message names its field.
+    """
+    from sae_ray.encoders.loading import describe_encoder
+    from sae_ray.steering.llava import describe_llava
+
+    steering = study.steering
+    encoder = _named("encoder.model", describe_encoder, study.encoder.model, study.encoder.revision)
+    judge = _named("judge.model", describe_encoder, study.judge.model, study.judge.revision)
+    if steering is None:
+        return SurveyedModels(encoder, judge)
+    return SurveyedModels(
+        encoder,
+        judge,
+        _named("steering.scorer", describe_encoder, steering.scorer, steering.scorer_revision),
+        _named("steering.llava", describe_llava, steering.llava, steering.revision),
+    )
+
+
+def survey(study: Study) -> Survey:
+    """Lists the folders and describes the models; errors are those of the two."""
+    return Survey(survey_images(study.images), survey_models(study))
+
+
+def _encoder_info(values: dict[str, Any]) -> EncoderInfo:
+    height, width = values["image_size"]
+    facts: dict[str, Any] = {**values, "image_size": (height, width)}
+    return EncoderInfo(**facts)
+
+
+def _named(field: str, describe: Any, model: str, revision: str | None) -> Any:
+    try:
+        return describe(model, revision)
+    except UsageError as error:
+        raise UsageError(f"{field} = {model!r}: {error}") from error
+
+
+def _list(field: str, images: ImageSet) -> ImageList:
+    try:
+        return list_images(Folder(images.path), images.labels)
+    except UsageError as error:
+        raise UsageError(f"{field}: {error}") from error
+    except SaeRayError as error:
+        raise SaeRayError(f"{field}: {error}") from error
+    except OSError as error:
+        problem = f"{field}: {images.path} cannot be read ({error}); check it or name another folder"
+        raise SaeRayError(problem) from error
