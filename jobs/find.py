@@ -12,6 +12,7 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.steering.interventions import load_max_token
 from sae_ray.store.activations import ActivationStore
 from sae_ray.study.plan import StudyPlan
+from sae_ray.text_table import table_lines
 
 from . import extract
 
@@ -62,16 +63,14 @@ def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, 
 
 
 def found_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The latents as people read them."""
-    lines = ["latent  similarity     MS  frequency  max_token  most of its top images"]
+    """The latents as a table."""
+    table = [["latent", "similarity", "MS", "frequency", "max_token", "most of its top images"]]
     for row in rows:
         ms = "–" if row["ms"] is None else f"{row['ms']:.3f}"
         label = "" if row["label"] is None else f"{row['label']} ({row['purity']:.0%})"
-        lines.append(
-            f"{row['latent']:6d}  {row['similarity']:10.3f}  {ms:>5}  {row['frequency']:9.4f}  "
-            f"{row['max_token']:9.3g}  {label}".rstrip()
-        )
-    return lines
+        figures = [f"{row['similarity']:.3f}", ms, f"{row['frequency']:.4f}", f"{row['max_token']:.3g}"]
+        table.append([str(row["latent"]), *figures, label])
+    return table_lines(table, ">>>>><")
 
 
 def _chosen(plan: StudyPlan, sae: str | None) -> str:

@@ -13,6 +13,7 @@ from sae_ray.sae import load_sae
 from sae_ray.steering import Intervention, load_llava, load_max_token
 from sae_ray.steering.interventions import ALIASES, LATENTS_FILE
 from sae_ray.store.files import Folder, parent_and_name
+from sae_ray.text_table import table_lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -104,8 +105,7 @@ def lines(result: dict[str, Any], sweep: str | None) -> list[str]:
         strengths = [text.strip() for text in sweep.split(",")]
         answers = [steered["answer"] for steered in result["steered"]]
         rows = [("strength", "answer"), ("unsteered", result["unsteered"]), *zip(strengths, answers, strict=True)]
-    width = max(len(left) for left, _ in rows)
-    return [f"{left:<{width}}  {right}" for left, right in rows]
+    return table_lines(rows, "<<")
 
 
 def _edit(text: str, mode: str | None, swept: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from sae_ray.steering.evaluation import rate_lines
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
-from sae_ray.study.summary import compare, summarise, table_lines
+from sae_ray.study.summary import compare, summarise, summary_lines
 
 from . import extract, score, steering, train
 from .disk import readable
@@ -50,7 +50,7 @@ def write_summary(plan: StudyPlan) -> dict:
         "comparisons": [asdict(comparison) for comparison in compare(rows)],
         "steering": {one.name: record["counts"] for one in plan.steerings if (record := one.step.record())},
         "failed": {name: reason for name, reason in failures.items() if reason},
-        "table": table_lines(rows),
+        "table": summary_lines(rows),
     }
     plan.root.write_json("summary.json", summary)
     return summary

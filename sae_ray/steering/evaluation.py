@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from sae_ray.concepts.naming import first_synonym, names, words_of
 from sae_ray.steering.protocol import SCALES, Kind, Question, Scales, Subjects
+from sae_ray.text_table import table_lines
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -177,14 +178,7 @@ def rate_lines(found: Mapping[str, Any]) -> list[str]:
         table.append([DESCRIPTIONS[kind], *shares, _percent(unchanged["rate"]), *likeness])
     for name, meaning in BOUNDS.items():
         table.append([meaning, "", "", "", "", _decimal(found["bounds"][name]), ""])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            text.rjust(width) if column else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
+    return table_lines(table, "<>>>>>>")
 
 
 def _percent(rate: float | None) -> str:
