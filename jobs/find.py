@@ -1,4 +1,4 @@
-"""`sae-ray find`: the latents whose top images are like a text."""
+"""`sae-ray find`: finds the latents whose top images match a text."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from . import extract
 
 
 def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, Any]]:
-    """All live latents of an SAE, those first whose top images are most like the text.
+    """All live latents of an SAE, best match first.
 
-    The text is compared by the study's scorer, or without steering by its encoder, whose embeddings of the images are
-    extracted where they are not there yet.
+    The text is compared with images by the study's scorer, or without steering by its encoder. Missing embeddings of
+    the images are extracted first.
 
     Args:
         text: what to look for.
-        sae: name of the cell; by default the one that steers the study's LLaVA, or the only one.
+        sae: name of the cell. Default: the one that steers the study's LLaVA, or the only one.
 
     Raises:
-        UsageError: there is no such SAE, or nothing to compare texts by.
-        SaeRayError: it is not scored yet.
+        UsageError: there is no such SAE, or the study has no model that embeds texts.
+        SaeRayError: the SAE is not scored yet.
     """
     space = plan.text_space
     chosen = _chosen(plan, sae)

@@ -19,15 +19,15 @@ from .progress import say
 
 
 def run(plan: StudyPlan) -> dict:
-    """Does what is missing of a study and returns its summary, computed from the files.
+    """Runs the missing steps of a study and returns its summary, computed from the files.
 
-    Raises what the stages raise; what was finished by then stays.
+    Raises whatever the stages raise; steps finished by then are kept.
     """
     started = time.monotonic()
     steps = list(plan.steps)
     missing = [step for step in steps if not step.finished]
     if not missing:
-        say(f"{plan.study.name}: all {len(steps)} steps are done, nothing is left to do")
+        say(f"{plan.study.name}: all {len(steps)} steps are done, nothing left to do")
     extract.run(plan)
     train.run(plan)
     score.run(plan)
@@ -40,7 +40,7 @@ def run(plan: StudyPlan) -> dict:
 
 
 def write_summary(plan: StudyPlan) -> dict:
-    """The table of the grid and the comparisons, also written to `summary.json` under the root."""
+    """The table of the grid and the comparisons; also writes them to `summary.json` under the root."""
     rows = summarise(plan)
     failures = {one.grid_cell.name: one.step.failure for one in plan.trains}
     summary = {
@@ -57,7 +57,7 @@ def write_summary(plan: StudyPlan) -> dict:
 
 
 def make_report(plan: StudyPlan) -> Folder:
-    """Makes the report, unless it shows all there is, and returns its folder."""
+    """Makes the report unless it is up to date, and returns its folder."""
     started = time.monotonic()
     if write_report(plan):
         say(f"report: done in {time.monotonic() - started:.1f} s")
@@ -76,7 +76,7 @@ def _row(row) -> dict:
 
 
 def summary_text(plan: StudyPlan, summary: dict) -> str:
-    """The summary as people read it."""
+    """The summary as text."""
     lines = [f"Study {summary['study']}: MonoSemanticity on held-out images", "", *summary["table"], ""]
     comparisons = summary["comparisons"]
     lines += [f"{'yes' if one['holds'] else 'NO '}  {one['statement']}" for one in comparisons]
@@ -84,7 +84,7 @@ def summary_text(plan: StudyPlan, summary: dict) -> str:
     for name, counts in summary["steering"].items():
         lines += [f"Steering by {name}: {_edit(plan.study)}", "", *rate_lines(counts), ""]
     lines += [f"FAILED  {name}: {reason}" for name, reason in summary["failed"].items()]
-    lines += ["Where everything lies:"]
+    lines += ["Files:"]
     for step in plan.steps:
         record = step.record()
         if record is not None:
