@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts a Ray head on this machine, submits a study to it as a job, follows the job, and stops what it started.
+# Starts a Ray head on this machine, submits a study to it as a job, follows the job, and stops the head again.
 #   cluster/submit_local.sh STUDY [options of `sae-ray run`]
 # Give --root as an absolute path: a job runs in a temporary copy of this checkout.
 set -euo pipefail
@@ -10,14 +10,14 @@ free_port() {
     python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# Ray listens on this machine's address, not only on the loopback: a token of our own keeps others out.
+# Ray listens on the machine's network address, not only on loopback. A random token keeps others out.
 export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
 dashboard=$(free_port)
 scratch=$(mktemp -d /tmp/sae-ray.XXXX)
 
-# Ports of our own, so that another Ray on this machine is not in the way.
+# Free ports, so that it does not clash with another Ray on this machine.
 setsid ray start --head --block --disable-usage-stats --num-cpus "${NUM_CPUS:-4}" --temp-dir "$scratch" \
     --port "$(free_port)" --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
     --dashboard-agent-listen-port "$(free_port)" --dashboard-agent-grpc-port "$(free_port)" \
@@ -32,7 +32,7 @@ trap stop EXIT
 
 export RAY_ADDRESS="http://127.0.0.1:$dashboard"
 for _ in $(seq 30); do
-    if ray job submit -- true >/dev/null 2>&1; then break; fi # the head answers before it can run jobs
+    if ray job submit -- true >/dev/null 2>&1; then break; fi # the head responds before it can run jobs
     kill -0 "$head" 2>/dev/null || { cat "$scratch/head.log" >&2; exit 1; }
     sleep 1
 done

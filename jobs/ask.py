@@ -1,4 +1,4 @@
-"""Steering from the command line: one image, one question, answered without and with edited latents."""
+"""Steering from the command line: asks one question about one image, with and without edited latents."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sae_ray.sae import load_sae
 from sae_ray.steering import Intervention, load_llava, load_max_token
 from sae_ray.steering.interventions import ALIASES, LATENTS_FILE
 from sae_ray.store.files import Folder, parent_and_name
+from sae_ray.text_table import table_lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,14 +32,14 @@ def steered_answers(
     device: str,
     dtype: str,
 ) -> dict[str, Any]:
-    """The answer of the LLaVA as it is, and one per intervention that is asked for, as plain values.
+    """The unsteered answer of the LLaVA and one answer per intervention, as plain values.
 
     Args:
         image: A path or URI, or `white`.
-        asked: As `Intervention.from_dict` takes them.
+        asked: The interventions, as `Intervention.from_dict` takes them.
 
     Raises:
-        UsageError: Something cannot be as it was asked for.
+        UsageError: The image, a model or an intervention is invalid.
         SaeRayError: The SAE's files are damaged.
     """
     target, _ = placement(device, dtype)
@@ -73,19 +74,19 @@ def interventions_asked(
     file: str | None,
     sweep: str | None,
 ) -> list[dict[str, Any]]:
-    """What the options ask for, one table per answer: several for a sweep.
+    """The interventions that the options describe: one table per answer, several for a sweep.
 
-    Raises UsageError when they contradict one another or cannot be read.
+    Raises UsageError if options contradict each other or cannot be read.
     """
     if file is not None:
         if latents or mode or error or isolate or tokens or sweep:
             raise UsageError(
-                "--intervention FILE says everything; leave out --latent, --mode, --error, --isolate, --token "
-                "and --sweep, or the file"
+                "--intervention FILE describes the whole intervention; leave out --latent, --mode, --error, --isolate, "
+                "--token and --sweep, or leave out the file"
             )
         return [_read_json(file)]
     if not latents:
-        raise UsageError("no latent: name one, as in --latent 39=40, or give --intervention FILE")
+        raise UsageError("no latent: give one, as in --latent 39=40, or give --intervention FILE")
     edits = [_edit(text, mode, swept=sweep is not None) for text in latents]
     strengths = [{}] if sweep is None else [_strength(text.strip(), "--sweep") for text in sweep.split(",")]
     rest = {"error": error, "isolate": isolate or None, "tokens": list(tokens) or None}
@@ -94,7 +95,7 @@ def interventions_asked(
 
 
 def lines(result: dict[str, Any], sweep: str | None) -> list[str]:
-    """The answers side by side, or for a sweep one below the other."""
+    """The answers side by side; for a sweep one below the other."""
     if sweep is None:
         [steered] = result["steered"]
         changes = ", ".join(_change(edit) for edit in steered["intervention"]["edits"])
@@ -104,8 +105,7 @@ def lines(result: dict[str, Any], sweep: str | None) -> list[str]:
         strengths = [text.strip() for text in sweep.split(",")]
         answers = [steered["answer"] for steered in result["steered"]]
         rows = [("strength", "answer"), ("unsteered", result["unsteered"]), *zip(strengths, answers, strict=True)]
-    width = max(len(left) for left, _ in rows)
-    return [f"{left:<{width}}  {right}" for left, right in rows]
+    return table_lines(rows, "<<")
 
 
 def _edit(text: str, mode: str | None, swept: bool) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _edit(text: str, mode: str | None, swept: bool) -> dict[str, Any]:
         edit["mode"] = mode
     takes_none = swept or ALIASES.get(mode or "", mode) == "ablate"
     if swept and equals:
-        raise UsageError(f"--latent {text}: the strengths are those of --sweep; write --latent {latent}")
+        raise UsageError(f"--latent {text}: --sweep already gives the strengths; write --latent {latent}")
     if not takes_none and not equals:
         raise UsageError(f"--latent {text}: the strength is missing, as in {latent}=40 or {latent}=4x")
     return edit | (_strength(strength, f"--latent {text}") if equals else {})
@@ -130,7 +130,7 @@ def _strength(text: str, where: str) -> dict[str, Any]:
         return {"strength": float(text.removesuffix("x")), "unit": "max" if in_multiples else "absolute"}
     except ValueError:
         raise UsageError(
-            f"{where}: {text!r} is no strength; write a number, or a number and x for multiples of max_token"
+            f"{where}: {text!r} is not a strength; write a number, or a number and x for multiples of max_token"
         ) from None
 
 
@@ -145,7 +145,7 @@ def _image(path: str) -> Image.Image:
         return decode_image(_read(path, "IMAGE"))
     except BadImage as error:
         raise UsageError(
-            f"IMAGE is {path}, which is no usable image ({error}); name a JPEG, PNG or WebP file, or {WHITE}"
+            f"IMAGE is {path}, which is not a usable image ({error}); give a JPEG, PNG or WebP file, or {WHITE}"
         ) from error
 
 
@@ -153,7 +153,7 @@ def _read_json(path: str) -> Any:
     try:
         return json.loads(_read(path, "--intervention"))
     except ValueError as error:
-        raise UsageError(f"--intervention is {path}, which is not JSON ({error}); mend the file") from error
+        raise UsageError(f"--intervention is {path}, which is not valid JSON ({error}); fix the file") from error
 
 
 def _read(path: str, what: str) -> bytes:
@@ -161,4 +161,5 @@ def _read(path: str, what: str) -> bytes:
         folder, name = parent_and_name(path)
         return folder.read_bytes(name)
     except OSError as error:
-        raise UsageError(f"{what} is {path}, which cannot be read ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{what} is {path}, which cannot be read ({reason}); check the path") from error

@@ -1,4 +1,4 @@
-"""`sae-ray find`: the latents whose top images are like a text."""
+"""`sae-ray find`: finds the latents whose top images match a text."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.steering.interventions import load_max_token
 from sae_ray.store.activations import ActivationStore
 from sae_ray.study.plan import StudyPlan
+from sae_ray.text_table import table_lines
 
 from . import extract
 
 
 def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, Any]]:
-    """All live latents of an SAE, those first whose top images are most like the text.
+    """All live latents of an SAE, best match first.
 
-    The text is compared by the study's scorer, or without steering by its encoder, whose embeddings of the images are
-    extracted where they are not there yet.
+    The text is compared with images by the study's scorer, or without steering by its encoder. Missing embeddings of
+    the images are extracted first.
 
     Args:
         text: what to look for.
-        sae: name of the cell; by default the one that steers the study's LLaVA, or the only one.
+        sae: name of the cell. Default: the one that steers the study's LLaVA, or the only one.
 
     Raises:
-        UsageError: there is no such SAE, or nothing to compare texts by.
-        SaeRayError: it is not scored yet.
+        UsageError: there is no such SAE, or the study has no model that embeds texts.
+        SaeRayError: the SAE is not scored yet.
     """
     space = plan.text_space
     chosen = _chosen(plan, sae)
@@ -62,16 +63,14 @@ def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, 
 
 
 def found_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The latents as people read them."""
-    lines = ["latent  similarity     MS  frequency  max_token  most of its top images"]
+    """The latents as a table."""
+    table = [["latent", "similarity", "MS", "frequency", "max_token", "most of its top images"]]
     for row in rows:
         ms = "–" if row["ms"] is None else f"{row['ms']:.3f}"
         label = "" if row["label"] is None else f"{row['label']} ({row['purity']:.0%})"
-        lines.append(
-            f"{row['latent']:6d}  {row['similarity']:10.3f}  {ms:>5}  {row['frequency']:9.4f}  "
-            f"{row['max_token']:9.3g}  {label}".rstrip()
-        )
-    return lines
+        figures = [f"{row['similarity']:.3f}", ms, f"{row['frequency']:.4f}", f"{row['max_token']:.3g}"]
+        table.append([str(row["latent"]), *figures, label])
+    return table_lines(table, ">>>>><")
 
 
 def _chosen(plan: StudyPlan, sae: str | None) -> str:

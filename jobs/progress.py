@@ -1,4 +1,4 @@
-"""Progress of a long stage: a bar on a terminal, now and then a plain line elsewhere (a job's log)."""
+"""Progress of a long stage: a bar on a terminal, or a plain line every few seconds elsewhere (such as a job's log)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Counts `total` units of work, on standard error.
+    """Reports progress over `total` units of work on standard error.
 
-    Use as a context manager; `advance` with what was done since the last call, `say` for a line of text.
+    Use as a context manager. Call `advance` with the amount done since the last call.
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0):
@@ -44,11 +44,11 @@ class Progress:
         elif time.monotonic() - self.last_line > LINE_SECONDS:
             self.last_line = time.monotonic()
             rate = (self.done - self.resumed_at) / (self.last_line - self.started)
-            say(f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second")
+            say(f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} per second")
 
 
 class Board:
-    """Where bundles say how far they are: an actor, since Ray Train's own reports make a worker wait for its poll."""
+    """An actor that collects the progress of bundles. Ray Train's own reports would make workers wait for a poll."""
 
     def __init__(self):
         self.done: dict[str, int] = {}
@@ -61,6 +61,6 @@ class Board:
 
 
 def say(text: str) -> None:
-    """A line on standard error that does not tear a progress bar."""
+    """Prints a line on standard error without breaking a progress bar."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()

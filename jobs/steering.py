@@ -1,8 +1,8 @@
-"""The steering stage: Ray actors put the questions of the protocol to a LLaVA under edits, and the answers are judged.
+"""The steering stage: Ray actors ask a LLaVA the questions of the protocol, with edits, and the answers are evaluated.
 
-Questions are asked in blocks of fixed size, latents by images; an actor writes the answers of a block as one part. So a
-killed run redoes at most one block per actor, and the answers do not depend on the number of actors. Once all are there
-they are judged together: `answers.parquet`, `concepts.parquet`, and the rates in `step.json`.
+Questions are asked in blocks of fixed size, and an actor writes the answers of a block as one part. So a killed run
+redoes at most one block per actor, and the answers do not depend on the number of actors. When all answers exist they
+are evaluated together: `answers.parquet`, `concepts.parquet`, and the rates in `step.json`.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ DIRECTIONS_SCHEMA = pa.schema([("label", pa.string()), ("vector", pa.list_(pa.fl
 
 
 def run(plan: StudyPlan) -> None:
-    """Evaluates the steering by every SAE that the study's LLaVA can be steered by, where that is not done yet.
+    """Evaluates steering with each SAE that can steer the study's LLaVA. Finished evaluations are skipped.
 
     Raises:
-        SaeRayError: what is read is missing, the disk is too full, another driver is at work on the same step.
+        SaeRayError: an input step is missing, the disk is too full, or another driver works on the same step.
     """
     todo = unfinished(plan.steerings)
     if todo:
@@ -69,7 +69,7 @@ def run(plan: StudyPlan) -> None:
 
 
 class Evaluation:
-    """The evaluation of one SAE: what is known before the first question, and the way to the tables."""
+    """The evaluation of steering with one SAE."""
 
     def __init__(self, plan: SteeringPlan, seed: int):
         self.plan = plan
@@ -101,7 +101,7 @@ class Evaluation:
 
     @cached_property
     def subjects(self) -> Subjects:
-        """Who is steered."""
+        """The latents and neurons to steer with."""
         raw_scores = self.plan.raw_scores.step.folder
         max_token = raw_scores.read_parquet("scores.parquet")["max_token"].to_numpy()
         latents = self._concepts(self.plan.scores.step.folder, load_max_token(self.plan.sae.step.folder).numpy())
@@ -112,7 +112,7 @@ class Evaluation:
         return label_concepts(table, top_images, self.train.classes, max_token)
 
     def _directions(self, actors: Actors) -> list[str]:
-        """Writes the DiffMean vectors, and returns whose they are."""
+        """Writes the DiffMean vectors and returns the labels of their classes."""
         if not self.folder.exists(DIRECTIONS):
             labels = [one.label for one in self.subjects.best if one.label is not None]
             code_of = {label: code for code, label in enumerate(labels)}
@@ -140,7 +140,7 @@ class Evaluation:
 
 
 class Images:
-    """One image set as questions are asked about it."""
+    """One image set to ask questions about."""
 
     def __init__(self, plan: ImagePlan, steering: Steering, extracted: Folder):
         rejected = set(extracted.read_parquet("rejects.parquet")["image_id"].to_pylist())
@@ -153,7 +153,7 @@ class Images:
 
 
 class Actors:
-    """The actors of one evaluation; they end with it."""
+    """The actors of one evaluation; they stop when it ends."""
 
     def __init__(self, plan: SteeringPlan, resources: SteeringResources):
         import ray
@@ -171,7 +171,7 @@ class Actors:
         self._pool = ActorPool(self._actors)
 
     def class_sums(self, codes: Int[np.ndarray, " images"], n_classes: int) -> Iterator[ClassSums]:
-        """Of every part of the training activations, in order."""
+        """The class sums of each part of the training activations, in order."""
         import ray
 
         shared = ray.put(codes)
@@ -180,7 +180,7 @@ class Actors:
         return sums
 
     def answers(self, phase: str, asked: Sequence[Question], images: Images) -> list[str]:
-        """The answers to all questions, in order; those of parts that are there are read."""
+        """The answers to all questions, in order. Answers of finished parts are read, not asked again."""
         folder = self.folder / phase
         blocks = [asked[start : start + QUESTIONS_PER_BLOCK] for start in range(0, len(asked), QUESTIONS_PER_BLOCK)]
         files = [f"part-{number:05d}.parquet" for number in range(len(blocks))]
@@ -202,14 +202,14 @@ class Actors:
         return [answer for file in files for answer in folder.read_parquet(file)["answer"].to_pylist()]
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "texts d"]:
-        """By the scorer."""
+        """Embeds texts with the scorer."""
         import ray
 
         return ray.get(self._actors[0].embed_texts.remote(texts))
 
 
 class Actor:
-    """Holds a LLaVA and the SAE that it is steered by, from the first question on."""
+    """Holds a LLaVA and an SAE, which are loaded at the first question."""
 
     def __init__(
         self, steering: Steering, sae: Folder, activations: Folder, step: Folder, batch_size: int, on_gpu: bool
@@ -222,32 +222,32 @@ class Actor:
         self.device = "cuda" if on_gpu else "cpu"
 
     def class_sums(self, part: int, codes: Int[np.ndarray, " images"], n_classes: int) -> ClassSums:
-        """For the DiffMean vectors."""
+        """Class sums of one part, for the DiffMean vectors."""
         return class_sums(self.activations, part, codes, n_classes)
 
     def answer(
         self, folder: Folder, file: str, asked: Sequence[Question], images: Folder, ids: Mapping[int, str]
     ) -> int | SaeRayError:
-        """Answers one block, writes its part and returns its length, or what stood in its way."""
+        """Answers one block, writes its part, and returns the number of answers or the error."""
 
         def image(index: int) -> Image.Image:
             return decode_image(images.read_bytes(ids[index]))
 
         try:
             answers = self._respondent.answers(asked, image, self.batch_size)
-        except SaeRayError as error:  # returned: Ray would also report those that the driver no longer waits for
+        except SaeRayError as error:  # not raised: Ray would also report errors that the driver no longer waits for
             return error
         folder.write_parquet(file, pa.table({"answer": answers}))
         return len(answers)
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "texts d"]:
-        """By the scorer."""
+        """Embeds texts with the scorer."""
         encoder = load_text_encoder(self.steering.scorer, self.steering.scorer_revision, self.device)
         return encoder.embed_texts(texts).double().numpy()
 
     @cached_property
     def _respondent(self) -> Respondent:
-        """Not made with the actor: what a user can mend would end it there, and reach the driver without its type."""
+        """Loaded late: an error in the actor's constructor would kill it and reach the driver without its type."""
         import torch
 
         steering = self.steering

@@ -11,7 +11,7 @@ from sae_ray.steering.evaluation import rate_lines
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
-from sae_ray.study.summary import compare, summarise, table_lines
+from sae_ray.study.summary import compare, summarise, summary_lines
 
 from . import evaluate, extract, score, steering, train
 from .progress import say
@@ -27,7 +27,7 @@ def run(plan: StudyPlan) -> dict:
     steps = list(plan.steps)
     missing = [step for step in steps if not step.finished]
     if not missing:
-        say(f"{plan.study.name}: all {len(steps)} steps are done, nothing is left to do")
+        say(f"{plan.study.name}: all {len(steps)} steps are done, nothing left to do")
     extract.run(plan)
     train.run(plan)
     evaluate.run(plan)
@@ -41,7 +41,7 @@ def run(plan: StudyPlan) -> dict:
 
 
 def write_summary(plan: StudyPlan) -> dict:
-    """The table of the grid and the comparisons, also written to `summary.json` under the root."""
+    """The table of the grid and the comparisons; also writes them to `summary.json` under the root."""
     rows = summarise(plan)
     failures = {one.grid_cell.name: one.step.failure for one in plan.trains}
     summary = {
@@ -51,14 +51,14 @@ def write_summary(plan: StudyPlan) -> dict:
         "comparisons": [asdict(comparison) for comparison in compare(rows)],
         "steering": {one.name: record["counts"] for one in plan.steerings if (record := one.step.record())},
         "failed": {name: reason for name, reason in failures.items() if reason},
-        "table": table_lines(rows),
+        "table": summary_lines(rows),
     }
     plan.root.write_json("summary.json", summary)
     return summary
 
 
 def make_report(plan: StudyPlan) -> Folder:
-    """Makes the report, unless it shows all there is, and returns its folder."""
+    """Makes the report unless it is up to date, and returns its folder."""
     started = time.monotonic()
     if write_report(plan):
         say(f"report: done in {time.monotonic() - started:.1f} s")
@@ -77,7 +77,7 @@ def _row(row) -> dict:
 
 
 def summary_text(plan: StudyPlan, summary: dict) -> str:
-    """The summary as people read it."""
+    """The summary as text."""
     lines = [f"Study {summary['study']}: MonoSemanticity on held-out images", "", *summary["table"], ""]
     comparisons = summary["comparisons"]
     lines += [f"{'yes' if one['holds'] else 'NO '}  {one['statement']}" for one in comparisons]
@@ -85,7 +85,7 @@ def summary_text(plan: StudyPlan, summary: dict) -> str:
     for name, counts in summary["steering"].items():
         lines += [f"Steering by {name}: {_edit(plan.study)}", "", *rate_lines(counts), ""]
     lines += [f"FAILED  {name}: {reason}" for name, reason in summary["failed"].items()]
-    lines += ["Where everything lies:"]
+    lines += ["Files:"]
     for step in plan.steps:
         record = step.record()
         if record is not None:

@@ -1,13 +1,13 @@
-"""The errors that a user can mend. Their message names the field, the value and the remedy; no traceback is shown."""
+"""Errors that a user can fix. The message names the field, the value and the remedy; no traceback is shown."""
 
 
 class SaeRayError(Exception):
-    """Work could not be done: bad data, a missing folder, a full disk. The command line exits with 1."""
+    """The work failed: bad data, a missing folder, a full disk. The command line exits with 1."""
 
     exit_code = 1
 
 
 class UsageError(SaeRayError):
-    """What was asked for cannot be: an unknown key, a layer out of range, k above d_sae. Exits with 2."""
+    """Invalid usage or configuration: an unknown key, a layer out of range, k above d_sae. Exits with 2."""
 
     exit_code = 2

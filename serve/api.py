@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's chat completions with steering, features to look at, and the playground."""
+"""The HTTP API: OpenAI's chat completions with steering, the features of the SAEs, and the playground."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from sae_ray.images import BadImage
 
 from .catalogue import SaeEntry, Sort, Summary
 from .errors import ApiError, as_api_error
-from .manners import Manners, answer_errors, api_key
-from .service import Completion, Event, Service, whole
-from .wire import (
+from .middleware import ApiMiddleware, answer_errors, api_key
+from .schemas import (
     MAX_INDEX,
     ActiveFeature,
     Answer,
@@ -42,6 +41,7 @@ from .wire import (
     TopImage,
     chunk,
 )
+from .service import Completion, Event, Service, collect
 
 PLAYGROUND = FilePath(__file__).parent / "playground"
 ASSETS = {
@@ -51,7 +51,7 @@ ASSETS = {
     "/report.css": (FilePath(report.__file__).parent / "assets" / "report.css", "text/css; charset=utf-8"),
 }
 OPEN_TO_ALL = {"", *ASSETS, "/health", "/ready", "/metrics", "/docs", "/openapi.json"}
-"""Paths that need no key: what tells nothing of the study and computes nothing."""
+"""Paths that need no key: they reveal nothing about the study and compute nothing."""
 SAFE = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -59,14 +59,14 @@ SAFE = {
 }
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": description}
-    for status, description in (("4XX", "What was asked for cannot be."), ("5XX", "It could not be done."))
+    for status, description in (("4XX", "The request is invalid."), ("5XX", "The server failed."))
 }
-SaeId = Annotated[str, Path(description="As in `/v1/saes`.", max_length=200)]
-Index = Annotated[int, Path(description="Of the feature.", ge=0, le=MAX_INDEX)]
+SaeId = Annotated[str, Path(description="The id of an SAE, as listed by `/v1/saes`.", max_length=200)]
+Index = Annotated[int, Path(description="The index of a feature.", ge=0, le=MAX_INDEX)]
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. However it ends, its source is closed at once."""
+    """Server-sent events. The source is closed as soon as the response ends, however it ends."""
 
     media_type = "text/event-stream"
 
@@ -87,7 +87,7 @@ def create_api(service: Service) -> FastAPI:
     limits = service.config.limits
     key = api_key(service.config)
     app.add_middleware(
-        Manners, key=key, open_to_all=OPEN_TO_ALL, max_bytes=limits.body_mb * 1e6, metrics=service.metrics
+        ApiMiddleware, key=key, open_to_all=OPEN_TO_ALL, max_bytes=limits.body_mb * 1e6, metrics=service.metrics
     )
     answer_errors(app)
     _add_answers(app, service)
@@ -104,11 +104,11 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/chat/completions", response_model=ChatResponse, responses=stream_docs)
     async def complete_chat(request: ChatRequest) -> Any:
-        """A chat completion, steered or not. With `stream` it comes as server-sent events."""
+        """A chat completion, with or without steering. With `stream` it is sent as server-sent events."""
         completion = service.check(request)
         if request.stream:
             return await _stream(service, completion)
-        answers = await _whole(service, completion)
+        answers = await _complete(service, completion)
         choices = [
             Choice(index=index, message=Reply(content=text), finish_reason=finish, steering_type=kind)
             for index, ((text, finish), kind) in enumerate(zip(answers, completion.types, strict=True))
@@ -123,9 +123,9 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/steer")
     async def steer(request: SteerRequest) -> SteerResponse:
-        """One image, one prompt, the likeliest answer under an edit of features."""
+        """Asks one question about one image and returns the most likely answer, with features edited."""
         completion = service.check(request.chat())
-        answers = await _whole(service, completion)
+        answers = await _complete(service, completion)
         return SteerResponse(
             answers=[
                 Answer(steering_type=kind, text=text) for (text, _), kind in zip(answers, completion.types, strict=True)
@@ -134,15 +134,15 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         )
 
 
-async def _whole(service: Service, completion: Completion) -> list:
+async def _complete(service: Service, completion: Completion) -> list:
     try:
-        return await whole(service.events(completion), len(completion.types))
+        return await collect(service.events(completion), len(completion.types))
     except Exception as error:
         raise as_api_error(error) from error
 
 
 async def _stream(service: Service, completion: Completion) -> Response:
-    """Starts once there is something to say, so that what fails before has a status of its own."""
+    """Starts the response with the first event, so that earlier failures get an error status."""
     events = service.events(completion)
     try:
         first = await anext(events)
@@ -195,17 +195,20 @@ def _add_features(app: FastAPI, service: Service) -> None:
         try:
             return entry.summary(index)
         except KeyError:
-            message = f"{entry.name} has no feature {index} that ever fired; it has {entry.n_features} in all"
+            message = (
+                f"feature {index} of {entry.name} does not exist or never fired; "
+                f"the SAE has {entry.n_features} features, listed at /v1/saes/{entry.name}/features"
+            )
             raise ApiError(404, "unknown_feature", message, "index") from None
 
     @app.get("/v1/models")
     async def list_models() -> Models:
-        """The LLaVA."""
+        """Lists the model: the LLaVA."""
         return Models(data=[Model(id=service.model, created=service.started)])
 
     @app.get("/v1/saes")
     async def list_saes() -> Saes:
-        """The SAEs that steer it."""
+        """Lists the SAEs that can steer the model."""
         return Saes(
             data=[
                 Sae(
@@ -223,12 +226,12 @@ def _add_features(app: FastAPI, service: Service) -> None:
     @app.get("/v1/saes/{sae}/features")
     def list_features(
         sae: SaeId,
-        search: Annotated[str | None, Query(max_length=200, description="What they should show.")] = None,
-        sort: Annotated[Sort | None, Query(description="`similarity` where a text is searched for, else `ms`.")] = None,
+        search: Annotated[str | None, Query(max_length=200, description="A text such as `star`.")] = None,
+        sort: Annotated[Sort | None, Query(description="Defaults to `similarity` with `search`, else to `ms`.")] = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
         offset: Annotated[int, Query(ge=0, le=MAX_INDEX)] = 0,
     ) -> Features:
-        """Features that ever fired, the best first, or those that a text describes."""
+        """Lists the features that fired at least once, best first. With `search`, those that match a text."""
         entry = entry_of(sae)
         try:
             found = entry.search(search, sort)
@@ -238,7 +241,7 @@ def _add_features(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/saes/{sae}/features/{index}")
     def get_feature(request: Request, sae: SaeId, index: Index) -> FeatureDetail:
-        """Scores, histogram, name and top images."""
+        """Returns a feature's scores, histogram, name and top images."""
         entry = entry_of(sae)
         summary = _summary(summary_of(entry, index))
         base = f"{request.scope.get('root_path', '')}/v1/saes/{sae}/features/{index}/images"
@@ -251,18 +254,18 @@ def _add_features(app: FastAPI, service: Service) -> None:
         responses={200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}},
     )
     def get_image(sae: SaeId, index: Index, rank: Annotated[int, Path(ge=0, le=MAX_INDEX)]) -> Response:
-        """A top image, small."""
+        """Returns a thumbnail of a top image."""
         try:
             picture = entry_of(sae).picture(index, rank)
         except (BadImage, OSError) as error:
-            raise ApiError(404, "unknown_image", f"the image cannot be read any more ({error})", "rank") from error
+            raise ApiError(404, "unknown_image", f"the image can no longer be read ({error})", "rank") from error
         if picture is None:
             raise ApiError(404, "unknown_image", f"feature {index} has no top image of rank {rank}", "rank")
         return Response(picture, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
 
     @app.post("/v1/features/inspect")
     async def inspect(request: InspectRequest) -> Inspection:
-        """The strongest features of an image, and where on it they fire."""
+        """Returns the most active features of an image, and where they fire in it."""
         try:
             entry, active = await service.inspect(request.image, request.sae, request.limit)
         except Exception as error:
@@ -297,21 +300,21 @@ def _summary(one: Summary) -> FeatureSummary:
 def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """That this replica lives."""
+        """Succeeds if this replica is running."""
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> dict[str, str]:
-        """That it can answer: a tower and a language model do."""
+        """Succeeds if the vision tower and the language model respond."""
         if not await service.ready():
-            raise ApiError(503, "not_ready", "the tower or the language model does not answer yet")
+            raise ApiError(503, "not_ready", "the vision tower or the language model does not respond yet; retry later")
         return {"status": "ready"}
 
     text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
     @app.get("/metrics", response_class=Response, responses=text)
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Returns this replica's metrics in Prometheus format."""
         return Response(service.metrics.text(), headers={"Content-Type": service.metrics.content_type})
 
 

@@ -15,7 +15,7 @@ from ray.serve.schema import LoggingConfig
 from .api import create_api
 from .config import Replicas, Selection, ServeConfig, with_llava
 from .language import Language
-from .manners import api_key
+from .middleware import api_key
 from .service import Service
 from .tower import Tower
 
@@ -25,7 +25,7 @@ SHUTDOWN_GRACE_S = 5.0
 @serve.deployment
 @serve.ingress()
 class Api:
-    """HTTP in front of tower and language. `user_config`, a `Selection`, may name other SAEs while it runs."""
+    """The HTTP API in front of tower and language. `user_config`, a `Selection`, can change the SAEs at run time."""
 
     def __init__(self, config: ServeConfig, tower: Any, language: Any):
         api_key(config)
@@ -35,13 +35,13 @@ class Api:
         return create_api(self.service)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Takes up the SAEs of a study, first at the start. Requests on their way keep those they began with.
+        """Loads the SAEs of a study; Serve calls it at the start too. Running requests keep the SAEs they started with.
 
-        Raises ValidationError for unknown fields, and what `read_catalogue` does.
+        Raises ValidationError for unknown fields, and whatever `read_catalogue` raises.
         """
         config = self.service.config
         wanted = Selection.model_validate({"root": config.root, "saes": config.saes} | user_config)
-        await asyncio.to_thread(self.service.take_up, wanted)
+        await asyncio.to_thread(self.service.load_saes, wanted)
 
 
 def build(config: ServeConfig) -> Application:
@@ -60,8 +60,8 @@ def build(config: ServeConfig) -> Application:
             "logging_config": logs,
         }
 
-    # The API's gate bounds what tower and language are asked for. Beyond it there is room to say 429, and to look at
-    # features meanwhile; what comes on top of that waits in Serve's proxy, or is refused there.
+    # The API's limiter bounds the load on tower and language. Twice its size leaves room to answer 429 and to browse
+    # features meanwhile; further requests wait in Serve's proxy or are rejected there.
     tower = Tower.options(**replicas(config.tower), max_ongoing_requests=4 * config.tower.batch_size)
     language = Language.options(**replicas(config.language), max_ongoing_requests=config.language.max_running)
     present = 2 * (limits.max_running + limits.max_waiting)

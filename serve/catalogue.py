@@ -1,4 +1,4 @@
-"""What is known of the SAEs that steer: their features, scores, top images and names, read from a study's files."""
+"""The SAEs available for steering: their features, scores, top images and names, read from a study's files."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 Sort = Literal["similarity", "ms", "frequency", "max_token", "index"]
 THUMBNAIL = 224
 """Longest side in pixels of the top images that are shown."""
-LIKEST = 50
-"""Features that a text search takes for what they show, beside those whose name holds the text."""
+MOST_SIMILAR = 50
+"""How many features a text search returns for their similarity, besides those whose name contains the text."""
 
 
 class Summary(NamedTuple):
@@ -56,47 +56,50 @@ class Top(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SaeEntry:
-    """One SAE. Its tables are those of the scoring passes over the study's pictures and held-out images."""
+    """One SAE, with the tables of the scoring passes over the study's pictures and held-out images."""
 
     name: str
     folder: Folder
     train: TrainPlan
     concepts: dict[int, Concept]
-    """Of every feature that ever fired."""
+    """Every feature that fired at least once."""
     class_name: dict[str, str]
     ms: Float[np.ndarray, " d_sae"]
     top_images: pa.Table
     histogram: pa.Table
     pictures: ImagePlan
     similar_to: MeanEmbeddings | None
-    """None where the study has no model of texts and images, or has not embedded its pictures."""
+    """None if the study has no text-image model, or has not embedded its pictures with it."""
 
     @property
     def n_features(self) -> int:
         return self.train.d_sae
 
     def summary(self, index: int, similarity: float | None = None) -> Summary:
-        """Raises KeyError for a feature that never fired."""
+        """Raises KeyError if the feature never fired."""
         concept = self.concepts[index]
         ms = float(self.ms[index])
         name = None if concept.label is None else self.class_name.get(concept.label, concept.label)
         return Summary(concept, name, None if np.isnan(ms) else ms, self._n_top(index), similarity)
 
     def search(self, text: str | None, sort: Sort | None) -> list[Summary]:
-        """Features in order: all that fired, or those that a text describes.
+        """Sorted features: all that fired at least once, or those that match a text.
 
-        Raises UsageError when it is to sort by the similarity to no text.
+        Raises UsageError when sorting by similarity without a text.
         """
         if not text:
             found = [self.summary(index) for index in self.concepts]
         else:
             similarity = self.similar_to.similarities(text) if self.similar_to else {}
-            likest = sorted(similarity, key=lambda index: -similarity[index])[:LIKEST]
+            similar = sorted(similarity, key=lambda index: -similarity[index])[:MOST_SIMILAR]
             named = [index for index in self.concepts if text.lower() in (self.summary(index).name or "").lower()]
-            found = [self.summary(index, similarity.get(index)) for index in dict.fromkeys([*likest, *named])]
+            found = [self.summary(index, similarity.get(index)) for index in dict.fromkeys([*similar, *named])]
         by = sort or ("similarity" if text and self.similar_to else "ms")
         if by == "similarity" and not (text and self.similar_to):
-            raise UsageError("sort is similarity, which needs a search text and a study with a model of texts")
+            raise UsageError(
+                "sort is 'similarity', which needs a search text and a study whose encoder embeds texts; "
+                "add search=… or choose another order"
+            )
         return sorted(found, key=lambda one: _order(one, by))
 
     def top(self, index: int) -> list[Top]:
@@ -113,13 +116,13 @@ class SaeEntry:
         return self.histogram.filter(pc.field("neuron") == index).select(["low", "high", "n_images"]).to_pylist()
 
     def picture(self, index: int, rank: int) -> bytes | None:
-        """A top image as a small PNG; None when there is none of that rank."""
+        """A thumbnail of a top image as PNG; None if there is no image of that rank."""
         ids = {top.rank: top.image_id for top in self.top(index)} if index in self.concepts else {}
         return _thumbnail(self.pictures.folder, ids[rank]) if rank in ids else None
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        """Where the top images of every feature begin."""
+        """The row at which each feature's top images start."""
         return np.searchsorted(self.top_images["neuron"].to_numpy(), np.arange(self.n_features + 1))
 
     def _n_top(self, index: int) -> int:
@@ -130,7 +133,7 @@ class SaeEntry:
 
 
 class MeanEmbeddings:
-    """The mean embedding of every feature's top images, to hold texts against."""
+    """The mean embedding of each feature's top images, to compare texts with."""
 
     def __init__(self, top_images: pa.Table, store: ActivationStore, indices: list[int], encoder: TextEncoder):
         self._indices = indices
@@ -138,17 +141,17 @@ class MeanEmbeddings:
         self._encoder = encoder
 
     def similarities(self, text: str) -> dict[int, float]:
-        """Cosine per feature; those without top images are left out."""
+        """Cosine similarity per feature; features without top images are left out."""
         cosines = self._means @ self._encoder.embed_texts([text])[0].numpy().astype(np.float64)
         pairs = zip(self._indices, cosines.tolist(), strict=True)
         return {index: cosine for index, cosine in pairs if not np.isnan(cosine)}
 
 
 def read_catalogue(root: str, llava: str, revision: str | None, names: Sequence[str] | None) -> dict[str, SaeEntry]:
-    """The finished SAEs of a study that were trained where the LLaVA reads its vision tower, by name.
+    """The finished SAEs of a study that were trained on the layer that the LLaVA reads, by name.
 
     Raises:
-        UsageError: a name is none of these, or there are none.
+        UsageError: a name is not among them, or there are none.
         SaeRayError: their files are damaged.
     """
     plan = recalled_plan(root)
@@ -158,11 +161,14 @@ def read_catalogue(root: str, llava: str, revision: str | None, names: Sequence[
     there = {train.grid_cell.name: train for train in fitting if _done(plan, train)}
     for name in names or ():
         if name not in there:
-            raise UsageError(f"saes has {name!r}; finished and made for this LLaVA are {', '.join(there) or 'none'}")
+            raise UsageError(
+                f"saes contains {name!r}, which is not a finished SAE for this LLaVA; "
+                f"available: {', '.join(there) or 'none'}"
+            )
     if not there:
         raise UsageError(
-            f"{root} has no finished and scored SAE of layer {layer}, which {llava} reads; "
-            f'train one at a site such as "layer{layer}:random:2"'
+            f"{root} has no trained and scored SAE for layer {layer}, the layer that {llava} reads; "
+            f'train and score one at a site such as "layer{layer}:random:2"'
         )
     space = plan.text_space if plan.study.steering is not None else None
     embedded = space is not None and space.step.finished
@@ -208,7 +214,7 @@ def _entry(plan: StudyPlan, train: TrainPlan, store: ActivationStore | None, enc
 
 
 def _order(one: Summary, by: Sort) -> tuple[float, int]:
-    """The largest first, what has none last; by index the smallest first."""
+    """Largest value first, missing values last; by index, smallest first."""
     value = {
         "similarity": one.similarity,
         "ms": one.ms,

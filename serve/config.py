@@ -1,4 +1,4 @@
-"""The one configuration of the application: the `args` of `serve run` and `serve deploy`, and of `sae-ray serve`."""
+"""The configuration of the application: the `args` of `serve run`, `serve deploy` and `sae-ray serve`."""
 
 from typing import Literal
 
@@ -9,116 +9,116 @@ from sae_ray.study.root import recalled_plan
 
 Engine = Literal["transformers", "vllm"]
 API_KEY = "SAE_RAY_API_KEY"
-"""The environment variable that holds the key which clients must send."""
+"""The environment variable that holds the key clients must send."""
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused."""
+    """Unknown fields are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Replicas(Strict):
-    """How often a deployment runs, and what each replica takes."""
+    """The number of replicas of a deployment, and the resources of each."""
 
     replicas: int = Field(default=1, ge=1)
-    """Copies that share the load."""
+    """Number of replicas."""
     cpus: float = Field(default=0.5, ge=0)
-    """CPUs that Ray reserves for a replica."""
+    """CPUs that Ray reserves per replica."""
     gpus: float = Field(default=0, ge=0)
-    """GPUs of a replica; a fraction shares one."""
+    """GPUs per replica; a fraction shares one GPU."""
 
 
 class Tower(Replicas):
     """Vision tower, interventions and projector."""
 
     batch_size: int = Field(default=16, ge=1)
-    """Images, each with its own intervention, in one forward pass at most."""
+    """Maximum number of images per forward pass. Each has its own intervention."""
     batch_wait_s: float = Field(default=0.004, ge=0)
-    """How long an image waits for others to join its pass."""
+    """Seconds to wait for more images before a forward pass."""
     saes_in_memory: int = Field(default=4, ge=1)
-    """SAEs that a replica keeps; the one that was not used for longest makes room."""
+    """SAEs that a replica keeps loaded; the least recently used one is dropped."""
 
 
 class Language(Replicas):
     """The language model."""
 
     engine: Engine = "transformers"
-    """`transformers` needs nothing else; `vllm` has continuous batching and is an extra installation."""
+    """`transformers` is always installed; `vllm` has continuous batching and is an optional extra."""
     max_running: int = Field(default=64, ge=1)
     """Answers that a replica generates at the same time."""
     kv_cache_mb: int | None = Field(default=None, ge=1)
-    """Memory of vLLM's key-value cache; by default most of a GPU, as vLLM has it, and 1024 without a GPU."""
+    """Size of vLLM's key-value cache in MiB. Default: most of the memory of a GPU, 1024 on a CPU."""
 
 
 class Limits(Strict):
-    """What a request may ask for, and how many may be there at once, per replica of the API."""
+    """Limits on requests, per replica of the API."""
 
     max_running: int = Field(default=32, ge=1)
-    """Requests that are worked on at the same time."""
+    """Requests processed at the same time."""
     max_waiting: int = Field(default=128, ge=0)
-    """Requests that wait for that; one more is refused with 429."""
+    """Requests that may wait. Further requests are rejected with status 429."""
     timeout_s: float = Field(default=120, gt=0)
-    """Time that a request may take, waiting included."""
+    """Maximum seconds per request, including the time it waits."""
     body_mb: float = Field(default=20, gt=0)
-    """Size of a request."""
+    """Maximum size of a request body in MB."""
     image_megapixels: float = Field(default=40, gt=0)
-    """Size of the images of a request together, looked up in their headers before they are decoded."""
+    """Maximum total size of a request's images. It is read from their headers, before they are decoded."""
     images: int = Field(default=8, ge=1)
-    """Images of a request."""
+    """Maximum number of images per request."""
     features: int = Field(default=64, ge=1)
-    """Features that a request edits."""
+    """Maximum number of edited features per request."""
     choices: int = Field(default=16, ge=1)
-    """Answers of a request: `n` times the number of steering types."""
+    """Maximum number of answers per request: `n` times the number of steering types."""
     max_tokens: int = Field(default=1024, ge=1)
-    """Length of an answer in tokens; also what is generated at most when a request names no length."""
+    """Maximum tokens per answer, and the default when a request sets no maximum."""
 
 
 class Selection(Strict):
-    """The SAEs that steer."""
+    """The SAEs available for steering."""
 
     root: str
-    """The study they are of: its directory or URI."""
+    """Directory or URI of the study that trained the SAEs."""
     saes: tuple[str, ...] | None = None
-    """Names of its SAEs; all that were trained where the LLaVA reads its vision tower by default."""
+    """Names of SAEs of the study. Default: all that were trained on the layer that the LLaVA reads."""
 
 
 class ServeConfig(Selection):
-    """Everything that the application is told."""
+    """The whole configuration of the application."""
 
     llava: str | None = None
-    """The LLaVA, a directory or a model id on the Hugging Face hub; the study's by default."""
+    """The LLaVA: a directory or a Hugging Face model id. Default: the study's."""
     revision: str | None = None
-    """Pins the weights of the LLaVA."""
+    """Revision of the LLaVA on the hub."""
     device: str = "cpu"
-    """A torch device."""
+    """The torch device of the LLaVA."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the LLaVA computes in."""
+    """The dtype of the LLaVA."""
     replicas: int = Field(default=1, ge=1)
-    """Copies of the HTTP API."""
+    """Number of replicas of the HTTP API."""
     tower: Tower = Tower()
     language: Language = Language()
     limits: Limits = Limits()
     image_hosts: tuple[str, ...] = ()
-    """Hosts that `image_url` may name; by default images come with the request."""
+    """Hosts that images may be fetched from. Default: none, so that images must be sent as data URLs."""
     without_key: bool = False
-    """Serve this machine without a key when the environment holds none: only localhost and 127.0.0.1 are answered."""
+    """Serve without a key if the environment sets none. Then only requests to localhost or 127.0.0.1 are accepted."""
 
     @property
     def model(self) -> str:
-        """The LLaVA, once `with_llava` has seen to it."""
-        assert self.llava is not None, "see with_llava"
+        """The LLaVA, set by `with_llava`."""
+        assert self.llava is not None, "call with_llava first"
         return self.llava
 
 
 def with_llava(config: ServeConfig) -> ServeConfig:
-    """The configuration with the study's LLaVA, where it names none.
+    """The configuration, with the study's LLaVA if it names none.
 
-    Raises UsageError when the study is not there or has none.
+    Raises UsageError when there is no study, or the study has no LLaVA.
     """
     if config.llava is not None:
         return config
     steering = recalled_plan(config.root).study.steering
     if steering is None:
-        raise UsageError(f"the study in {config.root} steers no LLaVA; name one: llava = DIR_OR_ID")
+        raise UsageError(f"the study in {config.root} has no LLaVA; set `llava` to a directory or a model id")
     return config.model_copy(update={"llava": steering.llava, "revision": steering.revision})

@@ -1,4 +1,4 @@
-"""Messages to tokens, and tokens to text."""
+"""Converts messages to tokens, and tokens to text."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any, NamedTuple
 from sae_ray.encoders.hub import find
 from sae_ray.steering.llava import FORMS, describe_llava
 
-from .errors import refused
-from .wire import Message
+from .errors import invalid
+from .schemas import Message
 
 LONGEST_TOKEN = 16
-"""Characters per token that no sensible text has on average: what has more is refused before tokenizing takes long."""
+"""Characters per token that no normal text reaches on average. Longer texts are rejected before they are tokenized."""
 
 
 class Prompt(NamedTuple):
-    """A conversation as a language engine takes it."""
+    """A conversation as input of a language engine."""
 
     tokens: tuple[int, ...]
-    """One image token for each image."""
+    """With one image token per image."""
     length: int
-    """Tokens once every image has taken its places."""
+    """Number of tokens once each image token is replaced by the image's patches."""
 
 
 class Tokenizer:
-    """What belongs to a LLaVA's texts; its weights are elsewhere."""
+    """A LLaVA's tokenizer and chat template, without its weights."""
 
     def __init__(self, model: str, revision: str | None):
         from transformers import AutoProcessor
@@ -39,13 +39,13 @@ class Tokenizer:
         self.n_image_tokens = info.n_image_tokens
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
-        """The conversation, ready for the answer. In each message the images come first, as LLaVA was trained.
+        """The conversation as a prompt. In each message the images come first, as LLaVA was trained.
 
-        Raises ApiError for a text that holds the image token, or that is far too long for the model.
+        Raises ApiError for a text that contains the image token, or is far too long for the model.
         """
         n_characters, most = sum(len(message.text) for message in messages), LONGEST_TOKEN * self.context
         if n_characters > most:
-            raise refused(f"the messages have {n_characters:,} characters; send at most {most:,}", "messages")
+            raise invalid(f"the messages have {n_characters:,} characters; send at most {most:,}", "messages")
         text = self._text(messages)
         starts_itself = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         tokens = tuple(self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"])
@@ -56,8 +56,8 @@ class Tokenizer:
         image = self.processor.image_token
         for place, message in enumerate(messages):
             if image in message.text:
-                raise refused(
-                    f"the text contains {image}, which stands for an image and is put there for you; drop it",
+                raise invalid(
+                    f"the text contains {image}, which the server inserts for each image; remove it",
                     f"messages.{place}.content",
                 )
         if self.processor.chat_template is None:
@@ -72,7 +72,7 @@ class Tokenizer:
         return self.processor.apply_chat_template(shown, add_generation_prompt=True, tokenize=False)
 
     def _plain(self, message: Message) -> str:
-        """LLaVA-1.5's form."""
+        """LLaVA-1.5's format."""
         if message.role == "system":
             return message.text
         places = f"{self.processor.image_token}\n" * len(message.image_urls)
@@ -83,8 +83,8 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns the tokens of an answer into text as they come: pieces whose sum is the decoded whole, stripped of white
-    space at both ends and cut before the first stop string. What a later token may change is held back."""
+    """Decodes the tokens of an answer as they arrive. The pieces add up to the decoded answer, stripped of white space
+    at both ends and cut before the first stop string. Text that a later token may still change is held back."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         self._decode = tokenizer.decode
@@ -94,10 +94,10 @@ class TextStream:
         self._text = ""
         self._given = 0
         self.stopped = False
-        """Whether a stop string came."""
+        """Whether a stop string was found."""
 
     def push(self, tokens: Sequence[int]) -> str:
-        """What is certain by now and was not given before."""
+        """Adds tokens; returns the new text that is final."""
         for token in tokens:
             if not self.stopped:
                 self._tokens.append(token)
@@ -105,13 +105,13 @@ class TextStream:
         return self._give(len(self._text) if self.stopped else len(self._text) - self._uncertain())
 
     def end(self) -> str:
-        """The rest."""
+        """Returns the rest of the text."""
         if not self.stopped:
             self._decode_more(final=True)
         return self._give(len(self._text))
 
     def _decode_more(self, final: bool) -> None:
-        # Decoded together with the tokens before them, since a tokenizer may write a token differently at a start.
+        # Decoded together with earlier tokens, since a tokenizer may decode a token differently at the start of a text.
         known = self._decode(self._tokens[self._window : self._read])
         text = self._decode(self._tokens[self._window :])
         if len(text) <= len(known) or (text.endswith("\ufffd") and not final):
@@ -125,7 +125,7 @@ class TextStream:
             self.stopped = True
 
     def _uncertain(self) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
+        """Number of characters at the end that may start a stop string."""
         return max(
             (
                 n

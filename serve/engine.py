@@ -1,4 +1,4 @@
-"""What a language engine is to the application: tokens and image embeddings in, tokens out."""
+"""The interface of a language engine: tokens and image embeddings in, tokens out."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen."""
+    """How tokens are sampled."""
 
     max_tokens: int
     temperature: float = 0.0
-    """0 takes the likeliest."""
+    """0 is greedy decoding."""
     top_p: float = 1.0
-    """The likeliest tokens that hold this much probability take part."""
+    """Samples from the most likely tokens whose probabilities sum to this."""
     seed: int | None = None
 
 
@@ -28,26 +28,26 @@ class Task:
     """One answer to generate."""
 
     tokens: tuple[int, ...]
-    """The prompt, one image token for each image."""
+    """The prompt, with one image token per image."""
     images: tuple[Float[np.ndarray, "patches hidden"], ...]
-    """What the tower saw."""
+    """The image embeddings from the tower."""
     sampling: Sampling
 
 
 class Step(NamedTuple):
-    """Some more of an answer."""
+    """The next tokens of an answer."""
 
     tokens: list[int]
-    """Without the token that ended it."""
+    """Without the end-of-sequence token."""
     finish: Literal["stop", "length"] | None = None
-    """Of the last step: the model came to its end, or `max_tokens` to theirs."""
+    """Set in the last step: the model ended the answer (`stop`), or `max_tokens` was reached (`length`)."""
 
 
 class Engine(Protocol):
-    """Generates many answers at once. Closing a generator ends its answer and frees what it took."""
+    """Generates many answers at once. Closing a generator aborts its answer and frees its memory."""
 
     def generate(self, task: Task) -> AsyncGenerator[Step, None]: ...
 
     def check(self) -> None:
-        """Raises when the engine cannot go on."""
+        """Raises if the engine has failed."""
         ...

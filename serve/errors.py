@@ -1,4 +1,4 @@
-"""Refusals and failures as clients see them."""
+"""Errors as clients see them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_fo
 
 
 class ApiError(HTTPException):
-    """An answer that is no success."""
+    """An error response."""
 
     def __init__(
         self, status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
@@ -31,7 +31,7 @@ class ApiError(HTTPException):
         self.param = param
 
     def body(self) -> dict[str, Any]:
-        """As OpenAI's API says it, with the id by which the logs know the request."""
+        """The error in the format of OpenAI's API, with the request id that appears in the logs."""
         kind = NAMES.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
         facts = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
         return {"error": facts | {"request_id": request_id()}}
@@ -44,12 +44,12 @@ def overloaded(message: str) -> ApiError:
     return ApiError(429, "overloaded", message, headers=RETRY_AFTER)
 
 
-def refused(message: str, param: str | None = None) -> ApiError:
+def invalid(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, "invalid_value", message, param)
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What became of a request, for its client; what nobody expected goes to the logs in full."""
+    """The error to send to the client. Unexpected errors are logged with their traceback."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, RayTaskError):
@@ -58,21 +58,22 @@ def as_api_error(error: BaseException) -> ApiError:
         case ApiError():
             return error
         case UsageError():
-            return refused(str(error))
+            return invalid(str(error))
         case TimeoutError():
-            return ApiError(504, "timeout", "the request took longer than this server allows; ask for fewer tokens")
+            return ApiError(504, "timeout", "the request exceeded this server's time limit; ask for fewer tokens")
         case RayActorError() | DeploymentUnavailableError():
-            message = "the replica that worked on this request went away; send it again"
+            message = "the replica that processed this request stopped; send the request again"
             return ApiError(503, "replica_lost", message, headers=RETRY_AFTER)
         case SaeRayError():
             logger.error("failed: %s", error)
             return ApiError(500, "failed", str(error))
     logger.error("unexpected %s", type(error).__name__, exc_info=error)
-    return ApiError(500, "internal_error", "something went wrong here; the logs know it by the request id")
+    return ApiError(500, "internal_error", "internal error; look for the request id in the server's logs")
 
 
 def request_id() -> str:
-    """The id by which Serve's proxy answers and logs the request that is worked on."""
+    """The id of the current request, as Serve's proxy logs it and returns it to the client."""
+    # Private; as of Ray 2.60.0 Serve has no public way to read it.
     from ray.serve.context import _get_serve_request_context
 
     return _get_serve_request_context().request_id or str(uuid.uuid4())

@@ -1,4 +1,4 @@
-"""Images as clients send them: base64 data URLs, or addresses of hosts that are allowed."""
+"""Reads the images of a request: base64 data URLs, or URLs on allowed hosts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from aiohttp.resolver import ThreadedResolver
 
 from sae_ray.images import PIXEL_LIMIT, BadImage, decode_image
 
-from .errors import ApiError, refused
+from .errors import ApiError, invalid
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,9 +28,9 @@ FETCH_SECONDS = 10.0
 
 
 async def read_image(url: str, hosts: Sequence[str], max_bytes: float, max_pixels: float) -> Image.Image:
-    """The image, RGB and upright. Its header is looked at before it is decoded.
+    """The image, RGB and upright. Its size is read from its header before it is decoded.
 
-    Raises ApiError for what is no usable image, too large, or not to be fetched.
+    Raises ApiError if it is not a usable image, is too large, or cannot be fetched.
     """
     prefix = _DATA_URL.match(url[:64])
     if prefix is not None:
@@ -38,7 +38,7 @@ async def read_image(url: str, hosts: Sequence[str], max_bytes: float, max_pixel
     elif url[:8].lower().startswith(("http://", "https://")):
         data = await fetch(url, hosts, max_bytes)
     else:
-        raise refused("an image must be a data URL: data:image/png;base64,… with PNG, JPEG or WebP data", "image")
+        raise invalid("an image must be a data URL: data:image/png;base64,… with PNG, JPEG or WebP data", "image")
     if len(data) > max_bytes:
         raise ApiError(413, "image_too_large", f"the image has {len(data):,} bytes, more than {max_bytes:,.0f}")
     return await asyncio.to_thread(_decode, data, max_pixels)
@@ -48,53 +48,53 @@ def _from_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise refused(f"the data URL of an image is broken base64 ({error})", "image") from error
+        raise invalid(f"the data URL of an image is not valid base64 ({error})", "image") from error
 
 
 def _decode(data: bytes, max_pixels: float) -> Image.Image:
     try:
         return decode_image(data, min(int(max_pixels), PIXEL_LIMIT))
     except BadImage as error:
-        raise refused(
+        raise invalid(
             f"the image cannot be used: {error}; send a PNG, JPEG or WebP file of at most {max_pixels / 1e6:.1f} "
-            "megapixels (what the request's images before it leave)",
+            "megapixels (the limit holds for all images of a request together)",
             "image",
         ) from error
 
 
 async def fetch(url: str, hosts: Sequence[str], max_bytes: float) -> bytes:
-    """What an allowed public host answers, without redirects, within limits of size and time.
+    """Fetches a URL from an allowed public host, without redirects, within a size and time limit.
 
-    Raises ApiError for everything else.
+    Raises ApiError if that is not possible.
     """
     try:
         host = urlsplit(url).hostname or ""
     except ValueError as error:
-        raise refused(f"the image's address {url[:100]!r} is none ({error}); correct it", "image_url") from error
+        raise invalid(f"{url[:100]!r} is not a valid image URL ({error})", "image_url") from error
     if host not in hosts:
         known = f"allowed hosts are {', '.join(hosts)}" if hosts else "send the image as a data URL"
-        raise refused(f"this server fetches no image from {host[:100]!r}; {known}", "image_url")
+        raise invalid(f"this server does not fetch images from {host[:100]!r}; {known}", "image_url")
     timeout = aiohttp.ClientTimeout(total=FETCH_SECONDS)
     connector = aiohttp.TCPConnector(resolver=PublicResolver())
     try:
         if _is_address(host):
-            check_public(host)  # addresses are not resolved
+            check_public(host)  # the resolver is not called for addresses
         async with (
             aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session,
             session.get(url, allow_redirects=False) as response,
         ):
             if response.status != 200:
-                raise refused(f"{host} answered {response.status} instead of an image", "image_url")
+                raise invalid(f"{host} answered {response.status} instead of an image", "image_url")
             data = await response.content.read(int(max_bytes) + 1)
             while len(data) <= max_bytes and (more := await response.content.read(int(max_bytes) + 1 - len(data))):
                 data += more
             return data
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        raise refused(f"{host} could not be read ({type(error).__name__})", "image_url") from error
+        raise invalid(f"the image could not be fetched from {host} ({type(error).__name__})", "image_url") from error
 
 
 class PublicResolver(AbstractResolver):
-    """Resolves names to public addresses only; it is these addresses that are connected to."""
+    """Resolves names to public addresses only. The client connects to exactly these addresses."""
 
     def __init__(self) -> None:
         self._resolver = ThreadedResolver()
@@ -112,7 +112,7 @@ class PublicResolver(AbstractResolver):
 
 
 def check_public(address: str) -> None:
-    """Raises OSError for an address of this machine, of its network, or of no use."""
+    """Raises OSError for a private, local or multicast address."""
     found: Any = ipaddress.ip_address(address)
     if not (getattr(found, "ipv4_mapped", None) or found).is_global or found.is_multicast:
         raise OSError("not a public address")

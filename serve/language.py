@@ -1,4 +1,4 @@
-"""The language deployment: answers from prompts and what the tower saw, by one of two engines."""
+"""The language deployment: generates answers from prompts and image embeddings, with one of two engines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .engine import Engine, Step, Task
 
 @serve.deployment
 class Language:
-    """Answers. The language model is unmodified, whatever was done to the images."""
+    """Generates answers. The language model itself is never modified: steering only changes the image embeddings."""
 
     def __init__(self, config: ServeConfig):
         self.engine = make_engine(config)
@@ -30,7 +30,7 @@ class Language:
             self._running -= 1
 
     async def running(self) -> int:
-        """Answers that this replica is generating."""
+        """Number of answers that this replica is generating."""
         return self._running
 
     async def check_health(self) -> None:

@@ -1,34 +1,34 @@
-"""Counters for Prometheus, of one replica of the API."""
+"""Prometheus metrics of one replica of the API."""
 
 from __future__ import annotations
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .gate import Gate
+from .limiter import Limiter
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """What is counted."""
+    """Requests, their durations, tokens, and the requests in the limiter."""
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, gate: Gate):
+    def __init__(self, limiter: Limiter):
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "sae_ray_requests", "Requests by route and status.", ("route", "status"), registry=self._registry
         )
         self._seconds = Histogram(
             "sae_ray_request_seconds",
-            "Time of requests, streams to their end.",
+            "Duration of requests, including streams to their end.",
             ("route",),
             buckets=SECONDS,
             registry=self._registry,
         )
-        self._tokens = Counter("sae_ray_tokens", "Tokens read and generated.", ("kind",), registry=self._registry)
-        present = Gauge("sae_ray_requests_present", "Requests that run or wait.", registry=self._registry)
-        present.set_function(lambda: gate.present)
+        self._tokens = Counter("sae_ray_tokens", "Prompt and completion tokens.", ("kind",), registry=self._registry)
+        present = Gauge("sae_ray_requests_present", "Requests that are running or waiting.", registry=self._registry)
+        present.set_function(lambda: limiter.present)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, str(status)).inc()

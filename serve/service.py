@@ -1,4 +1,4 @@
-"""From a request to its answers: images to the tower, what it saw to the language model, tokens to text."""
+"""Answers requests: images go to the tower, their embeddings to the language model, and its tokens become text."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .catalogue import SaeEntry, read_catalogue
 from .config import Selection, ServeConfig
 from .conversation import Prompt, TextStream, Tokenizer
 from .engine import Sampling, Task
-from .errors import ApiError, refused, request_id
-from .gate import Gate
+from .errors import ApiError, invalid, request_id
 from .images import read_image
+from .limiter import Limiter
 from .metrics import Metrics
+from .schemas import ChatRequest, Edits, Finish, SteeringType, Usage
 from .tower import Active, Change
-from .wire import ChatRequest, Edits, Finish, SteeringType, Usage
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -32,7 +32,7 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True)
 class Event:
-    """Some more of a choice."""
+    """The next text of a choice."""
 
     choice: int
     text: str
@@ -41,18 +41,18 @@ class Event:
 
 @dataclass(eq=False)
 class Completion:
-    """What a request comes to, once it is checked; run it by `Service.events`."""
+    """A validated request, ready to run with `Service.events`."""
 
     request: ChatRequest
     prompt: Prompt
     sampling: Sampling
     change: Change | None
     types: list[SteeringType]
-    """Of every choice."""
+    """The type of each choice."""
     id: str = field(default_factory=request_id)
     created: int = field(default_factory=lambda: int(time.time()))
     n_tokens: int = 0
-    """Generated so far, over all choices."""
+    """Tokens generated so far, over all choices."""
 
     @property
     def usage(self) -> Usage:
@@ -61,10 +61,10 @@ class Completion:
 
 
 class Service:
-    """The application behind the HTTP API, one per replica of it.
+    """The application behind the HTTP API, one per API replica.
 
     Args:
-        config: with its LLaVA.
+        config: a configuration that names its LLaVA (see `with_llava`).
         tower, language: handles of the deployments.
     """
 
@@ -73,36 +73,40 @@ class Service:
         self.tower, self.language = tower, language
         self.tokenizer = Tokenizer(config.model, config.revision)
         self.saes: dict[str, SaeEntry] = {}
-        self.gate = Gate(config.limits.max_running, config.limits.max_waiting)
-        self.metrics = Metrics(self.gate)
+        self.limiter = Limiter(config.limits.max_running, config.limits.max_waiting)
+        self.metrics = Metrics(self.limiter)
         is_path = config.model.startswith(("/", "~", "."))
         self.model = PurePath(config.model).name if is_path else config.model
         self.started = int(time.time())
 
-    def take_up(self, wanted: Selection) -> None:
-        """From now on these SAEs steer; at first there are none. Raises what `read_catalogue` does."""
+    def load_saes(self, wanted: Selection) -> None:
+        """Replaces the SAEs available for steering; initially there are none. Raises as `read_catalogue` does."""
         self.saes = read_catalogue(wanted.root, self.config.model, self.config.revision, wanted.saes)
 
     def sae(self, name: str | None, param: str = "sae") -> SaeEntry:
-        """The SAE of that id, or the first. Raises ApiError, a 404, for an unknown one."""
+        """The SAE with this id; the first one by default. Raises ApiError (404) for an unknown id."""
         if name is None:
             return next(iter(self.saes.values()))
         if name not in self.saes:
-            message = f"there is no SAE {name[:100]!r}; there are {', '.join(self.saes)}"
+            message = f"unknown SAE {name[:100]!r}; available: {', '.join(self.saes)}"
             raise ApiError(404, "unknown_sae", message, param)
         return self.saes[name]
 
     def check(self, request: ChatRequest) -> Completion:
-        """Refuses, by ApiError, what cannot be; nothing is decoded or computed for it."""
+        """Validates a request before any image is decoded. Raises ApiError if it is invalid."""
         limits, steering = self.config.limits, request.steering
         if request.model is not None and request.model != self.model:
-            message = f"there is no model {request.model[:100]!r}; there is {self.model}"
+            message = f"unknown model {request.model[:100]!r}; available: {self.model}"
             raise ApiError(404, "unknown_model", message, "model")
         if len(request.image_urls) > limits.images:
-            raise refused(f"there are {len(request.image_urls)} images; a request has {limits.images}", "messages")
+            raise invalid(f"the request has {len(request.image_urls)} images; send at most {limits.images}", "messages")
         types: list[SteeringType] = steering.types if steering else ["DEFAULT"]
         if request.n * len(types) > limits.choices:
-            raise refused(f"n times the steering types is {request.n * len(types)}, more than {limits.choices}", "n")
+            raise invalid(
+                f"n times the number of steering types is {request.n * len(types)}; at most {limits.choices} answers "
+                "are allowed per request",
+                "n",
+            )
         change = self._change(steering) if steering else None
         prompt = self.tokenizer.prompt(request.messages)
         return Completion(
@@ -114,7 +118,7 @@ class Service:
         )
 
     async def images(self, urls: Sequence[str]) -> list[UInt8[np.ndarray, "height width 3"]]:
-        """Decoded. Raises ApiError for one that is none, and when they have too many pixels together."""
+        """Decodes images. Raises ApiError for an invalid one, and if they have too many pixels together."""
         limits, images = self.config.limits, []
         left = limits.image_megapixels * 1e6
         for url in urls:
@@ -124,14 +128,14 @@ class Service:
         return images
 
     async def events(self, completion: Completion) -> AsyncGenerator[Event, None]:
-        """The choices as they grow, in any order, each to its end. Closing it ends the work.
+        """Generates all choices at once; their events are interleaved. Closing the generator aborts the work.
 
-        Raises ApiError, and what the deployments raise; TimeoutError after `limits.timeout_s`.
+        Raises ApiError, TimeoutError after `limits.timeout_s`, and whatever the deployments raise.
         """
         started = time.monotonic()
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
         work = asyncio.create_task(self._work(completion, queue))
-        # The queue ends when the work does, however it does.
+        # None ends the queue, whether the work succeeds or fails.
         work.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while True:
@@ -147,42 +151,42 @@ class Service:
             self._log(completion, time.monotonic() - started)
 
     async def inspect(self, url: str, name: str | None, limit: int) -> tuple[SaeEntry, list[Active]]:
-        """The features with the largest values on a patch of an image."""
+        """The features with the largest values on any patch of an image."""
         entry = self.sae(name)
-        async with asyncio.timeout(self.config.limits.timeout_s), self.gate.entered():
+        async with asyncio.timeout(self.config.limits.timeout_s), self.limiter.slot():
             [image] = await self.images([url])
             return entry, await self.tower.inspect.remote(image, entry.folder, limit)
 
     async def ready(self) -> bool:
-        """Whether a tower and a language model answer."""
+        """Whether a tower and a language model respond."""
         try:
             async with asyncio.timeout(2):
                 await asyncio.gather(self.tower.ping.remote(), self.language.running.remote())
-        except Exception:  # whatever keeps them from it
+        except Exception:  # any failure means not ready
             return False
         return True
 
     async def _work(self, completion: Completion, queue: asyncio.Queue[Event | None]) -> None:
-        async with self.gate.entered():
-            seen = await self._seen(completion)
+        async with self.limiter.slot():
+            embedded = await self._embedded(completion)
             async with asyncio.TaskGroup() as tasks:
                 for choice, kind in enumerate(completion.types):
-                    tasks.create_task(self._answer(completion, choice, seen[kind], queue))
+                    tasks.create_task(self._answer(completion, choice, embedded[kind], queue))
 
-    async def _seen(self, completion: Completion) -> dict[str, tuple[np.ndarray, ...]]:
-        """What the tower sees of the images. They themselves end here: answers take long, and pixels much memory."""
+    async def _embedded(self, completion: Completion) -> dict[str, tuple[np.ndarray, ...]]:
+        """The image embeddings per type. The pixels are freed here, before the long generation starts."""
         images = await self.images(completion.request.image_urls)
         async with asyncio.TaskGroup() as tasks:
-            seen = {
+            embedded = {
                 kind: [
-                    tasks.create_task(self._see(pixels, completion.change if kind == "STEERED" else None))
+                    tasks.create_task(self._embed(pixels, completion.change if kind == "STEERED" else None))
                     for pixels in images
                 ]
                 for kind in dict.fromkeys(completion.types)
             }
-        return {kind: tuple(task.result() for task in of) for kind, of in seen.items()}
+        return {kind: tuple(task.result() for task in of) for kind, of in embedded.items()}
 
-    async def _see(self, pixels: np.ndarray, change: Change | None) -> np.ndarray:
+    async def _embed(self, pixels: np.ndarray, change: Change | None) -> np.ndarray:
         return await self.tower.embed.remote(pixels, change)
 
     async def _answer(
@@ -203,12 +207,12 @@ class Service:
                 if text.stopped:
                     break
             if not ended:
-                raise RuntimeError("the engine's answer has no end")
+                raise RuntimeError("the engine stopped before the end of the answer")
         finally:
             steps.cancel()
 
     def _sampling(self, completion: Completion, choice: int) -> Sampling:
-        """Choices of one request differ, and the same choice under both types does not."""
+        """Each choice has its own seed, shared by its steered and its default version."""
         one = completion.sampling
         seed = None if one.seed is None else one.seed + choice % completion.request.n
         return Sampling(one.max_tokens, one.temperature, one.top_p, seed)
@@ -216,16 +220,17 @@ class Service:
     def _length(self, request: ChatRequest, prompt: Prompt) -> int:
         most, room = self.config.limits.max_tokens, self.tokenizer.context - prompt.length
         if room < 1:
-            raise refused(
-                f"the messages take {prompt.length} tokens, images included, and leave no room for an answer: the "
-                f"model has {self.tokenizer.context}",
+            raise invalid(
+                f"the messages take {prompt.length} tokens, including images, and leave no room for an answer: the "
+                f"model's context is {self.tokenizer.context} tokens",
                 "messages",
             )
         if request.length is None:
             return min(most, room)
         if request.length > min(most, room):
-            raise refused(
-                f"max_tokens is {request.length}; {min(most, room)} are possible after {prompt.length} of messages",
+            raise invalid(
+                f"max_tokens is {request.length}; at most {min(most, room)} are possible, since the messages take "
+                f"{prompt.length} tokens and the server allows {most} per answer",
                 "max_tokens",
             )
         return request.length
@@ -233,22 +238,25 @@ class Service:
     def _change(self, steering: Edits) -> Change:
         limits, entry = self.config.limits, self.sae(steering.sae, "steering.sae")
         if len(steering.features) > limits.features:
-            raise refused(f"{len(steering.features)} features are more than {limits.features}", "steering.features")
+            raise invalid(
+                f"{len(steering.features)} features are edited; at most {limits.features} are allowed per request",
+                "steering.features",
+            )
         for place, feature in enumerate(steering.features):
             if feature.index >= entry.n_features:
-                raise refused(
-                    f"index is {feature.index}; {entry.name} has the features 0 to {entry.n_features - 1}",
+                raise invalid(
+                    f"index is {feature.index}; {entry.name} has features 0 to {entry.n_features - 1}",
                     f"steering.features.{place}.index",
                 )
             if feature.unit == "max" and feature.index not in entry.concepts:
-                raise refused(
-                    f"feature {feature.index} never fired, so the unit max says nothing; give an absolute strength",
+                raise invalid(
+                    f"feature {feature.index} never fired, so the unit max is undefined; give an absolute strength",
                     f"steering.features.{place}.unit",
                 )
         return Change(entry.folder, steering.latent_edits(), steering.error, steering.isolate)
 
     def _log(self, completion: Completion, seconds: float) -> None:
-        """Numbers only: neither what was shown nor what was said."""
+        """Logs numbers only, never images or text."""
         steering = completion.request.steering
         usage = completion.usage
         self.metrics.tokens(usage.prompt_tokens, usage.completion_tokens)
@@ -263,8 +271,8 @@ class Service:
         logger.info("completion", extra=facts)
 
 
-async def whole(events: AsyncGenerator[Event, None], n_choices: int) -> list[tuple[str, Finish]]:
-    """Text and reason of the end of every choice."""
+async def collect(events: AsyncGenerator[Event, None], n_choices: int) -> list[tuple[str, Finish]]:
+    """Runs to the end; returns each choice's text and finish reason."""
     texts, ends = [""] * n_choices, ["stop"] * n_choices
     async with aclosing(events):
         async for event in events:

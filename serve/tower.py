@@ -1,4 +1,4 @@
-"""The tower deployment: vision tower, interventions and projector for images that are each steered in their own way."""
+"""The tower deployment: vision tower, interventions and projector, for batches of differently steered images."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to the image: an `Intervention` without the weights."""
+    """What to do to an image: an `Intervention` without the SAE's weights."""
 
     folder: Folder
-    """Of the SAE."""
+    """The SAE's folder."""
     edits: tuple[LatentEdit, ...]
     error: str
     isolate: bool
@@ -42,7 +42,7 @@ class Active(NamedTuple):
 
     latent: int
     patches: Float[np.ndarray, "rows columns"]
-    """Its values."""
+    """Its value on every patch."""
 
 
 class _Sae(NamedTuple):
@@ -52,41 +52,41 @@ class _Sae(NamedTuple):
 
 @serve.deployment
 class Tower:
-    """Sees images. A replica loads an SAE when it is first asked for, so that SAEs come and go without a restart."""
+    """Embeds images. A replica loads an SAE on first use, so that SAEs can change without a restart."""
 
     def __init__(self, config: ServeConfig):
         self.llava = load_llava(config.model, config.revision, config.device, config.dtype)
-        # The language model lives in deployments of its own.
+        # The language model has its own deployment.
         del self.llava.model.model.language_model, self.llava.model.lm_head
         self._saes: OrderedDict[Folder, _Sae] = OrderedDict()
         self._most_saes = config.tower.saes_in_memory
-        self._thread = ThreadPoolExecutor(1)  # what takes long happens here; the event loop stays free
-        batching: Any = self._see
+        self._thread = ThreadPoolExecutor(1)  # slow work runs here, so that the event loop stays free
+        batching: Any = self._embed_batch
         batching.set_max_batch_size(config.tower.batch_size)
         batching.set_batch_wait_timeout_s(config.tower.batch_wait_s)
 
     async def embed(
         self, pixels: UInt8[np.ndarray, "height width 3"], change: Change | None
     ) -> Float[np.ndarray, "patches hidden"]:
-        """What the language model gets to see of an image.
+        """The image's embedding, as the language model gets it.
 
-        Raises UsageError for an edit that cannot be.
+        Raises UsageError for an invalid edit.
         """
         edits = () if change is None else (await self._in_thread(self._intervention, change),)
-        embedding: Any = await self._see(_image(pixels), edits)  # type: ignore  # one of a batch
+        embedding: Any = await self._embed_batch(_image(pixels), edits)  # type: ignore  # Serve batches single calls
         if isinstance(embedding, UsageError):
             raise embedding
         return embedding
 
     async def ping(self) -> None:
-        """Answers, once there is somebody to answer."""
+        """Succeeds once a replica is running."""
 
     async def inspect(self, pixels: UInt8[np.ndarray, "height width 3"], folder: Folder, most: int) -> list[Active]:
-        """The latents with the largest values on a patch, the strongest first."""
+        """The latents with the largest values on any patch, strongest first."""
         return await self._in_thread(self._inspect, _image(pixels), folder, most)
 
-    @serve.batch  # pyright: ignore[reportArgumentType, reportCallIssue]  # its stubs know no methods
-    async def _see(
+    @serve.batch  # pyright: ignore[reportArgumentType, reportCallIssue]  # its stubs do not cover methods
+    async def _embed_batch(
         self, images: list[Image.Image], edits: list[Sequence[TowerEdit]]
     ) -> list[Float[np.ndarray, "patches hidden"] | UsageError]:
         return await self._in_thread(self._forward, images, edits)
@@ -97,9 +97,9 @@ class Tower:
         except UsageError as error:
             if len(images) == 1:
                 return [error]
-            # One of them spoils the pass; it alone shall be refused.
+            # One invalid edit fails the whole pass: run the images one by one, so that only its request fails.
             return [self._forward([image], [chain])[0] for image, chain in zip(images, edits, strict=True)]
-        # NumPy arrays of their own: a slice of a batch would travel with the whole of it.
+        # Copies, since a slice of a batch would be serialised with the whole batch.
         return [one.float().cpu().numpy().copy() if one.isfinite().all() else _not_finite() for one in found]
 
     def _intervention(self, change: Change) -> Intervention:
@@ -143,7 +143,7 @@ class Tower:
 
 
 def _not_finite() -> UsageError:
-    return UsageError("what the language model would see of the image is not finite; lower the strengths")
+    return UsageError("the steered image embedding is not finite; lower the strengths")
 
 
 def _image(pixels: UInt8[np.ndarray, "height width 3"]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The engine that needs nothing but transformers: answers take turns, token by token."""
+"""The engine that needs only transformers: concurrent answers take turns, token by token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GREEDY = 1e-5
-"""A temperature below takes the likeliest token, as 0 does: divided by it, logits may be infinite."""
+"""Lower temperatures are treated as 0: dividing logits by them may overflow."""
 
 
 class TransformersEngine:
@@ -28,14 +28,14 @@ class TransformersEngine:
     def __init__(self, config: ServeConfig):
         llava = load_llava(config.model, config.revision, config.device, config.dtype)
         self.model: Any = llava.model
-        del self.model.model.vision_tower  # the tower has deployments of its own
+        del self.model.model.vision_tower  # it has its own deployment
         self.image_token = llava.processor.image_token_id
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         self._thread = ThreadPoolExecutor(1)
 
     async def generate(self, task: Task) -> AsyncGenerator[Step, None]:
-        """The answer, a token at a time. Between two of them the other answers have their turn."""
+        """Generates one token at a time. Other answers take their turn in between."""
         loop = asyncio.get_running_loop()
         answer = _Answer(self, task)
         for left in range(task.sampling.max_tokens - 1, -1, -1):
@@ -50,7 +50,7 @@ class TransformersEngine:
 
 
 class _Answer:
-    """What is known of one answer between its tokens."""
+    """The state of one answer between its tokens."""
 
     def __init__(self, engine: TransformersEngine, task: Task):
         self.engine, self.task = engine, task
@@ -71,7 +71,7 @@ class _Answer:
         return self.last
 
     def _prompt(self, embed: Any) -> Float[Tensor, "1 tokens hidden"]:
-        """The embedded prompt, the images in their places."""
+        """The embedded prompt, with the images inserted."""
         pieces, images = [], iter(self.task.images)
         for token in self.task.tokens:
             if token == self.engine.image_token:
@@ -82,7 +82,7 @@ class _Answer:
 
 
 def choose(logits: Float[Tensor, " vocabulary"], sampling: Sampling, random: torch.Generator | None) -> int:
-    """The next token."""
+    """Samples the next token."""
     if sampling.temperature < GREEDY:
         return int(logits.argmax())
     probability, token = (logits / sampling.temperature).softmax(0).sort(descending=True, stable=True)

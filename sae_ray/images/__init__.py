@@ -1,7 +1,7 @@
 """Images: the manifest of a folder, its labels, its split, and the decoding of one file.
 
-A manifest lists every file of a folder in a fixed order, so that an image's index never depends on who lists it. Labels
-are kept apart from it. A file that cannot be decoded is rejected with a reason, never left out silently."""
+A manifest lists every file of a folder in a fixed order, so that an image's index is the same on every machine. Labels
+are kept apart from it. A file that cannot be decoded is rejected with a reason, never skipped silently."""
 
 from typing import TYPE_CHECKING
 

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PIXEL_LIMIT = 178_956_970
-"""Pixels above which an image is refused unread: where Pillow itself stops warning and raises."""
+"""Larger images are rejected without being decoded. Pillow raises an error above the same limit."""
 
 ASPECT_LIMIT = 200
-"""Longest side over shortest above which an image is refused: resizing the shortest side to a model's input size makes
-the longest one as many times larger, so that a strip of 1 × 60 000 pixels would fill the memory."""
+"""Images with a larger ratio of longest to shortest side are rejected. Resizing the shortest side to a model's input
+size scales the longest side too, so a strip of 1 × 60 000 pixels would fill the memory."""
 
 
 class BadImage(SaeRayError):
-    """A file that is not a usable image. `reason` is short and stable: it is what the rejects table holds."""
+    """A file that is not a usable image. `reason` is short and stable, for the table of rejects."""
 
     @property
     def reason(self) -> str:
@@ -30,17 +30,17 @@ class BadImage(SaeRayError):
 
 
 def decode_image(data: bytes, max_pixels: int = PIXEL_LIMIT, at_least: int | None = None) -> Image.Image:
-    """Decodes a JPEG, PNG or WebP file to RGB, upright as its EXIF orientation says; of an animation the first frame.
+    """Decodes a JPEG, PNG or WebP file to RGB, turned upright by its EXIF orientation. Animations give the first frame.
 
-    Colours are taken as CLIP's own preprocessing takes them (`convert("RGB")`): transparency is dropped rather than
-    composed over a background, palettes are resolved, CMYK is converted. 16-bit gray is scaled to 8 bits, where Pillow
+    Colours are converted as in CLIP's own preprocessing (`convert("RGB")`): transparency is dropped rather than
+    composed over a background, palettes are resolved, CMYK is converted. 16-bit grey is scaled to 8 bits, where Pillow
     alone would clip it.
 
     Args:
-        data: The file.
-        max_pixels: More are refused, by the header alone.
-        at_least: A JPEG may come reduced to a half, quarter or eighth, whichever is the smallest whose sides have at
-            least so many pixels.
+        data: The content of the file.
+        max_pixels: Images with more pixels are rejected by their header.
+        at_least: Allows a JPEG to be decoded at a half, quarter or eighth of its size: the smallest whose sides have at
+            least this many pixels.
 
     Raises:
         BadImage: `zero bytes`, `not an image`, `unsupported format: …`, `truncated`, `pixel bomb: WxH`,
@@ -62,7 +62,7 @@ def decode_image(data: bytes, max_pixels: int = PIXEL_LIMIT, at_least: int | Non
         return _to_rgb(image)
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever a damaged file makes them raise
+    except Exception as error:  # a damaged file can make a decoder raise anything
         raise BadImage(_reason(error)) from error
 
 
@@ -86,7 +86,7 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadImage(f"pixel bomb: {error}") from error
     except Exception as error:
-        # A header that breaks off leaves the reader at the end of the file.
+        # A truncated header leaves the reader at the end of the file.
         raise BadImage("truncated" if stream.tell() >= len(data) else _reason(error)) from error
 
 
@@ -95,7 +95,7 @@ def _other_format(data: bytes) -> str:
 
     try:
         return f"unsupported format: {Image.open(BytesIO(data)).format}"
-    except Exception:  # whatever a foreign reader trips over, this is no image of ours
+    except Exception:  # whatever the reader raises, it is not a supported image
         return "not an image"
 
 
@@ -103,12 +103,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     if image.mode == "RGB":
-        return image  # as it is, where convert() would copy it
+        return image  # convert() would copy it
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.float64)
         return Image.fromarray(np.rint(wide / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the direct way to RGB warns
+        image = image.convert("RGBA")  # converting directly to RGB warns
     return image.convert("RGB")
 
 

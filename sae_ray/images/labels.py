@@ -1,22 +1,22 @@
 """Labels of an image folder, from its sub-folders or from a file.
 
-Forms of `labels`:
+Values of `labels`:
 
 - `none`: no labels.
-- `auto`: when every image lies in a sub-folder, its class is the path of that sub-folder, without the leading
-  components that all images share. So `n01440764/x.JPEG` (ImageNet) is of class `n01440764`, `train/n01440764/x.JPEG`
-  too if nothing lies outside `train`, `00000_Animalia_…/x.jpg` (iNaturalist) is of class `00000_Animalia_…`, and
-  `a/abbey/x.jpg` (Places365) of class `a/abbey`. A folder with images at its top is unlabelled.
+- `auto`: if every image is in a sub-folder, its class is the path of that sub-folder, without the leading components
+  that all images share. So `n01440764/x.JPEG` (ImageNet) has the class `n01440764`, as has `train/n01440764/x.JPEG` if
+  all images are under `train`; `00000_Animalia_…/x.jpg` (iNaturalist) has the class `00000_Animalia_…`, and
+  `a/abbey/x.jpg` (Places365) has the class `a/abbey`. A folder with images at its top level is unlabelled.
 - a CSV file with a header that has `image_id` (the relative path) and `label` (the class name; empty for none). Every
   image must have a row; rows of absent images are ignored.
 - Kaggle's `LOC_val_solution.csv` (`ImageId,PredictionString`: the file's name without extension; the first word is its
-  synset). With `LOC_synset_mapping.txt` beside it a class is named by the line there (`n02012849 crane`; the synset
-  stays in the name, as ImageNet has two cranes).
+  synset). With `LOC_synset_mapping.txt` in the same folder, a class is named by its line there (`n02012849 crane`; the
+  synset stays in the name, since ImageNet has two cranes).
 - the ILSVRC devkit's `ILSVRC2012_validation_ground_truth.txt`: one class number per line, in the order of the sorted
   file names. The number is the class name.
 
-An *image* here is a file named like one (`.jpg`, `.jpeg`, `.png`, `.webp`); in a folder that has none, any file. Other
-files are labelled only where a sub-folder or a row labels them.
+An *image* here is a file with the suffix `.jpg`, `.jpeg`, `.png` or `.webp`, or any file if the folder has no such
+files. Other files are labelled only if a sub-folder or a row gives them a label.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def read_labels(labels: str, folder: Folder, paths: list[str]) -> tuple[list[str
     """The files of `folder` that are not label files, and the class name of each.
 
     Args:
-        labels: One of the forms above.
+        labels: One of the values above.
         folder: The image folder.
-        paths: Its files, sorted, relative.
+        paths: Relative paths of its files, sorted.
 
     Raises:
-        UsageError: The label file is missing, is none of the forms or does not fit the images.
+        UsageError: The label file is missing, has an unknown format, or does not fit the images.
     """
     if labels == "none":
         return paths, [None] * len(paths)
@@ -82,7 +82,7 @@ def _from_folders(paths: list[str]) -> list[str | None]:
     parents = [path.rpartition("/")[0].split("/") for path in _images(paths)]
     if not parents or [""] in parents:
         return [None] * len(paths)
-    # Where all images lie in one folder, its own name is the class.
+    # If all images are in one folder, its name is the class.
     last = min(len(parent) for parent in parents) - 1
     shared = next((i for i in range(last) if len({parent[i] for parent in parents}) > 1), last)
     return ["/".join(path.split("/")[shared:-1]) or None for path in paths]
@@ -104,12 +104,12 @@ def _from_csv(file: str, text: str, parent: Folder, image_ids: list[str]) -> dic
         else:
             raise UsageError(f"{file} has the columns {', '.join(header) or '(none)'}; {FORMS}")
     except csv.Error as error:
-        raise UsageError(f"{file}, row {rows.reader.line_num}: {error}; mend the row") from error
+        raise UsageError(f"{file}, row {rows.reader.line_num}: {error}; fix the row") from error
     for image_id in _images(image_ids):
         if keys[image_id] not in names:
             raise UsageError(
                 f"{file} has no row for the image {image_id}; "
-                f"add the row {keys[image_id]!r}, with an empty label if it has none"
+                f"add the row {keys[image_id]!r}, with an empty label if the image has no class"
             )
     return {image_id: name for image_id, key in keys.items() if (name := names.get(key)) is not None}
 
@@ -118,9 +118,9 @@ def _rows(file: str, rows: csv.DictReader, key: str, value: str) -> Iterator[tup
     seen = set()
     for row in rows:
         if row[key] is None or row[value] is None:
-            raise UsageError(f"{file}, row {rows.line_num}: it has no {value}; give each row all the header's columns")
+            raise UsageError(f"{file}, row {rows.line_num}: {value} is missing; give every row all columns")
         if row[key] in seen:
-            raise UsageError(f"{file}, row {rows.line_num}: {row[key]!r} has a row already; keep one of them")
+            raise UsageError(f"{file}, row {rows.line_num}: {row[key]!r} already has a row; keep one of them")
         seen.add(row[key])
         yield row[key], row[value].strip()
 
@@ -142,7 +142,8 @@ def _from_devkit(file: str, text: str, image_ids: list[str]) -> dict[str, str]:
     images = sorted(_images(image_ids), key=lambda path: PurePosixPath(path).name.encode())
     if len(numbers) != len(images):
         raise UsageError(
-            f"{file} has {len(numbers)} rows for {len(images)} images; it labels by order, so the folder must hold "
-            "exactly the images it was made for; name a CSV file with the header image_id,label for a part of them"
+            f"{file} has {len(numbers)} rows for {len(images)} images; it labels images by order, so the folder must "
+            "contain exactly the images of the devkit; to label a part of them, use a CSV file with the header "
+            "image_id,label"
         )
     return dict(zip(images, (str(int(number)) for number in numbers), strict=True))

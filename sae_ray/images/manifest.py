@@ -48,26 +48,26 @@ def list_images(folder: Folder, labels: str = "auto") -> ImageList:
     """The files of a folder, in the order of the UTF-8 bytes of their relative paths, and their labels.
 
     Args:
-        folder: Where the images lie, at any depth.
-        labels: `auto`, `none` or the path or URI of a label file, as `sae_ray.images.labels` describes them.
+        folder: Contains the images, at any depth.
+        labels: `auto`, `none` or the path or URI of a label file, as described in `sae_ray.images.labels`.
 
     Returns:
         `image_index` is dense, `image_id` the relative POSIX path.
 
     Raises:
         UsageError: There is no such folder, or the labels do not fit its images.
-        SaeRayError: The folder holds no file, or one whose name is not UTF-8.
+        SaeRayError: The folder contains no file, or a file whose name is not UTF-8.
     """
     if folder.filesystem.get_file_info(folder.path).type != fs.FileType.Directory:
-        raise UsageError(f"there is no image folder {folder}; name a folder of JPEG, PNG or WebP files")
+        raise UsageError(f"there is no image folder {folder}; give a folder of JPEG, PNG or WebP files")
     try:
         sizes = folder.files(recursive=True)
     except UnicodeDecodeError as error:
-        raise SaeRayError(f"{folder} holds a file whose name is not UTF-8: {error.object!r}; rename it") from error
+        raise SaeRayError(f"{folder} contains a file whose name is not UTF-8: {error.object!r}; rename it") from error
     visible = [path for path in sizes if not any(part[0] == "." for part in path.split("/"))]
     image_ids, label_names = read_labels(labels, folder, sorted(visible, key=lambda path: path.encode()))
     if not image_ids:
-        raise SaeRayError(f"the image folder {folder} holds no file; name a folder of JPEG, PNG or WebP files")
+        raise SaeRayError(f"the image folder {folder} contains no files; give a folder of JPEG, PNG or WebP files")
     classes = {name: label for label, name in enumerate(sorted({name for name in label_names if name is not None}))}
     index = pa.array(np.arange(len(image_ids)))
     n_bytes = pa.array([sizes[image_id] for image_id in image_ids], pa.int64())
@@ -81,11 +81,11 @@ def list_images(folder: Folder, labels: str = "auto") -> ImageList:
 def select_split(images: ImageList, heldout_fraction: float, part: Literal["train", "heldout"]) -> ImageList:
     """One side of a list, `image_index` dense again.
 
-    An image's side depends on its `image_id` and the fraction alone, so it stays when other files come or go, and a
-    larger fraction only ever moves images from `train` to `heldout`. A side may be empty.
+    An image's part depends only on its `image_id` and the fraction, so adding or removing other files does not change
+    it, and a larger fraction only moves images from `train` to `heldout`. A part may be empty.
     """
     if not 0 <= heldout_fraction <= 1:
-        raise UsageError(f"heldout_fraction is {heldout_fraction}; it must lie between 0 and 1")
+        raise UsageError(f"heldout_fraction is {heldout_fraction}; it must be between 0 and 1")
     if part not in ("train", "heldout"):
         raise UsageError(f"part is {part!r}; it must be train or heldout")
     digests = (hashlib.sha256(image_id.encode()).digest() for image_id in images.manifest["image_id"].to_pylist())

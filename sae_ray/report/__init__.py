@@ -1,4 +1,4 @@
-"""The report of a study: a folder of static files to look at, opened from disk, without a network."""
+"""The report of a study: a folder of static web pages. It opens from disk and needs no network."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""The images of a report: numbered in the order in which they are needed, and drawn into sprites.
+"""The images of a report, numbered in the order in which they are needed and packed into sprites.
 
-A sprite is one JPEG file of at most `SIDE` × `SIDE` thumbnails, so that a page of neurons costs a few files and not
-hundreds. What a thumbnail shows is what the encoder sees: its own resizing and cropping, made smaller.
+A sprite is one JPEG file of at most `SIDE` × `SIDE` thumbnails, so that a page of neurons loads a few files instead of
+hundreds. A thumbnail shows what the encoder sees: the image resized and cropped by the encoder's rules, then shrunk.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 SIDE = 10
 """Thumbnails per row and column of a sprite."""
 LONGEST = 112
-"""Pixels of a thumbnail's longer side, at most; small inputs are not enlarged."""
+"""Maximum pixels of a thumbnail's longer side; smaller images are not enlarged."""
 MOST = 60_000
-"""Thumbnails of a report, at most; images that are needed later have a name and no picture."""
+"""Maximum number of thumbnails in a report. Further images are shown by name only."""
 BLANK = (128, 128, 128)
 
 
 class Album:
-    """The images a report shows, each with a number from 0.
+    """The images that a report shows, numbered from 0.
 
     Args:
         sets: the image sets they come from.
-        needed: (name of the set, `image_index`) in the order of need, -1 where there is none; may repeat.
+        needed: (name of the set, `image_index`), most important first; -1 for no image; duplicates are allowed.
     """
 
     def __init__(self, sets: Sequence[ImagePlan], needed: Iterable[tuple[str, Int[np.ndarray, " n"]]]):
@@ -55,12 +55,12 @@ class Album:
 
     @property
     def n_pictured(self) -> int:
-        """Images that get a thumbnail: those with the lowest numbers."""
+        """How many images get a thumbnail: those with the lowest numbers."""
         return min(len(self), MOST)
 
     def numbers(self, name: str, image_index: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
-        """Numbers of images of a set; -1 for -1."""
-        # The last place is nobody's, and -1 leads there.
+        """The numbers of images of a set; -1 stays -1."""
+        # Index -1 reads the last element, which belongs to no image and holds -1.
         return self._number[np.where(image_index >= 0, image_index + self._starts[name], -1)]
 
     def image(self, number: int) -> tuple[ImagePlan, int]:
@@ -75,7 +75,7 @@ class Album:
         return images.manifest["image_id"][index].as_py()
 
     def captions(self, sprite: int) -> list[list[str | None]]:
-        """`image_id` and label name of the images of one sprite."""
+        """`image_id` and label name of each image of a sprite."""
         captions = []
         for number in range(sprite * SIDE**2, min((sprite + 1) * SIDE**2, len(self))):
             images, index = self.image(number)
@@ -85,13 +85,13 @@ class Album:
 
 
 def thumbnail_size(image_size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the thumbnails of an encoder that reads images of this size."""
+    """Height and width of thumbnails for an encoder with this input size."""
     scale = min(1.0, LONGEST / max(image_size))
     return max(1, round(image_size[0] * scale)), max(1, round(image_size[1] * scale))
 
 
 def read_pixels(images: ImagePlan, index: int, preprocess: Callable) -> UInt8[np.ndarray, "3 h w"] | None:
-    """What the encoder sees of an image; None where it can no longer be read."""
+    """The image as the encoder sees it; None if it can no longer be read."""
     try:
         return preprocess(decode_image(images.folder.read_bytes(images.manifest["image_id"][index].as_py())))
     except (BadImage, OSError):
@@ -99,14 +99,14 @@ def read_pixels(images: ImagePlan, index: int, preprocess: Callable) -> UInt8[np
 
 
 def write_sprites(album: Album, folder: Path, preprocess: Callable, size: tuple[int, int]) -> int:
-    """Writes `<n>.jpg` into a local folder, one per `SIDE` × `SIDE` images.
+    """Writes the sprites `<n>.jpg` into a local folder.
 
     Args:
         preprocess: the encoder's (`load_preprocess`).
         size: height and width of a thumbnail.
 
     Returns:
-        How many images could not be read; their places are grey.
+        The number of images that could not be read; their thumbnails are grey.
     """
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -114,11 +114,11 @@ def write_sprites(album: Album, folder: Path, preprocess: Callable, size: tuple[
         numbers = range(first, min(first + SIDE**2, album.n_pictured))
         sprite, n_missing = _sprite(album, numbers, preprocess, size)
         out = BytesIO()
-        sprite.save(out, "JPEG", quality=85, subsampling=0)  # full colour: small squares of it are what many show
+        sprite.save(out, "JPEG", quality=85, subsampling=0)  # no chroma subsampling: thumbnails are small
         (folder / f"{first // SIDE**2}.jpg").write_bytes(out.getvalue())
         return n_missing
 
-    # Decoding, scaling and encoding leave the interpreter free for other threads.
+    # Decoding, resizing and encoding release the GIL.
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
         return sum(pool.map(write, range(0, album.n_pictured, SIDE**2)))
 

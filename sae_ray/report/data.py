@@ -1,8 +1,8 @@
-"""What the page loads when it needs it: `.js` files that hand a name and a value to `report(…)`.
+"""The data that the page loads on demand: `.js` files that pass a name and a value to `report(…)`.
 
-A page opened from disk may load scripts but fetch nothing, so the data are scripts. A cell has an index (a few numbers
-of every neuron, for filters and sorting), chunks of `PER_CHUNK` neurons in the order of the index, so that a page of
-the best ones reads one chunk, and a file of heat maps.
+A page opened from disk can load scripts but not fetch files, so the data are scripts. Each cell has an index (a few
+numbers per neuron, for filters and sorting), chunks of `PER_CHUNK` neurons in the order of the index, so that a page of
+the best neurons loads one chunk, and a file of heat maps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PER_CHUNK = 512
 WITH_NEIGHBOURS = 8192
-"""Neurons of a cell, the first of its order, whose decoder neighbours are looked up; each is compared with all."""
+"""How many neurons per cell, best first, get decoder neighbours. Each is compared with all neurons."""
 DIGITS = 4
 """Significant digits of the numbers in chunks."""
 
@@ -38,13 +38,13 @@ def write_data(folder: Path, name: str, value: Any) -> None:
 
 
 def write_captions(folder: Path, album: Album) -> None:
-    """The names of the images, sprite by sprite, those without a picture included."""
+    """Writes the names of all images, also of those without a thumbnail, one file per sprite."""
     for sprite in range(-(-len(album) // SIDE**2)):
         write_data(folder, f"images/{sprite}", album.captions(sprite))
 
 
 def write_cell(folder: Path, cell: Neurons, album: Album, heat: HeatMaps | None) -> None:
-    """Everything about the neurons of one cell."""
+    """Writes the data of one cell's neurons."""
     order = cell.order
     write_data(
         folder,
@@ -82,7 +82,7 @@ def write_cell(folder: Path, cell: Neurons, album: Album, heat: HeatMaps | None)
 
 
 def _neighbours(cell: Neurons) -> tuple[np.ndarray, np.ndarray]:
-    """Of the first neurons of the order; raw neurons have none."""
+    """Neighbours and cosines of the first neurons of the order; none for raw neurons."""
     if cell.score.sae is None or len(cell.order) < 2:
         return np.zeros((0, N_NEAREST), dtype=np.int64), np.zeros((0, N_NEAREST))
     from sae_ray.sae import load_sae
@@ -91,7 +91,7 @@ def _neighbours(cell: Neurons) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _heat(heat: HeatMaps) -> dict[str, Any]:
-    """Per latent the largest value on any patch, and per image the values in 255ths of it; null without an image."""
+    """Per latent, its largest value on a patch, and a map per image in 255ths of that value; null without an image."""
     found: dict[str, Any] = {"rows": heat.maps.shape[2], "columns": heat.maps.shape[3], "latents": {}}
     for latent, maps in zip(heat.latents.tolist(), np.maximum(heat.maps, 0), strict=True):
         missing = np.isnan(maps).any(axis=(1, 2))
@@ -105,7 +105,7 @@ def _heat(heat: HeatMaps) -> dict[str, Any]:
 
 
 def _trimmed(counts: np.ndarray) -> list[int]:
-    """The first bin that holds anything, and the counts from there to the last that does; empty if none does."""
+    """The number of the first non-empty bin, then the counts up to the last non-empty one; [] if all are empty."""
     filled = np.flatnonzero(counts)
     return [int(filled[0]), *counts[filled[0] : filled[-1] + 1].tolist()] if len(filled) else []
 

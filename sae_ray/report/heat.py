@@ -1,4 +1,4 @@
-"""Where on the patch grid a latent fires: its codes of every patch token of its top images."""
+"""Heat maps: where on the patch grid a latent fires, on each of its top images."""
 
 from __future__ import annotations
 
@@ -22,48 +22,48 @@ if TYPE_CHECKING:
     from sae_ray.sae import SAE
 
 PER_CELL = 48
-"""Latents of a cell that get heat maps, the best ones, at most."""
+"""Maximum number of latents per cell that get heat maps, best first."""
 MOST = 1024
-"""Latents of all cells together."""
+"""Maximum number of latents with heat maps over all cells."""
 BATCH = 32
 """Images per forward pass."""
 
 
 @dataclass(frozen=True, eq=False)
 class HeatMaps:
-    """The maps of some latents of one SAE."""
+    """Heat maps of some latents of an SAE."""
 
     latents: Int[np.ndarray, " latents"]
     maps: Float[np.ndarray, "latents top rows columns"]
-    """Codes of the patch tokens of each top image; NaN where there is no image."""
+    """The latent's value on each patch of each top image; NaN where there is no image."""
 
 
 def why_none(neurons: Neurons) -> str | None:
-    """Why the neurons of a cell cannot have heat maps; None where they can."""
+    """The reason why a cell has no heat maps; None if it has."""
     if neurons.score.sae is None:
-        return "Heat maps are made for the latents of SAEs, not for raw neurons."
+        return "There are no heat maps for raw neurons, only for the latents of SAEs."
     site = neurons.score.sae.grid_cell.site
     if site.point != "residual":
-        return f"The {site.point} is one vector for the whole image: there is no patch grid to show."
+        return f"There are no heat maps: the {site.point} is one vector per image, without a patch grid."
     return None
 
 
 def caution(neurons: Neurons) -> str | None:
-    """What to bear in mind when looking at the maps of an SAE that was not trained on single patch tokens."""
+    """A warning to show with the maps of an SAE that was not trained on patch tokens."""
     sae = neurons.score.sae
     match sae.grid_cell.site.tokens if sae else "":
         case "cls":
-            return "Out of distribution: this SAE was trained on the CLS token only and never saw a patch token."
+            return "Out of distribution: this SAE was trained on CLS tokens only, not on patch tokens."
         case "mean":
-            return "Out of distribution: this SAE was trained on the mean of all tokens and never saw a single one."
+            return "Out of distribution: this SAE was trained on the mean over all tokens, not on single tokens."
     return None
 
 
 def heat_maps(plan: StudyPlan, cells: Sequence[Neurons], chosen: dict[str, Sequence[int]]) -> dict[str, HeatMaps]:
-    """Heat maps of the best latents of every cell that has a patch grid, by one pass of the encoder over their images.
+    """Heat maps of the best latents of each cell that has a patch grid, in one pass of the encoder over their images.
 
     Args:
-        chosen: name of a cell -> latents that get maps in any case.
+        chosen: name of a cell -> latents that always get maps.
 
     Raises:
         UsageError: the encoder cannot be loaded.
@@ -116,7 +116,7 @@ class _Maker:
         self.maps = np.full((*self.top_image.shape, *encoder.info.patch_grid), np.nan, dtype=np.float32)
 
     def add(self, indices: list[int], activation: Float[Tensor, "rows d_in"]) -> None:
-        """Takes what it needs from the tokens of a batch of images, sorted by (image, token)."""
+        """Adds the maps for a batch of images. Activations are sorted by (image, token)."""
         codes = codes_of(self.sae, activation, self.latents).reshape(len(indices), -1, len(self.latents))
         codes = codes[:, self.n_cls :].cpu().numpy()
         for position, index in enumerate(indices):
@@ -125,7 +125,7 @@ class _Maker:
 
 
 def codes_of(sae: SAE, x: Float[Tensor, "n d_in"], latents: Int[np.ndarray, " latents"]) -> torch.Tensor:
-    """The codes of a few latents, [n, latents]; all others are computed only where they compete with them (topk)."""
+    """The codes of a few latents, [n, latents]. All latents are computed only for `topk`, where they compete."""
     import torch
 
     where = torch.from_numpy(latents).to(sae.device)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 N_NEAREST = 8
 ENTRIES = 2**26
-"""Cosines held at once."""
+"""Maximum number of cosines in memory."""
 
 
 def nearest_latents(
@@ -21,7 +21,7 @@ def nearest_latents(
 ) -> tuple[Int[np.ndarray, "latents near"], Float[np.ndarray, "latents near"]]:
     """The latents of `among` whose decoder rows are nearest to those of `latents`, nearest first, and the cosines.
 
-    A latent is no neighbour of its own. There are `N_NEAREST`, or as many as `among` has besides.
+    A latent is not its own neighbour. Returns `N_NEAREST` neighbours, or fewer if `among` has fewer other latents.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The neurons of one cell as the report shows them, read from the finished scoring steps."""
+"""The neurons of one cell, read from the finished scoring steps for the report."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class Neurons:
     """The latents of an SAE, or the raw neurons of a site. Arrays have one row per neuron."""
 
     score: ScorePlan
-    """The pass over held-out images."""
+    """The scoring pass over held-out images."""
     pictures: ImagePlan
-    """The image set that top images come from."""
+    """The image set that the top images come from."""
     columns: dict[str, np.ndarray]
-    """`scores.parquet`."""
+    """The columns of `scores.parquet`."""
     order: Int[np.ndarray, " live"]
-    """Neurons that ever fired: those with enough images behind their score first, by falling score; then the others."""
+    """Neurons that fired at least once: first those scored on enough images, highest score first, then the others."""
     top_image: Int[np.ndarray, "neurons top"]
-    """`image_index` in the set of the pictures; -1 where there are fewer."""
+    """`image_index` in the image set of `pictures`; -1 for no image."""
     top_activation: Float[np.ndarray, "neurons top"]
     histogram: Int[np.ndarray, "neurons bins"]
-    """Held-out images by activation; the bins are `HISTOGRAM_EDGES`."""
+    """Number of held-out images per activation bin of `HISTOGRAM_EDGES`."""
     label: Int[np.ndarray, " neurons"]
-    """The commonest label among the top images; -1 where none has one."""
+    """The most common label of the top images; -1 if none has a label."""
     purity: Float[np.ndarray, " neurons"]
-    """Its share of the top images."""
+    """The share of top images with this label."""
 
     @property
     def name(self) -> str:
@@ -45,7 +45,7 @@ class Neurons:
 
     @property
     def level_ends(self) -> list[int]:
-        """Where each Matryoshka level ends; one level for all other neurons."""
+        """The end of each Matryoshka level; other cells have one level."""
         if self.score.sae is None:
             return [self.score.neurons]
         train = self.score.sae
@@ -53,7 +53,7 @@ class Neurons:
 
 
 def read_neurons(plan: StudyPlan) -> list[Neurons]:
-    """One element per scored cell whose steps are all there."""
+    """The neurons of each cell whose scoring steps are all finished."""
     images = plan.images[plan.study.scoring.pictures]
     found = []
     for score in plan.scores:

@@ -1,4 +1,4 @@
-"""The page itself: what a study's steps say of it, put into the template."""
+"""Renders the report's main page from the results of a study's steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Reject(NamedTuple):
     """An image that could not be read."""
 
     images: str
-    """The image set, in words."""
+    """The image set, as shown to the reader."""
     image_id: str
     reason: str
 
@@ -84,7 +84,7 @@ def render(
 
 
 def find_rejects(plan: StudyPlan) -> list[Reject]:
-    """Every image that some extraction could not read, each reason once."""
+    """The images that an extraction could not read, each with its reasons."""
     found: dict[Reject, None] = {}
     for extract in plan.extracts:
         if extract.step.finished:
@@ -100,7 +100,7 @@ def _facts(
     steering: Sequence[SteeringResult],
     album: Album,
 ) -> dict[str, Any]:
-    """What the script needs to know from the start."""
+    """The facts that the script needs at start-up."""
     height, width = thumbnail_size(plan.encoder.image_size)
     saes = [row for row in rows if row.grid_cell is not None and not math.isnan(row.top_ms)]
     return {
@@ -159,7 +159,7 @@ def _tiles(
     if comparisons:
         holding = sum(one.holds for one in comparisons)
         value = f"{holding} of {len(comparisons)}"
-        tiles.append({"name": "comparisons", "value": value, "note": "come out as the paper's"})
+        tiles.append({"name": "comparisons", "value": value, "note": "agree with the paper"})
     white = [result.counts["kinds"]["white"] for result in steering if "white" in result.counts["kinds"]]
     if white and white[0]["asked"]:
         value = f"{count(white[0]['right'])} of {count(white[0]['asked'])}"
@@ -168,20 +168,20 @@ def _tiles(
 
 
 def _missing(plan: StudyPlan) -> list[str]:
-    """What is not in the report because its step is not done."""
+    """Notes on failed steps, and on results that are missing because their step is not done."""
     notes = [f"{train.grid_cell.name} failed: {train.step.failure}" for train in plan.trains if train.step.failure]
     missing = [step for step in plan.steps if not step.finished]
     if missing:
         labels = ", ".join(step.label for step in missing[:6]) + (", …" if len(missing) > 6 else "")
         notes.append(
-            f"{len(missing)} of {len(list(plan.steps))} steps are not done, so what they find is not shown: {labels}. "
-            "`sae-ray run` does them."
+            f"{len(missing)} of {len(list(plan.steps))} steps are not done, so their results are not shown: {labels}. "
+            "Run them with `sae-ray run`."
         )
     return notes
 
 
 def _run(plan: StudyPlan) -> list[tuple[str, str]]:
-    """Name and value of what the study was run with."""
+    """Name and value of each fact about the run."""
     study = plan.study
     records = [record for step in plan.steps if (record := step.record()) is not None]
     commits = sorted({record["git_commit"][:10] for record in records if record["git_commit"]})

@@ -1,4 +1,4 @@
-"""The plots of a study, as SVG that takes its colours of text and axes from the page around it."""
+"""The plots of a study, as SVG. Text and axes take their colour from the page."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from matplotlib.axes import Axes
 
-# Told apart by people who see colours differently, on white as on black (Okabe and Ito's, darkened a little).
+# Okabe and Ito's colour-blind-safe palette, slightly darkened to work on white and on black.
 COLOURS = ("#0b7bb5", "#d55e00", "#009e73", "#b5739d", "#c88a04", "#56b4e9", "#8c6bb1", "#7a7a7a")
 INK = "#010203"
-"""Stands for the colour of the page's text, which is not known here."""
+"""A placeholder for the page's text colour."""
 WIDTH, HEIGHT = 4.6, 3.1
-"""Of a plot, in inches of 72 points."""
+"""Size of a plot in inches of 72 points."""
 POINTS = 256
-"""Points of an MS curve at most; it is what is seen at the size of a plot."""
+"""Maximum number of points of an MS curve; more would not be visible at this size."""
 
 
 SETTINGS: dict[str, Callable[[GridCell], str]] = {
@@ -39,7 +39,7 @@ SETTINGS: dict[str, Callable[[GridCell], str]] = {
         f"K\u00a0=\u00a0{grid_cell.cell.k}" if grid_cell.cell.k is not None else f"sparsity {grid_cell.cell.sparsity:g}"
     ),
 }
-"""What tells the cells of a grid apart, in words."""
+"""The settings by which the cells of a grid differ, as text."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot: what is on it, and the words around it."""
+    """A line plot with its labels."""
 
     title: str
     x_label: str
     y_label: str
     lines: list[Line] = field(default_factory=list)
     x_scale: str = "linear"
-    """`linear`, or `log2` or `log10` with ticks where the points are."""
+    """`linear`, `log2` (with ticks at the points) or `log10`."""
     markers: bool = True
     y_from_0: bool = True
 
@@ -71,7 +71,7 @@ class Plot:
 
     @property
     def description(self) -> str:
-        """In words, for those who do not see it."""
+        """A text alternative for screen readers."""
         ranges = [f"{line.name} from {min(line.y):.3g} to {max(line.y):.3g}" for line in self.lines]
         return f"{self.title}: {self.y_label} over {self.x_label}. {'; '.join(ranges)}."
 
@@ -104,12 +104,12 @@ class Plot:
 
 @dataclass(frozen=True)
 class Bars:
-    """Shares side by side: with and without an edit."""
+    """Bars of shares side by side, such as with and without an edit."""
 
     title: str
     names: Sequence[str]
     shares: Mapping[str, Sequence[float]]
-    """Name of the colour -> one share per name; NaN where there is none."""
+    """Name of a colour -> one share per name; NaN for a missing share."""
 
     @property
     def height(self) -> float:
@@ -117,7 +117,7 @@ class Bars:
 
     @property
     def description(self) -> str:
-        """In words, for those who do not see it."""
+        """A text alternative for screen readers."""
         rows = [
             f"{name}: " + ", ".join(f"{colour} {values[row]:.0%}" for colour, values in self.shares.items())
             for row, name in enumerate(self.names)
@@ -139,7 +139,7 @@ class Bars:
 
 
 def grid_plots(rows: Sequence[CellSummary]) -> list[Plot]:
-    """What width and sparsity do: one plot per measure, one line per family of cells over the expansion factor."""
+    """The effect of width and sparsity: a plot per measure over the expansion factor, a line per family of cells."""
     measures: list[tuple[str, Callable[[CellSummary], float | None]]] = [
         ("mean MS", lambda row: row.mean_ms),
         (f"mean MS of the {BEST} best", lambda row: row.top_ms),
@@ -161,7 +161,7 @@ def grid_plots(rows: Sequence[CellSummary]) -> list[Plot]:
 
 
 def fidelity_plots(rows: Sequence[CellSummary]) -> list[Plot]:
-    """R² against L0, one line per family of cells that differ in sparsity alone."""
+    """R² against L0, with a line per family of cells that differ only in sparsity."""
     x_label = "L0 (active latents per activation)"
     plot = Plot("R² against L0", x_label, "R²", x_scale="log10", y_from_0=False)
     saes = [row for row in rows if row.grid_cell is not None and _known(row.l0) and _known(row.r2)]
@@ -171,7 +171,7 @@ def fidelity_plots(rows: Sequence[CellSummary]) -> list[Plot]:
 
 
 def curve_plots(cells: Sequence[Neurons], min_images: int) -> list[Plot]:
-    """MS over the neurons of a cell from best to worst: per expansion and per sparsity, with the raw neurons dashed."""
+    """MS of each cell's neurons from best to worst, per expansion and per sparsity, with the raw neurons dashed."""
     raw = {cell.score.activations.site.name: cell for cell in cells if cell.score.sae is None}
     saes = [(cell.score.sae.grid_cell, cell) for cell in cells if cell.score.sae is not None]
     plots = []
@@ -183,7 +183,7 @@ def curve_plots(cells: Sequence[Neurons], min_images: int) -> list[Plot]:
 
         for (site, architecture, setting), group in _grouped(saes, shared):
             if varies == "amount" and len(group) < 2:
-                continue  # it is among the others
+                continue  # already part of the plots over the expansion factor
             plot = Plot(f"{architecture} on {site}, {setting}", "neurons, best first (share)", "MS", markers=False)
             for grid_cell, cell in sorted(group, key=lambda pair: _size(pair[0].cell)):
                 _append_curve(plot, SETTINGS[varies](grid_cell), cell, min_images)
@@ -194,7 +194,7 @@ def curve_plots(cells: Sequence[Neurons], min_images: int) -> list[Plot]:
 
 
 def ms_curve(ms: Float[np.ndarray, " neurons"]) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
-    """Rank as a share, and score, of neurons from best to worst; at most `POINTS` of them, both ends among these."""
+    """Relative rank and score of the neurons from best to worst: at most `POINTS` of them, including both ends."""
     ms = np.sort(ms)[::-1]
     kept = np.unique(np.linspace(0, len(ms) - 1, min(POINTS, len(ms))).round().astype(int))
     return kept / max(1, len(ms) - 1), ms[kept]
@@ -207,7 +207,7 @@ def draw(plot: Plot | Bars) -> str:
 
     style: Any = {
         "svg.fonttype": "none",
-        "svg.hashsalt": plot.description,  # ids must not meet those of the other plots on the page
+        "svg.hashsalt": plot.description,  # ids must differ between the plots of the page
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -222,16 +222,16 @@ def draw(plot: Plot | Bars) -> str:
 
 
 def figure(plot: Plot | Bars) -> dict[str, str]:
-    """What the template needs of a plot."""
+    """The plot as the template needs it."""
     return {"title": plot.title, "description": plot.description, "svg": draw(plot)}
 
 
 def _inline(svg: str) -> str:
-    """The drawing alone: no XML prologue, no style that would reach the rest of the page, no fonts but the page's."""
+    """Only the `<svg>` element: without XML prologue, without styles that would affect the page, without fonts."""
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r"font-family: [^;]*; ?", "", svg)
-    svg = re.sub(r' id="[a-z0-9_.]+_\d+"', "", svg)  # names of parts, the same in every plot
+    svg = re.sub(r' id="[a-z0-9_.]+_\d+"', "", svg)  # ids of parts, the same in every plot
     return svg.replace("xlink:href", "href").replace(INK, "currentColor")
 
 
@@ -253,12 +253,12 @@ def _known(value: float | None) -> TypeGuard[float]:
 
 
 def _size(cell: Cell) -> tuple[float, float]:
-    """Narrow before wide, sparse before dense."""
+    """Sorts by width, then from sparse to dense."""
     return cell.expansion, cell.k if cell.k is not None else -(cell.sparsity or 0.0)
 
 
 def _family(row: CellSummary, rows: Sequence[CellSummary], varies: str) -> str:
-    """What cells share that differ in one setting alone, named by what is not the same in the whole study."""
+    """The settings that a family of cells shares, leaving out those that are the same in the whole study."""
     assert row.grid_cell is not None
     saes = [one.grid_cell for one in rows if one.grid_cell is not None]
     others = [of for name, of in SETTINGS.items() if name != varies]

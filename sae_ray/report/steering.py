@@ -1,4 +1,4 @@
-"""What the steering of a LLaVA came to: rates with their counts, and answers before and after with their images."""
+"""The results of steering a LLaVA: rates with their counts, and answers before and after with their images."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from sae_ray.study.plan import SteeringPlan, StudyPlan
 
 KINDS = {
     "unsteered": "no edit",
-    "reconstruction": "the SAE without an edit",
+    "reconstruction": "SAE reconstruction, no edit",
     "white": "concept latents, on a white image",
-    "impure": "latents that stand for no class, on a white image (control)",
+    "impure": "latents without a class, on a white image (control)",
     "neuron": "raw neurons, on a white image (control)",
     "diffmean_white": "DiffMean, on a white image",
     "insertion": "best latents, on images of other classes",
@@ -32,50 +32,50 @@ KINDS = {
     "suppression": "best latents ablated, on images of their class",
     "diffmean_suppression": "DiffMean subtracted, on images of its class",
 }
-"""What is edited and asked about, in words, in the order of the table."""
+"""Kind of edit -> its description, in the order of the table."""
 TITLES = {
     "white": "A white image",
     "insertion": "Images of other classes",
     "suppression": "Images of the class itself",
 }
-"""The kinds whose answers are shown."""
+"""The kinds whose answers are shown, with their headings."""
 GOALS = {"white": "name it", "insertion": "name it", "suppression": "no longer name it"}
-"""What is right."""
+"""Kind of edit -> what counts as right."""
 EXAMPLES = 6
-"""Images per kind and latent whose answers are shown."""
+"""Images per kind and latent whose answers a neuron's page shows."""
 ON_PAGE = 2
-"""Those of them that the study's page shows."""
+"""Images per kind and latent whose answers the main page shows."""
 WHITE_SHOWN = 48
-"""Latents whose answers about a white image it shows."""
+"""Latents whose answers about a white image the main page shows."""
 
 
 class Answers(NamedTuple):
-    """All answers about one image under one edit."""
+    """All answers about one image with one edit."""
 
     kind: str
     latent: int
     image_index: int
-    """Of the held-out images; -1 for the white one."""
+    """Of a held-out image; -1 for the white image."""
     rows: list[dict[str, Any]]
-    """Of `answers.parquet`, one per prompt."""
+    """Rows of `answers.parquet`, one per prompt."""
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringResult:
-    """The steering by one SAE."""
+    """The results of steering with one SAE."""
 
     plan: SteeringPlan
     counts: dict[str, Any]
-    """The rates in `step.json`."""
+    """The rates from `step.json`."""
     concepts: list[dict[str, Any]]
-    """`concepts.parquet`: the latents that were steered."""
+    """The rows of `concepts.parquet`: the steered latents."""
     examples: list[Answers]
-    """A few images per kind and latent, evenly spread over those that were asked about."""
+    """A few images per kind and latent, evenly spaced over all that were asked about."""
     asked: dict[tuple[str, int], tuple[int, int]]
-    """(kind, latent) -> right answers and answers of all images, to the prompt that asks for the class."""
+    """(kind, latent) -> number of right answers and of all answers to the study's prompt, over all images."""
 
     class_name: Mapping[str, str]
-    """Class -> its name in words."""
+    """Class -> its readable name."""
 
     @property
     def best(self) -> list[int]:
@@ -84,7 +84,7 @@ class SteeringResult:
 
 
 def read_steering(plan: StudyPlan) -> list[SteeringResult]:
-    """Every steering step that is done."""
+    """The results of all finished steering steps."""
     return [_read(one) for one in plan.steerings if one.step.finished and one.step.failure is None]
 
 
@@ -109,7 +109,7 @@ def _read(plan: SteeringPlan) -> SteeringResult:
 
 
 def _by_edit(answers: pa.Table, prompt: str) -> dict[tuple[str, int], list[Answers]]:
-    """(kind, latent) -> answers per image; images whose class was not named before are no case of suppression."""
+    """(kind, latent) -> answers per image. Suppression only counts images whose class is named without the edit."""
     images: dict[tuple[str, int, int], Answers] = {}
     for row in answers.to_pylist():
         if row["kind"] in TITLES:
@@ -133,7 +133,7 @@ def _spread(images: Sequence[Answers], n: int) -> list[Answers]:
 
 
 def write_steering(folder: Path, result: SteeringResult, album: Album) -> None:
-    """The answers of every latent, for its page."""
+    """Writes the answers of each latent, for its page."""
     by_latent: dict[int, dict[str, list[dict]]] = {}
     for one in result.examples:
         kinds = by_latent.setdefault(one.latent, {})
@@ -165,7 +165,7 @@ def _plain(one: Answers, album: Album, heldout: str) -> dict[str, Any]:
 
 
 def show(result: SteeringResult, cell: Neurons, album: Album) -> dict[str, Any]:
-    """What the template shows of the steering by one SAE."""
+    """The results of one SAE as the template needs them."""
     steering, counts = result.plan.steering, result.counts
     rates = _named(counts["kinds"])
     edited = [row for row in rates if row["rate"] is not None]
@@ -183,7 +183,7 @@ def show(result: SteeringResult, cell: Neurons, album: Album) -> dict[str, Any]:
         "name": result.plan.name,
         "llava": model_name(steering.llava),
         "prompt": steering.prompt,
-        "edit": f"set to {steering.strength:g} {unit}".rstrip() + f", and what the SAE does not reconstruct was {kept}",
+        "edit": f"set to {steering.strength:g} {unit}".rstrip() + f" and the SAE's reconstruction error was {kept}",
         "rates": rates,
         "unchanged": _named(counts["unchanged"]),
         "upper": counts["bounds"]["label_similarity"],
@@ -198,16 +198,19 @@ def _named(counts: dict[str, dict]) -> list[dict[str, Any]]:
 
 
 def _answers(result: SteeringResult, kind: str, cell: Neurons, album: Album) -> dict[str, Any]:
-    """A few answers before and after, with the image, or in place of the white one the latent's top images."""
+    """A few answers before and after, with their images. For the white image the latent's top images are shown."""
     best = result.best
     mine = [one for one in result.examples if one.kind == kind]
     if kind == "white":
         chosen = sorted(mine, key=lambda one: one.latent not in best)[:WHITE_SHOWN]
-        words = f"A white image shows nothing: {len(chosen)} of {len(mine)} latents, the best of each class first."
+        words = (
+            f"Answers about a white image, for {len(chosen)} of {len(mine)} latents, the best of each class first. "
+            "Beside each answer are the latent's top images."
+        )
     else:
         groups = [[one for one in mine if one.latent == latent] for latent in best]
         chosen = [one for turn, group in enumerate(groups) for one in _few(group, turn)]
-        words = "Of each latent images evenly spread over those that were asked about, whatever the answers."
+        words = "For each latent, images are evenly spaced over all that were asked about, whatever the answers."
     return {"title": TITLES[kind], "words": words, "answers": [_shown(one, result, cell, album) for one in chosen]}
 
 
@@ -229,6 +232,6 @@ def _shown(one: Answers, result: SteeringResult, cell: Neurons, album: Album) ->
 
 
 def _few(answers: Sequence[Answers], turn: int) -> list[Answers]:
-    """`ON_PAGE` of them, others at the next turn, so that not all latents are shown on the same images."""
+    """Picks `ON_PAGE` answers; each turn picks others, so that latents are not all shown on the same images."""
     n = min(ON_PAGE, len(answers))
     return [answers[(turn + place * len(answers) // n) % len(answers)] for place in range(n)]

@@ -1,4 +1,4 @@
-"""Numbers and names as the report writes them."""
+"""Formats numbers and names for the report."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def duration(seconds: float | None) -> str:
 
 
 def model_name(model: str) -> str:
-    """A hub id as it is; of a path its last part."""
+    """A hub id unchanged; the last part of a path."""
     path = model.removeprefix("open_clip:local-dir:")
     return Path(path).name if path != model or path.startswith(("/", "~", ".")) else model

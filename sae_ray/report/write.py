@@ -1,4 +1,4 @@
-"""Makes the report of a study and puts it in its place."""
+"""Makes the report of a study."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from sae_ray.study.summary import summarise
 
 REPORT = "report"
 RECORD = "report.json"
-"""Says what the report shows; written last."""
+"""Records what the report shows; written last."""
 BLOCK = 32
-"""Neurons of a cell whose images are numbered together, so that they share sprites."""
+"""How many neurons of a cell have their images numbered together, so that they share sprites."""
 
 
 def write_report(plan: StudyPlan) -> bool:
-    """Makes `<root>/report/` from the steps that are finished, unless it is there and shows just these.
+    """Makes `<root>/report/` from the finished steps, unless an up-to-date report exists.
 
-    A report appears whole: it is made beside its place and renamed (in an object store, `index.html` is uploaded last
-    but one).
+    The report appears all at once: it is made in a temporary folder and renamed. In an object store, `index.html` is
+    uploaded after the files it needs.
 
     Returns:
-        Whether it had to be made.
+        Whether the report was made.
 
     Raises:
-        SaeRayError: a step is torn, or another driver is making the report.
+        SaeRayError: a step's files are incomplete, or another driver is making the report.
     """
     place = plan.root / REPORT
     study = plan.study.to_dict() | {"resources": None}
@@ -67,7 +67,7 @@ def write_report(plan: StudyPlan) -> bool:
 
 
 def _program() -> str:
-    """What this package is: its report is made again by another version."""
+    """A hash of this package's files: another version makes the report again."""
     files = sorted(path for path in Path(__file__).parent.rglob("*") if path.is_file() and path.suffix != ".pyc")
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
@@ -101,7 +101,7 @@ def _answered(steering: Sequence[SteeringResult]) -> Iterator[tuple[str, np.ndar
 
 
 def _in_turn(cells: Sequence[Neurons]) -> Iterator[tuple[str, np.ndarray]]:
-    """The top images of a few neurons of every cell, then of the next few: the best ones of all come first."""
+    """Top images in blocks of neurons: first the best few neurons of all cells, then the next few, and so on."""
     for start in range(0, max((len(cell.order) for cell in cells), default=0), BLOCK):
         for cell in cells:
             yield cell.pictures.name, cell.top_image[cell.order[start : start + BLOCK]].astype(np.int64)
@@ -113,18 +113,18 @@ def _heat(
     try:
         return heat_maps(plan, cells, {result.plan.name: result.best for result in steering}), []
     except SaeRayError as error:
-        return {}, [f"There are no heat maps, since the encoder could not be run: {error}"]
+        return {}, [f"There are no heat maps because the encoder could not be run: {error}"]
 
 
 def _limits(cells: Sequence[Neurons], album: Album, n_missing: int) -> list[str]:
-    """What a large study's report leaves out."""
+    """Notes on what the report leaves out."""
     notes = []
     if len(album) > MOST:
-        notes.append(f"{MOST:,} of {len(album):,} top images have a thumbnail, those of the best neurons of every SAE.")
+        notes.append(f"Only {MOST:,} of {len(album):,} top images have a thumbnail: those of each SAE's best neurons.")
     if n_missing:
-        notes.append(f"{n_missing:,} images can no longer be read where they were and have no thumbnail.")
+        notes.append(f"{n_missing:,} images can no longer be read, so they have no thumbnail.")
     if any(len(cell.order) > WITH_NEIGHBOURS and cell.score.sae is not None for cell in cells):
-        notes.append(f"Decoder neighbours are shown for the {WITH_NEIGHBOURS:,} best neurons of an SAE.")
+        notes.append(f"Decoder neighbours are shown only for the {WITH_NEIGHBOURS:,} best neurons of each SAE.")
     return notes
 
 

@@ -1,7 +1,7 @@
 """Scores: what a neuron responds to, from one pass over a set of images.
 
-`statistics` holds sums and extremes that are added block by block, and MonoSemanticity computed from them. `scoring`
-makes the blocks of an SAE or of raw activations, and the tables that are written."""
+`statistics` accumulates sums and extremes block by block and computes MonoSemanticity from them. `scoring` makes the
+blocks, from an SAE or from raw activations, and the tables that are written."""
 
 from typing import TYPE_CHECKING
 

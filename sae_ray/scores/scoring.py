@@ -1,4 +1,4 @@
-"""Scoring one SAE, or the raw activations, on one image set: fixed blocks in, three tables out."""
+"""Scores an SAE, or the raw activations, on one image set: fixed blocks in, three tables out."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
 
 def image_blocks(store: ActivationStore) -> list[range]:
-    """Part numbers of every block: whole parts of about `IMAGES_PER_BLOCK` images, whatever the cluster."""
+    """The part numbers of each block: whole parts with about `IMAGES_PER_BLOCK` images, the same on any cluster."""
     per_block = max(1, IMAGES_PER_BLOCK // store.record["config"]["images_per_part"])
     return [range(start, min(start + per_block, len(store.parts))) for start in range(0, len(store.parts), per_block)]
 
 
 def n_neurons(sae: SAE | None, store: ActivationStore) -> int:
-    """Latents of the SAE, or coordinates of the activation where there is no SAE.
+    """Number of latents of the SAE, or of coordinates of the activation if there is no SAE.
 
-    Raises UsageError when the SAE was made for activations of another width.
+    Raises UsageError if the SAE takes activations of another width.
     """
     if sae is None:
         return store.d
     if sae.d_in != store.d:
         raise UsageError(
-            f"the SAE reads activations of width {sae.d_in}, {store.folder} holds width {store.d}; "
+            f"the SAE takes activations of width {sae.d_in}, but {store.folder} has width {store.d}; "
             "choose the site it was trained on"
         )
     return sae.d_sae
@@ -50,15 +50,15 @@ def n_neurons(sae: SAE | None, store: ActivationStore) -> int:
 def read_block(
     sae: SAE | None, store: ActivationStore, embeddings: ActivationStore | None, parts: range
 ) -> tuple[BlockImages, list[Entries]]:
-    """One block of images, and its entries for every range of `neuron_blocks`.
+    """One block of images, and its entries for each range of `neuron_blocks`.
 
     Args:
-        sae: None takes the raw activation coordinates in the same way.
-        embeddings: the judge's, of the same images; None collects everything but the score.
+        sae: None scores the raw coordinates of the activation instead.
+        embeddings: the judge's, of the same images; None collects everything except the score.
         parts: part numbers, the same in both stores.
 
     Raises:
-        UsageError: the SAE was made for activations of another width.
+        UsageError: the SAE takes activations of another width.
         SaeRayError: the embeddings are of other images.
     """
     ranges = list(neuron_blocks(n_neurons(sae, store), _width(embeddings)))
@@ -94,9 +94,9 @@ def joined(parts: Sequence[Entries]) -> Entries:
 def score_store(
     sae: SAE | None, store: ActivationStore, embeddings: ActivationStore | None, n_top: int
 ) -> list[NeuronStats]:
-    """Statistics of all images, as the scoring stage has them; arguments and errors as of `read_block`.
+    """Statistics over all images, the same as the scoring stage computes. Arguments and errors as in `read_block`.
 
-    `n_top`: top images kept per neuron.
+    `n_top`: number of top images per neuron.
     """
     width = _width(embeddings)
     stats = [NeuronStats(len(neurons), width, n_top) for neurons in neuron_blocks(n_neurons(sae, store), width)]
@@ -113,7 +113,7 @@ def _width(embeddings: ActivationStore | None) -> int:
 
 def _other_images(store: ActivationStore, embeddings: ActivationStore) -> SaeRayError:
     return SaeRayError(
-        f"{store.folder} and {embeddings.folder} do not hold the same images part by part; "
+        f"{store.folder} and {embeddings.folder} do not contain the same images in each part; "
         "extract both from the same manifest"
     )
 
@@ -130,7 +130,7 @@ def _encode(sae: SAE | None, activation: np.ndarray, row_image: np.ndarray) -> E
 
 
 def score_table(blocks: Sequence[NeuronStats]) -> pa.Table:
-    """One row per neuron, in order; `ms` is NaN for the dead, maxima are 0 for a latent that never fired."""
+    """One row per neuron, in order. `ms` is NaN for dead neurons; maxima are 0 for latents that never fired."""
     n_images = blocks[0].n_images
 
     def column(name: str) -> np.ndarray:
@@ -168,9 +168,9 @@ def top_images_table(blocks: Sequence[NeuronStats]) -> pa.Table:
 
 
 def histogram_table(blocks: Sequence[NeuronStats]) -> pa.Table:
-    """One row per (neuron, bin) with images in it: how many have a value from `low` to below `high`, above 0.
+    """One row per (neuron, non-empty bin): the number of images with a value from `low` to below `high`, above 0.
 
-    The first and the last bin also hold what lies outside the bins (`HISTOGRAM_EDGES`).
+    The first and the last bin also count values outside the range of `HISTOGRAM_EDGES`.
     """
     counts = np.concatenate([block.histogram for block in blocks])
     neuron, bins = np.nonzero(counts)
@@ -187,14 +187,14 @@ def histogram_table(blocks: Sequence[NeuronStats]) -> pa.Table:
 def majority(
     neuron: Int[np.ndarray, " entries"], label: Int[np.ndarray, " entries"], n_neurons: int
 ) -> tuple[Int[np.ndarray, " neurons"], Float[np.ndarray, " neurons"]]:
-    """The commonest label among each neuron's images, the lower one of two that tie, and its share of the images.
+    """The most common label of each neuron's images (the lower one in a tie), and its share of the images.
 
     Args:
-        neuron: of every pair of a neuron and one of its top images.
-        label: of that image; -1 for none.
+        neuron: the neuron of each pair of a neuron and one of its top images.
+        label: the label of that image; -1 for none.
 
     Returns:
-        -1 and 0 where no image has a label.
+        Label and share per neuron; -1 and 0 if no image has a label.
     """
     n_images = np.bincount(neuron, minlength=n_neurons)
     neuron, label = neuron[label >= 0], label[label >= 0]

@@ -1,8 +1,8 @@
 """Statistics of neurons over images: one pass gives MonoSemanticity scores, frequencies, maxima and top images.
 
-A `NeuronStats` covers a range of neurons. Blocks of images are added to it in their order; blocks of fixed size give
-the same bits whoever prepared them. The cost of a block follows the number of its entries, never images times neurons,
-and memory follows the number of neurons alone.
+A `NeuronStats` covers a range of neurons. Blocks of images are added in order; since blocks have a fixed size, results
+are bit-identical for any number of workers. The cost of a block grows with the number of its entries, not with images
+times neurons, and memory grows only with the number of neurons.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_BYTES = 64 * 2**20
-"""Largest `weighted_embeddings` of one range of neurons: what a task holds and hands on."""
+"""Maximum size of `weighted_embeddings` for one range of neurons, which a task keeps and passes on."""
 IMAGES_PER_BLOCK = 4096
-"""Images that one block covers (whole parts, so a little more or less); part of the format, since blocks decide the
-order of sums."""
+"""Images per block (in whole parts, so a little more or less). Part of the format, since blocks determine the order of
+sums."""
 HISTOGRAM_EDGES = 2.0 ** (np.arange(-32, 33) / 2)
-"""Half octaves from 2⁻¹⁶ to 2¹⁶: the edges of the bins in which values above 0 are counted. What lies outside goes to
-the first or the last bin."""
+"""Half octaves from 2⁻¹⁶ to 2¹⁶: the bin edges of the histogram of values above 0. Values outside are counted in the
+first or the last bin."""
 
 
 class Entries(NamedTuple):
-    """Image-level activations as a sparse matrix; what is not listed is 0. Sorted by (`neuron`, `image`)."""
+    """Image-level activations as a sparse matrix, sorted by (`neuron`, `image`). Values that are not listed are 0."""
 
     image: Int[np.ndarray, " entries"]
     """Position of the image within the block."""
@@ -40,7 +40,7 @@ class Entries(NamedTuple):
     """Largest value over the image's tokens, float64."""
 
     def of_range(self, neurons: range) -> Entries:
-        """Those of a range of neurons, which are counted from its start."""
+        """The entries of a range of neurons, with neurons counted from its start."""
         kept = slice(*np.searchsorted(self.neuron, (neurons.start, neurons.stop)))
         image, neuron, value, token_max = (column[kept] for column in self)
         return Entries(image, neuron - neurons.start, value, token_max)
@@ -50,9 +50,9 @@ class BlockImages(NamedTuple):
     """The images of one block."""
 
     image_index: Int[np.ndarray, " images"]
-    """Ascending, and above those of earlier blocks."""
+    """Ascending, and higher than in earlier blocks."""
     unit: Float[np.ndarray, "images d"]
-    """The judge's embeddings as float64 of length 1; `d` is 0 where there is no judge."""
+    """The judge's embeddings as float64 unit vectors; `d` is 0 without a judge."""
 
     @classmethod
     def of(
@@ -75,7 +75,7 @@ def pool_tokens(
     """Averages codes over the tokens of each image (codes, not activations: METHODS.md, MonoSemanticity score).
 
     Args:
-        row_image: image position of every token row, ascending.
+        row_image: image position of each token row, ascending.
         row, neuron, value: the codes, one entry per nonzero; `row` indexes `row_image`.
     """
     image = row_image[row]
@@ -89,7 +89,7 @@ def pool_tokens(
     listed = np.diff(np.r_[starts, len(value)])
     largest = np.maximum.reduceat(value, starts)
     image, neuron = image[starts], neuron[starts]
-    # A token that is not listed is 0, which is the maximum where all listed ones are negative.
+    # Tokens that are not listed are 0, which is the maximum if all listed values are negative.
     largest = np.where(listed < n_tokens[image], np.maximum(largest, 0.0), largest)
     return Entries(image, neuron, sums / n_tokens[image], largest)
 
@@ -98,43 +98,43 @@ class NeuronStats:
     """Sums and extremes of a range of neurons over the images added so far. Arrays have one row per neuron."""
 
     def __init__(self, n_neurons: int, width: int, n_top: int):
-        """Over no images yet.
+        """Starts without images.
 
         Args:
-            width: of the judge's embeddings; 0 without a judge.
-            n_top: top images kept per neuron.
+            width: width of the judge's embeddings; 0 without a judge.
+            n_top: number of top images per neuron.
         """
         self.n_images = 0
         self.n_listed: Int[np.ndarray, " neurons"] = np.zeros(n_neurons, np.int64)
-        """Images with an entry; the value of the others is 0."""
+        """Number of images with an entry; the value on the others is 0."""
         self.listed_min: Float[np.ndarray, " neurons"] = np.full(n_neurons, np.inf)
-        """Of the entries, as the next three."""
+        """Smallest value of the entries; the next three are also computed from entries only."""
         self.n_listed_min: Int[np.ndarray, " neurons"] = np.zeros(n_neurons, np.int64)
         self.listed_max: Float[np.ndarray, " neurons"] = np.full(n_neurons, -np.inf)
         self.listed_max_token: Float[np.ndarray, " neurons"] = np.full(n_neurons, -np.inf)
         self.n_firing: Int[np.ndarray, " neurons"] = np.zeros(n_neurons, np.int64)
-        """Images with a value above 0."""
+        """Number of images with a value above 0."""
         self.total: Float[np.ndarray, " neurons"] = np.zeros(n_neurons)
         self.total_squares: Float[np.ndarray, " neurons"] = np.zeros(n_neurons)
         self.total_firing: Float[np.ndarray, " neurons"] = np.zeros(n_neurons)
         """Sum of the values above 0."""
         self.top_value: Float[np.ndarray, "neurons top"] = np.full((n_neurons, n_top), -np.inf)
-        """Largest values, descending; -inf where there are fewer."""
+        """Largest values, descending; -inf in unused places."""
         self.top_image: Int[np.ndarray, "neurons top"] = np.full((n_neurons, n_top), -1, np.int64)
-        """Their `image_index`; ties by the lower index; -1 where there are fewer."""
+        """Their `image_index`, lower index first in ties; -1 in unused places."""
         self.histogram: Int[np.ndarray, "neurons bins"] = np.zeros((n_neurons, len(HISTOGRAM_EDGES) - 1), np.int32)
-        """Images with a value in `[HISTOGRAM_EDGES[i], HISTOGRAM_EDGES[i + 1])`; a row sums to `n_firing`."""
+        """Number of images with a value in `[HISTOGRAM_EDGES[i], HISTOGRAM_EDGES[i + 1])`; rows sum to `n_firing`."""
         self.embedding_sum: Float[np.ndarray, " d"] = np.zeros(width)
         """Sum of the judge's unit embeddings."""
         self.weighted_embeddings: Float[np.ndarray, "neurons d"] = np.zeros((n_neurons, width))
         """Sum over images of value times unit embedding."""
 
     def add(self, entries: Entries, images: BlockImages) -> None:
-        """Adds a block of images. Only the rows of neurons that have an entry are touched.
+        """Adds a block of images. Only the rows of neurons with an entry are updated.
 
         Args:
-            entries: of these neurons, counted from 0.
-            images: with higher indices than those added before: so ties go to the lower index.
+            entries: entries of these neurons, counted from 0.
+            images: must have higher indices than all images added before, so that ties go to the lower index.
         """
         self.n_images += len(images.image_index)
         self.embedding_sum += images.unit.sum(axis=0)
@@ -209,11 +209,11 @@ class NeuronStats:
 
     @property
     def _has_zero(self) -> Bool[np.ndarray, " neurons"]:
-        """Whether an image is without an entry."""
+        """Whether at least one image has no entry."""
         return self.n_listed < self.n_images
 
     def monosemanticity(self) -> Float[np.ndarray, " neurons"]:
-        """MonoSemanticity score of every neuron, in [-1, 1]; NaN where fewer than two images are above the minimum.
+        """MonoSemanticity score of each neuron, in [-1, 1]; NaN if fewer than two images are above the minimum.
 
         Equals the similarity of all image pairs, weighted by the product of their min-max scaled activations (Pach et
         al., arXiv 2504.02821, eq. 5-9), without forming the pairs: the maximum cancels, and a sum over pairs is the
@@ -224,7 +224,7 @@ class NeuronStats:
         alive = self.n_active >= 2
         low = np.where(alive, self.minimum, 0.0)
         lengths = np.einsum("nd,nd->n", self.weighted_embeddings, self.weighted_embeddings)
-        shifted = np.flatnonzero(low)  # of an SAE only latents that fire on every image
+        shifted = np.flatnonzero(low)  # in an SAE, only latents that fire on every image
         moved = self.weighted_embeddings[shifted] - low[shifted, None] * self.embedding_sum
         lengths[shifted] = np.einsum("nd,nd->n", moved, moved)
         total = self.total - self.n_images * low
@@ -236,19 +236,18 @@ class NeuronStats:
 def monosemanticity(
     activations: Float[Tensor, "images neurons"], embeddings: Float[Tensor, "images d"]
 ) -> Float[Tensor, " neurons"]:
-    """MonoSemanticity score of every neuron (Pach et al., arXiv 2504.02821, eq. 5-9).
+    """MonoSemanticity score of each neuron (Pach et al., arXiv 2504.02821, eq. 5-9).
 
     Args:
         activations: one value per image and neuron, any scale and sign.
         embeddings: of the same images by a judge (DINOv2, say); normalised to unit length here.
 
     Returns:
-        Scores in [-1, 1], float64: how similar the images are on which a neuron is active. NaN for a neuron that has
-        fewer than two images above its minimum.
+        Scores in [-1, 1], float64: how similar the images are on which a neuron is active. NaN for a neuron with fewer
+        than two images above its minimum.
 
     Raises:
-        UsageError: the two do not have the same number of rows, hold values that are not finite, or an embedding is
-            zero.
+        UsageError: the two have different numbers of rows, contain values that are not finite, or an embedding is zero.
     """
     import torch
 
@@ -261,7 +260,7 @@ def monosemanticity(
     if not (np.isfinite(values).all() and np.isfinite(judged).all()):
         raise UsageError("activations and embeddings must be finite; remove the rows with NaN or inf")
     if not judged.any(axis=1).all():
-        raise UsageError("an embedding that is zero has no direction; remove its row from both matrices")
+        raise UsageError("an embedding is zero, so it has no direction; remove its row from both matrices")
     scores = np.empty(values.shape[1])
     for block in neuron_blocks(values.shape[1], judged.shape[1]):
         scores[block] = _block_scores(values[:, block], judged)
@@ -269,7 +268,7 @@ def monosemanticity(
 
 
 def _block_scores(values: np.ndarray, judged: np.ndarray) -> np.ndarray:
-    # Scaled to [0, 1] as the paper has it, which changes no score: the sums of values far from 0 would cancel.
+    # Scaled to [0, 1] as in the paper. Scores do not change, but sums of values far from 0 would lose precision.
     low, high = values.min(axis=0, initial=np.inf), values.max(axis=0, initial=-np.inf)
     values = (values - low) / np.where(high > low, high - low, 1.0)
     neuron, image = np.nonzero(values.T)
@@ -293,7 +292,7 @@ def _add_product(
     value: Float[np.ndarray, " entries"],
     unit: Float[np.ndarray, "images d"],
 ) -> None:
-    """Adds to `target` the product of a sparse matrix, whose rows `offsets` delimit, with a dense one."""
+    """Adds to `target` the product of a sparse matrix, with rows delimited by `offsets`, and a dense one."""
     import warnings
 
     import torch

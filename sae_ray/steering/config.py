@@ -1,4 +1,4 @@
-"""What decides the evaluation of a LLaVA that is steered."""
+"""The configuration of the steering evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Steering:
-    """How a LLaVA is steered by the SAEs of the layer that it reads, and how that is judged."""
+    """How a LLaVA is steered with SAEs of the layer that it reads, and how its answers are evaluated."""
 
     __pydantic_config__ = _PYDANTIC
 
@@ -34,39 +34,40 @@ class Steering:
     dtype: Dtype = "float32"
     """Dtype of the LLaVA; float32 on CPU."""
     scorer: str = "openai/clip-vit-base-patch32"
-    """The model of images and texts by which answers are compared with images, as `encoder.model`: CLIP, SigLIP or
-    open_clip."""
+    """The model that compares answers with images: CLIP, SigLIP or open_clip, given as `encoder.model`."""
     scorer_revision: str | None = None
     """Commit, tag or branch of a hub id."""
     prompt: str = ONE_WORD
-    """The question; the first word of the answer counts."""
+    """The question. An answer is right if it begins with the name of the class."""
     other_prompts: tuple[str, ...] = ()
-    """Questions about something else, whose answers steering should leave alone."""
+    """Questions about something else. Steering should not change their answers."""
     max_new_tokens: Count = 5
-    """Length of an answer."""
+    """Maximum number of tokens per answer."""
     strength: float = 100.0
-    """What the latent is set to."""
+    """The value that latents are set to."""
     unit: Literal["absolute", "max"] = "absolute"
-    """`max`: the strength counts in multiples of the latent's largest value on a token."""
+    """`max`: the strength is a multiple of the latent's largest value on a token."""
     error: Literal["drop", "keep"] = "drop"
-    """What becomes of the part of an activation that the SAE does not reconstruct."""
+    """Whether to drop or keep the part of an activation that the SAE does not reconstruct."""
     min_images: Count = 16
-    """A latent stands for a class if it fires on so many training images ..."""
+    """A latent represents a class if it fires on at least this many training images and meets `min_purity`."""
     min_purity: Annotated[float, Gt(0), Le(1)] = 0.75
-    """... and this share of its top images is of the class."""
+    """A latent represents a class if at least this share of its top images is of the class and it meets
+    `min_images`."""
     ignore_labels: tuple[str, ...] = ()
-    """Classes that are no concept, such as `blank`; their images are left out too."""
+    """Classes that are not concepts, such as `blank`. Their images are left out too."""
     n_white_latents: Count = 1000
-    """Latents, at most, that a white image is steered by: those that fire on most images."""
+    """Maximum number of latents to steer a white image with: those that fire on most images."""
     n_images: Count = 1000
-    """Held-out images that are steered by a few latents."""
+    """Number of held-out images to steer with `n_image_latents` latents."""
     n_image_latents: Count = 10
-    """Those latents, at most: the best ones of their classes, or where there are no labels, as on the white image."""
+    """Maximum number of latents to steer held-out images with: the best latent of each class, or without labels those
+    that fire on most images."""
 
     def __post_init__(self):
         _check(math.isfinite(self.strength), "steering.strength", self.strength, "choose a finite number")
         _check(self.prompt not in self.other_prompts, "steering.other_prompts", self.prompt,
-               "it is steering.prompt already; leave it out")  # fmt: skip
+               "this is already steering.prompt; remove it")  # fmt: skip
 
 
 def _check(holds: bool, name: str, value: object, remedy: str) -> None:

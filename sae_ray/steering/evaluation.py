@@ -1,4 +1,4 @@
-"""What the answers are worth: whether each is right, how like the concept it is, and the rates of all."""
+"""Evaluates answers: whether each is right, how similar it is to the concept, and the rates over all of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from sae_ray.concepts.naming import first_synonym, names, words_of
 from sae_ray.steering.protocol import SCALES, Kind, Question, Scales, Subjects
+from sae_ray.text_table import table_lines
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -63,21 +64,21 @@ BOUNDS = {"label_similarity": "upper bound: the label itself", "other_similarity
 
 
 class Yardstick(NamedTuple):
-    """What answers are held against."""
+    """What answers are compared with."""
 
     prompt: str
-    """The study's, which asks for the class."""
+    """The study's prompt, which asks for the class."""
     class_name: Mapping[str, str]
-    """Class -> its name in words; a class without is never asked for."""
+    """Class -> its readable name. Classes without a name are not asked about."""
     targets: Mapping[tuple[str, int | str | None], Float[np.ndarray, " d"]]
-    """Unit vectors: the mean embedding of the top images of `("latent", number)` and `("neuron", number)`; for
-    `("class", label)` that of its best latent."""
+    """Unit vectors: the mean embedding of the top images of `("latent", number)` and `("neuron", number)`. For
+    `("class", label)` it is that of the class's best latent."""
     embeddings: Mapping[str, Float[np.ndarray, " d"]]
-    """Text -> unit vector, of all that `texts` names."""
+    """Text -> unit vector, for all texts that `texts` returns."""
 
 
 def texts(answers: Sequence[str], class_name: Mapping[str, str]) -> list[str]:
-    """What has to be embedded: the first words of answers, and the names of classes."""
+    """The texts to embed: the first word of each answer, and the names of classes."""
     return sorted({*map(_first_word, answers), *map(first_synonym, class_name.values())} - {""})
 
 
@@ -96,12 +97,12 @@ def best_scales(asked: Sequence[Question], answers: Sequence[str], class_name: M
 
 
 def answer_table(asked: Sequence[Question], answers: Sequence[str], yardstick: Yardstick) -> pa.Table:
-    """One row per question, with the answer (`steered`), that without the edit (`unsteered`), and of both
+    """One row per question, with the answer (`steered`), the answer without the edit (`unsteered`), and for both:
 
-    - `right`: whether it is as the edit wants it. To the study's prompt: it names the concept, or under suppression
-      does not. To another prompt: it is what it was without the edit. Null where there is no class to name.
-    - `similarity`: cosine of its first word and the mean embedding of the top images of what is edited (for DiffMean,
-      of the best latent of the class). Null for other prompts and where nothing is edited.
+    - `right`: whether the answer is the intended one. To the study's prompt it should name the concept, or not name it
+      under suppression. To another prompt it should be the same as without the edit. Null if there is no class to name.
+    - `similarity`: cosine of the answer's first word and the mean embedding of the top images of the edited latent or
+      neuron (for DiffMean, of the class's best latent). Null for other prompts and without an edit.
     """
     plain = {
         (question.image_index, question.prompt): answer
@@ -121,10 +122,11 @@ def answer_table(asked: Sequence[Question], answers: Sequence[str], yardstick: Y
 
 
 def concept_table(subjects: Subjects, yardstick: Yardstick) -> pa.Table:
-    """One row per latent that is steered, in the order of their numbers.
+    """One row per steered latent, in the order of their numbers.
 
-    `label_similarity` is that of the class's name and the mean embedding of the latent's top images, an upper bound for
-    answers; `other_similarity` is the mean over the names of the other concepts' classes, which shuffled names tend to.
+    `label_similarity` is the similarity of the class's name and the mean embedding of the latent's top images: an upper
+    bound for answers. `other_similarity` is the mean over the names of the other concepts' classes: what shuffled names
+    would get.
     """
     concepts = set(subjects.concepts) | set(subjects.best)
     labels = sorted({one.label for one in concepts if one.label is not None and one.label in yardstick.class_name})
@@ -140,11 +142,11 @@ def concept_table(subjects: Subjects, yardstick: Yardstick) -> pa.Table:
 
 
 def rates(answers: pa.Table, concepts: pa.Table, prompt: str) -> dict[str, Any]:
-    """The figures of an evaluation as plain values, None where there is nothing to count.
+    """The figures of an evaluation as plain values; None if there is nothing to count.
 
-    - `kinds`: per kind of edit, of the answers to the study's prompt: how many are `asked` for a class and `right`, the
-      `rate`, and mean similarities; under suppression only where the class is named without the edit.
-    - `unchanged`: per kind, of the answers to other prompts: how many are what they are without the edit.
+    - `kinds`: per kind of edit, for the study's prompt: how many questions were `asked` about a class, how many answers
+      are `right`, the `rate`, and mean similarities. Suppression counts only images whose class is named without it.
+    - `unchanged`: per kind of edit, for other prompts: how many answers are the same as without the edit.
     - `bounds`: mean `label_similarity` and `other_similarity` of the concepts.
     """
     kinds: dict[str, list[dict]] = defaultdict(list)
@@ -177,14 +179,7 @@ def rate_lines(found: Mapping[str, Any]) -> list[str]:
         table.append([DESCRIPTIONS[kind], *shares, _percent(unchanged["rate"]), *likeness])
     for name, meaning in BOUNDS.items():
         table.append([meaning, "", "", "", "", _decimal(found["bounds"][name]), ""])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            text.rjust(width) if column else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
+    return table_lines(table, "<>>>>>>")
 
 
 def _percent(rate: float | None) -> str:

@@ -25,53 +25,53 @@ Unit = Literal["absolute", "max"]
 OnError = Literal["drop", "keep"]
 
 ALIASES: dict[str, Mode] = {"clamp": "set", "pin": "set", "nudge": "add", "mul": "scale", "suppress": "ablate"}
-"""What other steering APIs call the modes; understood by `Intervention.from_dict`."""
+"""Names of the modes in other steering APIs; accepted by `Intervention.from_dict`."""
 
 TowerEdit = Callable[["Float[Tensor, 'tokens d_in']"], "Float[Tensor, 'tokens d_in']"]
-"""Replaces one image's tokens, CLS included where there is one. An `Intervention` is one."""
+"""Maps one image's tokens, including CLS if there is one, to edited tokens. An `Intervention` is a `TowerEdit`."""
 
 LATENTS_FILE = "latents.parquet"
 
 
 @dataclass(frozen=True)
 class LatentEdit:
-    """What happens to the value `a` of one latent on every token.
+    """An edit of the value `a` of one latent, on every token.
 
-    Raises UsageError for what cannot be: an unknown mode or unit, a strength that is not finite or has no meaning.
+    Raises UsageError for an unknown mode or unit, and for a strength that is not finite or does not fit the mode.
     """
 
     latent: int
     mode: Mode = "set"
     """`set`: a = strength. `add`: a + strength. `scale`: a * strength. `ablate`: a = 0."""
     strength: float = 0.0
-    """Negative ones suppress. Left out for `ablate`."""
+    """Negative values suppress the latent. Must be left out for `ablate`."""
     unit: Unit = "absolute"
-    """`max`: the strength counts in multiples of the latent's largest value on a single token. For `set` and `add`."""
+    """`max`: the strength is a multiple of the latent's largest value on a single token. For `set` and `add` only."""
 
     def __post_init__(self):
         if not _is_index(self.latent):
-            raise UsageError(f"latent is {self.latent!r}; latents are numbered from 0")
+            raise UsageError(f"latent is {self.latent!r}; it must be an integer, counted from 0")
         for name, value, known in (("mode", self.mode, Mode), ("unit", self.unit, Unit)):
             if value not in get_args(known):
                 raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(get_args(known))}")
         if isinstance(self.strength, bool) or not isinstance(self.strength, int | float):
             raise UsageError(f"strength of latent {self.latent} is {self.strength!r}; it must be a number")
         if not abs(self.strength) <= torch.finfo(torch.float32).max:  # NaN compares as false
-            raise UsageError(f"strength of latent {self.latent} is {self.strength}; it must be finite, in float32 too")
+            raise UsageError(f"strength of latent {self.latent} is {self.strength}; it must be finite in float32")
         if self.mode == "ablate" and self.strength != 0:
             raise UsageError(
                 f"strength of latent {self.latent} is {self.strength:g}, but ablate takes none; leave it out"
             )
         if self.unit == "max" and self.mode in ("scale", "ablate"):
             raise UsageError(
-                f"unit of latent {self.latent} is 'max', which has no meaning for {self.mode}; it goes with set and add"
+                f"unit of latent {self.latent} is 'max', which cannot be used with {self.mode}; use set or add"
             )
 
     def affine(self, max_token: Tensor | None) -> tuple[float, float]:
         """Factor and summand: the edited value is `factor * a + summand`."""
         strength = float(self.strength)
         if self.unit == "max":
-            assert max_token is not None, "checked when the intervention was made"
+            assert max_token is not None, "checked by Intervention"
             strength *= float(max_token[self.latent])
         match self.mode:
             case "set":
@@ -88,26 +88,26 @@ class LatentEdit:
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """Edits of latents that act on the tokens of an image: `intervention(x)` with x [tokens, d_in].
+    """Edits of latents, applied to the tokens of an image: `intervention(x)` with x [tokens, d_in].
 
-    With `a = encode(x)` and ã its edited form, the result is `decode(ã)` (the paper), or with `error="keep"`
-    `x + (ã - a) @ W_dec`. It is computed in the SAE's precision, float32 or more, and on its device; the result has
-    the dtype and device of x.
+    With `a = encode(x)` and the edited codes ã, the result is `decode(ã)` (the paper), or `x + (ã - a) @ W_dec` with
+    `error="keep"`. It is computed on the SAE's device and in its precision, at least float32. The result has the dtype
+    and device of x.
 
-    Raises UsageError when an edit does not fit the SAE.
+    Raises UsageError if an edit does not fit the SAE.
     """
 
     sae: SAE
     edits: tuple[LatentEdit, ...] = ()
     """At most one per latent."""
     error: OnError = "drop"
-    """What becomes of the part of x that the SAE does not reconstruct."""
+    """Whether to drop or keep the part of x that the SAE does not reconstruct."""
     isolate: bool = False
-    """Zeroes all other latents."""
+    """Set all other latents to zero."""
     tokens: tuple[int, ...] | None = None
-    """The tokens that are replaced, numbered as in a `Site` (0 is CLS where there is one); None for all."""
+    """The tokens to edit, numbered as in a `Site` (0 is CLS if there is one); None for all."""
     max_token: Float[Tensor, " d_sae"] | None = None
-    """Largest value of each latent on single tokens (`load_max_token`); needed for the unit `max`."""
+    """Each latent's largest value on a single token (`load_max_token`); needed for the unit `max`."""
 
     def __post_init__(self):
         d_sae = self.sae.d_sae
@@ -117,8 +117,8 @@ class Intervention:
             raise UsageError(f"isolate is {self.isolate!r}; it must be true or false")
         if self.tokens is not None and (not self.tokens or not all(_is_index(token) for token in self.tokens)):
             raise UsageError(
-                f"tokens is {list(self.tokens)!r}; give token numbers from 0 (the CLS token where there is one), "
-                "or leave it out for all"
+                f"tokens is {list(self.tokens)!r}; give token numbers from 0 (the CLS token if there is one), "
+                "or leave it out to edit all tokens"
             )
         if self.max_token is not None and self.max_token.shape != (d_sae,):
             raise UsageError(f"max_token has shape {list(self.max_token.shape)}, but the SAE has {d_sae} latents")
@@ -127,13 +127,13 @@ class Intervention:
             if edit.latent >= d_sae:
                 raise UsageError(f"latent is {edit.latent}; the SAE has latents 0 to {d_sae - 1} (d_sae = {d_sae})")
             if latents.count(edit.latent) > 1:
-                raise UsageError(f"latent {edit.latent} is edited twice; leave one of the edits out")
+                raise UsageError(f"latent {edit.latent} is edited twice; remove one of the edits")
             if edit.unit == "absolute":
                 continue
             if self.max_token is None:
                 raise UsageError(
-                    f"strength of latent {edit.latent} is in multiples of max_token, which is not known; give an "
-                    f"absolute strength, or an SAE whose directory holds {LATENTS_FILE}, as studies write it"
+                    f"strength of latent {edit.latent} is in multiples of max_token, which is unknown; give an "
+                    f"absolute strength, or an SAE whose directory has a {LATENTS_FILE}, as written by a study"
                 )
             if not self.max_token[edit.latent] > 0:
                 raise UsageError(
@@ -143,14 +143,14 @@ class Intervention:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], sae: SAE, max_token: Tensor | None = None) -> Intervention:
-        """From plain values, as in a JSON file; modes may go by their aliases.
+        """From plain values, as in a JSON file. Aliases of modes are accepted.
 
         Args:
             values: `{"edits": [{"latent": 39, "mode": "set", "strength": 4, "unit": "max"}], "error": "drop",
-                "isolate": false, "tokens": null}`; everything but a latent's number has the default of its field.
+                "isolate": false, "tokens": null}`. All keys except `latent` may be left out for their defaults.
 
         Raises:
-            UsageError: A key is unknown, or a value cannot be.
+            UsageError: A key is unknown, or a value is invalid.
         """
         values = _checked(values, "the intervention", ("edits", "error", "isolate", "tokens"))
         edits = values.pop("edits", ())
@@ -168,7 +168,7 @@ class Intervention:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that `from_dict` takes."""
+        """Plain values, as `from_dict` takes them."""
         return {
             "edits": [asdict(edit) for edit in self.edits],
             "error": self.error,
@@ -178,16 +178,16 @@ class Intervention:
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
-        """The tokens after the intervention; x itself is left alone.
+        """The edited tokens; x is not changed.
 
-        Raises UsageError when x is not as wide as the SAE, or has no such tokens.
+        Raises UsageError if the width of x differs from the SAE's, or `tokens` names a token that x does not have.
         """
         if self.error == "keep" and not self.edits and not self.isolate:
             return x
         if self.tokens is None:
             return self._replaced(x)
         if max(self.tokens) >= len(x):
-            raise UsageError(f"tokens has {max(self.tokens)}; there are tokens 0 to {len(x) - 1}")
+            raise UsageError(f"tokens has {max(self.tokens)}; there are only tokens 0 to {len(x) - 1}")
         chosen = list(self.tokens)
         result = x.clone()
         result[chosen] = self._replaced(x[chosen])
@@ -219,14 +219,14 @@ def load_max_token(folder: str | Path | Folder) -> Float[Tensor, " d_sae"]:
     """Each latent's largest value on a single token, float64, from the `latents.parquet` in an SAE's directory.
 
     Raises:
-        UsageError: There is none.
-        SaeRayError: It is damaged.
+        UsageError: There is no such file.
+        SaeRayError: The file is damaged.
     """
     folder = folder if isinstance(folder, Folder) else Folder(folder)
     if not folder.exists(LATENTS_FILE):
         raise UsageError(
-            f"{folder} has no {LATENTS_FILE}, so strengths in multiples of max_token mean nothing there; give absolute "
-            "strengths, or an SAE directory that a study wrote"
+            f"{folder} has no {LATENTS_FILE}, so strengths in multiples of max_token are undefined; give absolute "
+            "strengths, or an SAE directory written by a study"
         )
     try:
         return torch.from_numpy(folder.read_parquet(LATENTS_FILE).sort_by("latent")["max_token"].to_numpy().copy())
@@ -237,7 +237,7 @@ def load_max_token(folder: str | Path | Folder) -> Float[Tensor, " d_sae"]:
 def _edit_from(values: Any, where: str) -> LatentEdit:
     values = _checked(values, where, [item.name for item in fields(LatentEdit)])
     if "latent" not in values:
-        raise UsageError(f"{where}: latent is missing; name one by its number")
+        raise UsageError(f"{where}: latent is missing; give a latent's number")
     mode = values.get("mode")
     if isinstance(mode, str):
         values["mode"] = ALIASES.get(mode, mode)
@@ -245,13 +245,13 @@ def _edit_from(values: Any, where: str) -> LatentEdit:
 
 
 def _checked(values: Any, where: str, known: Sequence[str]) -> dict[str, Any]:
-    """A copy, once it is a table of known keys."""
+    """A copy of the table. Raises UsageError if it is not a table or has unknown keys."""
     if not isinstance(values, Mapping):
         raise UsageError(f"{where} is {values!r}; it must be a table with the keys {', '.join(known)}")
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             raise UsageError(f"{where} has the unknown key {key!r}; {hint}")
     return dict(values)
 

@@ -1,6 +1,6 @@
-"""The steering protocol (Pach et al., section 3.3, with controls and a rival): who is asked what under which edits.
+"""The steering protocol (Pach et al., section 3.3, with controls and a baseline): the questions and edits to evaluate.
 
-A question is about one image, held-out or white, under one edit:
+A question is about one image, held-out or white, with one edit:
 
 | kind | edit | image |
 |---|---|---|
@@ -9,13 +9,13 @@ A question is about one image, held-out or white, under one edit:
 | `white` | a concept's latent set to the strength | white |
 | `insertion` | the best latent of a class set to the strength | held-out, of other classes |
 | `suppression` | that latent ablated | held-out, of its class |
-| `impure` | a live latent that stands for no class, set to the strength: a control | white |
-| `neuron` | a coordinate of the tower's activation set likewise: a control | white |
-| `diffmean_white`, `diffmean_insertion` | a class's mean activation less that of the rest, scaled, added | as above |
-| `diffmean_suppression` | the same, with a scale of its own, subtracted | held-out, of its class |
+| `impure` | control: a live latent that represents no class, set to the strength | white |
+| `neuron` | control: a coordinate of the tower's activation, set to the strength | white |
+| `diffmean_white`, `diffmean_insertion` | a class's mean activation minus that of the rest, scaled, added | as above |
+| `diffmean_suppression` | the same vector with its own scale, subtracted | held-out, of its class |
 
-What has a held-out image is also asked the other prompts. A control is credited with the class that most of its top
-images share. The scales of DiffMean are those that work best on training images.
+Held-out images are also asked about with the other prompts. A control counts as right if it names the most common class
+of its top images. DiffMean uses the scales that work best on training images.
 """
 
 from __future__ import annotations
@@ -48,47 +48,47 @@ Kind = Literal[
 WHITE = -1
 """`image_index` of the white image."""
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""What a DiffMean vector may be multiplied by."""
+"""The candidate scales of a DiffMean vector."""
 CALIBRATION_IMAGES = 16
-"""Training images, of a class and of others, by which its scales are chosen."""
+"""How many training images of a class, and how many of others, are used to choose its scales."""
 
 
 class Question(NamedTuple):
-    """One question under one edit."""
+    """One question with one edit."""
 
     kind: Kind
     latent: int
-    """The latent, or for `neuron` the coordinate, that is edited; -1 where there is none."""
+    """The edited latent (for `neuron`, the edited coordinate); -1 if none is edited."""
     concept: str | None
-    """The class that the answer is about: of the edit; without one, of the image."""
+    """The class of the edit; without an edit, the class of the image."""
     strength: float
-    """What the latent is set to, or the vector multiplied by."""
+    """The value that the latent is set to, or the scale of the vector."""
     image_index: int
-    """Among the held-out images; -1 for the white one."""
+    """Of a held-out image; -1 for the white image."""
     prompt: str
 
 
 class Scales(NamedTuple):
-    """What the DiffMean vector of a class is multiplied by."""
+    """The scales of a class's DiffMean vector."""
 
     insertion: float
     suppression: float
 
 
 class Subjects(NamedTuple):
-    """Who is steered."""
+    """The latents and neurons to steer with."""
 
     concepts: list[Concept]
-    """Latents that stand for a class; where nothing is labelled, those that fire on most images."""
+    """Latents that represent a class; without labels, those that fire on most images."""
     best: list[Concept]
-    """The best of each class; where nothing is labelled, the first of the concepts."""
+    """The best latent of each class; without labels, the first of the concepts."""
     impure: list[Concept]
     neurons: list[Concept]
     """Raw neurons."""
 
 
 def choose_subjects(latents: Sequence[Concept], neurons: Sequence[Concept], steering: Steering) -> Subjects:
-    """Picks whom to steer out of all live latents and raw neurons."""
+    """Chooses from all live latents and raw neurons which to steer with."""
 
     def most_supported(some: Sequence[Concept]) -> list[Concept]:
         often = [one for one in some if one.n_firing >= steering.min_images]
@@ -112,7 +112,7 @@ def usable_images(
 
 
 def sample(images: Sequence[int], n: int, seed: int) -> list[int]:
-    """At most n of the images, ascending."""
+    """A random sample of at most n images, ascending."""
     chosen = np.random.default_rng(seed).permutation(len(images))[:n]
     return sorted(images[place] for place in chosen)
 
@@ -120,12 +120,12 @@ def sample(images: Sequence[int], n: int, seed: int) -> list[int]:
 def calibration_questions(
     labels: Sequence[str], classes: Sequence[str | None], images: Sequence[int], steering: Steering, seed: int
 ) -> list[Question]:
-    """What is asked about training images to choose the scales of DiffMean.
+    """The questions about training images that choose the scales of DiffMean.
 
     Args:
-        labels: the classes that have a vector.
-        classes: of the training images, by `image_index`.
-        images: those that may be asked about.
+        labels: the classes that have a DiffMean vector.
+        classes: class of each training image, by `image_index`.
+        images: the images to sample from.
     """
     asked: list[Question] = []
     for label in labels:
@@ -144,12 +144,12 @@ def main_questions(
     images: Sequence[int],
     steering: Steering,
 ) -> list[Question]:
-    """All that is asked about white and held-out images.
+    """The questions about the white image and held-out images.
 
     Args:
-        scales: of the classes that have a DiffMean vector.
-        classes: of the held-out images, by `image_index`.
-        images: those that are asked about.
+        scales: scales of the classes that have a DiffMean vector.
+        classes: class of each held-out image, by `image_index`.
+        images: the images to ask about.
     """
 
     def of_white(kind: Kind, some: Sequence[Concept]) -> list[Question]:

@@ -1,4 +1,4 @@
-"""Who answers: a LLaVA, the SAE it is steered by, and the edits that questions ask for."""
+"""Answers questions with a LLaVA, applying the edits that they ask for."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class Respondent:
-    """Answers questions, greedily.
+    """Answers questions with greedy decoding.
 
     Args:
-        llava: that is steered.
-        sae: of the layer that it reads.
-        directions: class -> DiffMean vector, of the classes that questions with one are about.
-        steering: prompt, length of answers, treatment of the SAE's error.
+        llava: the model to steer.
+        sae: an SAE of the layer that it reads.
+        directions: class -> DiffMean vector.
+        steering: the configuration: prompt, length of answers, handling of the SAE's error.
     """
 
     def __init__(self, llava: Llava, sae: SAE, directions: Mapping[str, Float[Tensor, " d_in"]], steering: Steering):
@@ -39,13 +39,13 @@ class Respondent:
         """One answer per question.
 
         Args:
-            image: gives an image by its index.
-            batch_size: answers generated together.
+            image: returns an image by its index.
+            batch_size: number of answers generated together.
         """
         answers: list[str] = []
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
-            # The same image under the same edit is often asked several prompts in a row.
+            # Several prompts in a row are often about the same image with the same edit: embed it once.
             shown = list({question._replace(prompt=""): question for question in batch}.values())
             embeddings = self.llava.image_embeddings(
                 [image(one.image_index) if one.image_index != WHITE else self.llava.white() for one in shown],
@@ -72,7 +72,7 @@ class Respondent:
             case "neuron":
                 return (partial(_with_coordinate, question.latent, question.strength),)
             case "diffmean_white" | "diffmean_insertion" | "diffmean_suppression":
-                assert question.concept is not None, "a vector belongs to a class"
+                assert question.concept is not None, "every DiffMean vector belongs to a class"
                 return (partial(_with_added, question.strength * self.directions[question.concept]),)
             case _:
                 assert_never(question.kind)

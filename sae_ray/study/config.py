@@ -34,29 +34,29 @@ class ImageSet:
     path: str
     """The folder: a local path (`~` is your home) or a URI such as `s3://bucket/images`."""
     labels: str = "auto"
-    """`auto` (class sub-folders, else none), `none`, or the path of a label file: a CSV `image_id,label`, Kaggle's
-    `LOC_val_solution.csv`, or the ImageNet devkit's ground truth."""
+    """`auto` (the sub-folders are classes, if there are any), `none`, or the path of a label file: a CSV with
+    `image_id,label`, Kaggle's `LOC_val_solution.csv`, or the ImageNet devkit's ground truth."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images that SAEs are trained on, and those they are judged by."""
+    """The images that SAEs are trained on, and those they are evaluated on."""
 
     __pydantic_config__ = STRICT
 
     train: ImageSet
     """The training images."""
     heldout: ImageSet | None = None
-    """Images for metrics and scores; without it a share of the training images is kept out of training."""
+    """Images for metrics and scores. Without it a share of the training images is held out."""
     heldout_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
-    """That share, where `heldout` is not given."""
+    """Share of the training images to hold out if `heldout` is not given."""
     max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.01
-    """Share of unreadable images up to which extraction succeeds."""
+    """Maximum share of unreadable images; with more, extraction fails."""
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The vision encoder whose activations are explained."""
+    """The vision encoder to interpret."""
 
     __pydantic_config__ = STRICT
 
@@ -70,7 +70,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """The other encoder, whose embeddings the MonoSemanticity score trusts."""
+    """A second encoder, whose embeddings the MonoSemanticity score is computed with."""
 
     __pydantic_config__ = STRICT
 
@@ -79,20 +79,20 @@ class JudgeConfig:
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
     point: Literal["pooled", "projection"] = "pooled"
-    """Which embedding of an image: the pooled output (DINOv2) or the projection (CLIP)."""
+    """Which image embedding to use: the pooled output (DINOv2) or the projection (CLIP)."""
     dtype: Dtype = "float32"
     """Dtype of the forward pass."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """SAEs to train: the product of sites, architectures, expansions and sparsities. A study may hold several."""
+    """SAEs to train: the product of sites, architectures, expansions and sparsities. A study may have several grids."""
 
     __pydantic_config__ = STRICT
 
     sites: tuple[str, ...]
-    """Where the encoder is tapped: `layer<L>:<tokens>` for the residual stream after block L (from 0) with tokens
-    `cls`, `mean`, `all` or `random:<n>`; `projection`; `pooled`."""
+    """Where activations are taken from the encoder: `layer<L>:<tokens>` is the residual stream after block L (counted
+    from 0), with tokens `cls`, `mean`, `all` or `random:<n>`; or `projection`, or `pooled`."""
     architectures: tuple[ArchitectureName, ...] = ("batch_topk",)
     """Kinds of autoencoder."""
     expansions: tuple[float, ...] = (8.0,)
@@ -102,7 +102,7 @@ class Grid:
     sparsity: tuple[float, ...] = ()
     """Sparsity coefficients, for `relu` (L1) and `jumprelu` (L0)."""
     score_tokens: str | None = None
-    """Tokens that scores are computed on where they differ from those trained on, such as `cls` or `all`."""
+    """Tokens to score on, such as `cls` or `all`. Default: the tokens that were trained on."""
 
     def __post_init__(self):
         by_k = [architecture for architecture in self.architectures if architecture in TOPK_FAMILY]
@@ -113,7 +113,7 @@ class Grid:
         _check(bool(self.sparsity) or not by_sparsity, "grid.sparsity", [],
                f"{', '.join(by_sparsity)}: name at least one coefficient")  # fmt: skip
         _check(bool(by_sparsity) or not self.sparsity, "grid.sparsity", list(self.sparsity),
-               "only relu and jumprelu have such a coefficient; leave it out")  # fmt: skip
+               "only relu and jumprelu have a sparsity coefficient; leave it out")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,12 @@ class Extraction:
     store_dtype: Literal["float16", "float32"] = "float16"
     """Dtype on disk."""
     images_per_part: Count = 512
-    """Images in one part. After a kill those under way are redone, up to two per encoder actor."""
+    """Images per part. After a kill unfinished parts are redone, up to two per encoder actor."""
     pixels: Literal["exact", "fast"] = "exact"
-    """`exact` are those of the encoder's own processor (on Pillow). `fast` decodes JPEGs at a half, quarter or eighth
-    of their size where both sides stay twice as long as the encoder's input, and resizes with a vectorised kernel.
-    Activations change by less than 1 % of their distance from the mean on half of the images and by less than 2 % on 99
-    of 100 (the embedded CLIP, JPEGs at half size; `docs/speed.md`)."""
+    """`exact` gives the same pixels as the encoder's own processor (on Pillow). `fast` decodes JPEGs at a half, quarter
+    or eighth of their size if both sides stay at least twice as long as the encoder's input, and resizes with a
+    vectorised kernel. Activations change by less than 1 % of their distance from the mean on half of the images, and by
+    less than 2 % on 99 of 100 (measured with the embedded CLIP and JPEGs at half size; `docs/speed.md`)."""
 
 
 @dataclass(frozen=True)
@@ -140,53 +140,53 @@ class Scoring:
     __pydantic_config__ = STRICT
 
     top_images: Count = 16
-    """Images kept per neuron, those that activate it most."""
+    """How many of its most activating images to keep per neuron."""
     pictures: Literal["heldout", "train"] = "heldout"
-    """The image set that top images come from. Scores always come from held-out images."""
+    """The image set that top images are taken from. Scores always use held-out images."""
     min_images: Annotated[int, Ge(2)] = 2
-    """Neurons active on fewer held-out images are left out of the summary; 2 is the paper's behaviour."""
+    """Neurons active on fewer held-out images are left out of the summary; 2 as in the paper."""
 
 
 @dataclass(frozen=True)
 class ExtractResources:
-    """What extraction may use."""
+    """Resources for extraction."""
 
     __pydantic_config__ = STRICT
 
     workers: Count | None = None
-    """Encoder actors; one per GPU, or without GPUs one per two CPUs, where not given."""
+    """Number of encoder actors. Default: one per GPU, or one per two CPUs if there is no GPU."""
     cpus: Amount = 1
-    """CPUs of an encoder actor."""
+    """CPUs per encoder actor."""
     gpus: Amount | None = None
-    """GPUs of an encoder actor; 1 where the cluster has any."""
+    """GPUs per encoder actor. Default: 1 if the cluster has GPUs."""
     decoders: Count | None = None
-    """Tasks that read and decode images at once; the remaining CPUs where not given. Encoder actors of one CPU and no
-    GPU decode their images themselves."""
+    """Number of tasks that read and decode images at the same time. Default: the remaining CPUs. Encoder actors with
+    one CPU and no GPU decode their images themselves."""
     batch_size: Count = 64
     """Images per forward pass."""
 
 
 @dataclass(frozen=True)
 class TrainResources:
-    """What training may use."""
+    """Resources for training."""
 
     __pydantic_config__ = STRICT
 
     bundles: Count | None = None
-    """Bundles at once; one per GPU, or one, where not given."""
+    """Number of bundles that train at the same time. Default: one per GPU, or one."""
     cells_per_bundle: Count = 16
-    """SAEs that share one read of the data."""
+    """SAEs that are trained together from one read of the data."""
     workers: Count = 1
-    """Data-parallel workers of a bundle. Each selects latents within its share of a batch, so that their number shows
-    in the SAEs."""
+    """Data-parallel workers per bundle. Each selects latents within its share of a batch, so their number affects the
+    SAEs."""
     cpus: Amount = 1
-    """CPUs of a worker."""
+    """CPUs per worker."""
     gpus: Amount | None = None
-    """GPUs of a worker; 1 where the cluster has any."""
+    """GPUs per worker. Default: 1 if the cluster has GPUs."""
     checkpoint_every: Count = 2000
     """Steps between checkpoints."""
     max_failures: Annotated[int, Ge(0)] = 3
-    """Times a bundle is started again after losing a worker."""
+    """How often a bundle is restarted after losing a worker."""
 
 
 @dataclass(frozen=True)
@@ -205,38 +205,38 @@ class EvaluateResources:
 
 @dataclass(frozen=True)
 class ScoreResources:
-    """What scoring may use."""
+    """Resources for scoring."""
 
     __pydantic_config__ = STRICT
 
     workers: Count | None = None
-    """Twice as many blocks are in flight; as many as the CPUs (or GPUs) allow where not given."""
+    """Number of tasks at the same time; twice as many are queued. Default: as many as the CPUs (or GPUs) allow."""
     cpus: Amount = 1
-    """CPUs of a task."""
+    """CPUs per task."""
     gpus: Amount = 0
-    """GPUs of a task."""
+    """GPUs per task."""
 
 
 @dataclass(frozen=True)
 class SteeringResources:
-    """What steering may use."""
+    """Resources for steering."""
 
     __pydantic_config__ = STRICT
 
     workers: Count | None = None
-    """LLaVAs at once; one per GPU, or one, where not given."""
+    """Number of LLaVAs. Default: one per GPU, or one."""
     cpus: Amount = 1
-    """CPUs of a LLaVA."""
+    """CPUs per LLaVA."""
     gpus: Amount | None = None
-    """GPUs of a LLaVA; 1 where the cluster has any."""
+    """GPUs per LLaVA. Default: 1 if the cluster has GPUs."""
     batch_size: Count = 64
-    """Answers generated together."""
+    """Answers generated per batch."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the study may use. Changing it redoes nothing: but for `train.workers`, nothing here changes what is
-    computed."""
+    """Resources of the cluster to use. Changing them never makes a stage run again. They do not affect results, except
+    for `train.workers`."""
 
     __pydantic_config__ = STRICT
 
@@ -254,12 +254,12 @@ class Resources:
 
 @dataclass(frozen=True)
 class GridCell:
-    """One SAE of the grid and where its data comes from."""
+    """One SAE of the grid and the sites it uses."""
 
     site: Site
-    """Where the activations it is trained on come from."""
+    """The site it is trained on."""
     score_site: Site
-    """Where those that it is scored on come from: the same layer, perhaps other tokens."""
+    """The site it is scored on: the same layer, possibly with other tokens."""
     cell: Cell
     """The SAE."""
 
@@ -277,7 +277,7 @@ class Study:
     __pydantic_config__ = STRICT
 
     name: str
-    """Name of the study; its results lie under `runs/<name>` unless told otherwise."""
+    """Name of the study. By default its results are written to `runs/<name>`."""
     images: Images
     """The images."""
     encoder: EncoderConfig
@@ -293,23 +293,23 @@ class Study:
     scoring: Scoring = field(default_factory=Scoring)
     """How neurons are scored."""
     steering: Steering | None = None
-    """How a LLaVA is steered; without it that stage is left out."""
+    """How a LLaVA is steered. Without it steering is skipped."""
     resources: Resources = field(default_factory=Resources)
-    """What the study may use."""
+    """Resources of the cluster to use."""
     shuffle_rows: Count = 2_097_152
-    """Activations that a bundle holds at once, on its device, shuffled among themselves."""
+    """Activations that a bundle keeps on its device and shuffles together."""
     seed: Annotated[int, Ge(0)] = 0
-    """The one seed, from which all others are derived."""
+    """The seed from which all others are derived."""
 
     def __post_init__(self):
         _check(self.name != "" and "/" not in self.name, "name", self.name, "give a name without slashes")
         _check(bool(self.grid), "grid", [], "add a [[grid]] with at least one site")
         _check(self.steering is None or self.scoring.pictures == "train", "scoring.pictures", self.scoring.pictures,
-               'steering finds its concepts on training images; choose "train"')  # fmt: skip
+               'steering takes its concepts from training images; choose "train"')  # fmt: skip
         _check(self.training.batch_size % self.resources.train.workers == 0, "resources.train.workers",
                self.resources.train.workers,
                f"choose a divisor of training.batch_size = {self.training.batch_size}")  # fmt: skip
-        self.cells()  # refuses those that cannot be
+        self.cells()  # raises for invalid cells
 
     def cells(self) -> list[GridCell]:
         """All SAEs of the study, without duplicates, in the order of the file."""
@@ -320,7 +320,7 @@ class Study:
                 score_site = dataclasses.replace(site, tokens=grid.score_tokens) if grid.score_tokens else site
                 by_k = architecture in TOPK_FAMILY
                 for amount in grid.k if by_k else grid.sparsity:
-                    # Floats, however they were written: 8 and 8.0 are not the same JSON and would be two steps.
+                    # Always floats: 8 and 8.0 differ as JSON and would be two steps.
                     cell = Cell(
                         architecture,
                         float(expansion),
@@ -329,7 +329,7 @@ class Study:
                         training=self.training,
                     )
                     grid_cell = GridCell(site, score_site, cell)
-                    # The seed comes from the name, not from a place in the grid: adding cells changes no other cell.
+                    # The seed comes from the name, not the position in the grid: adding cells changes no other cell.
                     seeded = dataclasses.replace(cell, seed=derived_seed(self.seed, grid_cell.name))
                     named = dataclasses.replace(grid_cell, cell=seeded)
                     _check(cells.setdefault(named.name, named) == named, "grid", named.name,

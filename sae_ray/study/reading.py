@@ -86,7 +86,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = known_keys(where[:-1])
         near = difflib.get_close_matches(where[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{'.'.join(where)}: unknown key; {hint}"
     if problem["type"] == "missing":
         meaning = field_help(".".join(part for part in where if not part.isdigit()))

@@ -11,6 +11,7 @@ import numpy as np
 
 from sae_ray.study.config import GridCell
 from sae_ray.study.plan import ScorePlan, StudyPlan, TrainPlan
+from sae_ray.text_table import table_lines
 
 BEST = 32
 """The best neurons of a cell whose mean is compared over widths; the single best says little."""
@@ -108,7 +109,7 @@ def _neighbours(rows: list[CellSummary], by: str) -> list[tuple[CellSummary, Cel
     return [(a[1], b[1]) for group in ordered for a, b in pairwise(group)]
 
 
-def table_lines(rows: list[CellSummary]) -> list[str]:
+def summary_lines(rows: list[CellSummary]) -> list[str]:
     """The rows as an aligned table."""
     header = ["", "neurons", "scored", "mean MS", f"best {BEST}", "best", "L0", "R²", "dead"]
     cells = [header]
@@ -126,11 +127,4 @@ def table_lines(rows: list[CellSummary]) -> list[str]:
                 ),
             ]
         )
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    return [
-        "  ".join(
-            text.ljust(width) if column == 0 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    ]
+    return table_lines(cells, "<" + ">" * (len(header) - 1))

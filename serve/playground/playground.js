@@ -1,16 +1,16 @@
-// The playground: one state, drawn anew when it changes, kept in the address so that a link restores it.
+// The playground: one state, redrawn when it changes and kept in the URL, so that a link restores it.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 const MODES = { set: "set to", add: "add", scale: "times", ablate: "ablate" };
-const LINKED_IMAGE = 24000; // characters of an image that a link still carries
+const LINKED_IMAGE = 24000; // images with more characters are left out of links
 const WHITE = white();
 const FRESH = {
   image: WHITE, prompt: "What is shown in this image? Use exactly one word!", sae: null,
   features: [], error: "drop", isolate: false, temperature: 0, tokens: 32,
 };
 let state = { ...FRESH };
-let known = {}; // features by index, of the SAE that is chosen
+let known = {}; // features of the selected SAE, by index
 let running = null;
 const pictures = new Map(); // address -> object URL
 
@@ -53,7 +53,7 @@ async function tell(work) {
   }
 }
 
-// --- what is asked ------------------------------------------------------------------------------
+// --- asking -------------------------------------------------------------------------------------
 
 function request(image) {
   const features = state.features.map(({ index, strength, mode }) => {
@@ -115,12 +115,12 @@ async function loadSaes() {
 async function search() {
   const text = $("search").value.trim();
   const { data, total } = await json(ofSae(`?limit=12${text ? `&search=${encodeURIComponent(text)}` : ""}`));
-  showFound(data, text ? `${total} features, those most like “${text}” first` : `${total} features, the highest scores first`);
+  showFound(data, text ? `${total} features, most similar to “${text}” first` : `${total} features, highest score first`);
 }
 
 async function inspect() {
   const { data } = await json("/v1/features/inspect", { image: state.image, sae: state.sae, limit: 12 });
-  showFound(data, "Active on this image, the strongest first");
+  showFound(data, "Active on this image, strongest first");
 }
 
 function showFound(data, title) {
@@ -158,7 +158,7 @@ const factsOf = (feature) =>
 
 function card(feature) {
   const add = element("button", { type: "button", textContent: "Steer" });
-  add.setAttribute("aria-label", `Steer by ${titleOf(feature)}, number ${feature.index}`);
+  add.setAttribute("aria-label", `Steer with ${titleOf(feature)}, number ${feature.index}`);
   add.onclick = () => choose(feature.index);
   const buttons = element("div", { className: "buttons" }, add);
   if (feature.heat) {
@@ -182,7 +182,7 @@ function editor(one) {
   slider.setAttribute("aria-label", `Strength of ${titleOf(feature)}`);
   const mode = element("select", {}, ...Object.entries(MODES).map(([value, text]) => new Option(text, value)));
   mode.value = one.mode;
-  mode.setAttribute("aria-label", `What happens to ${titleOf(feature)}`);
+  mode.setAttribute("aria-label", `Edit of ${titleOf(feature)}`);
   const shown = element("output");
   const show = () => {
     slider.hidden = shown.hidden = one.mode === "ablate";
@@ -253,7 +253,7 @@ async function learnChosen() {
 }
 
 async function takeFile(file) {
-  if (!file?.type.startsWith("image/")) throw new Error("this is no image; choose a PNG, JPEG or WebP file");
+  if (!file?.type.startsWith("image/")) throw new Error("not an image; choose a PNG, JPEG or WebP file");
   state.image = await new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);

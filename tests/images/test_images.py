@@ -115,8 +115,8 @@ def test_a_csv_file_labels_by_path(tmp_path):
     ("text", "words"),
     [
         ("image_id,label\n1.jpg,cat\n", "no row for the image 2.jpg"),
-        ("image_id,label\n1.jpg,cat\n2.jpg\n", "row 3: it has no label"),
-        ("image_id,label\n1.jpg,cat\n2.jpg,dog\n1.jpg,cat\n", "row 4: '1.jpg' has a row already"),
+        ("image_id,label\n1.jpg,cat\n2.jpg\n", "row 3: label is missing"),
+        ("image_id,label\n1.jpg,cat\n2.jpg,dog\n1.jpg,cat\n", "row 4: '1.jpg' already has a row"),
         ('image_id,label\n1.jpg,"cat" x\n2.jpg,dog\n', "row 2"),
         ("file,class\n1.jpg,cat\n", "columns file, class; labels must be auto, none"),
         ("", "columns \\(none\\)"),
@@ -179,10 +179,10 @@ def test_labels_that_cannot_be_read_are_refused(tmp_path):
 def test_folders_without_images_are_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     for name in ("nowhere", "file"):
-        with pytest.raises(UsageError, match=f"no image folder .*{name}; name a folder"):
+        with pytest.raises(UsageError, match=f"no image folder .*{name}; give a folder"):
             list_images(Folder(tmp_path / name))
     fill(tmp_path / "empty", ".hidden.png")
-    with pytest.raises(SaeRayError, match="holds no file"):
+    with pytest.raises(SaeRayError, match="contains no files"):
         list_images(Folder(tmp_path / "empty"))
     (tmp_path / "latin").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path / "latin") + b"/caf\xe9.png")).write_bytes(b"")

@@ -157,17 +157,17 @@ def test_the_question_is_that_of_the_paper_unless_another_is_asked(call):
         (["--latent", "39"], ["--latent 39", "strength is missing"]),
         (["--latent", "39=nan"], ["strength of latent 39 is nan", "finite"]),
         (["--latent", "39=inf"], ["strength of latent 39 is inf", "finite"]),
-        (["--latent", "39=much"], ["--latent 39=much", "'much' is no strength"]),
+        (["--latent", "39=much"], ["--latent 39=much", "'much' is not a strength"]),
         (["--latent", "0=4x"], ["latent 0", "never fired"]),
         (["--latent", "39=4", "--latent", "39=5"], ["latent 39 is edited twice"]),
         (["--latent", "39=4", "--mode", "boost"], ["mode is 'boost'", "set, add, scale, ablate"]),
         (["--latent", "39=4", "--mode", "ablate"], ["ablate takes none"]),
-        (["--latent", "39=4x", "--mode", "mul"], ["no meaning for scale"]),
+        (["--latent", "39=4x", "--mode", "mul"], ["cannot be used with scale"]),
         (["--latent", "39=4", "--error", "ignore"], ["error is 'ignore'", "drop, keep"]),
         (["--latent", "39=4", "--token", "17"], ["tokens has 17", "0 to 16"]),
         (["--latent", "39=4", "--token", "-1"], ["tokens is [-1]"]),
-        (["--latent", "39=4", "--sweep", "1x,2x"], ["those of --sweep", "--latent 39"]),
-        (["--latent", "39", "--sweep", "1x,,2x"], ["--sweep", "'' is no strength"]),
+        (["--latent", "39=4", "--sweep", "1x,2x"], ["--sweep already gives", "--latent 39"]),
+        (["--latent", "39", "--sweep", "1x,,2x"], ["--sweep", "'' is not a strength"]),
         (["--latent", "39", "--sweep", "1x,nan"], ["strength of latent 39 is nan"]),
         (["--intervention", "x.json", "--latent", "39=4"], ["--intervention", "leave out --latent"]),
         (["--latent", "39=4", "--dtype", "int8"], ["dtype is 'int8'", "bfloat16"]),
@@ -183,7 +183,7 @@ def test_an_image_that_is_no_image_is_refused(call, tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     refused(call(tmp_path / "text.png", "--latent", "39=4"), "text.png", "not an image", "white")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
-    refused(call(tmp_path / "broken.jpg", "--latent", "39=4"), "broken.jpg", "no usable image")
+    refused(call(tmp_path / "broken.jpg", "--latent", "39=4"), "broken.jpg", "not a usable image")
     refused(call(tmp_path / "none.png", "--latent", "39=4"), "IMAGE is", "none.png", "cannot be read")
     refused(call(tmp_path, "--latent", "39=4"), "IMAGE is", "cannot be read")
     refused(call("https://example.com/cat.jpg", "--latent", "39=4"), "https://example.com", "cannot be opened")
@@ -193,7 +193,7 @@ def test_an_intervention_file_that_cannot_be_is_refused(call, tmp_path):
     path = tmp_path / "intervention.json"
     refused(call("white", "--intervention", path), "--intervention is", "cannot be read")
     for text, words in (
-        ("{", ["--intervention is", "not JSON"]),
+        ("{", ["--intervention is", "not valid JSON"]),
         ("[]", ["must be a table"]),
         ('{"edits": [], "eror": "keep"}', ["unknown key 'eror'", "did you mean 'error'"]),
         ('{"edits": [{"latent": 3, "strenght": 4}]}', ["edits[0]", "unknown key 'strenght'", "'strength'"]),
@@ -211,6 +211,6 @@ def test_models_that_do_not_fit_are_refused(call, tiny_clip, tmp_path):
     refused(call("white", *latent, sae=str(tmp_path / "empty")), "is not an SAE")
     narrow = save_random_sae(tmp_path / "narrow", d_in=16)
     refused(call("white", *latent, sae=narrow), "d_in = 16", "32 wide", "layer1")
-    refused(call("white", "--latent", "39=4x", sae=narrow), "max_token, which is not known", "latents.parquet")
+    refused(call("white", "--latent", "39=4x", sae=narrow), "max_token, which is unknown", "latents.parquet")
     (tmp_path / "narrow" / "sae_weights.safetensors").write_bytes(b"torn")
     refused(call("white", *latent, sae=narrow), "damaged", code=1)

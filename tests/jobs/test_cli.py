@@ -161,7 +161,7 @@ def test_stores_that_cannot_be(study_file, tmp_path):
 def test_only_numbers_are_read_as_such(study_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "2024").mkdir()
-    refused(call("status", study_file, "--images", "2024"), 1, str(tmp_path / "2024"), "holds no file")
+    refused(call("status", study_file, "--images", "2024"), 1, str(tmp_path / "2024"), "contains no files")
     refused(call("status", study_file, "--labels", "2024"), 2, "the label file 2024 cannot be read")
     refused(call("status", study_file, "--steps", "many"), 2, "training.steps = 'many'")
     result = call("status", study_file, "--steps", "70", "--k", "3", "--set", "seed=4")
@@ -205,7 +205,7 @@ def test_a_root_remembers_its_study(finished, study_values, tmp_path):
     (root / "study.json").write_text(json.dumps(study_values))
     result = call("run", "--root", root, "--json")
     assert result.exit_code == 0, result.output
-    assert "nothing is left to do" in result.stderr
+    assert "nothing left to do" in result.stderr
     assert json.loads(result.stdout)["study"] == "small"
 
 

@@ -18,7 +18,7 @@ def test_a_finished_study_has_nothing_left_to_do(finished, make_plan, capsys):
     before = snapshot(finished)
     summary = study.run(make_plan(finished))
     assert snapshot(finished) == before
-    assert "nothing is left to do" in capsys.readouterr().err
+    assert "nothing left to do" in capsys.readouterr().err
     assert summary == json.loads((finished / "summary.json").read_text())
     assert [row["name"] for row in summary["cells"]] == [
         "raw-projection",

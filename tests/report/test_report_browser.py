@@ -186,7 +186,7 @@ def test_a_steered_neuron_shows_the_answers(reader: Reader):
 @pytest.mark.parametrize(
     ("place", "words"),
     [
-        (f"#/neuron/{MATRYOSHKA}/{DEAD}", "It never fired on these images."),
+        (f"#/neuron/{MATRYOSHKA}/{DEAD}", "This neuron never fired on these images."),
         (f"#/neuron/{MATRYOSHKA}/9999", "There is no such neuron"),
         ("#/neuron/nonsense/0", "There is no such neuron"),
         ("#/neuron/pooled-batch_topk-x2-k2/1", "one vector for the whole image"),

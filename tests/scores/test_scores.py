@@ -273,7 +273,7 @@ def test_a_pass_for_pictures_needs_no_judge(tmp_path: Path, write_store: WriteSt
 def test_embeddings_of_other_images_are_refused(tmp_path: Path, write_store: WriteStore, judged: list):
     store = write_store(tmp_path, make_parts([4, 4], 2, D))
     embeddings = write_store(tmp_path, judged, label="embeddings")
-    with pytest.raises(SaeRayError, match="do not hold the same images") as raised:
+    with pytest.raises(SaeRayError, match="do not contain the same images") as raised:
         score_store(make_sae(), store, embeddings, n_top=4)
     assert str(store.folder) in str(raised.value)
     assert str(embeddings.folder) in str(raised.value)
@@ -285,7 +285,7 @@ def test_an_sae_of_another_width_is_refused(tmp_path: Path, write_store: WriteSt
         lambda: n_neurons(make_sae(d_in=7), store),
         lambda: score_store(make_sae(d_in=7), store, None, n_top=4),
     ):
-        with pytest.raises(UsageError, match=r"width 7, .* holds width 6; choose the site it was trained on"):
+        with pytest.raises(UsageError, match=r"width 7, .* has width 6; choose the site it was trained on"):
             refused()
     assert n_neurons(make_sae(), store) == D_SAE
     assert n_neurons(None, store) == D

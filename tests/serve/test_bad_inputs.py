@@ -1,4 +1,4 @@
-"""Whatever is sent, the answer says what is wrong with it; nothing is decoded or computed for it."""
+"""A bad request gets an error that says what is wrong, before anything is decoded or computed."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def feature(**rest: Any) -> dict[str, Any]:
 USER = chat()["messages"][0]
 BAD = {
     "no image": ({"messages": [{"role": "user", "content": "what?"}]}, 400, "no image"),
-    "two prompts": ({"messages": [USER, USER]}, 400, "in turns"),
+    "two prompts": ({"messages": [USER, USER]}, 400, "in turn,"),
     "no messages": ({"messages": []}, 400, "messages"),
     "broken base64": (image("data:image/png;base64,@@@@"), 400, "base64"),
     "no data url": (image("cat.png"), 400, "data URL"),
     "a text file": (image(data_url(b"hello")), 400, "not an image"),
     "a pixel bomb": (image(data_url(huge_png())), 400, "30000x30000"),
-    "a web address": (image("http://example.com/cat.png"), 400, "fetches no image"),
+    "a web address": (image("http://example.com/cat.png"), 400, "does not fetch images"),
     "half a web address": (image("http://[x/a.png"), 400, "http://[x/a.png"),
-    "a metadata service": (image("http://169.254.169.254/latest"), 400, "fetches no image"),
+    "a metadata service": (image("http://169.254.169.254/latest"), 400, "does not fetch images"),
     "too many images": (chat("w", *[white()] * 9), 400, "9 images"),
     "the image token": (chat("<image> again"), 400, "<image>"),
     "index -1": (feature(index=-1), 400, "steering.features.0.index"),

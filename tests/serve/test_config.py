@@ -73,5 +73,5 @@ def test_another_cluster_is_left_to_serve_deploy(monkeypatch):
 def test_a_port_that_is_taken_and_a_root_that_is_not_there(monkeypatch, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="is not free"):
         run(ServeConfig(root="nowhere"), "127.0.0.1", taken.getsockname()[1], print)
-    with pytest.raises(UsageError, match="holds no study"):
+    with pytest.raises(UsageError, match="contains no study"):
         run(ServeConfig(root=str(tmp_path)), "127.0.0.1", 0, print)

@@ -63,9 +63,9 @@ def test_public_addresses():
 
 def test_a_host_that_is_not_allowed_is_not_asked(web):
     url, _ = web
-    assert "fetches no image" in refusal(fetch(f"{url}/a", [], 1000))
-    assert "fetches no image" in refusal(fetch(f"{url}/a", ["example.com"], 1000))
-    assert "fetches no image" in refusal(fetch("http://localhost@example.com/a", ["localhost"], 1000))
+    assert "does not fetch images" in refusal(fetch(f"{url}/a", [], 1000))
+    assert "does not fetch images" in refusal(fetch(f"{url}/a", ["example.com"], 1000))
+    assert "does not fetch images" in refusal(fetch("http://localhost@example.com/a", ["localhost"], 1000))
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
@@ -73,7 +73,7 @@ def test_an_allowed_host_that_is_not_public_is_not_asked(web, host):
     url, answers = web
     answers["/a"] = (200, {}, b"secret")
     asked = f"{url.replace('localhost', host)}/a"
-    assert "could not be read" in refusal(fetch(asked, ["localhost", "127.0.0.1", "::1"], 1000))
+    assert "could not be fetched" in refusal(fetch(asked, ["localhost", "127.0.0.1", "::1"], 1000))
 
 
 def test_limits_of_what_is_fetched(web, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 
 import httpx
@@ -24,9 +25,10 @@ def memory_mb() -> dict[str, float]:
     """Private to each process of the application: of the memory they share, Ray's store, each touches all in time."""
     found = {}
     for process in psutil.Process().children(recursive=True):
-        name = " ".join(process.cmdline())
-        if name.startswith(("ray::ServeReplica:sae-ray", "ray::ProxyActor")):
-            found[name.split(":")[-1].split()[0]] = private_mb(process.memory_info())
+        # While an actor works, its title goes on with the method's name.
+        title = re.match(r"ray::(?:ServeReplica:sae-ray:(\w+)|(ProxyActor))", " ".join(process.cmdline()))
+        if title is not None:
+            found[title[1] or title[2]] = private_mb(process.memory_info())
     return found
 
 

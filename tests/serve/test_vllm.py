@@ -20,9 +20,9 @@ from sae_ray.serve import transformers_engine
 from sae_ray.serve.config import ServeConfig, open_study, with_llava
 from sae_ray.serve.conversation import Tokenizer
 from sae_ray.serve.engine import Engine, Sampling, Task
+from sae_ray.serve.schemas import ImagePart, ImageUrl, Message, TextPart
 from sae_ray.serve.transformers_engine import TransformersEngine
 from sae_ray.serve.vllm_engine import VllmEngine
-from sae_ray.serve.wire import ImagePart, ImageUrl, Message, TextPart
 
 from sae_ray.sae import load_sae
 from sae_ray.steering import Intervention, LatentEdit, load_llava, load_max_token

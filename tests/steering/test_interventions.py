@@ -193,14 +193,14 @@ def test_modes_go_by_the_names_of_other_apis(alias, mode):
         (7, "must be a table"),
         ({"latent": 1, "strength": math.nan}, "strength of latent 1 is nan"),
         ({"latent": 1, "strength": -math.inf}, "strength of latent 1 is -inf"),
-        ({"latent": 1, "strength": 1e300}, "finite, in float32 too"),
-        ({"latent": 1, "strength": 10**400}, "finite, in float32 too"),
+        ({"latent": 1, "strength": 1e300}, "finite in float32"),
+        ({"latent": 1, "strength": 10**400}, "finite in float32"),
         ({"latent": 1, "strength": "40"}, "strength of latent 1 is '40'; it must be a number"),
         ({"latent": 1, "mode": "boost"}, "mode is 'boost'; it must be one of set, add, scale, ablate"),
         ({"latent": 1, "mode": ["set"]}, "mode is"),
         ({"latent": 1, "unit": "x"}, "unit is 'x'"),
         ({"latent": 1, "mode": "ablate", "strength": 2}, "ablate takes none"),
-        ({"latent": 1, "mode": "scale", "strength": 2, "unit": "max"}, "no meaning for scale"),
+        ({"latent": 1, "mode": "scale", "strength": 2, "unit": "max"}, "cannot be used with scale"),
         ({"latent": 2, "strength": 2, "unit": "max"}, "latent 2 .* never fired"),
         ({"latent": 1, "strenght": 2}, "unknown key 'strenght'; did you mean 'strength'"),
     ],
@@ -222,8 +222,8 @@ def test_edits_that_cannot_be_are_refused(edit, words):
         ({"tokens": 3}, "tokens is 3"),
         ({"edits": {"latent": 1}}, "edits is .* must be a list"),
         ({"edits": [{"latent": 1}, {"latent": 1, "mode": "ablate"}]}, "latent 1 is edited twice"),
-        ({"edits": [{"latent": 1, "strength": 2, "unit": "max"}]}, "max_token, which is not known"),
-        ({"features": []}, "unknown key 'features'; known here: edits, error, isolate, tokens"),
+        ({"edits": [{"latent": 1, "strength": 2, "unit": "max"}]}, "max_token, which is unknown"),
+        ({"features": []}, "unknown key 'features'; known keys: edits, error, isolate, tokens"),
         ([], "must be a table"),
     ],
 )
@@ -235,7 +235,7 @@ def test_interventions_that_cannot_be_are_refused(values, words):
 def test_what_does_not_fit_the_tokens_is_refused():
     with pytest.raises(UsageError, match="6 wide"):
         Intervention(random_sae(d_in=4))(tokens_of(0))
-    with pytest.raises(UsageError, match="tokens has 5; there are tokens 0 to 4"):
+    with pytest.raises(UsageError, match="tokens has 5; there are only tokens 0 to 4"):
         Intervention(random_sae(), tokens=(1, 5))(tokens_of(0))
     with pytest.raises(UsageError, match=r"max_token has shape \[3\]"):
         Intervention(random_sae(), max_token=torch.ones(3))

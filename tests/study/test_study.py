@@ -104,7 +104,7 @@ def test_a_study_comes_back_from_plain_values(name: str):
         ),
         (
             {"extraction": {"zzz": 1}},
-            "extraction.zzz: unknown key; known here: store_dtype, images_per_part, pixels",
+            "extraction.zzz: unknown key; known keys: store_dtype, images_per_part, pixels",
         ),
         ({"steering": {"llava": "m", "strenght": 4}}, "steering.strenght: unknown key; did you mean 'strength'?"),
     ],
@@ -120,7 +120,10 @@ def test_an_unknown_key_is_told_from_the_nearest_known_one(values: dict, message
         ({"images": {"train": {}}}, "images.train.path: missing; add it: The folder: a local path"),
         ({"images": {}}, "images.train: missing; add it: The training images."),
         ({"steering": {}}, "steering.llava: missing; add it: The LLaVA whose vision tower is the encoder: a hub id or"),
-        ({"grid": [{"k": [1]}]}, "grid.0.sites: missing; add it: Where the encoder is tapped: `layer<L>:<tokens>`"),
+        (
+            {"grid": [{"k": [1]}]},
+            "grid.0.sites: missing; add it: Where activations are taken from the encoder",
+        ),
     ],
 )
 def test_a_missing_key_is_explained(values: dict, message: str):
@@ -157,7 +160,7 @@ def test_all_problems_are_told_at_once():
         ({"grid.architectures": ["relu"]}, "grid.sparsity = []: relu: name at least one coefficient"),
         # Not left out in silence because other cells are fine.
         ({"grid.architectures": ["topk", "relu"]}, "grid.sparsity = []: relu: name at least one coefficient"),
-        ({"grid.sparsity": [0.1]}, "grid.sparsity = [0.1]: only relu and jumprelu have such a"),
+        ({"grid.sparsity": [0.1]}, "grid.sparsity = [0.1]: only relu and jumprelu have a sparsity"),
         ({"grid.score_tokens": "cls"}, "tokens is 'cls'; a projection site has one vector per image: leave it out"),
         ({"images.heldout_fraction": 1}, "images.heldout_fraction = 1: Input should be less than 1"),
         ({"images.max_bad_fraction": -0.1}, "images.max_bad_fraction = -0.1: Input should be greater than or equal"),
@@ -169,14 +172,14 @@ def test_all_problems_are_told_at_once():
         ({"resources.extract.workers": 0}, "resources.extract.workers = 0: Input should be greater than or equal"),
         ({"resources.score.gpus": -1}, "resources.score.gpus = -1: Input should be greater than or equal"),
         ({"resources.steering.batch_size": 0}, "resources.steering.batch_size = 0: Input should be greater than or equal"),
-        ({"steering.llava": "m"}, "scoring.pictures = 'heldout': steering finds its concepts on training images"),
+        ({"steering.llava": "m"}, "scoring.pictures = 'heldout': steering takes its concepts from training images"),
         ({"steering": {"llava": "m", "strength": math.inf}}, "steering.strength = inf: choose a finite number"),
         ({"steering": {"llava": "m", "min_purity": 0}}, "steering.min_purity = 0: Input should be greater than 0"),
         ({"steering": {"llava": "m", "n_images": 0}}, "steering.n_images = 0: Input should be greater than or equal"),
         ({"steering": {"llava": "m", "unit": "x"}}, "steering.unit = 'x': Input should be 'absolute' or 'max'"),
         (
             {"steering": {"llava": "m", "prompt": "a?", "other_prompts": ["a?"]}},
-            "steering.other_prompts = 'a?': it is steering.prompt already; leave it out",
+            "steering.other_prompts = 'a?': this is already steering.prompt; remove it",
         ),
         ({"trainig.steps": 5}, "trainig: unknown key; did you mean 'training'?"),
         ({"training.step": 5}, "training.step: unknown key; did you mean 'steps'?"),
@@ -274,7 +277,7 @@ def test_help_is_the_docstring_of_the_field():
     assert field_help("images.heldout.path").startswith("The folder: a local path (`~` is your home)")
     assert field_help("grid.k") == "Average number of active latents per row, for the TopK family."
     assert field_help("training.steps") == "Optimiser steps."
-    assert field_help("resources.score.gpus") == "GPUs of a task."
+    assert field_help("resources.score.gpus") == "GPUs per task."
 
 
 # Plans

@@ -13,7 +13,7 @@ import pytest
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import ScorePlan, StudyPlan
-from sae_ray.study.summary import CellSummary, compare, summarise, table_lines
+from sae_ray.study.summary import CellSummary, compare, summarise, summary_lines
 
 MakePlan = Callable[..., StudyPlan]
 RAW = "raw-projection"
@@ -79,7 +79,7 @@ def test_where_no_neuron_is_scored_the_means_are_nan(make_plan: MakePlan):
     [row] = summarise(plan)
     assert row.n_scored == 0
     assert np.isnan([row.mean_ms, row.top_ms, row.best_ms]).all()
-    assert "nan" in table_lines([row])[1]
+    assert "nan" in summary_lines([row])[1]
 
 
 def test_fidelity_is_that_of_the_evaluation(make_plan: MakePlan):
@@ -93,7 +93,7 @@ def test_fidelity_is_that_of_the_evaluation(make_plan: MakePlan):
     [row] = summarise(plan)
     assert (row.l0, row.r2, row.dead_fraction) == (7.5, 0.625, 0.25)
     assert row.grid_cell == score.sae.grid_cell
-    header, line = table_lines([row])
+    header, line = summary_lines([row])
     assert header.split() == ["neurons", "scored", "mean", "MS", "best", "32", "best", "L0", "R²", "dead"]
     assert line.split() == [cell(4, 8), "1", "1", "0.500", "0.500", "0.500", "7.5", "0.625", "0.25"]
 
@@ -109,7 +109,7 @@ def test_rows_stand_in_the_order_of_the_study_and_pictures_are_no_row(make_plan:
         score.step.finish(0.0, {})
     rows = summarise(plan)
     assert [row.name for row in rows] == [RAW, *names[:3]]
-    lines = table_lines(rows)
+    lines = summary_lines(rows)
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split() == [RAW, "1", "1", "0.500", "0.500", "0.500", "–", "–", "–"]
 

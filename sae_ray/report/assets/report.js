@@ -1,6 +1,6 @@
 "use strict";
 
-// The page is opened from disk, where scripts may be loaded but nothing fetched: each file of data/ calls `report`.
+// A page opened from disk can load scripts but not fetch files, so each file of data/ is a script that calls `report`.
 
 const facts = JSON.parse(document.getElementById("facts").textContent);
 const PAGE = matchMedia("(max-width: 40rem)").matches ? 12 : 24;
@@ -30,7 +30,7 @@ function unpack(text, Type) {
 const cells = new Map(facts.cells.map((cell) => [cell.name, cell]));
 const indices = new Map();
 
-/** The numbers of all neurons of a cell that ever fire, best first. */
+/** The numbers of the cell's neurons that fired at least once, best first. */
 async function openIndex(cell) {
   if (!indices.has(cell)) {
     const packed = await load(`${cell}/index`);
@@ -43,7 +43,7 @@ async function openIndex(cell) {
   return indices.get(cell);
 }
 
-/** What the chunk holds of the neuron at a place of the index. */
+/** The chunk's values for the neuron at this place of the index. */
 async function details(cell, place) {
   const chunk = await load(`${cell}/${Math.floor(place / facts.per_chunk)}`);
   const row = place % facts.per_chunk;
@@ -75,7 +75,7 @@ const plain = (value) => (value === null || Number.isNaN(value) ? "–" : Number
 const score = (value) => (Number.isNaN(value) ? "–" : value.toFixed(3));
 const percent = (share) => `${Number((100 * share).toPrecision(2))} %`;
 
-// Pictures are drawn once they come near the window, so that a long gallery reads few sprites.
+// Pictures are loaded when they come near the viewport, so that a long gallery loads few sprites.
 const watcher = new IntersectionObserver(
   (entries) => {
     for (const { target, isIntersecting } of entries) {
@@ -91,7 +91,7 @@ const watcher = new IntersectionObserver(
   { rootMargin: "400px" },
 );
 
-/** An image by its number. Without a description it is decoration beside words that say what it shows. */
+/** An image by its number. Without a description it is decoration, hidden from screen readers. */
 function picture(image, description = null) {
   const made = element("span", {
     class: image < facts.n_pictured ? "thumb" : "thumb none",
@@ -204,7 +204,7 @@ async function showNeuron(cellName, neuron) {
   const index = cell ? await openIndex(cellName) : null;
   const place = index?.place.get(neuron);
   if (place === undefined) {
-    const text = cell && neuron < cell.n_neurons ? "It never fired on these images." : `There is no such neuron in ${cellName}.`;
+    const text = cell && neuron < cell.n_neurons ? "This neuron never fired on these images." : `There is no such neuron in ${cellName}.`;
     return [element("p", { class: "trail" }, back), heading, element("p", {}, text)];
   }
   const facets = await details(cellName, place);
@@ -224,7 +224,7 @@ async function showNeuron(cellName, neuron) {
   return parts;
 }
 
-/** Links to the neurons beside it: in the gallery as it is filtered, else in the order of MS. */
+/** Links to the previous and next neuron: in the filtered gallery, or else in the order of MS. */
 async function around(cell, index, place) {
   const inGallery = shown.cell === cell ? shown.places.indexOf(place) : -1;
   const [places, at] = inGallery >= 0 ? [shown.places, inGallery] : [[...index.neuron.keys()], place];
@@ -253,7 +253,7 @@ function numbers(cell, index, place, facets) {
 }
 
 function histogram(bins, n_silent) {
-  if (!bins.length) return element("p", {}, "It did not fire on held-out images.");
+  if (!bins.length) return element("p", {}, "This neuron did not fire on held-out images.");
   const [first, ...counts] = bins;
   const [width, height, top, bottom] = [480, 200, 16, 40];
   const [most, step] = [Math.max(...counts), width / Math.max(counts.length, 8)];
@@ -274,7 +274,7 @@ function histogram(bins, n_silent) {
     "figure",
     { class: "histogram" },
     element("svg", { viewBox: `-20 0 ${width + 40} ${height}`, role: "img", "aria-label": words }, ...bars, axis, ...labels, name),
-    element("figcaption", {}, `It is silent on the other ${count(n_silent)} held-out images.`),
+    element("figcaption", {}, `Inactive on the other ${count(n_silent)} held-out images.`),
   );
 }
 
@@ -293,9 +293,9 @@ async function heat(cell, neuron, { images }) {
   if (cell.heat_none) return [heading, element("p", {}, cell.heat_none)];
   const { rows, columns, latents } = await load(`${cell.name}/heat`);
   const mine = latents[neuron];
-  if (!mine) return [heading, element("p", {}, `Heat maps are made for ${count(Object.keys(latents).length)} neurons of this SAE, its best ones.`)];
+  if (!mine) return [heading, element("p", {}, `Only the ${count(Object.keys(latents).length)} best neurons of this SAE have heat maps.`)];
   const caution = cell.heat_caution ? element("p", { class: "note" }, cell.heat_caution) : null;
-  const legend = element("p", {}, `Its value on each patch, from 0 (dark) to ${plain(mine.max)} (clear), the largest on these images. Below, the largest on each.`);
+  const legend = element("p", {}, `Value on each patch, from 0 (dark) to ${plain(mine.max)} (clear), the largest on these images. The largest value on each image is below it.`);
   const tiles = images.map((image, rank) => {
     const map = mine.maps[rank];
     if (map === null) return null;
@@ -307,7 +307,7 @@ async function heat(cell, neuron, { images }) {
     const largest = Math.max(...values);
     const strongest = values.indexOf(largest);
     const at = `strongest in row ${Math.floor(strongest / columns) + 1} of ${rows}, column ${(strongest % columns) + 1} of ${columns}`;
-    const words = `Heat map ${rank + 1}: ${largest ? at : "silent on every patch"}`;
+    const words = `Heat map ${rank + 1}: ${largest ? at : "inactive on every patch"}`;
     const overlay = element("span", { class: "heat", role: "img", "aria-label": words, title: words }, picture(image), canvas);
     return element("figure", {}, overlay, element("figcaption", {}, plain((largest / 255) * mine.max)));
   });
@@ -318,11 +318,11 @@ async function neighbours(cell, index, { near, cosine }) {
   if (!near?.length) return [];
   const places = near.map((neuron) => index.place.get(neuron));
   const cards = await Promise.all(places.map((place, rank) => card(cell, index, place, NEIGHBOUR_IMAGES, `cosine ${cosine[rank].toFixed(2)}`)));
-  const words = "Neurons whose decoder directions are nearest to its own.";
+  const words = "Neurons with the most similar decoder directions.";
   return [element("h2", {}, "Decoder neighbours"), element("p", {}, words), element("div", { class: "cards near" }, ...cards)];
 }
 
-/** What a LLaVA answered when this latent was edited, where it was. */
+/** The LLaVA's answers when this latent was edited, if it was. */
 async function steered(cell, neuron) {
   if (!cell.steered) return [];
   const { examples, goals } = await load(`${cell.name}/steering`);

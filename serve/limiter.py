@@ -1,4 +1,4 @@
-"""How many requests are worked on, how many may wait for that, and what happens to one more."""
+"""Limits how many requests run and wait at the same time."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from contextlib import asynccontextmanager
 from .errors import overloaded
 
 
-class Gate:
-    """Lets `max_running` requests through at a time, in the order they came."""
+class Limiter:
+    """Runs at most `max_running` requests at a time, in order of arrival; at most `max_waiting` others wait."""
 
     def __init__(self, max_running: int, max_waiting: int):
         self._most = max_running + max_waiting
         self._turn = asyncio.Semaphore(max_running)
         self.present = 0
-        """Requests that run or wait."""
+        """Number of requests that run or wait."""
 
     @asynccontextmanager
-    async def entered(self) -> AsyncIterator[None]:
-        """Raises ApiError, a 429, when too many wait already."""
+    async def slot(self) -> AsyncIterator[None]:
+        """Waits for its turn. Raises ApiError (429) if too many requests wait already."""
         if self.present >= self._most:
-            raise overloaded(f"{self.present} requests are here already; try again later")
+            raise overloaded(f"{self.present} requests are already running or waiting; try again later")
         self.present += 1
         try:
             async with self._turn:

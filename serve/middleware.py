@@ -1,4 +1,4 @@
-"""What holds for every request: who may ask, how much may be sent, what is counted."""
+"""Middleware for every request: authentication, limit on the body's size, metrics and the format of errors."""
 
 from __future__ import annotations
 
@@ -18,32 +18,35 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sae_ray.errors import UsageError
 
 from .config import API_KEY, ServeConfig
-from .errors import ApiError, as_api_error, refused
+from .errors import ApiError, as_api_error, invalid
 from .metrics import Metrics
 
 SHOWN = 60
-"""Characters of a refused value that are repeated in the refusal."""
+"""Maximum number of characters of an invalid value that its error message repeats."""
 
 _LOCAL = re.compile(rb"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
-"""`Host` headers that no other site's name in the browser leads to."""
+"""`Host` headers that can only mean this machine. Others may come from a web page by DNS rebinding."""
 
 
 def api_key(config: ServeConfig) -> str | None:
     """The key that clients must send.
 
-    Raises UsageError when the environment holds none and the configuration does not allow that.
+    Raises UsageError if the environment sets none and the configuration requires one.
     """
     key = os.environ.get(API_KEY)
     if not key and not config.without_key:
         raise UsageError(
-            f"{API_KEY} is not set, so everybody could use this server; set it to a secret of yours, or serve this "
-            "machine alone with without_key = true"
+            f"{API_KEY} is not set, so anyone could use this server; set it to a secret, or serve only this machine "
+            "with without_key = true"
         )
     return key or None
 
 
-class Manners:
-    """ASGI middleware: key, size of the body, metrics. Without a key it answers only to this machine's own names."""
+class ApiMiddleware:
+    """ASGI middleware: checks the API key and the size of the body, and counts requests.
+
+    Without a key it accepts only requests to localhost.
+    """
 
     def __init__(self, app: ASGIApp, key: str | None, open_to_all: Collection[str], max_bytes: float, metrics: Metrics):
         self.app = app
@@ -58,7 +61,7 @@ class Manners:
             return
         started, status = time.monotonic(), 499
 
-        async def noting(message: Message) -> None:
+        async def send_and_note_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -67,10 +70,10 @@ class Manners:
         try:
             refusal = self._refusal(scope)
             if refusal is not None:
-                await refusal.response()(scope, receive, noting)
+                await refusal.response()(scope, receive, send_and_note_status)
             else:
-                await self.app(scope, self._limited(receive), noting)
-        except Exception:  # its answer is given outside of here
+                await self.app(scope, self._limited(receive), send_and_note_status)
+        except Exception:  # an outer middleware sends the response
             status = 500
             raise
         finally:
@@ -81,12 +84,15 @@ class Manners:
         headers = dict(scope["headers"])
         if self._key is None:
             if not _LOCAL.fullmatch(headers.get(b"host", b"")):
-                message = f"without an API key only localhost and 127.0.0.1 are served; use these, or set {API_KEY}"
+                message = (
+                    "this server has no API key, so it accepts requests to localhost or 127.0.0.1 only; "
+                    f"use one of these, or set {API_KEY} on the server"
+                )
                 return ApiError(403, "foreign_host", message)
         elif scope["path"].removeprefix(scope.get("root_path", "")) not in self._open_to_all:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
-                message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+                message = "the API key is missing or wrong; send it in the header Authorization: Bearer KEY"
                 return ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_bytes:
@@ -94,7 +100,7 @@ class Manners:
         return None
 
     def _limited(self, receive: Receive) -> Receive:
-        """For bodies that do not tell their length, or lie about it."""
+        """Counts the bytes received, since a request may omit its length or state a wrong one."""
         received = 0
 
         async def counting() -> Message:
@@ -108,14 +114,14 @@ class Manners:
         return counting
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, "body_too_large", f"the request has more than {self._max_bytes:,.0f} bytes")
+        return ApiError(413, "body_too_large", f"the request body has more than {self._max_bytes:,.0f} bytes")
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Has every refusal and failure of the app in one form."""
+    """Makes the app return all errors in one format."""
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
         return _as_refusal(error.errors()[0]).response()
 
     @app.exception_handler(HTTPException)
@@ -136,9 +142,9 @@ def _as_refusal(error: dict[str, Any]) -> ApiError:
     value = error.get("input")
     if isinstance(value, str | int | float | bool) and error["type"] != "extra_forbidden":
         shown = repr(value)
-        message += f"; it is {shown if len(shown) <= SHOWN else shown[:SHOWN] + '…'}"
+        message += f"; got {shown if len(shown) <= SHOWN else shown[:SHOWN] + '…'}"
     if not where and error["type"].endswith("_type"):
         message = "the body must be a JSON object, sent with Content-Type: application/json"
     if error["type"] == "extra_forbidden":
-        message = "this field is not known here; leave it out"
-    return refused(f"{where}: {message}" if where else message, where or None)
+        message = "unknown field; remove it"
+    return invalid(f"{where}: {message}" if where else message, where or None)

@@ -1,4 +1,7 @@
-"""What goes over the wire: OpenAI's chat completions with a `steering` object. A latent is called a feature here."""
+"""Requests and responses of the HTTP API: OpenAI's chat completions with a `steering` object.
+
+Here a latent is called a feature, as in other steering APIs.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +14,35 @@ from sae_ray.steering.interventions import ALIASES, LatentEdit, Mode
 SteeringType = Literal["STEERED", "DEFAULT"]
 Finish = Literal["stop", "length"]
 MAX_INDEX = 2**31 - 1
-LARGEST = 1e6
-"""Of strengths and their multiplier: what they make of an image stays a number in the language model."""
+MAX_STRENGTH = 1e6
+"""Limit of strengths and of their multiplier. Within it, image embeddings stay finite in the language model."""
 
 
-class Wire(BaseModel):
-    """Values are taken as they are written, and unknown fields are refused."""
+class Schema(BaseModel):
+    """Values are not converted, and unknown fields are an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class Feature(Wire):
-    """What happens to one feature on every token of every image."""
+class Feature(Schema):
+    """An edit of one feature, applied to every token of every image."""
 
     index: int = Field(ge=0, le=MAX_INDEX, examples=[39])
-    """Its number in the SAE."""
-    strength: float | None = Field(default=None, ge=-LARGEST, le=LARGEST, examples=[4.0])
-    """Negative ones suppress. Left out for `ablate`."""
+    """The index of the feature in its SAE."""
+    strength: float | None = Field(default=None, ge=-MAX_STRENGTH, le=MAX_STRENGTH, examples=[4.0])
+    """Negative values suppress the feature. Must be left out for `ablate`."""
     unit: Literal["absolute", "max"] = "absolute"
-    """`max`: in multiples of the feature's largest value on a token; for `set` and `add`."""
+    """`max`: strength is a multiple of the feature's largest value on a token. For `set` and `add` only."""
     mode: Mode | Literal["clamp", "pin", "nudge", "mul", "suppress"] = "set"
-    """`set` (clamp, pin), `add` (nudge), `scale` (mul) or `ablate` (suppress)."""
+    """`set`, `add`, `scale` or `ablate`. Aliases: `clamp` and `pin` for `set`, `nudge` for `add`, `mul` for `scale`,
+    `suppress` for `ablate`."""
 
     @model_validator(mode="after")
     def _strength_where_it_belongs(self) -> Feature:
         if (self.strength is None) != (self.edit_mode == "ablate"):
-            raise ValueError("strength belongs to every mode but ablate")
+            raise ValueError("strength is required, except for the mode ablate, which takes none")
         if self.unit == "max" and self.edit_mode not in ("set", "add"):
-            raise ValueError(f"unit max has no meaning for {self.mode}; it goes with set and add")
+            raise ValueError(f"the unit max cannot be used with the mode {self.mode}; use set or add")
         return self
 
     @property
@@ -46,29 +50,29 @@ class Feature(Wire):
         return ALIASES.get(self.mode, self.mode)  # type: ignore[return-value]
 
 
-class Edits(Wire):
-    """Which features of which SAE are edited, and how."""
+class Edits(Schema):
+    """Edits of the features of one SAE."""
 
     sae: str | None = None
-    """Its id, as in `/v1/saes`; the first of them by default."""
+    """The id of an SAE, as listed by `/v1/saes`. Default: the first one."""
     features: list[Feature] = Field(default_factory=list)
-    """At most one edit per feature. Without any, what the SAE reconstructs of the image is shown."""
-    strength_multiplier: float = Field(default=1.0, ge=-LARGEST, le=LARGEST, examples=[1.0])
-    """Multiplies every strength."""
+    """The edits, at most one per feature. Without edits the SAE's reconstruction of the image is used."""
+    strength_multiplier: float = Field(default=1.0, ge=-MAX_STRENGTH, le=MAX_STRENGTH, examples=[1.0])
+    """Multiplies all strengths."""
     error: Literal["drop", "keep"] = "drop"
-    """What becomes of the part of the image's activations that the SAE does not reconstruct."""
+    """Whether to drop or keep the part of the image's activations that the SAE does not reconstruct."""
     isolate: bool = False
-    """Zeroes all other features."""
+    """Set all other features to zero."""
 
     @model_validator(mode="after")
     def _one_edit_per_feature(self) -> Edits:
         indices = [feature.index for feature in self.features]
         if len(set(indices)) < len(indices):
-            raise ValueError("a feature is edited twice; leave one of the edits out")
+            raise ValueError("a feature is edited twice; remove one of the edits")
         return self
 
     def latent_edits(self) -> tuple[LatentEdit, ...]:
-        """As the science knows them; UsageError for what has no meaning."""
+        """The edits of latents. Raises UsageError if one is invalid."""
         return tuple(
             LatentEdit(one.index, one.edit_mode, (one.strength or 0.0) * self.strength_multiplier, one.unit)
             for one in self.features
@@ -79,27 +83,27 @@ class Steering(Edits):
     """The steering of a chat completion."""
 
     types: list[SteeringType] = Field(default=["STEERED"], min_length=1, max_length=2)
-    """With both, every choice is there steered and as the model is by default, in this order."""
+    """Which answers to return: steered, unsteered (`DEFAULT`), or both, in this order."""
 
     @model_validator(mode="after")
     def _each_type_once(self) -> Steering:
         if len(set(self.types)) < len(self.types):
-            raise ValueError("types names one twice")
+            raise ValueError("types contains a duplicate; remove it")
         return self
 
 
-class TextPart(Wire):
+class TextPart(Schema):
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(Wire):
+class ImageUrl(Schema):
     url: str
-    """`data:image/png;base64,…` (PNG, JPEG or WebP)."""
+    """A data URL, `data:image/png;base64,…` (PNG, JPEG or WebP)."""
     detail: Literal["auto"] = "auto"
 
 
-class ImagePart(Wire):
+class ImagePart(Schema):
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -107,7 +111,7 @@ class ImagePart(Wire):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class Message(Wire):
+class Message(Schema):
     role: Literal["system", "user", "assistant"]
     content: str | list[Part]
 
@@ -124,30 +128,32 @@ class Message(Wire):
         return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
 
 
-class StreamOptions(Wire):
+class StreamOptions(Schema):
     include_usage: bool = False
 
 
-class ChatRequest(Wire):
-    """A chat completion as OpenAI's API has it. Of its further fields, those that are listed may have their neutral
-    value; others are refused rather than ignored."""
+class ChatRequest(Schema):
+    """A chat completion request of OpenAI's API, with `steering`. Penalties, `logprobs` and `user` are accepted for
+    compatibility, but only with values that have no effect. Unknown fields are an error."""
 
     model: str | None = None
-    """An id of `/v1/models`; there is one."""
+    """The id listed by `/v1/models`."""
     messages: list[Message] = Field(min_length=1, max_length=64)
-    """An optional `system`, then `user` and `assistant` in turns, a `user` last. Images belong to users."""
+    """An optional `system` message, then `user` and `assistant` messages in turn, ending with a `user` message. Only
+    `user` messages may contain images."""
     steering: Steering | None = None
-    """Without it the plain LLaVA answers."""
+    """Default: no steering."""
     max_tokens: int | None = Field(default=None, ge=1)
+    """The maximum number of tokens per answer."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    """The same by its newer name."""
+    """OpenAI's newer name for `max_tokens`."""
     temperature: float = Field(default=1.0, ge=0, le=2)
-    """0 takes the likeliest token every time."""
+    """0 always picks the most likely token."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
     n: int = Field(default=1, ge=1)
     stop: str | list[str] | None = None
-    """At most four strings that end an answer and are not part of it."""
+    """Up to four strings. An answer ends before the first of them."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     frequency_penalty: Literal[0] = 0
@@ -160,17 +166,20 @@ class ChatRequest(Wire):
         roles = [message.role for message in self.messages]
         turns = roles[1:] if roles[0] == "system" else roles
         if turns != [("user", "assistant")[place % 2] for place in range(len(turns))] or len(turns) % 2 == 0:
-            raise ValueError("messages must be an optional system, then user and assistant in turns, a user last")
+            raise ValueError(
+                "messages must be an optional system message, then user and assistant messages in turn, "
+                "ending with a user message"
+            )
         if any(message.image_urls and message.role != "user" for message in self.messages):
-            raise ValueError("images belong to messages of the user")
+            raise ValueError("only user messages may contain images")
         if not self.image_urls:
-            raise ValueError("messages hold no image; add a part of the type image_url")
+            raise ValueError("messages contain no image; add a part of the type image_url")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens mean the same; leave one out")
+            raise ValueError("max_tokens and max_completion_tokens mean the same; remove one of them")
         if len(self.stops) > 4 or not all(self.stops):
-            raise ValueError("stop takes one to four strings that are not empty")
+            raise ValueError("stop must be one to four non-empty strings")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options belong to streams; set stream to true")
+            raise ValueError("stream_options require stream to be true")
         return self
 
     @property
@@ -187,7 +196,7 @@ class ChatRequest(Wire):
 
 
 class SteerRequest(Steering):
-    """The short form: one image, one prompt, the likeliest answer."""
+    """The short form: one image and one prompt, answered with greedy decoding."""
 
     image: str
     """A data URL, as in `image_url`."""
@@ -195,7 +204,7 @@ class SteerRequest(Steering):
     max_tokens: int = Field(default=64, ge=1)
 
     def chat(self) -> ChatRequest:
-        """The long form."""
+        """The same request as a chat completion."""
         steering = {name: getattr(self, name) for name in Steering.model_fields}
         image = ImagePart(type="image_url", image_url=ImageUrl(url=self.image))
         return ChatRequest(
@@ -206,14 +215,14 @@ class SteerRequest(Steering):
         )
 
 
-class InspectRequest(Wire):
-    """Which features an image has."""
+class InspectRequest(Schema):
+    """Asks which features are active on an image."""
 
     image: str
     """A data URL, as in `image_url`."""
     sae: str | None = None
     limit: int = Field(default=16, ge=1, le=100)
-    """Features, at most."""
+    """Maximum number of features to return."""
 
 
 class Usage(BaseModel):
@@ -272,9 +281,9 @@ class Sae(BaseModel):
     d_in: int
     n_features: int
     layer: int
-    """Of the vision tower, from 0."""
+    """The layer of the vision tower, counted from 0."""
     site: str
-    """Where and on which tokens it was trained."""
+    """The layer and the tokens that the SAE was trained on."""
 
 
 class Saes(BaseModel):
@@ -285,26 +294,26 @@ class Saes(BaseModel):
 class FeatureSummary(BaseModel):
     index: int
     name: str | None
-    """The class that most of its top images belong to."""
+    """The most common class of its top images."""
     purity: float
-    """The share of the top images that do."""
+    """The share of its top images that belong to this class."""
     ms: float | None
     """MonoSemanticity score."""
     frequency: float
-    """Share of the images it fires on."""
+    """The share of images that it fires on."""
     max_token: float
-    """Its largest value on a token: the unit `max`."""
+    """Its largest value on a token: 1 in the unit `max`."""
     n_images: int
-    """Top images."""
+    """Number of top images."""
     similarity: float | None = None
-    """Cosine of the text that was searched for and the mean embedding of the top images."""
+    """Cosine similarity of the search text and the mean embedding of the top images."""
 
 
 class Features(BaseModel):
     object: Literal["list"] = "list"
     data: list[FeatureSummary]
     total: int
-    """Features that ever fired."""
+    """Number of features found; `data` contains one page of them."""
 
 
 class Bin(BaseModel):
@@ -323,15 +332,15 @@ class TopImage(BaseModel):
 
 class FeatureDetail(FeatureSummary):
     histogram: list[Bin]
-    """Held-out images by the feature's mean value, above 0."""
+    """Number of held-out images by the feature's mean value on the image, where above 0."""
     images: list[TopImage]
 
 
 class ActiveFeature(FeatureSummary):
     strongest: float
-    """Largest value on a patch of this image."""
+    """The largest value on a patch of this image."""
     heat: list[list[float]]
-    """Value on every patch, row by row."""
+    """The value on every patch, as rows of the patch grid."""
 
 
 class Inspection(BaseModel):
@@ -348,7 +357,7 @@ class ErrorFacts(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every refusal and failure."""
+    """An error, in the format of OpenAI's API."""
 
     error: ErrorFacts
 

@@ -21,7 +21,7 @@ from .conftest import KEY, OTHER, STEERS, data_url, white
 @pytest.fixture(scope="module")
 def service(served_study) -> Service:
     service = Service(with_llava(ServeConfig(root=str(served_study), without_key=True)), None, None)
-    service.take_up(service.config)
+    service.load_saes(service.config)
     return service
 
 

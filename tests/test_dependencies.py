@@ -1,0 +1,86 @@
+"""Every package that is imported is declared in pyproject.toml, also those that another dependency happens to bring."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from tests.test_imports import imports_of
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("sae_ray", "jobs", "serve", "tests", "bench")
+USED = {
+    "sae_ray": ("vllm",),
+    "jobs": (),
+    "serve": ("vllm",),
+    "tests": ("vllm", "test"),
+}
+"""Folder -> the extras that it may need besides the dependencies."""
+WITH_TORCH = "triton"
+"""Comes with torch's builds for GPUs; an extra names it for the tests, which run it on CPUs too."""
+
+
+def declared(extras: tuple[str, ...]) -> set[str]:
+    """Names of the distributions that pyproject.toml lists, normalised."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [*project["dependencies"]]
+    for extra in extras:
+        requirements += project["optional-dependencies"][extra]
+    return {normalised(re.match(r"[\w.-]+", requirement)[0]) for requirement in requirements}  # type: ignore[index]
+
+
+def normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def without_type_checking(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes, those in functions too, but for what only type checkers read."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for other in node.orelse:
+                yield other
+                yield from without_type_checking(other)
+            continue
+        yield node
+        yield from without_type_checking(node)
+
+
+def undeclared(files: list[Path], known: set[str]) -> list[str]:
+    """`file: module` of every import of a package that is not among the known distributions."""
+    distributions = packages_distributions()
+    found = []
+    for file in files:
+        nodes = list(without_type_checking(ast.parse(file.read_text(encoding="utf-8"))))
+        for level, name in imports_of(nodes):
+            top = name.split(".")[0]
+            if level or top in sys.stdlib_module_names or top in OURS:
+                continue
+            # What is not installed here, such as vLLM, is looked for by its own name.
+            if not known & {normalised(one) for one in (top, *distributions.get(top, ()))}:
+                found.append(f"{file.name}: {top}")
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("folder", USED)
+def test_what_is_imported_is_declared(folder: str):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    assert undeclared(files, declared(USED[folder]) | {WITH_TORCH}) == []
+
+
+def test_an_import_that_is_not_declared_is_seen(tmp_path: Path):
+    file = tmp_path / "module.py"
+    file.write_text(
+        "from typing import TYPE_CHECKING\nimport json, yaml\nfrom . import pytest\n"
+        "if TYPE_CHECKING:\n    import jaxtyping\nelse:\n    import click\n"
+        "def f():\n    from PIL import Image\n"
+    )
+    assert undeclared([file], declared(())) == []
+    assert undeclared([file], set()) == ["module.py: PIL", "module.py: click", "module.py: yaml"]
