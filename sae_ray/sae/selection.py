@@ -1,4 +1,4 @@
-"""Which entries are the largest: of the whole batch, over all ranks, or of each row. Ties go to the lower flat index."""
+"""Which entries are the largest: of the whole batch over all ranks, or of each row. Ties go to the lower flat index."""
 
 from __future__ import annotations
 

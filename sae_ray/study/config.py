@@ -180,8 +180,7 @@ class TrainResources:
     cells_per_bundle: int = 16
     """SAEs that share one read of the data."""
     workers: int = 1
-    """Data-parallel workers of a bundle. Each selects latents within its share of a batch, so that their number shows
-    in the SAEs."""
+    """Data-parallel workers of a bundle, a divisor of `training.batch_size`."""
     cpus: float = 1
     """CPUs of a worker."""
     gpus: float | None = None
@@ -224,8 +223,7 @@ class SteerResources:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the study may use. Changing it redoes nothing: but for `train.workers`, nothing here changes what is
-    computed."""
+    """What the study may use. Changing it redoes nothing, and changes results by no more than rounding."""
 
     __pydantic_config__ = STRICT
 
