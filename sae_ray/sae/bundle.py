@@ -1,4 +1,4 @@
-"""Training a bundle: cells that read the same activations share one stream, and resume from the checkpoints that survive.
+"""Training a bundle: cells that read the same activations share one stream and resume from their newest checkpoints.
 
 A cell keeps its own optimizer, counters, checkpoints and failure, and is the same SAE whatever bundle it is trained in
 and, up to rounding, on however many ranks.

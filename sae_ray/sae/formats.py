@@ -1,7 +1,7 @@
 """SAEs on disk: SAELens v6 directories, ours and others', and the checkpoints of the paper's reference code.
 
 The native format is a directory of `cfg.json` and `sae_weights.safetensors` that SAELens 6 opens as it is. Facts that
-SAELens does not know stand in `cfg.json` under `metadata.sae_ray`, statistics per latent in the sidecar `latents.parquet`.
+SAELens does not know stand in `cfg.json` under `metadata.sae_ray`, those per latent in `latents.parquet` beside it.
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@ import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
 from sae_ray.errors import UsageError
-from sae_ray.sae import Cell, CellTrainer, NonFiniteLoss, TrainingConfig
+from sae_ray.sae import BundleJob, Cell, CellJob, CellTrainer, NonFiniteLoss, TrainingConfig, train_cells
 from sae_ray.sae.architectures import Architecture, Weights
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step
 
 D_IN, BATCH, STEPS, STEPS_PER_SIZE = 16, 32, 24, 8
 SIZES = (1, 2, 4)
@@ -73,6 +75,10 @@ def select(seed: int, rank: int, size: int, group) -> torch.Tensor:
 
 def refusals(rank: int, size: int, group) -> None:
     """Shares of other sizes are refused; a NaN in the share of one rank stops all of them."""
+    odd = replace(CELLS[TOPK], training=replace(TRAINING, batch_size=BATCH + 1))
+    bundle = BundleJob(Folder("none"), (CellJob(Step(Folder("none"), "train", "sae", {}), odd),), 0, 1, 1)
+    with pytest.raises(UsageError, match=f"resources.train.workers = {size}: .* training.batch_size = {BATCH + 1}"):
+        train_cells(bundle, process_group=group)
     uneven = make_batches()[0].split([BATCH - 3 * (size - 1)] + [3] * (size - 1))[rank]
     with pytest.raises(UsageError, match=f"training.batch_size = {BATCH}"):
         CellTrainer(CELLS[BATCH_TOPK], D_IN, process_group=group).step(uneven)
