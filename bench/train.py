@@ -26,8 +26,7 @@ from bench import environments
 from bench.contestants import ours
 from bench.contestants.worker import PARTS, Settings
 from bench.record import Table, record
-from jobs import train as job
-from sae_ray.sae import Cell, CellTrainer, TrainingConfig
+from sae_ray.sae import BundleJob, Cell, CellJob, CellTrainer, TrainingConfig, train_cells
 from sae_ray.sae.training import geometric_median
 from sae_ray.store.activations import ActivationStore, activation_table, write_part
 from sae_ray.store.files import Folder
@@ -45,8 +44,8 @@ R2_TOLERANCE, L0_TOLERANCE = 0.02, 0.1
 # SAELens averages the threshold from 0 on, the others from its first value: after a dozen steps that must not show.
 THRESHOLD_BETA = 0.5
 GRID_STEPS = 16
-STEADY = slice(3, -2)
-"""Of them: the first allocate, the last come with a checkpoint, evaluation and writing."""
+STEADY = slice(3, -1)
+"""Of them: the first allocate, the last comes with a checkpoint."""
 NAMES = {
     "ours.BatchTopK": "sae-ray",
     "dictionary_learning.BatchTopK": "dictionary-learning",
@@ -279,7 +278,7 @@ def too_slow(d_sae: int, times: dict[str, list[float]]) -> list[str]:
 
 
 def grid_rows() -> tuple[list[list[Any]], float]:
-    """The 12 cells of a bundle as the training job steps them; after each of its steps one cell trains by itself."""
+    """The steps of a bundle of 12 cells; after each of them one cell trains by itself."""
     training = TrainingConfig(batch_size=BATCH, steps=GRID_STEPS, warmup_steps=0, threshold_start_step=1)
     cells = [
         Cell(architecture, expansion, k=k, training=training)
@@ -289,27 +288,20 @@ def grid_rows() -> tuple[list[list[Any]], float]:
     ]
     with tempfile.TemporaryDirectory() as scratch:
         root = Folder(scratch)
-        stores = {}
-        for label, rows in (("activations", 32 * BATCH), ("heldout", BATCH)):
-            step = Step(root, "extract", label, {"store_dtype": "float16", "images_per_part": 8 * BATCH})
-            data = activations(rows, len(stores))
-            for number, part in enumerate(np.split(data, max(1, rows // (8 * BATCH)))):
-                index = np.arange(len(part)) + number * len(part)
-                write_part(step.folder, number, activation_table(index, np.zeros(len(part)), part, "float16"), [])
-            step.finish(0.0, {"images": rows, "rejects": 0, "rows": rows, "width": D_IN})
-            stores[label] = step.folder
-        names = [f"cell-{number}" for number in range(len(cells))]
-        bundle = job.BundleJob(
-            activations=stores["activations"],
-            heldout=stores["heldout"],
-            cells=tuple(
-                job.CellJob(Step(root, "train", name, {}), cell) for name, cell in zip(names, cells, strict=True)
-            ),
+        n_rows = 32 * BATCH
+        step = Step(root, "extract", "activations", {"store_dtype": "float16", "images_per_part": 8 * BATCH})
+        for number, part in enumerate(np.split(activations(n_rows, 0), n_rows // (8 * BATCH))):
+            index = np.arange(len(part)) + number * len(part)
+            write_part(step.folder, number, activation_table(index, np.zeros(len(part)), part, "float16"), [])
+        step.finish(0.0, {"images": n_rows, "rejects": 0, "rows": n_rows, "width": D_IN})
+        bundle = BundleJob(
+            activations=step.folder,
+            cells=tuple(CellJob(Step(root, "train", f"cell-{number}", {}), cell) for number, cell in enumerate(cells)),
             stream_seed=0,
             shuffle_rows=16 * BATCH,
             checkpoint_every=GRID_STEPS + 1,
         )
-        store = ActivationStore(stores["activations"])
+        store = ActivationStore(step.folder)
         stream = TrainingStream(store, BATCH, 0, bundle.shuffle_rows).batches()
         scale = store.root_mean_square_norm
         batches = [next(stream).float() / scale for _ in range(GRID_STEPS)]
@@ -318,7 +310,7 @@ def grid_rows() -> tuple[list[list[Any]], float]:
         since = time.perf_counter()
 
         def after_step(done: int) -> None:
-            """Takes the time of the job's step, then all steps of one cell."""
+            """Takes the time of the bundle's step, then all steps of one cell."""
             nonlocal since
             together.append(1000 * (time.perf_counter() - since))
             if len(alone) < len(cells):
@@ -331,8 +323,7 @@ def grid_rows() -> tuple[list[list[Any]], float]:
                 alone.append(mean(taken[STEADY]))
             since = time.perf_counter()
 
-        job.STEPS_PER_REPORT = 1
-        job.train_cells(bundle, torch.device("cpu"), 0, 1, None, after_step)
+        train_cells(bundle, after_step=after_step)
     joint, pure = mean(together[STEADY]), sum(alone)
     rows = [["each cell alone, summed", round(pure, 1)], ["all cells in the training job", round(joint, 1)]]
     return [*rows, ["ratio", f"{joint / pure:.2f}"]], joint / pure

@@ -10,8 +10,9 @@ from sae_ray.encoders.base import placement
 from sae_ray.errors import UsageError
 from sae_ray.images import BadImage, decode_image
 from sae_ray.sae import load_sae
+from sae_ray.sae.formats import LATENTS_FILE
 from sae_ray.steering import Intervention, load_llava, load_max_token
-from sae_ray.steering.interventions import ALIASES, LATENTS_FILE
+from sae_ray.steering.interventions import ALIASES
 from sae_ray.store.files import Folder, parent_and_name
 from sae_ray.text_table import table_lines
 

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch.nn import Parameter
 
 from sae_ray.sae.product import affine
-from sae_ray.sae.sparse import Pattern, decode_entries, encode_entries, largest_positive, largest_positive_per_row
+from sae_ray.sae.selection import BatchSelection, largest_positive_per_row
+from sae_ray.sae.sparse import Pattern, decode_entries, encode_entries
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from sae_ray.sae.config import ArchitectureName, Cell
+    from sae_ray.sae.ranks import Ranks
 
 
 class Weights:
@@ -74,10 +76,9 @@ class Architecture(ABC):
     revives: ClassVar[bool] = False
     """Whether AuxK revives dead latents."""
 
-    def __init__(self, cell: Cell, d_in: int, shares: int):
-        """`shares`: a batch-wide selection is made separately in this many equal parts of the batch."""
+    def __init__(self, cell: Cell, d_in: int, ranks: Ranks):
+        """`ranks`: they hold equal shares of a batch; a selection over the batch is over all of them."""
         self.cell = cell
-        self.shares = shares
         self.group_sizes = cell.group_sizes(d_in)
 
     @property
@@ -146,21 +147,17 @@ class SelectingArchitecture(Architecture):
 
 
 class BatchTopK(SelectingArchitecture):
-    """The `k * batch` largest values of the whole batch (Bussmann et al. 2024, arXiv 2412.06410)."""
+    """The `k * batch` largest values of the whole batch, over all ranks (Bussmann et al. 2024, arXiv 2412.06410)."""
 
     estimates_threshold = True
-    _guess = 0.0
-    """Somewhat below the smallest value of the last selection: where the next one starts to look."""
+
+    def __init__(self, cell: Cell, d_in: int, ranks: Ranks):
+        super().__init__(cell, d_in, ranks)
+        assert cell.k is not None
+        self._selection = BatchSelection(cell.k, ranks)
 
     def select(self, pre: Tensor) -> Tensor:
-        assert self.cell.k is not None
-        parts, start = [], 0
-        for share in pre.tensor_split(self.shares):
-            parts.append(largest_positive(share, self.cell.k * len(share), self._guess) + start)
-            start += share.numel()
-        chosen = torch.cat(parts)
-        self._guess = 0.9 * pre.flatten()[chosen].amin().item() if len(chosen) else 0.0
-        return chosen
+        return self._selection(pre)
 
 
 class MatryoshkaBatchTopK(BatchTopK):

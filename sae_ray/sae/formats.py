@@ -1,7 +1,7 @@
 """SAEs on disk: SAELens v6 directories, ours and others', and the checkpoints of the paper's reference code.
 
 The native format is a directory of `cfg.json` and `sae_weights.safetensors` that SAELens 6 opens as it is. Facts that
-SAELens does not know stand in `cfg.json` under `metadata.sae_ray`.
+SAELens does not know stand in `cfg.json` under `metadata.sae_ray`, those per latent in `latents.parquet` beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
 import safetensors
 import safetensors.torch
 import torch
@@ -23,8 +25,11 @@ from sae_ray.store.files import Folder
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sae_ray.sae.metrics import LatentStatistics
+
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
+LATENTS_FILE = "latents.parquet"
 # Without a version in the metadata SAELens takes the directory for one of its older formats.
 _SAE_LENS_VERSION = "6.54.0"
 _TO_SAE_LENS: dict[ArchitectureName, str] = {
@@ -58,6 +63,12 @@ def save_sae(sae: SAE, folder: Folder) -> None:
         config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     folder.write_bytes(WEIGHTS_FILE, safetensors.torch.save(tensors))
     folder.write_json(CONFIG_FILE, config)
+
+
+def save_latents(latents: LatentStatistics, folder: Folder) -> None:
+    """Writes the sidecar `latents.parquet` of an SAE's directory: `latent` and a column per statistic."""
+    columns = {name: column.numpy() for name, column in latents._asdict().items()}
+    folder.write_parquet(LATENTS_FILE, pa.table({"latent": np.arange(len(latents.frequency)), **columns}))
 
 
 def load_sae(path: str | Path | Folder) -> SAE:

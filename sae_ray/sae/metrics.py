@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor
 
     from sae_ray.sae.model import SAE
     from sae_ray.sae.sparse import SparseCodes
+    from sae_ray.store.activations import ActivationStore
+
+ROWS_PER_BATCH = 4096
+MEASURED_ROWS = 2**20
 
 
 class FidelitySummary(NamedTuple):
@@ -44,11 +48,44 @@ class LatentStatistics(NamedTuple):
     """Largest value; 0 if it never fired."""
 
 
+class LatentSums:
+    """Sums per latent over samples, in float64 on the CPU."""
+
+    def __init__(self, d_sae: int):
+        self.n_samples = 0
+        self.n_active: Int[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.int64)
+        self.activation: Float[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.float64)
+        """Sum of the codes."""
+        self.max_token: Float[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.float64)
+
+    def update(self, codes: SparseCodes) -> None:
+        """Adds samples."""
+        latents, values = codes.latents.cpu(), codes.values.double().cpu()
+        self.n_samples += codes.n_rows
+        self.n_active += torch.bincount(latents, minlength=len(self.n_active))
+        self.activation.index_add_(0, latents, values)
+        self.max_token.scatter_reduce_(0, latents, values, "amax")
+
+    def merge(self, other: LatentSums) -> None:
+        """Adds the samples of `other`."""
+        self.n_samples += other.n_samples
+        self.n_active += other.n_active
+        self.activation += other.activation
+        self.max_token = torch.maximum(self.max_token, other.max_token)
+
+    def statistics(self) -> LatentStatistics:
+        return LatentStatistics(
+            frequency=self.n_active / max(1, self.n_samples),
+            mean_active=self.activation / self.n_active.clamp_min(1),
+            max_token=self.max_token,
+        )
+
+
 class Fidelity:
     """Sums over samples, in float64 on the CPU. Fidelities of parts of the data merge into that of the whole."""
 
     def __init__(self, d_in: int, d_sae: int):
-        self.n_samples = 0
+        self.latent_sums = LatentSums(d_sae)
         self.error = 0.0
         """Sum of |x - x_hat|^2."""
         self.power = 0.0
@@ -56,49 +93,38 @@ class Fidelity:
         self.cosine = 0.0
         self.total: Float[Tensor, " d_in"] = torch.zeros(d_in, dtype=torch.float64)
         """Sum of x."""
-        self.n_active: Int[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.int64)
-        self.activation: Float[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.float64)
-        """Sum of the codes."""
-        self.max_token: Float[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.float64)
 
     def update(self, x: Float[Tensor, "n d_in"], codes: SparseCodes, x_hat: Float[Tensor, "n d_in"]) -> None:
         """Adds samples with their codes and reconstructions."""
         x, x_hat = x.double().cpu(), x_hat.double().cpu()
-        latents, values = codes.latents.cpu(), codes.values.double().cpu()
-        self.n_samples += len(x)
+        self.latent_sums.update(codes)
         self.error += (x - x_hat).square().sum().item()
         self.power += x.square().sum().item()
         self.cosine += torch.nn.functional.cosine_similarity(x, x_hat, dim=1).sum().item()
         self.total += x.sum(0)
-        self.n_active += torch.bincount(latents, minlength=len(self.n_active))
-        self.activation.index_add_(0, latents, values)
-        self.max_token.scatter_reduce_(0, latents, values, "amax")
 
     def merge(self, other: Fidelity) -> None:
         """Adds the samples of `other`."""
-        for name in ("n_samples", "error", "power", "cosine", "total", "n_active", "activation"):
+        self.latent_sums.merge(other.latent_sums)
+        for name in ("error", "power", "cosine", "total"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.max_token = torch.maximum(self.max_token, other.max_token)
 
     def summary(self) -> FidelitySummary:
         """NaN where there are no samples, and in `r2` and `nmse` where they do not vary or are all 0."""
-        n = self.n_samples or float("nan")
+        n_samples, n_active = self.latent_sums.n_samples, self.latent_sums.n_active
+        n = n_samples or float("nan")
         variance = self.power - (self.total.square().sum().item() / n)
         return FidelitySummary(
-            n_samples=self.n_samples,
-            l0=self.n_active.sum().item() / n,
+            n_samples=n_samples,
+            l0=n_active.sum().item() / n,
             r2=1 - self.error / variance if variance > 0 else float("nan"),
             nmse=self.error / self.power if self.power > 0 else float("nan"),
             cosine=self.cosine / n,
-            dead_fraction=(self.n_active == 0).double().mean().item(),
+            dead_fraction=(n_active == 0).double().mean().item(),
         )
 
     def latents(self) -> LatentStatistics:
-        return LatentStatistics(
-            frequency=self.n_active / max(1, self.n_samples),
-            mean_active=self.activation / self.n_active.clamp_min(1),
-            max_token=self.max_token,
-        )
+        return self.latent_sums.statistics()
 
 
 def evaluate(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) -> Fidelity:
@@ -108,3 +134,30 @@ def evaluate(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) -> Fidelity:
         codes = sae.encode_sparse(batch)
         fidelity.update(batch, codes, sae.decode(codes))
     return fidelity
+
+
+def evaluate_store(sae: SAE, store: ActivationStore) -> Fidelity:
+    """Fidelity on all activations of a store."""
+    return evaluate(sae, _batches(store, store.n_rows))
+
+
+def measure_latents(saes: Sequence[SAE], store: ActivationStore) -> list[LatentStatistics]:
+    """How the latents of each SAE fire on the store's first 2**20 activations, in the order of its parts.
+
+    The SAEs belong to one site and share one read. The result depends on SAE and store alone.
+    """
+    sums = [LatentSums(sae.d_sae) for sae in saes]
+    for batch in _batches(store, min(store.n_rows, MEASURED_ROWS)) if saes else ():
+        for sae, own in zip(saes, sums, strict=True):
+            own.update(sae.encode_sparse(batch))
+    return [own.statistics() for own in sums]
+
+
+def _batches(store: ActivationStore, n_rows: int) -> Iterator[Float[Tensor, "n d_in"]]:
+    """The first rows of a store, in float32."""
+    for number in range(len(store.parts)):
+        rows = torch.tensor(store.read(number)[2][:n_rows]).float()
+        yield from rows.split(ROWS_PER_BATCH)
+        n_rows -= len(rows)
+        if n_rows == 0:
+            return

@@ -10,7 +10,8 @@ import torch
 
 from sae_ray.errors import UsageError
 from sae_ray.sae.config import ArchitectureName
-from sae_ray.sae.sparse import Pattern, SparseCodes, largest_positive_per_row
+from sae_ray.sae.selection import largest_positive_per_row
+from sae_ray.sae.sparse import Pattern, SparseCodes
 
 T = TypeVar("T")
 

@@ -18,6 +18,7 @@ class Ranks:
     def __init__(self, group: ProcessGroup | None):
         self.group = group
         self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
 
     def sum(self, tensor: Tensor) -> Tensor:
         return self._reduce(tensor, dist.ReduceOp.SUM)
@@ -27,6 +28,14 @@ class Ranks:
 
     def smallest(self, tensor: Tensor) -> Tensor:
         return self._reduce(tensor, dist.ReduceOp.MIN)
+
+    def total(self, number: int, device: torch.device) -> int:
+        """The sum of a number that each rank has; it travels by way of a tensor on `device`."""
+        return number if self.size == 1 else int(self.sum(torch.tensor(number, device=device)))
+
+    def sum_before(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks before this one."""
+        return self.gather(tensor.unsqueeze(0))[: self.rank].sum(0)
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all ranks, in rank order; every rank holds equally many."""
@@ -40,3 +49,7 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
+
+
+ALONE = Ranks(None)
+"""A process that trains by itself."""

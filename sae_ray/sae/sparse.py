@@ -7,7 +7,6 @@ latents that have entries.
 
 from __future__ import annotations
 
-import math
 import warnings
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from sae_ray.sae.kernels import kernels_for
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 with warnings.catch_warnings():
@@ -161,75 +160,6 @@ def decode_entries(
     result = _DecodeEntries.apply(values, W_dec, pattern)
     assert isinstance(result, torch.Tensor)
     return result
-
-
-def largest_positive(matrix: Float[Tensor, "batch d_sae"], count: int, guess: float = 0.0) -> Int[Tensor, " nnz"]:
-    """Ascending flat indices of the `count` largest values of the whole matrix; fewer where fewer are above 0.
-
-    Args:
-        guess: About the smallest of these values, from below; a bad one costs time, the result does not depend on it.
-    """
-    flat, found = matrix.flatten(), None
-    if guess > 0 and (kernels := kernels_for(flat)):
-        found = kernels.at_least(flat, guess, count)
-    if found is None:
-        maxima = _block_maxima(flat.unsqueeze(0), count)
-        found = _at_least(flat, maxima, maxima.new_tensor([[guess]])) if guess > 0 else None
-        if found is None or len(found) < count:
-            found = _at_least(flat, maxima, _bound(maxima, count))
-    if len(found) > count:
-        found = found[flat[found].topk(count, sorted=False).indices].sort().values
-    return found
-
-
-def largest_positive_per_row(matrix: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, " nnz"]:
-    """Ascending flat indices of the `k` largest values of each row; fewer where fewer are above 0."""
-    flat, maxima = matrix.flatten(), _block_maxima(matrix, k)
-    found = _at_least(flat, maxima, _bound(maxima, k))
-    falling = flat[found].argsort(descending=True, stable=True)
-    rows = found[falling] // matrix.shape[1]
-    by_row = rows.argsort(stable=True)
-    rows, falling = rows[by_row], falling[by_row]
-    rank = torch.arange(len(rows), device=rows.device) - _offsets(rows, len(matrix))[rows]
-    return found[falling[rank < k]].sort().values
-
-
-def _block_maxima(matrix: Float[Tensor, "rows width"], count: int) -> Float[Tensor, "rows n_blocks"]:
-    """The largest values of blocks of each row, at least two blocks per value looked for where there are so many."""
-    n_rows, width = matrix.shape
-    block = math.gcd(width, 64)
-    while block > 1 and width // block < 2 * count:
-        block //= 2
-    return matrix.view(n_rows, width // block, block).amax(2) if block > 1 else matrix
-
-
-def _bound(maxima: Float[Tensor, "rows n_blocks"], count: int) -> Float[Tensor, "rows 1"]:
-    """Above 0 and at most the `count`-th largest of the row: the `count`-th largest of the maxima of its blocks."""
-    tiny = torch.finfo(maxima.dtype).tiny
-    if maxima.shape[1] < count:
-        return maxima.new_full((len(maxima), 1), tiny)
-    return maxima.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True).clamp_min(tiny)
-
-
-def _at_least(
-    flat: Float[Tensor, " n"], maxima: Float[Tensor, "rows n_blocks"], bounds: Float[Tensor, "rows 1"]
-) -> Int[Tensor, " found"]:
-    """Ascending indices of the values that are not below the bound of their row; blocks that are below are skipped."""
-    near = (maxima >= bounds).flatten().nonzero().squeeze(1)
-    block = len(flat) // max(1, maxima.numel())
-    values = flat.view(maxima.numel(), block).index_select(0, near)
-    places = _true((values >= bounds[near // maxima.shape[1]]).flatten())
-    return near[places // block] * block + places % block
-
-
-def _true(flags: Bool[Tensor, " n"]) -> Int[Tensor, " found"]:
-    """Ascending indices of the true ones, which are few."""
-    if len(flags) % 8:
-        return flags.nonzero().squeeze(1)
-    # Eight flags are read as one word: most words are 0.
-    words = flags.view(torch.int64).nonzero()
-    places = 8 * words + torch.arange(8, device=flags.device)
-    return places[flags.view(-1, 8)[words.squeeze(1)]]
 
 
 def _offsets(ascending: Tensor, count: int) -> Tensor:

@@ -56,8 +56,9 @@ class StepMetrics(NamedTuple):
 class CellTrainer:
     """Trains the SAE of one cell on batches that the caller has divided by the norm scale.
 
-    With a process group each rank calls `step` with its equal share of the batch: latents are selected within the
-    share, gradients and statistics are reduced over ranks, and all ranks hold the same weights after every step.
+    With a process group each rank calls `step` with its equal share of the rows, in rank order. Latents are selected
+    among those of the whole batch, gradients and statistics are reduced over ranks, and all ranks hold the same weights
+    after every step: those of one process, up to rounding.
     """
 
     def __init__(
@@ -66,20 +67,13 @@ class CellTrainer:
         d_in: int,
         device: torch.device | str = "cpu",
         process_group: ProcessGroup | None = None,
-        selection_shares: int = 1,
     ):
-        """
-        Args:
-            selection_shares: select within this many equal parts of the batch, as that many ranks would.
-
-        Raises:
-            UsageError: the cell does not fit `d_in`.
-        """
+        """Raises UsageError when the cell does not fit `d_in`."""
         self.cell = cell
         self.d_in, self.d_sae = d_in, cell.d_sae(d_in)
         self.device = torch.device(device)
         self.ranks = Ranks(process_group)
-        self.architecture = ARCHITECTURES[cell.architecture](cell, d_in, selection_shares)
+        self.architecture = ARCHITECTURES[cell.architecture](cell, d_in, self.ranks)
         self.weights = Weights(d_in, self.d_sae, cell.seed, self.architecture.learned_threshold, self.device)
         self.optimizer = RowAdam(self.weights)
         self.n_steps = 0
@@ -94,13 +88,20 @@ class CellTrainer:
         """One optimiser step.
 
         Raises:
-            UsageError: the batch is not [batch, d_in].
+            UsageError: the batch is not [batch, d_in], or of several ranks one has no equal share of
+                `training.batch_size`.
             NonFiniteLoss: see there; `failed` then holds the reason, and every later step raises it again.
         """
         if self.failed is not None:
             raise NonFiniteLoss(self.failed)
         if batch.ndim != 2 or batch.shape[1] != self.d_in:
             raise UsageError(f"the batch has shape {list(batch.shape)}; this trainer takes [batch, {self.d_in}]")
+        size = self.cell.training.batch_size
+        if self.ranks.size > 1 and len(batch) * self.ranks.size != size:
+            raise UsageError(
+                f"the share of rank {self.ranks.rank} has {len(batch)} rows; each of {self.ranks.size} ranks takes "
+                f"training.batch_size = {size} divided by their number"
+            )
         x = batch.to(self.device, torch.float32)
         if self.n_steps == 0:
             self.weights.b_dec.data.copy_(geometric_median(self.ranks.gather(x)))

@@ -24,8 +24,6 @@ _ENTRIES = 8
 """Entries of a sum that are read at once."""
 _COMPACTED = 4096
 """Values that one program of the compaction looks at."""
-_CAPACITY = 4
-"""Values that may be found per value that is wanted."""
 
 
 def bag_sums(
@@ -61,15 +59,14 @@ def dots(
     return products
 
 
-def at_least(flat: Float[Tensor, " n"], bound: float, count: int) -> Int[Tensor, " found"] | None:
-    """Ascending indices of the values that are not below `bound`; None if they are fewer than `count` or far more."""
-    capacity = _CAPACITY * count
+def at_least(flat: Float[Tensor, " n"], bound: float, capacity: int) -> Int[Tensor, " found"] | None:
+    """Ascending indices of the values that are not below `bound`; None if they are more than `capacity`."""
     found = torch.empty(capacity, dtype=torch.int64, device=flat.device)
     n_found = torch.zeros(1, dtype=torch.int64, device=flat.device)
     with torch.cuda.device_of(flat):
         _compact[(triton.cdiv(len(flat), _COMPACTED),)](flat, bound, found, n_found, len(flat), capacity, _COMPACTED)
     total = int(n_found)
-    return found[:total].sort().values if count <= total <= capacity else None
+    return found[:total].sort().values if total <= capacity else None
 
 
 def adam_rows(

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.sae.formats import LATENTS_FILE
 from sae_ray.sae.model import SAE
 from sae_ray.sae.sparse import Pattern
 from sae_ray.store.files import Folder
@@ -29,8 +30,6 @@ ALIASES: dict[str, Mode] = {"clamp": "set", "pin": "set", "nudge": "add", "mul":
 
 TowerEdit = Callable[["Float[Tensor, 'tokens d_in']"], "Float[Tensor, 'tokens d_in']"]
 """Maps one image's tokens, including CLS if there is one, to edited tokens. An `Intervention` is a `TowerEdit`."""
-
-LATENTS_FILE = "latents.parquet"
 
 
 @dataclass(frozen=True)

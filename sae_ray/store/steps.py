@@ -104,12 +104,14 @@ class Step:
         counts: dict[str, Any],
         status: Literal["done", "failed"] = "done",
         reason: str | None = None,
+        ran: dict[str, Any] | None = None,
     ) -> None:
         """Writes `step.json`, last of all, then deletes the folders in `SCRATCH`.
 
         Args:
             seconds: the time spent in this process.
             counts: what was found; NaN and infinity become null.
+            ran: what it ran on, such as workers and devices; none of it is part of the name.
         """
         files = {name: size for name, size in self.folder.files(recursive=True).items() if not _is_housekeeping(name)}
         record = {
@@ -119,6 +121,7 @@ class Step:
             "reason": reason,
             "config": self.config,
             "counts": _finite(counts),
+            "ran": ran,
             "seconds": round(seconds, 3),
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": _versions(),

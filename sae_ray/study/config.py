@@ -177,8 +177,7 @@ class TrainResources:
     cells_per_bundle: Count = 16
     """SAEs that are trained together from one read of the data."""
     workers: Count = 1
-    """Data-parallel workers per bundle. Each selects latents within its share of a batch, so their number affects the
-    SAEs."""
+    """Data-parallel workers per bundle, a divisor of `training.batch_size`."""
     cpus: Amount = 1
     """CPUs per worker."""
     gpus: Amount | None = None
@@ -235,8 +234,8 @@ class SteeringResources:
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources of the cluster to use. Changing them never makes a stage run again. They do not affect results, except
-    for `train.workers`."""
+    """Resources of the cluster to use. Changing them never makes a stage run again, and changes results by no more than
+    rounding."""
 
     __pydantic_config__ = STRICT
 

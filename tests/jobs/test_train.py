@@ -7,12 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import pytest
 import torch
 from sae_ray.jobs import train
 from sae_ray.jobs.options import remember
 
-from sae_ray.sae import CellTrainer, load_sae
+from sae_ray.sae import CellTrainer, load_sae, train_cells
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.store.stream import TrainingStream
@@ -53,19 +52,12 @@ def test_a_cell_is_what_it_would_be_alone(finished, make_plan):
             torch.testing.assert_close(getattr(alone, name), tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_every_sae_comes_with_its_figures(finished, make_plan):
+def test_a_step_says_how_it_was_trained(finished, make_plan):
     for one in make_plan(finished).trains:
-        counts = one.step.record()["counts"]
-        assert counts["steps"] == 120
-        assert 0 < counts["l0"] < counts["d_sae"]
-        assert counts["r2"] <= 1
-        assert 0 <= counts["waiting_for_data"] < 1
-        latents = one.step.folder.read_parquet("latents.parquet").to_pydict()
-        assert latents["latent"] == list(range(counts["d_sae"]))
-        assert sum(latents["frequency"]) == pytest.approx(counts["l0"])
-        dead = [m == 0 for m in latents["max_token"]]
-        assert sum(dead) / len(dead) == counts["dead_fraction"]
-        assert not one.step.folder.exists("checkpoints")
+        record = one.step.record()
+        assert {name: record["counts"][name] for name in ("steps", "d_sae")} == {"steps": 120, "d_sae": one.d_sae}
+        assert record["ran"] == {"attempts": [{"first_step": 0, "workers": 1, "device": "cpu"}]}
+        assert one.step.folder.exists("latents.parquet")
 
 
 def test_bundling_changes_nothing(ray_cluster, extracted, finished, make_plan, tmp_path):
@@ -84,7 +76,7 @@ def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
     reference = make_plan(whole, **SLOW)
     torch.set_num_threads(1)
     [bundle] = train._bundles(reference, reference.trains)
-    train.train_cells(bundle, torch.device("cpu"), 0, 1, None, lambda steps: None)
+    train_cells(bundle)
 
     root = tmp_path / "root"
     shutil.copytree(extracted, root)
@@ -129,22 +121,21 @@ def test_a_cell_that_diverges_is_reported_and_the_others_go_on(ray_cluster, extr
     assert torch.equal(weights(healthy.step.folder)["W_enc"], weights(same.step.folder)["W_enc"])
 
 
-def test_two_workers_share_a_batch(ray_cluster, extracted, make_plan, tmp_path):
-    """Each rank selects on its share: the result is that of one process which selects per half batch.
-
-    A few steps only: sums over ranks round differently, and the first near tie that falls the other way parts the two.
-    """
-    root = tmp_path / "root"
-    shutil.copytree(extracted, root)
-    few = {"training.steps": 12, "training.threshold_start_step": 5}
-    plan = make_plan(root, **few, **{"resources.train.workers": 2, "grid.architectures": ["batch_topk"]})
-    train.run(plan)
-    (one,) = plan.trains
-    store = ActivationStore(one.activations.step.folder)
-    scale = store.root_mean_square_norm
-    trainer = CellTrainer(one.grid_cell.cell, store.d, selection_shares=2)
-    stream = TrainingStream(store, 64, one.stream_seed, plan.study.shuffle_rows)
-    for _, rows in zip(range(12), stream.batches(), strict=False):
-        trainer.step(rows.float() / scale)
-    for name, tensor in weights(one.step.folder).items():
-        torch.testing.assert_close(getattr(trainer.export(scale), name), tensor, rtol=1e-5, atol=1e-6)
+def test_two_workers_train_the_sae_of_one(ray_cluster, extracted, make_plan, tmp_path):
+    """A few steps only: sums over ranks round differently, and Adam enlarges rounding where a gradient is 0."""
+    few = {"training.steps": 12, "training.threshold_start_step": 5, "grid.architectures": ["batch_topk"]}
+    trained = []
+    for workers in (1, 2):
+        root = tmp_path / str(workers)
+        shutil.copytree(extracted, root)
+        plan = make_plan(root, **few, **{"resources.train.workers": workers})
+        if workers == 1:
+            [bundle] = train._bundles(plan, plan.trains)
+            train_cells(bundle)
+        else:
+            train.run(plan)
+        (one,) = plan.trains
+        assert [ran["workers"] for ran in one.step.record()["ran"]["attempts"]] == [workers]
+        trained.append(weights(one.step.folder))
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][name], tensor, rtol=1e-4, atol=1e-5)

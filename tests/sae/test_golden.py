@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from sae_ray.sae import Cell, CellTrainer, TrainingConfig, load_sae
-from sae_ray.sae.sparse import largest_positive
+from sae_ray.sae.selection import largest_positive
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SNAPSHOTS = {0: "step0", 9: "step9", 99: "step99", 299: "final"}

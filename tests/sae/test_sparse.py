@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sae_ray.sae import Cell, SparseCodes, TrainingConfig
 from sae_ray.sae.architectures import ARCHITECTURES, Forward, Weights
 from sae_ray.sae.auxk import auxk_loss
-from sae_ray.sae.ranks import Ranks
-from sae_ray.sae.sparse import Pattern, largest_positive, largest_positive_per_row
+from sae_ray.sae.ranks import ALONE
+from sae_ray.sae.sparse import Pattern
 
 D_IN, D_SAE, BATCH, K = 12, 40, 24, 3
 TRAINING = TrainingConfig(group_fractions=(0.1, 0.3, 0.6), jumprelu_bandwidth=0.3, jumprelu_initial_threshold=0.4)
@@ -26,7 +26,7 @@ CELLS = {
 def make(name: str) -> tuple[Weights, torch.Tensor, Forward]:
     """Random float64 weights and inputs, and the architecture's forward pass."""
     generator = torch.Generator().manual_seed(3)
-    architecture = ARCHITECTURES[name](CELLS[name], D_IN, shares=1)
+    architecture = ARCHITECTURES[name](CELLS[name], D_IN, ALONE)
     weights = Weights(D_IN, D_SAE, 0, architecture.learned_threshold, torch.device("cpu"))
     for parameter in weights.named().values():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_auxk_has_the_dense_gradients(select):
     residual = forward.residual
     variance = (residual - residual.mean(0)).square().sum(1).mean()
     loss = (residual - codes @ weights.W_dec).square().sum(1).mean() / variance
-    ours = auxk_loss(weights, x, forward, dead, select, Ranks(None))
+    ours = auxk_loss(weights, x, forward, dead, select, ALONE)
     torch.testing.assert_close(ours, loss)
     assert_same(gradients(ours, weights), gradients(loss, weights))
 
@@ -130,27 +130,6 @@ def test_auxk_has_the_dense_gradients(select):
 matrices = st.tuples(st.integers(1, 9), st.integers(1, 200), st.integers(0, 2**31), st.floats(-2, 2)).map(
     lambda a: torch.randn(a[0], a[1], generator=torch.Generator().manual_seed(a[2])) + a[3]
 )
-
-
-@given(matrices, st.integers(1, 300))
-@settings(deadline=None)
-def test_largest_positive_is_what_sorting_gives(matrix: torch.Tensor, count: int):
-    order = matrix.flatten().sort(descending=True).indices[:count]
-    expected = order[matrix.flatten()[order] > 0].sort().values
-    for guess in (0.0, 0.5, 1e6, matrix.max().item(), matrix.median().item()):
-        assert torch.equal(largest_positive(matrix, count, guess), expected)
-
-
-@given(matrices, st.integers(1, 200))
-@settings(deadline=None)
-def test_largest_positive_per_row_is_what_sorting_gives(matrix: torch.Tensor, k: int):
-    k = min(k, matrix.shape[1])
-    mask = keep(matrix, k, 1).bool() & (matrix > 0)
-    assert torch.equal(largest_positive_per_row(matrix, k), mask.flatten().nonzero().squeeze(1))
-
-
-def test_ties_at_the_boundary_keep_exactly_the_count():
-    assert len(largest_positive(torch.ones(4, 64), 10)) == 10
 
 
 @given(matrices, st.integers(1, 5))

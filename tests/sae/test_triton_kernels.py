@@ -15,7 +15,8 @@ from sae_ray.sae import Cell, CellTrainer, TrainingConfig
 from sae_ray.sae import optimizer as optimizer_module
 from sae_ray.sae import sparse as sparse_module
 from sae_ray.sae.optimizer import RowAdam, RowGradient
-from sae_ray.sae.sparse import Pattern, largest_positive
+from sae_ray.sae.selection import largest_positive
+from sae_ray.sae.sparse import Pattern
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -171,7 +171,7 @@ def test_all_problems_are_told_at_once():
         ({"resources.train.workers": 3}, "resources.train.workers = 3: choose a divisor of training.batch_size = 4096"),
         ({"resources.extract.workers": 0}, "resources.extract.workers = 0: Input should be greater than or equal"),
         ({"resources.score.gpus": -1}, "resources.score.gpus = -1: Input should be greater than or equal"),
-        ({"resources.steering.batch_size": 0}, "resources.steering.batch_size = 0: Input should be greater than or equal"),
+        ({"resources.steering.batch_size": 0}, "resources.steering.batch_size = 0: Input should be"),
         ({"steering.llava": "m"}, "scoring.pictures = 'heldout': steering takes its concepts from training images"),
         ({"steering": {"llava": "m", "strength": math.inf}}, "steering.strength = inf: choose a finite number"),
         ({"steering": {"llava": "m", "min_purity": 0}}, "steering.min_purity = 0: Input should be greater than 0"),

@@ -1,0 +1,171 @@
+"""Training a bundle: cells that read the same activations share one stream and resume from their newest checkpoints.
+
+A cell keeps its own optimizer, counters, checkpoints and failure, and is the same SAE whatever bundle it is trained in
+and, up to rounding, on however many ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.sae.formats import save_latents, save_sae
+from sae_ray.sae.metrics import measure_latents
+from sae_ray.sae.ranks import Ranks
+from sae_ray.sae.training import CellTrainer, NonFiniteLoss
+from sae_ray.store.activations import ActivationStore
+from sae_ray.store.checkpoints import newest_checkpoint, save_checkpoint
+from sae_ray.store.steps import digest
+from sae_ray.store.stream import TrainingStream
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from sae_ray.sae.config import Cell
+    from sae_ray.store.files import Folder
+    from sae_ray.store.steps import Step
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class CellJob:
+    """One SAE and where it is written."""
+
+    step: Step
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class BundleJob:
+    """Cells to train together."""
+
+    activations: Folder
+    """A finished extraction step."""
+    cells: tuple[CellJob, ...]
+    """They agree in `training.batch_size` and `training.steps`."""
+    stream_seed: int
+    """Decides the order of the activations."""
+    shuffle_rows: int
+    """Activations held at once."""
+    checkpoint_every: int
+    """Steps between checkpoints; one more comes after the last step."""
+
+    @property
+    def name(self) -> str:
+        """Stable, so that the same bundle is the same run."""
+        return f"bundle-{digest([job.step.name for job in self.cells])[:12]}"
+
+    @property
+    def steps(self) -> int:
+        return self.cells[0].cell.training.steps
+
+
+class _Run(NamedTuple):
+    job: CellJob
+    trainer: CellTrainer
+    attempts: list[dict[str, Any]]
+    """What trained the cell from which step on, this attempt last."""
+
+
+def train_cells(
+    bundle: BundleJob,
+    device: torch.device | str = "cpu",
+    process_group: ProcessGroup | None = None,
+    after_step: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Trains the cells of a bundle that are not finished and writes each one's step.
+
+    A step holds the SAE, `latents.parquet` (statistics of its latents on the training activations, see
+    `measure_latents`) and a record of the attempts that led to it. A cell whose loss stops being finite is recorded as
+    failed; the others go on.
+
+    Args:
+        process_group: every rank of it makes this call, the first one writes. Its size may change between attempts.
+        after_step: called on every rank after each step, with the number of steps done.
+
+    Raises:
+        UsageError: the batch cannot be split over the ranks.
+        SaeRayError: the activations are not finished, or torn.
+    """
+    started = time.monotonic()
+    device, ranks = torch.device(device), Ranks(process_group)
+    batch_size = bundle.cells[0].cell.training.batch_size
+    if batch_size % ranks.size:
+        raise UsageError(
+            f"resources.train.workers = {ranks.size}: choose a divisor of training.batch_size = {batch_size}"
+        )
+    rows_per_rank = batch_size // ranks.size
+    share = slice(ranks.rank * rows_per_rank, (ranks.rank + 1) * rows_per_rank)
+
+    store = ActivationStore(bundle.activations)
+    scale = store.root_mean_square_norm
+    running = [_resumed(job, store.d, device, ranks) for job in bundle.cells if not job.step.finished]
+    first = min((run.trainer.n_steps for run in running), default=bundle.steps)
+    batches = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows, device).batches(first)
+    waited = 0.0
+    for step in range(first, bundle.steps):
+        asked = time.monotonic()
+        rows = next(batches)
+        waited += time.monotonic() - asked
+        batch = rows[share].float() / scale
+        for run in list(running):
+            if run.trainer.n_steps > step:
+                continue  # its checkpoint is newer than that of the others
+            try:
+                run.trainer.step(batch)
+            except NonFiniteLoss as error:
+                running.remove(run)
+                if ranks.rank == 0:
+                    _fail(run, error, time.monotonic() - started)
+        done = step + 1
+        if ranks.rank == 0 and (done % bundle.checkpoint_every == 0 or done == bundle.steps):
+            for job, trainer, attempts in running:
+                tensors, facts = trainer.state()
+                save_checkpoint(job.step.folder / CHECKPOINTS, trainer.n_steps, tensors, facts | {"attempts": attempts})
+        after_step(done)
+        if not running:
+            break
+    del batches  # and the activations that it holds
+    if ranks.rank == 0:
+        _write(running, store, scale, started, waited)
+
+
+def _resumed(job: CellJob, d_in: int, device: torch.device, ranks: Ranks) -> _Run:
+    trainer = CellTrainer(job.cell, d_in, device, ranks.group)
+    earlier: list[dict[str, Any]] = []
+    checkpoint = newest_checkpoint(job.step.folder / CHECKPOINTS)
+    if checkpoint is not None:
+        tensors, facts = checkpoint
+        trainer.restore(tensors, facts)
+        earlier = facts["attempts"]
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return _Run(job, trainer, [*earlier, {"first_step": trainer.n_steps, "workers": ranks.size, "device": kind}])
+
+
+def _fail(run: _Run, error: SaeRayError, seconds: float) -> None:
+    ran = {"attempts": run.attempts}
+    run.job.step.finish(seconds, {"steps": run.trainer.n_steps}, "failed", str(error), ran)
+
+
+def _write(running: list[_Run], store: ActivationStore, scale: float, started: float, waited: float) -> None:
+    """`waited`: seconds of training in which the data was not there yet."""
+    trained = time.monotonic() - started
+    saes = []
+    while running:
+        run = running.pop(0)  # its moments are let go before the next SAE is made
+        try:
+            saes.append((run.job.step, run.attempts, run.trainer.export(scale)))
+        except SaeRayError as error:
+            _fail(run, error, trained)
+    for (step, attempts, sae), latents in zip(saes, measure_latents([sae for *_, sae in saes], store), strict=True):
+        save_sae(sae, step.folder)
+        save_latents(latents, step.folder)
+        sizes = {"steps": sae.metadata["steps"], "d_in": sae.d_in, "d_sae": sae.d_sae}
+        counts = sizes | {"waiting_for_data": round(waited / trained, 4)}
+        step.finish(time.monotonic() - started, counts, ran={"attempts": attempts})

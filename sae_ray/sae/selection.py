@@ -1,0 +1,154 @@
+"""Which entries are the largest: of the whole batch over all ranks, or of each row. Ties go to the lower flat index."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from sae_ray.sae.kernels import kernels_for
+from sae_ray.sae.ranks import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+# Entries that a GPU kernel may find per entry that is wanted; beyond that the plain search takes over.
+_CAPACITY = 4
+# Bits of a value that one round of the search for the smallest kept value settles.
+_DIGIT_BITS = 11
+
+
+class BatchSelection:
+    """Selects the `k * batch` largest values of the batch of all ranks, step after step."""
+
+    def __init__(self, k: int, ranks: Ranks):
+        self.k, self.ranks = k, ranks
+        self._guess = 0.0
+        """Somewhat below the smallest value of the last selection: where the next one starts to look."""
+
+    def __call__(self, pre: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " nnz"]:
+        """Ascending flat indices into this rank's equal share of the batch."""
+        chosen = largest_positive(pre, self.k * len(pre) * self.ranks.size, self._guess, self.ranks)
+        kept = pre.flatten()[chosen]
+        smallest = self.ranks.smallest(torch.cat([kept, kept.new_full((1,), torch.inf)]).amin())
+        self._guess = 0.9 * smallest.item()
+        return chosen
+
+
+def largest_positive(
+    matrix: Float[Tensor, "rows d_sae"], count: int, guess: float = 0.0, ranks: Ranks = ALONE
+) -> Int[Tensor, " nnz"]:
+    """Ascending flat indices of the `count` largest values of the whole matrix; fewer where fewer are above 0.
+
+    With several ranks the matrix is split over them by rows, in rank order: each gets the indices of its own part.
+
+    Args:
+        guess: About the smallest of these values, from below, the same on all ranks; a bad one costs time, the result
+            does not depend on it.
+    """
+    flat = matrix.flatten()
+    found, n_found = _candidates(flat, count, guess, ranks)
+    if n_found <= count:
+        return found
+    values = flat[found]
+    smallest, n_ties = _smallest_kept(values, count, ranks)
+    tied = values == smallest
+    own_ties = n_ties - ranks.sum_before(tied.sum())
+    return found[(values > smallest) | (tied & (tied.cumsum(0) <= own_ties))]
+
+
+def largest_positive_per_row(matrix: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, " nnz"]:
+    """Ascending flat indices of the `k` largest values of each row; fewer where fewer are above 0."""
+    flat, maxima = matrix.flatten(), _block_maxima(matrix, k)
+    found = _at_least(flat, maxima, _bound(maxima, k))
+    falling = flat[found].argsort(descending=True, stable=True)
+    rows = found[falling] // matrix.shape[1]
+    by_row = rows.argsort(stable=True)
+    rows, falling = rows[by_row], falling[by_row]
+    rank = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+    return found[falling[rank < k]].sort().values
+
+
+def _candidates(flat: Float[Tensor, " n"], count: int, guess: float, ranks: Ranks) -> tuple[Int[Tensor, " found"], int]:
+    """Ascending indices of this rank's values that are not below a bound common to all ranks, and how many all found:
+    at least `count`, or all values above 0."""
+    # Where every rank has this many values that are not below a bound, there are `count` of them in all.
+    per_rank = -(-count // ranks.size)
+    found = maxima = None
+    if guess > 0:
+        if kernels := kernels_for(flat):
+            found = kernels.at_least(flat, guess, _CAPACITY * per_rank)
+        if found is None:
+            maxima = _block_maxima(flat.unsqueeze(0), per_rank)
+            found = _at_least(flat, maxima, maxima.new_tensor([[guess]]))
+        n_found = ranks.total(len(found), flat.device)
+        if n_found >= count:
+            return found, n_found
+    if maxima is None:
+        maxima = _block_maxima(flat.unsqueeze(0), per_rank)
+    found = _at_least(flat, maxima, ranks.smallest(_bound(maxima, per_rank)))
+    return found, ranks.total(len(found), flat.device)
+
+
+def _smallest_kept(
+    values: Float[Tensor, " found"], count: int, ranks: Ranks
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """The `count`-th largest of the values of all ranks, which are above 0 and more than that; and how many of those
+    equal to it are among the `count`.
+
+    Floats above 0 compare as their bits, and a histogram of the leading bits tells where the `count`-th largest lies.
+    """
+    bits = 8 * values.element_size() - 1  # without the sign
+    keys = values.view(torch.int32 if bits == 31 else torch.int64)
+    known = keys.new_zeros(())
+    left = torch.full((), count, device=values.device)
+    for shift in range(bits // _DIGIT_BITS * _DIGIT_BITS, -1, -_DIGIT_BITS):
+        leading = keys >> shift
+        inside = (leading >> _DIGIT_BITS == known).int()
+        own = inside.new_zeros(2**_DIGIT_BITS).index_add_(0, leading & (2**_DIGIT_BITS - 1), inside)
+        histogram = ranks.sum(own)
+        at_least = histogram.flip(0).cumsum(0).flip(0)
+        digit = (at_least >= left).sum() - 1
+        left = left - (at_least[digit] - histogram[digit])
+        known = (known << _DIGIT_BITS) | digit.to(keys.dtype)
+    return known.view(values.dtype), left
+
+
+def _block_maxima(matrix: Float[Tensor, "rows width"], count: int) -> Float[Tensor, "rows n_blocks"]:
+    """The largest values of blocks of each row, at least two blocks per value looked for where there are so many."""
+    n_rows, width = matrix.shape
+    block = math.gcd(width, 64)
+    while block > 1 and width // block < 2 * count:
+        block //= 2
+    return matrix.view(n_rows, width // block, block).amax(2) if block > 1 else matrix
+
+
+def _bound(maxima: Float[Tensor, "rows n_blocks"], count: int) -> Float[Tensor, "rows 1"]:
+    """Above 0 and at most the `count`-th largest of the row: the `count`-th largest of the maxima of its blocks."""
+    tiny = torch.finfo(maxima.dtype).tiny
+    if maxima.shape[1] < count:
+        return maxima.new_full((len(maxima), 1), tiny)
+    return maxima.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True).clamp_min(tiny)
+
+
+def _at_least(
+    flat: Float[Tensor, " n"], maxima: Float[Tensor, "rows n_blocks"], bounds: Float[Tensor, "rows 1"]
+) -> Int[Tensor, " found"]:
+    """Ascending indices of the values that are not below the bound of their row; blocks that are below are skipped."""
+    near = (maxima >= bounds).flatten().nonzero().squeeze(1)
+    block = len(flat) // max(1, maxima.numel())
+    values = flat.view(maxima.numel(), block).index_select(0, near)
+    places = _true((values >= bounds[near // maxima.shape[1]]).flatten())
+    return near[places // block] * block + places % block
+
+
+def _true(flags: Bool[Tensor, " n"]) -> Int[Tensor, " found"]:
+    """Ascending indices of the true ones, which are few."""
+    if len(flags) % 8:
+        return flags.nonzero().squeeze(1)
+    # Eight flags are read as one word: most words are 0.
+    words = flags.view(torch.int64).nonzero()
+    places = 8 * words + torch.arange(8, device=flags.device)
+    return places[flags.view(-1, 8)[words.squeeze(1)]]

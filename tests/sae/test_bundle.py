@@ -1,0 +1,192 @@
+"""Training a bundle without Ray: what it writes, and kills after which another number of ranks resumes."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from sae_ray.sae import (
+    BundleJob,
+    Cell,
+    CellJob,
+    TrainingConfig,
+    evaluate_store,
+    load_sae,
+    measure_latents,
+    metrics,
+    train_cells,
+)
+from sae_ray.steering import load_max_token
+from sae_ray.store.activations import ActivationStore
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step
+
+D_IN, STEPS, EVERY = 12, 36, 6
+TRAINING = TrainingConfig(
+    steps=STEPS, batch_size=24, learning_rate=3e-3, warmup_steps=3, threshold_start_step=4, threshold_beta=0.9,
+    dead_after_samples=120,
+)  # fmt: skip
+CELLS = (
+    Cell("batch_topk", 4, k=3, training=TRAINING),
+    Cell("matryoshka_batch_topk", 2, k=3, training=TRAINING),
+    Cell("topk", 2, k=3, training=TRAINING),
+)
+WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
+
+
+@pytest.fixture(scope="module")
+def store(write_store, tmp_path_factory) -> ActivationStore:
+    rng = np.random.default_rng(0)
+    parts = [(np.arange(40) + 40 * n, np.zeros(40), rng.normal(size=(40, D_IN)).astype("f4") + 0.3) for n in range(4)]
+    return write_store(tmp_path_factory.mktemp("activations"), parts)
+
+
+def bundle_of(store: ActivationStore, root: Path, cells: tuple[Cell, ...] = CELLS) -> BundleJob:
+    steps = [Step(Folder(root), "train", f"sae-{number}", {}) for number in range(len(cells))]
+    jobs = tuple(CellJob(step, cell) for step, cell in zip(steps, cells, strict=True))
+    return BundleJob(store.folder, jobs, stream_seed=5, shuffle_rows=100, checkpoint_every=EVERY)
+
+
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory) -> BundleJob:
+    """Trained in one go by one process."""
+    bundle = bundle_of(store, tmp_path_factory.mktemp("whole"))
+    train_cells(bundle)
+    return bundle
+
+
+def rank_main(bundle: BundleJob, rank: int, size: int, rendezvous: str, killed_at: int | None) -> None:
+    torch.set_num_threads(1)
+
+    def after_step(done: int) -> None:
+        if done == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    group = None
+    if size > 1:
+        timeout = datetime.timedelta(minutes=5)
+        dist.init_process_group("gloo", f"file://{rendezvous}", timeout, size, rank)
+        group = dist.group.WORLD
+    train_cells(bundle, process_group=group, after_step=after_step)
+    if group is not None:
+        dist.destroy_process_group()
+
+
+def attempt(bundle: BundleJob, size: int, scratch: Path, killed_at: int | None = None) -> list[int | None]:
+    """Exit codes of the ranks."""
+    spawn = multiprocessing.get_context("spawn")
+    rendezvous = str(scratch / f"rendezvous-{size}-{killed_at}")
+    ranks = [spawn.Process(target=rank_main, args=(bundle, n, size, rendezvous, killed_at)) for n in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return [process.exitcode for process in ranks]
+
+
+def test_a_killed_bundle_resumes_on_another_number_of_ranks(store: ActivationStore, whole: BundleJob, tmp_path: Path):
+    """One, two, then four ranks; each attempt but the last is killed between two checkpoints."""
+    bundle = bundle_of(store, tmp_path / "steps")
+    for size, killed_at in ((1, 2 * EVERY + 3), (2, 4 * EVERY + 1)):
+        exits = attempt(bundle, size, tmp_path, killed_at)
+        assert -signal.SIGKILL in exits, "the others may die of their neighbour's death"
+        assert not any(exit == 0 for exit in exits)
+        assert not any(job.step.finished for job in bundle.cells)
+    assert attempt(bundle, 4, tmp_path) == [0, 0, 0, 0]
+    for job, reference in zip(bundle.cells, whole.cells, strict=True):
+        record = job.step.record()
+        assert record is not None
+        assert [(one["first_step"], one["workers"]) for one in record["ran"]["attempts"]] == [
+            (0, 1),
+            (2 * EVERY, 2),
+            (4 * EVERY, 4),
+        ]
+        resumed, alone = load_sae(job.step.folder), load_sae(reference.step.folder)
+        for name in WEIGHTS:
+            expected = getattr(alone, name)
+            assert torch.linalg.vector_norm(getattr(resumed, name) - expected) < 1e-3 * expected.norm(), name
+        if alone.threshold is not None:
+            torch.testing.assert_close(resumed.threshold, alone.threshold, rtol=1e-3, atol=0)
+
+
+def test_a_killed_bundle_resumes_to_equal_weights(store: ActivationStore, whole: BundleJob, tmp_path: Path):
+    """In one process, the cells from different checkpoints."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done: int) -> None:
+        if done == 3 * EVERY + 2:
+            raise Killed
+
+    bundle = bundle_of(store, tmp_path)
+    with pytest.raises(Killed):
+        train_cells(bundle, after_step=kill)
+    newest = f"checkpoints/step-{3 * EVERY:09d}"
+    for suffix in (".json", ".safetensors"):
+        bundle.cells[1].step.folder.delete(newest + suffix)
+    train_cells(bundle)
+    for job, reference in zip(bundle.cells, whole.cells, strict=True):
+        for name in WEIGHTS:
+            resumed, alone = (getattr(load_sae(one.step.folder), name) for one in (job, reference))
+            assert torch.equal(resumed, alone), name
+        assert not job.step.folder.exists("checkpoints")
+
+
+def test_a_step_holds_the_sae_its_latents_and_how_it_was_trained(store: ActivationStore, whole: BundleJob):
+    x = torch.from_numpy(np.concatenate([store.read(number)[2] for number in range(len(store.parts))]))
+    for job in whole.cells:
+        record, sae = job.step.record(), load_sae(job.step.folder)
+        assert record is not None
+        counts = record["counts"]
+        assert {name: counts[name] for name in ("steps", "d_in", "d_sae")} == {
+            "steps": STEPS,
+            "d_in": D_IN,
+            "d_sae": sae.d_sae,
+        }
+        assert 0 <= counts["waiting_for_data"] < 1
+        assert record["ran"] == {"attempts": [{"first_step": 0, "workers": 1, "device": "cpu"}]}
+        codes = sae.encode(x).double()
+        table = job.step.folder.read_parquet("latents.parquet")
+        assert table["latent"].to_pylist() == list(range(sae.d_sae))
+        np.testing.assert_allclose(table["frequency"], (codes > 0).double().mean(0))
+        np.testing.assert_allclose(table["mean_active"], codes.sum(0) / (codes > 0).sum(0).clamp_min(1), rtol=1e-6)
+        np.testing.assert_allclose(table["max_token"], codes.amax(0), rtol=1e-6)
+        assert torch.equal(load_max_token(job.step.folder), torch.from_numpy(table["max_token"].to_numpy().copy()))
+
+
+def test_latents_are_measured_on_the_first_rows_only(store: ActivationStore, whole: BundleJob, monkeypatch):
+    monkeypatch.setattr(metrics, "MEASURED_ROWS", 70)
+    saes = [load_sae(job.step.folder) for job in whole.cells]
+    x = torch.from_numpy(np.concatenate([store.read(number)[2] for number in (0, 1)])[:70])
+    for sae, found in zip(saes, measure_latents(saes, store), strict=True):
+        torch.testing.assert_close(found.max_token, sae.encode(x).double().amax(0))
+        torch.testing.assert_close(found.frequency, (sae.encode(x) > 0).float().mean(0))
+
+
+def test_fidelity_on_a_store_is_that_on_all_its_rows(store: ActivationStore, whole: BundleJob):
+    x = torch.from_numpy(np.concatenate([store.read(number)[2] for number in range(len(store.parts))])).double()
+    for job in whole.cells:
+        sae = load_sae(job.step.folder)
+        summary = evaluate_store(sae, store).summary()
+        error = (x - sae.decode(sae.encode(x.float())).double()).square().sum()
+        assert summary.n_samples == store.n_rows
+        assert summary.r2 == pytest.approx((1 - error / (x - x.mean(0)).square().sum()).item(), abs=1e-6)
+
+
+def test_a_cell_that_diverges_is_recorded_and_the_others_are_what_they_were(store, whole: BundleJob, tmp_path: Path):
+    diverging = Cell("relu", 2, sparsity=1e38, training=TRAINING)
+    bundle = bundle_of(store, tmp_path, (*CELLS, diverging))
+    train_cells(bundle)
+    *healthy, failed = bundle.cells
+    assert "loss" in (failed.step.failure or "")
+    for job, reference in zip(healthy, whole.cells, strict=True):
+        assert torch.equal(load_sae(job.step.folder).W_enc, load_sae(reference.step.folder).W_enc)
