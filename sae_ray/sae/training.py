@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.sae.architectures import ARCHITECTURES, Forward, Weights
+from sae_ray.sae.architectures import ARCHITECTURES
+from sae_ray.sae.architectures.base import Forward
 from sae_ray.sae.auxk import auxk_loss
 from sae_ray.sae.model import SAE
 from sae_ray.sae.optimizer import RowAdam, RowGradient
 from sae_ray.sae.ranks import Ranks
+from sae_ray.sae.weights import Weights
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

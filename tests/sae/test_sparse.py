@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_ray.sae import Cell, SparseCodes, TrainingConfig
-from sae_ray.sae.architectures import ARCHITECTURES, Forward, Weights
+from sae_ray.sae.architectures import ARCHITECTURES
+from sae_ray.sae.architectures.base import Forward
 from sae_ray.sae.auxk import auxk_loss
 from sae_ray.sae.ranks import Ranks
 from sae_ray.sae.sparse import Pattern, largest_positive, largest_positive_per_row
+from sae_ray.sae.weights import Weights
 
 D_IN, D_SAE, BATCH, K = 12, 40, 24, 3
 TRAINING = TrainingConfig(group_fractions=(0.1, 0.3, 0.6), jumprelu_bandwidth=0.3, jumprelu_initial_threshold=0.4)

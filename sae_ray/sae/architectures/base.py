@@ -1,4 +1,7 @@
-"""The trainable architectures: which latents of a batch are active, and what the loss is."""
+"""What an architecture is: which latents of a batch are active, and what the loss is.
+
+Plans read the registry, so that nothing here imports torch before something is computed.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +9,13 @@ from abc import ABC, abstractmethod
 from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch.nn import Parameter
-
-from sae_ray.sae.product import affine
-from sae_ray.sae.sparse import Pattern, decode_entries, encode_entries, largest_positive, largest_positive_per_row
-
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from sae_ray.sae.config import ArchitectureName, Cell
-
-
-class Weights:
-    """The trained parameters, float32. The encoder is stored transposed, so that one latent is one contiguous row."""
-
-    def __init__(self, d_in: int, d_sae: int, seed: int, threshold: float | None, device: torch.device):
-        """Decoder rows are random directions of unit norm, the encoder is their transpose, the biases are 0."""
-        generator = torch.Generator().manual_seed(seed)
-        W_dec = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
-        self.W_dec = Parameter(W_dec.to(device))
-        self.W_enc_t = Parameter(self.W_dec.detach().clone())
-        self.b_enc = Parameter(torch.zeros(d_sae, device=device))
-        self.b_dec = Parameter(torch.zeros(d_in, device=device))
-        self.threshold = None if threshold is None else Parameter(torch.full_like(self.b_enc, threshold))
-        """Only of architectures that learn it."""
-
-    def named(self) -> dict[str, Parameter]:
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    @torch.no_grad()
-    def constrain(self, name: str, part: slice) -> None:
-        """Some rows of a weight: those of the decoder back to unit norm, a learned threshold back to 0 or more."""
-        rows = self.named()[name][part]
-        if name == "W_dec":
-            rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo().tiny)
-        elif name == "threshold":
-            rows.clamp_(min=0)
+    from sae_ray.sae.config import Cell
+    from sae_ray.sae.sparse import Pattern
+    from sae_ray.sae.weights import Weights
 
 
 class Forward(NamedTuple):
@@ -90,6 +61,10 @@ class Architecture(ABC):
 
     def pre_activations(self, weights: Weights, x: Tensor) -> Tensor:
         """With gradients, where they are asked for."""
+        import torch
+
+        from sae_ray.sae.product import affine
+
         centred = x - weights.b_dec
         if self.cell.training.dtype == "bfloat16":
             rough, W_enc = centred.bfloat16(), weights.W_enc_t.bfloat16().T
@@ -111,6 +86,10 @@ class SelectingArchitecture(Architecture):
         """Ascending flat indices of the active entries, all of them above 0."""
 
     def forward(self, weights: Weights, x: Tensor) -> Forward:
+        import torch
+
+        from sae_ray.sae.sparse import Pattern, encode_entries
+
         with torch.no_grad():
             pre = self.pre_activations(weights, x)
             flat = self.select(pre)
@@ -133,6 +112,10 @@ class SelectingArchitecture(Architecture):
     def _reconstruct_prefixes(
         self, values: Float[Tensor, " nnz"], pattern: Pattern, weights: Weights
     ) -> Float[Tensor, "n_prefixes batch d_in"]:
+        import torch
+
+        from sae_ray.sae.sparse import Pattern, decode_entries
+
         if len(self.group_sizes) == 1:
             return (decode_entries(values, weights.W_dec, pattern) + weights.b_dec).unsqueeze(0)
         ends = torch.tensor(list(accumulate(self.group_sizes)), device=values.device)
@@ -145,39 +128,6 @@ class SelectingArchitecture(Architecture):
         return parts.view(len(ends), pattern.n_rows, -1).cumsum(0) + weights.b_dec
 
 
-class BatchTopK(SelectingArchitecture):
-    """The `k * batch` largest values of the whole batch (Bussmann et al. 2024, arXiv 2412.06410)."""
-
-    estimates_threshold = True
-    _guess = 0.0
-    """Somewhat below the smallest value of the last selection: where the next one starts to look."""
-
-    def select(self, pre: Tensor) -> Tensor:
-        assert self.cell.k is not None
-        parts, start = [], 0
-        for share in pre.tensor_split(self.shares):
-            parts.append(largest_positive(share, self.cell.k * len(share), self._guess) + start)
-            start += share.numel()
-        chosen = torch.cat(parts)
-        self._guess = 0.9 * pre.flatten()[chosen].amin().item() if len(chosen) else 0.0
-        return chosen
-
-
-class MatryoshkaBatchTopK(BatchTopK):
-    """BatchTopK whose every nested prefix of the dictionary reconstructs (Bussmann et al. 2025, arXiv 2503.17547).
-
-    One selection serves all prefixes. With a single prefix it is BatchTopK: the group sizes are all that differs.
-    """
-
-
-class TopK(SelectingArchitecture):
-    """The `k` largest values of each sample (Gao et al. 2024, arXiv 2406.04093)."""
-
-    def select(self, pre: Tensor) -> Tensor:
-        assert self.cell.k is not None
-        return largest_positive_per_row(pre, self.cell.k)
-
-
 class PenalisedArchitecture(Architecture):
     """Architectures whose sparsity is a penalty. How many latents are active is unbounded, so they train densely."""
 
@@ -186,6 +136,8 @@ class PenalisedArchitecture(Architecture):
         """Codes and sparsity penalty."""
 
     def forward(self, weights: Weights, x: Tensor) -> Forward:
+        import torch
+
         pre = self.pre_activations(weights, x)
         codes, penalty = self.activate(pre, weights)
         error = x - (codes @ weights.W_dec + weights.b_dec)
@@ -200,56 +152,3 @@ class PenalisedArchitecture(Architecture):
             n_active=active.sum().to(x.dtype),
             smallest_active=torch.where(active, kept, torch.inf).amin(),
         )
-
-
-class ReLU(PenalisedArchitecture):
-    """ReLU with the L1 norm of the codes as penalty (decoder rows have unit norm)."""
-
-    def activate(self, pre: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-        codes = pre.relu()
-        return codes, codes.sum(-1).mean()
-
-
-class JumpReLU(PenalisedArchitecture):
-    """A learned threshold per latent, with the number of active latents as penalty (Rajamanoharan et al. 2024).
-
-    The threshold itself is trained, not its logarithm, and kept from falling below 0.
-    """
-
-    @property
-    def learned_threshold(self) -> float:
-        return self.cell.training.jumprelu_initial_threshold
-
-    def activate(self, pre: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-        bandwidth = self.cell.training.jumprelu_bandwidth
-        result = _JumpReLU.apply(pre, weights.threshold, bandwidth)
-        assert result is not None
-        codes, active = result
-        return codes, active.sum(-1).mean()
-
-
-class _JumpReLU(torch.autograd.Function):
-    """(z * H(z - threshold), H(z - threshold)) with the pseudo-derivatives of arXiv 2407.14435, eq. 11 and 12."""
-
-    @staticmethod
-    def forward(ctx, z, threshold, bandwidth):
-        active = z > threshold
-        ctx.save_for_backward(z, threshold)
-        ctx.bandwidth = bandwidth
-        return torch.where(active & (z > 0), z, 0.0), active.to(z.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_codes, grad_active):  # pyright: ignore[reportIncompatibleMethodOverride]
-        z, threshold = ctx.saved_tensors
-        window = ((z - threshold).abs() < ctx.bandwidth / 2).to(z.dtype) / ctx.bandwidth
-        grad_threshold = -(window * (threshold * grad_codes + grad_active)).sum(0)
-        return grad_codes * ((z > threshold) & (z > 0)), grad_threshold, None
-
-
-ARCHITECTURES: dict[ArchitectureName, type[Architecture]] = {
-    "batch_topk": BatchTopK,
-    "matryoshka_batch_topk": MatryoshkaBatchTopK,
-    "topk": TopK,
-    "relu": ReLU,
-    "jumprelu": JumpReLU,
-}
