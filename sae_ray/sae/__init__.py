@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from sae_ray.lazy import exports
 
 if TYPE_CHECKING:
-    from sae_ray.sae.config import ArchitectureName as ArchitectureName
     from sae_ray.sae.config import Cell as Cell
     from sae_ray.sae.config import TrainingConfig as TrainingConfig
     from sae_ray.sae.formats import load_sae as load_sae
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 __getattr__ = exports(
     __name__,
     {
-        "config": ["ArchitectureName", "Cell", "TrainingConfig"],
+        "config": ["Cell", "TrainingConfig"],
         "formats": ["load_sae", "save_sae"],
         "metrics": ["Fidelity", "FidelitySummary", "LatentStatistics", "evaluate"],
         "model": ["SAE"],

@@ -323,7 +323,7 @@ class StudyPlan:
         config = {
             "activations": activations.step.name,
             "heldout": heldout.step.name,
-            "cell": dataclasses.asdict(grid_cell.cell),
+            "cell": grid_cell.cell.identity(),
             "stream_seed": stream_seed,
             "shuffle_rows": self.study.shuffle_rows,
         }

@@ -12,17 +12,18 @@ import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
 from sae_ray.sae import Cell, CellTrainer, TrainingConfig
+from sae_ray.sae.architectures.jumprelu import JumpReLUSettings
 
 D_IN, BATCH, STEPS = 16, 32, 25
 TRAINING = TrainingConfig(
     steps=30, batch_size=BATCH, learning_rate=3e-3, warmup_steps=2, threshold_start_step=5, threshold_beta=0.9,
-    dead_after_samples=96, jumprelu_bandwidth=0.1, jumprelu_initial_threshold=0.05,
+    dead_after_samples=96,
 )  # fmt: skip
 CELLS = [
     Cell("batch_topk", 8, k=3, training=TRAINING),
     Cell("matryoshka_batch_topk", 8, k=3, training=TRAINING),
     Cell("topk", 8, k=3, training=TRAINING),
-    Cell("jumprelu", 4, sparsity=0.02, training=TRAINING),
+    Cell("jumprelu", 4, sparsity=0.02, training=TRAINING, settings=JumpReLUSettings(0.1, 0.05)),
 ]
 
 

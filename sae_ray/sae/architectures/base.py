@@ -1,21 +1,28 @@
-"""What an architecture is: which latents of a batch are active, and what the loss is.
+"""What an architecture is: everything that tells one kind of autoencoder from another.
 
-Plans read the registry, so that nothing here imports torch before something is computed.
+Plans read the registry, so nothing here imports torch before something is computed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from sae_ray.sae.config import Cell
+    from sae_ray.sae.model import SAE
     from sae_ray.sae.sparse import Pattern
     from sae_ray.sae.weights import Weights
+
+# Read by pydantic when a study file is opened; nothing here imports pydantic.
+STRICT = {"extra": "forbid", "use_attribute_docstrings": True}
 
 
 class Forward(NamedTuple):
@@ -37,13 +44,41 @@ class Forward(NamedTuple):
     """The smallest active value, infinite when there is none."""
 
 
-class Architecture(ABC):
-    """An architecture, for one cell."""
+@dataclass(frozen=True)
+class OwnSettings:
+    """Settings of one architecture alone. Subclasses are frozen dataclasses; every field has a default, and a docstring
+    that is its help text."""
 
+    __pydantic_config__ = STRICT
+
+
+class Architecture(ABC):
+    """An architecture: the class says what it is and how it is used, an instance trains one cell."""
+
+    name: ClassVar[str]
+    """Its name in study files and on disk."""
+    tuned_by: ClassVar[Literal["k", "sparsity"]]
+    """Which field of a cell sets its sparsity: the number of active latents, or the coefficient of a penalty."""
+    uses: ClassVar[frozenset[str]] = frozenset(
+        {"batch_size", "steps", "learning_rate", "warmup_steps", "decay_start", "gradient_clip", "dtype"}
+    )
+    """The fields of `TrainingConfig` that decide what is trained; the others are ignored. These are common to all."""
+    Settings: ClassVar[type[OwnSettings]] = OwnSettings
+    """Its own settings, which stand under `[architectures.<name>]` in a study file."""
+    has_threshold: ClassVar[bool] = False
+    """Whether a trained SAE has a threshold per latent, which codes must exceed."""
     estimates_threshold: ClassVar[bool] = False
-    """Whether the inference threshold is the moving average of the smallest kept value."""
+    """Whether this threshold is the moving average of the smallest kept value."""
     revives: ClassVar[bool] = False
     """Whether AuxK revives dead latents."""
+    latents_compete: ClassVar[bool] = False
+    """Whether the code of a latent depends on the other latents of the sample, in inference."""
+    sae_lens: ClassVar[str]
+    """The architecture of SAELens that stores it and gives the same codes."""
+    opens_sae_lens: ClassVar[bool] = False
+    """Whether such a directory opens as this architecture when SAELens itself wrote it; the first registered does."""
+
+    # Training
 
     def __init__(self, cell: Cell, d_in: int, shares: int):
         """`shares`: a batch-wide selection is made separately in this many equal parts of the batch."""
@@ -58,6 +93,14 @@ class Architecture(ABC):
 
     @abstractmethod
     def forward(self, weights: Weights, x: Float[Tensor, "batch d_in"]) -> Forward: ...
+
+    @classmethod
+    def groups(cls, settings: Any, d_sae: int) -> list[int]:
+        """How many latents each nested prefix of the dictionary adds; they sum to `d_sae`.
+
+        Raises UsageError when the settings do not fit `d_sae`.
+        """
+        return [d_sae]
 
     def pre_activations(self, weights: Weights, x: Tensor) -> Tensor:
         """With gradients, where they are asked for."""
@@ -75,11 +118,37 @@ class Architecture(ABC):
             return torch.addmm(weights.b_enc, centred, weights.W_enc_t.T)
         return affine(centred, weights.W_enc_t, weights.b_enc)
 
+    # Inference: every positive value, above the threshold where there is one
+
+    @classmethod
+    def check_sae(cls, sae: SAE) -> None:
+        """Raises UsageError when the SAE lacks something that inference needs, or has too much."""
+        if cls.has_threshold != (sae.threshold is not None):
+            raise UsageError(f"a {cls.name} SAE {'needs a' if cls.has_threshold else 'has no'} threshold")
+
+    @classmethod
+    def codes(cls, pre: Float[Tensor, "... d_sae"], sae: SAE) -> Float[Tensor, "... d_sae"]:
+        """Dense codes."""
+        return pre.relu() if sae.threshold is None else pre.relu() * (pre > sae.threshold)
+
+    @classmethod
+    def active(cls, pre: Float[Tensor, "n d_sae"], sae: SAE) -> Int[Tensor, " nnz"]:
+        """Ascending flat indices of the codes above 0. The code itself is the pre-activation."""
+        kept = pre > 0 if sae.threshold is None else (pre > sae.threshold) & (pre > 0)
+        return kept.flatten().nonzero().squeeze(1)
+
+    @classmethod
+    def sae_lens_config(cls, sae: SAE) -> dict[str, Any]:
+        """Further keys that SAELens wants in `cfg.json`."""
+        return {}
+
 
 class SelectingArchitecture(Architecture):
     """Architectures that select `k` latents per sample: all gradients follow the selected entries alone."""
 
+    tuned_by = "k"
     revives = True
+    uses = Architecture.uses | {"auxk_weight", "auxk_select", "dead_after_samples"}
 
     @abstractmethod
     def select(self, pre: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " nnz"]:
@@ -130,6 +199,9 @@ class SelectingArchitecture(Architecture):
 
 class PenalisedArchitecture(Architecture):
     """Architectures whose sparsity is a penalty. How many latents are active is unbounded, so they train densely."""
+
+    tuned_by = "sparsity"
+    uses = Architecture.uses | {"sparsity_warmup_steps"}
 
     @abstractmethod
     def activate(self, pre: Tensor, weights: Weights) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, ""]]:

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 class BatchTopK(SelectingArchitecture):
     """The `k * batch` largest values of the whole batch (Bussmann et al. 2024, arXiv 2412.06410)."""
 
-    estimates_threshold = True
+    name = "batch_topk"
+    uses = SelectingArchitecture.uses | {"threshold_beta", "threshold_start_step"}
+    has_threshold = estimates_threshold = True
+    sae_lens = "jumprelu"
+
     _guess = 0.0
     """Somewhat below the smallest value of the last selection: where the next one starts to look."""
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 class ReLU(PenalisedArchitecture):
     """ReLU with the L1 norm of the codes as penalty (decoder rows have unit norm)."""
 
+    name = "relu"
+    sae_lens = "standard"
+    opens_sae_lens = True
+
     def activate(self, pre: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
         codes = pre.relu()
         return codes, codes.sum(-1).mean()

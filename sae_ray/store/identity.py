@@ -1,0 +1,28 @@
+"""What of a configuration decides a result: the settings that do not stand at their defaults.
+
+A step is named after them. A new setting whose default changes nothing therefore renames no step.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults, as JSON gives them back.
+
+    Fields without a default always count. Of a nested dataclass only the fields that differ from its own defaults
+    stand there.
+    """
+    found = {}
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if value != _default(one):
+            found[one.name] = changed(value) if is_dataclass(value) else json.loads(json.dumps(value))
+    return found
+
+
+def _default(one: Field) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()
