@@ -1,29 +1,34 @@
-"""What of a configuration decides a result."""
+"""What of a configuration decides a result: the settings that do not stand at their defaults.
+
+A step is named after them. A new setting whose default changes nothing therefore renames no step.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import json
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 
 def changed(config: Any) -> dict[str, Any]:
-    """The fields of a frozen dataclass that do not stand at their default, as plain values.
+    """The fields of a dataclass that differ from their defaults, as JSON gives them back.
 
-    A hash over these stays when a new setting with a neutral default is added.
+    Fields without a default always count. Of a nested dataclass only the fields that differ from its own defaults
+    stand there.
     """
-    values = dataclasses.asdict(config)
-    return {
-        item.name: values[item.name]
-        for item in dataclasses.fields(config)
-        if getattr(config, item.name) != _default(item)
-    }
+    found = {}
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if value != _default(one):
+            found[one.name] = changed(value) if is_dataclass(value) else json.loads(json.dumps(value))
+    return found
 
 
 def defaults(kind: Any) -> dict[str, Any]:
     """The fields of a dataclass that have a default, with it."""
-    found = {item.name: _default(item) for item in dataclasses.fields(kind)}
-    return {name: default for name, default in found.items() if default is not dataclasses.MISSING}
+    found = {one.name: _default(one) for one in fields(kind)}
+    return {name: default for name, default in found.items() if default is not MISSING}
 
 
-def _default(item: dataclasses.Field) -> Any:
-    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+def _default(one: Field) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()

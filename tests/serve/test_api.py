@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
-from sae_ray.serve.config import open_study
 
 from sae_ray.sae import load_sae
 from sae_ray.steering import Intervention, LatentEdit, Llava, load_llava, load_max_token
 from sae_ray.store.files import Folder
+from sae_ray.study.root import recalled_plan
 
 from .conftest import ONE_WORD, OTHER, STEERS, chat, data_url, until, white
 
@@ -33,7 +33,7 @@ def sae_folder(server) -> Folder:
 @pytest.fixture(scope="module")
 def shapes(server) -> list[Image.Image]:
     """Held-out images, all different."""
-    heldout = open_study(str(server.root)).images.heldout
+    heldout = recalled_plan(str(server.root)).study.images.heldout
     files = sorted(Path(heldout.path).rglob("*.png"))
     return [Image.open(file).convert("RGB") for file in files[:: len(files) // 12][:12]]
 

@@ -11,9 +11,11 @@ from fastapi import HTTPException
 from pydantic import ValidationError
 from sae_ray.serve.api import create_api
 from sae_ray.serve.app import Api
-from sae_ray.serve.config import API_KEY, Limits, ServeConfig, open_study, with_llava
+from sae_ray.serve.config import API_KEY, Limits, ServeConfig, with_llava
 from sae_ray.serve.service import Service
 from starlette.testclient import TestClient
+
+from sae_ray.study.root import recalled_plan
 
 from .conftest import KEY, OTHER, STEERS, data_url, white
 
@@ -60,7 +62,7 @@ def test_a_top_image_that_is_gone(local, service):
     base = f"/v1/saes/{OTHER}/features"
     [best] = local.get(f"{base}?limit=1").json()["data"]
     image = local.get(f"{base}/{best['index']}").json()["images"][-1]
-    file = Path(open_study(service.config.root).images.train.path) / image["image_id"]
+    file = Path(recalled_plan(service.config.root).study.images.train.path) / image["image_id"]
     content = file.read_bytes()
     try:
         file.write_bytes(b"no image")

@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 
 import torch
 from sae_ray.serve import transformers_engine
-from sae_ray.serve.config import ServeConfig, open_study, with_llava
+from sae_ray.serve.config import ServeConfig, with_llava
 from sae_ray.serve.conversation import Tokenizer
 from sae_ray.serve.engine import Engine, Sampling, Task
 from sae_ray.serve.schemas import ImagePart, ImageUrl, Message, TextPart
@@ -27,6 +27,7 @@ from sae_ray.serve.vllm_engine import VllmEngine
 from sae_ray.sae import load_sae
 from sae_ray.steering import Intervention, LatentEdit, load_llava, load_max_token
 from sae_ray.store.files import Folder
+from sae_ray.study.root import recalled_plan
 
 from .conftest import ONE_WORD, STEERS
 
@@ -50,7 +51,7 @@ def asked(config) -> tuple[list[Task], list[str]]:
     folder = root / next(name for name in root.folders() if name.startswith(f"sae-{STEERS}"))
     sae, max_token = load_sae(folder), load_max_token(folder)
     live = [latent for latent in range(sae.d_sae) if max_token[latent] > 0]
-    files = sorted(Path(open_study(config.root).images.heldout.path).rglob("*.png"))
+    files = sorted(Path(recalled_plan(config.root).study.images.heldout.path).rglob("*.png"))
     dice = random.Random(0)
     prompts, shown, tasks = [dice.choice(PROMPTS) for _ in range(N)], [], []
     for number, prompt in enumerate(prompts):
