@@ -9,21 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sae_ray.errors import SaeRayError
 from sae_ray.sae import BundleJob, CellJob, train_cells
 from sae_ray.store.files import Folder
-from sae_ray.store.steps import hold
 from sae_ray.study.plan import StudyPlan, TrainPlan
 
-from .cluster import connect, gpus_or_default, n_gpus, require, user_error
+from .cluster import gpus_or_default, n_gpus, require, user_error
 from .progress import Board, Progress, say
-from .stage import check_disk
+from .stage import at_work, unfinished
 
 STEPS_PER_REPORT = 50
 
 
 def run(plan: StudyPlan) -> None:
-    """Trains every SAE of the study that is not there yet.
+    """Trains the SAEs of the study that are not trained yet.
 
     A cell whose loss stops being finite is recorded as failed and reported; the others go on.
 
@@ -31,16 +29,10 @@ def run(plan: StudyPlan) -> None:
         SaeRayError: the activations are missing, the disk is too full, a bundle kept losing workers, another driver is
             at work on the same cell.
     """
-    todo = [train for train in plan.trains if not train.step.finished]
-    if not todo:
-        return
-    for train in todo:
-        needed = train.activations.step
-        if not needed.finished:
-            raise SaeRayError(f"{needed.label} has not been extracted yet; run the extract stage first")
-    check_disk(plan.root, "train", sum(train.bytes for train in todo))
-    with hold([train.step for train in todo]):
-        _fit(plan, todo)
+    todo = unfinished(plan.trains)
+    if todo:
+        with at_work(plan.root, "train", todo):
+            _fit(plan, todo)
 
 
 def _bundles(plan: StudyPlan, todo: Sequence[TrainPlan]) -> Iterator[BundleJob]:
@@ -61,7 +53,6 @@ def _bundles(plan: StudyPlan, todo: Sequence[TrainPlan]) -> Iterator[BundleJob]:
 
 
 def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
-    connect()
     import ray
 
     resources = plan.study.resources.train
@@ -100,9 +91,6 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
     for problem in problems[1:]:
         say(f"another bundle failed: {user_error(problem) or problem}")
     if problems:
-        known = user_error(problems[0])
-        if known is not None:
-            raise known from None
         raise problems[0]
 
 

@@ -1,4 +1,4 @@
-"""`sae-ray steer` as users call it, in this process."""
+"""`sae-ray ask` as users call it, in this process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def llava(tiny_llava) -> Llava:
 
 @pytest.fixture
 def call(tiny_llava, sae):
-    """`sae-ray steer IMAGE PROMPT …` with the tiny LLaVA and its SAE, unless others are named."""
+    """`sae-ray ask IMAGE PROMPT …` with the tiny LLaVA and its SAE, unless others are named."""
 
     def run(*arguments, llava: str = tiny_llava, sae: str = sae) -> Result:
         models = ["--llava", llava, "--sae", sae, "--max-new-tokens", "6"]

@@ -14,6 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 from sae_ray.jobs.cli import main
 
+from sae_ray.study.root import remember
+
 
 @pytest.fixture
 def study_file(study_values, tmp_path) -> Path:
@@ -199,10 +201,10 @@ def test_status(finished, study_file, make_plan, tmp_path):
     assert {entry["status"] for entry in fresh} == {"missing"}
 
 
-def test_a_root_remembers_its_study(finished, study_values, tmp_path):
+def test_a_root_remembers_its_study(finished, make_plan, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(finished, root)
-    (root / "study.json").write_text(json.dumps(study_values))
+    remember(make_plan(root))
     result = call("run", "--root", root, "--json")
     assert result.exit_code == 0, result.output
     assert "nothing left to do" in result.stderr
@@ -221,8 +223,65 @@ def test_ctrl_c_leaves_a_state_that_resumes(study_file, world, tmp_path):
     os.kill(driver.pid, signal.SIGINT)
     _, errors = driver.communicate(timeout=60)
     assert driver.returncode == 130, errors
-    assert "goes on from there" in errors
+    assert "run the same command to resume" in errors
     assert "Traceback" not in errors
     assert not list(root.glob("*/lock-*"))
     statuses = {entry["status"] for entry in json.loads(call("status", study_file, "--root", root, "--json").stdout)}
     assert "partial" in statuses
+
+
+def test_a_root_of_another_layout_is_refused(finished, study_file, study_values, tmp_path):
+    """What versions before wrote: the study alone; or a later one might write."""
+    for values in (study_values, {"layout": 99}):
+        (tmp_path / "study.json").write_text(json.dumps(values))
+        for command in (["status"], ["run", study_file], ["score"], ["report"]):
+            refused(call(*command, "--root", tmp_path), 2, "another version of sae-ray", "choose another --root")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.toml", "study.json"]
+
+
+def test_what_only_looks_needs_neither_folders_nor_models(finished, make_plan, world, tmp_path):
+    """Nor their libraries: help and status are answered without torch."""
+    root = tmp_path / "root"
+    shutil.copytree(finished, root)
+    remember(make_plan(root))
+    code = (
+        "import sys; from sae_ray.jobs.cli import main; main(sys.argv[1:], standalone_mode=False); "
+        "print([name for name in ('torch', 'transformers', 'ray') if name in sys.modules])"
+    )
+
+    def answer(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        return done.stdout
+
+    hidden = world.with_name("hidden")
+    world.rename(hidden)
+    try:
+        shown = answer("status", "--root", str(root))
+    finally:
+        hidden.rename(world)
+    assert shown.splitlines()[-1] == "[]"
+    assert shown.count("done") == len(list(make_plan(root).steps))
+    for arguments in (["--help"], ["run", "--help"], ["ask", "--help"]):
+        assert answer(*arguments).splitlines()[-1] == "[]"
+
+
+def test_a_changed_folder_is_reported_by_those_who_list_it(study_values, world, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(world / "heldout", images)
+    values = study_values | {"images": {"train": {"path": str(images)}, "heldout_fraction": 0.5}}
+    file, root = tmp_path / "small.toml", tmp_path / "root"
+    file.write_text(to_toml(values))
+    assert call("status", file, "--root", root).exit_code == 0
+    from sae_ray.store.files import Folder
+    from sae_ray.study.config import Study
+    from sae_ray.study.plan import StudyPlan
+
+    remember(StudyPlan(Study.load(file), Folder(root)))
+    first = next(images.rglob("*.png"))
+    shutil.copy(first, first.with_name("another.png"))
+    before = call("status", "--root", root, "--json").stdout
+    assert call("status", "--root", root).stderr == ""  # by what the root remembers
+    listed = call("run", "--root", root, "--dry-run")
+    assert "has changed (" in listed.stderr
+    assert call("status", "--root", root, "--json").stdout == before

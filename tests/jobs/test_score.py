@@ -68,5 +68,5 @@ def test_pictures_may_come_from_the_training_images(ray_cluster, finished, make_
 
 
 def test_what_is_missing_is_named(ray_cluster, extracted, make_plan):
-    with pytest.raises(SaeRayError, match=r"sae-projection-batch_topk-x2-k4 is not there yet; run the train stage"):
+    with pytest.raises(SaeRayError, match=r"sae-projection-batch_topk-x2-k4 does not exist yet; run the train stage"):
         score.run(make_plan(extracted))

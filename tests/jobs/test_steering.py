@@ -119,7 +119,7 @@ def test_the_summary_and_the_status_show_it(steered, make_steered, tmp_path):
     assert "Steering by layer3.random-4-matryoshka_batch_topk-x4-k8: latents set to 4 times their largest" in text
     assert "images of other classes, DiffMean added: names the concept" in text
     assert status.status(plan)[-1]["rows"] == len(answers_of(plan))
-    [planned] = [entry for entry in status.dry_run(make_steered(tmp_path))["steps"] if entry["stage"] == "steer"]
+    [planned] = [entry for entry in status.dry_run(make_steered(tmp_path))["steps"] if entry["stage"] == "steering"]
     assert planned["rows"] >= len(answers_of(plan))
 
 
@@ -159,7 +159,7 @@ def test_an_interrupted_run_goes_on_where_it_was(steered, scored, make_steered, 
 
 
 def test_what_is_missing_is_named(scored, make_steered):
-    with pytest.raises(SaeRayError, match=r"sae-layer3.* is not there yet; run the train stage first"):
+    with pytest.raises(SaeRayError, match=r"sae-layer3.* does not exist yet; run the train stage first"):
         steering.run(make_steered(scored, **{"training.steps": 301}))
 
 
@@ -191,7 +191,7 @@ def test_more_actors_than_the_cluster_holds_are_refused(ray_cluster, scored, mak
 def test_latents_are_found_by_text(scored, make_steered, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(scored, root)
-    (root / "study.json").write_text(json.dumps(make_steered(root).study.to_dict()))
+    remember(make_steered(root))
 
     def call(*arguments: str):
         return CliRunner().invoke(main, ["find", *arguments, "--root", str(root)])

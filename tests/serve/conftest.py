@@ -18,6 +18,7 @@ from PIL import Image
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
+from sae_ray.study.root import recalled_plan
 from sae_ray.world import write_world
 
 KEY = "a-key-for-tests"
@@ -64,8 +65,9 @@ def chat(prompt: str = ONE_WORD, *images: Image.Image, **rest: Any) -> dict[str,
 @pytest.fixture(scope="session")
 def served_study(ray_cluster, tmp_path_factory) -> Path:
     """The root of a finished study with two SAEs where the world's LLaVA reads its tower."""
-    from sae_ray.jobs import extract, score, train
-    from sae_ray.jobs.options import remember
+    from sae_ray.jobs import evaluate, extract, score, train
+
+    from sae_ray.study.root import remember
 
     world = tmp_path_factory.mktemp("served_world")
     write_world(world, n_train=2400, n_heldout=200)
@@ -99,7 +101,7 @@ def served_study(ray_cluster, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("served") / "root"
     plan = StudyPlan(Study.from_dict(values), Folder(root))
     remember(plan)
-    for stage in (extract, train, score):
+    for stage in (extract, train, evaluate, score):
         stage.run(plan)
     return root
 
@@ -130,9 +132,7 @@ def server(served_study) -> Server:
         until(lambda: status(url) == 200, 240)
 
     deploy()
-    yield Server(
-        url, KEY, served_study, Study.from_dict(Folder(served_study).read_json("study.json")).steering.llava, deploy
-    )
+    yield Server(url, KEY, served_study, recalled_plan(str(served_study)).study.steering.llava, deploy)
     serve.shutdown()
 
 
