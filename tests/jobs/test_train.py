@@ -9,12 +9,12 @@ from pathlib import Path
 import psutil
 import torch
 from sae_ray.jobs import train
-from sae_ray.jobs.options import remember
 
 from sae_ray.sae import CellTrainer, load_sae, train_cells
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.store.stream import TrainingStream
+from sae_ray.study.root import remember
 
 SLOW = {"training.steps": 1200, "resources.train.checkpoint_every": 50}
 """Long enough to be killed in the middle."""
