@@ -125,11 +125,11 @@ class _Maker:
 
 
 def codes_of(sae: SAE, x: Float[Tensor, "n d_in"], latents: Int[np.ndarray, " latents"]) -> torch.Tensor:
-    """The codes of a few latents, [n, latents]. All latents are computed only for `topk`, where they compete."""
+    """The codes of a few latents, [n, latents]; all others are computed only where they compete with them."""
     import torch
 
     where = torch.from_numpy(latents).to(sae.device)
-    if sae.architecture == "topk":
+    if sae.kind.latents_compete:
         codes = sae.encode_sparse(x)
         place = torch.full((sae.d_sae,), -1, device=sae.device)
         place[where] = torch.arange(len(where), device=sae.device)

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from sae_ray.sae.bundle import BundleJob as BundleJob
     from sae_ray.sae.bundle import CellJob as CellJob
     from sae_ray.sae.bundle import train_cells as train_cells
-    from sae_ray.sae.config import ArchitectureName as ArchitectureName
     from sae_ray.sae.config import Cell as Cell
     from sae_ray.sae.config import TrainingConfig as TrainingConfig
     from sae_ray.sae.formats import load_sae as load_sae
@@ -33,7 +32,7 @@ __getattr__ = exports(
     __name__,
     {
         "bundle": ["BundleJob", "CellJob", "train_cells"],
-        "config": ["ArchitectureName", "Cell", "TrainingConfig"],
+        "config": ["Cell", "TrainingConfig"],
         "formats": ["load_sae", "save_latents", "save_sae"],
         "metrics": ["Fidelity", "FidelitySummary", "LatentStatistics", "evaluate", "evaluate_store", "measure_latents"],
         "model": ["SAE"],

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-    from sae_ray.sae.architectures import Forward, Weights
+    from sae_ray.sae.architectures.base import Forward
     from sae_ray.sae.ranks import Ranks
+    from sae_ray.sae.weights import Weights
 
 
 def auxk_loss(

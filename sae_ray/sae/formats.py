@@ -17,36 +17,32 @@ import safetensors
 import safetensors.torch
 import torch
 
-from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.sae.config import ArchitectureName
+from sae_ray.errors import SaeRayError, UsageError, check
+from sae_ray.sae.architectures import ARCHITECTURES, BatchTopK, MatryoshkaBatchTopK, architecture
 from sae_ray.sae.model import SAE
 from sae_ray.store.files import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sae_ray.sae.architectures import Architecture
     from sae_ray.sae.metrics import LatentStatistics
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 LATENTS_FILE = "latents.parquet"
+_COPY_AGAIN = "copy the SAE again"
 # Without a version in the metadata SAELens takes the directory for one of its older formats.
 _SAE_LENS_VERSION = "6.54.0"
-_TO_SAE_LENS: dict[ArchitectureName, str] = {
-    "batch_topk": "jumprelu",
-    "matryoshka_batch_topk": "jumprelu",
-    "jumprelu": "jumprelu",
-    "topk": "topk",
-    "relu": "standard",
-}
-_FROM_SAE_LENS: dict[str, ArchitectureName] = {"jumprelu": "jumprelu", "topk": "topk", "standard": "relu"}
+_SCHEMA = 1
+"""Of what stands under `metadata.sae_ray`."""
 
 
 def save_sae(sae: SAE, folder: Folder) -> None:
     """Writes the SAE into `folder`, in float32; `cfg.json` comes last."""
-    tensors = {name: getattr(sae, name).detach().cpu().float().contiguous() for name in _names(sae.architecture)}
+    tensors = {name: getattr(sae, name).detach().cpu().float().contiguous() for name in _names(sae.kind)}
     config: dict[str, Any] = {
-        "architecture": _TO_SAE_LENS[sae.architecture],
+        "architecture": sae.kind.sae_lens,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": "float32",
@@ -56,11 +52,10 @@ def save_sae(sae: SAE, folder: Folder) -> None:
         "reshape_activations": "none",
         "metadata": {
             "sae_lens_version": _SAE_LENS_VERSION,
-            "sae_ray": {"schema": 1, "architecture": sae.architecture, "k": sae.k, "facts": sae.metadata},
+            "sae_ray": {"schema": _SCHEMA, "architecture": sae.architecture, "k": sae.k, "facts": sae.metadata},
         },
+        **sae.kind.sae_lens_config(sae),
     }
-    if sae.architecture == "topk":
-        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     folder.write_bytes(WEIGHTS_FILE, safetensors.torch.save(tensors))
     folder.write_json(CONFIG_FILE, config)
 
@@ -72,10 +67,11 @@ def save_latents(latents: LatentStatistics, folder: Folder) -> None:
 
 
 def load_sae(path: str | Path | Folder) -> SAE:
-    """Opens an SAE: a SAELens v6 directory (architecture standard, topk or jumprelu), or a reference `.pt` file.
+    """Opens an SAE: a directory of ours or of SAELens v6 (standard, topk or jumprelu), or a reference `.pt` file.
 
     Raises:
-        UsageError: nothing is there, or it uses a convention that cannot be expressed; the message names it.
+        UsageError: nothing is there, `cfg.json` is malformed, or it uses a convention that cannot be expressed; the
+            message names it.
         SaeRayError: the files are damaged.
     """
     text = str(path)
@@ -91,27 +87,27 @@ def load_sae(path: str | Path | Folder) -> SAE:
     return _from_sae_lens(folder)
 
 
-def _names(architecture: ArchitectureName) -> list[str]:
+def _names(kind: type[Architecture]) -> list[str]:
     names = ["W_enc", "W_dec", "b_enc", "b_dec"]
-    return [*names, "threshold"] if _TO_SAE_LENS[architecture] == "jumprelu" else names
+    return [*names, "threshold"] if kind.has_threshold else names
 
 
 def _from_sae_lens(folder: Folder) -> SAE:
     config = folder.read_json(CONFIG_FILE)
-    metadata = dict(config.get("metadata") or {})
-    ours = metadata.get("sae_ray")
+    where = str(folder / CONFIG_FILE)
+    if not isinstance(config, dict):
+        raise UsageError(f"{where} is not a JSON object; {_COPY_AGAIN}")
+    metadata = config.get("metadata") or {}
+    check(isinstance(metadata, dict), f"{where}: metadata", metadata, f"make it an object; {_COPY_AGAIN}")
+    for name in ("d_in", "d_sae"):
+        check(isinstance(config.get(name), int), f"{where}: {name}", config.get(name), f"not a width; {_COPY_AGAIN}")
     version = str(metadata.get("sae_lens_version") or config.get("sae_lens_version") or "")
     if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
         raise UsageError(
             f"{folder}: sae_lens_version = {version or None!r} is older than 6, whose files mean other things; open "
             "and save it with SAELens 6"
         )
-    if config.get("architecture") not in _FROM_SAE_LENS:
-        raise UsageError(
-            f"{folder}: architecture {config.get('architecture')!r} cannot be opened; known are "
-            f"{', '.join(_FROM_SAE_LENS)}. A training checkpoint of SAELens is first saved for inference there"
-        )
-    architecture = ours["architecture"] if ours else _FROM_SAE_LENS[config["architecture"]]
+    kind, k, facts = _ours(config, where) if "sae_ray" in metadata else _foreign(config, where)
     refused = {
         "normalize_activations": ("none", "fold the normalisation into the weights in SAELens"),
         "reshape_activations": ("none", "save it for flat activations in SAELens"),
@@ -120,7 +116,7 @@ def _from_sae_lens(folder: Folder) -> SAE:
     for key, (needed, remedy) in refused.items():
         if config.get(key) not in (None, needed):
             raise UsageError(f"{folder}: {key} = {config[key]!r} cannot be opened; {remedy} and save it again")
-    tensors = _read_weights(folder, _names(architecture))
+    tensors = _read_weights(folder, _names(kind))
     if tuple(tensors["W_enc"].shape) != (config["d_in"], config["d_sae"]):
         raise SaeRayError(
             f"{folder}: W_enc has shape {list(tensors['W_enc'].shape)}, {CONFIG_FILE} says d_in = {config['d_in']}, "
@@ -129,12 +125,38 @@ def _from_sae_lens(folder: Folder) -> SAE:
     if not config.get("apply_b_dec_to_input", True):
         # x @ W_enc + b_enc = (x - b_dec) @ W_enc + (b_enc + b_dec @ W_enc)
         tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
-    return SAE(
-        architecture=architecture,
-        k=ours["k"] if ours else config.get("k"),
-        metadata=ours["facts"] if ours else {"sae_lens": metadata},
-        **tensors,
+    return SAE(architecture=kind.name, k=k, metadata=facts, **tensors)
+
+
+def _ours(config: dict[str, Any], where: str) -> tuple[type[Architecture], int | None, dict[str, Any]]:
+    """Architecture, k and facts of a directory that sae-ray wrote."""
+    ours, at = config["metadata"]["sae_ray"], f"{where}: metadata.sae_ray"
+    check(isinstance(ours, dict), at, ours, f"not an object; {_COPY_AGAIN}")
+    check(ours.get("schema") == _SCHEMA, f"{at}.schema", ours.get("schema"),
+          f"this sae-ray reads schema {_SCHEMA}; use the version that wrote it")  # fmt: skip
+    kind = architecture(ours.get("architecture"), f"{at}.architecture")
+    check(kind.sae_lens == config.get("architecture"), f"{where}: architecture", config.get("architecture"),
+          f"{kind.name} is stored as {kind.sae_lens!r}; {_COPY_AGAIN}")  # fmt: skip
+    facts = ours.get("facts")
+    check(isinstance(facts, dict), f"{at}.facts", facts, f"not an object; {_COPY_AGAIN}")
+    return kind, _k(ours.get("k"), f"{at}.k"), facts
+
+
+def _foreign(config: dict[str, Any], where: str) -> tuple[type[Architecture], int | None, dict[str, Any]]:
+    """The same of a directory that SAELens wrote."""
+    kinds = [kind for kind in ARCHITECTURES.values() if kind.opens_sae_lens]
+    for kind in kinds:
+        if kind.sae_lens == config.get("architecture"):
+            return kind, _k(config.get("k"), f"{where}: k"), {"sae_lens": config.get("metadata") or {}}
+    raise UsageError(
+        f"{where}: architecture {config.get('architecture')!r} cannot be opened; known are "
+        f"{', '.join(kind.sae_lens for kind in kinds)}. Save a training checkpoint of SAELens for inference there first"
     )
+
+
+def _k(value: Any, field: str) -> int | None:
+    check(value is None or isinstance(value, int), field, value, f"not a whole number; {_COPY_AGAIN}")
+    return value
 
 
 def _read_weights(folder: Folder, names: list[str]) -> dict[str, Tensor]:
@@ -158,12 +180,11 @@ def _from_reference(data: bytes, where: str) -> SAE:
     linear = {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k", "threshold"}
     plain = {"W_enc", "W_dec", "b_enc", "b_dec", "k", "threshold", "group_sizes"}
     facts: dict[str, Any] = {"reference_file": where.rpartition("/")[2]}
-    architecture: ArchitectureName
     if isinstance(saved, dict) and linear <= set(saved):
-        architecture = "batch_topk"
+        kind = BatchTopK
         W_enc, b_enc, W_dec = saved["encoder.weight"].T, saved["encoder.bias"], saved["decoder.weight"].T
     elif isinstance(saved, dict) and plain <= set(saved):
-        architecture = "matryoshka_batch_topk"
+        kind = MatryoshkaBatchTopK
         W_enc, b_enc, W_dec = saved["W_enc"], saved["b_enc"], saved["W_dec"]
         facts["group_sizes"] = saved["group_sizes"].tolist()
     else:
@@ -179,7 +200,7 @@ def _from_reference(data: bytes, where: str) -> SAE:
             "reference's threshold_start_step, and without a threshold it would keep every positive value; train longer"
         )
     return SAE(
-        architecture=architecture,
+        architecture=kind.name,
         W_enc=W_enc.float().contiguous(),
         W_dec=W_dec.float().contiguous(),
         b_enc=b_enc.float(),

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sae_ray.errors import UsageError
-from sae_ray.sae.config import ArchitectureName
-from sae_ray.sae.selection import largest_positive_per_row
+from sae_ray.sae.architectures import architecture
 from sae_ray.sae.sparse import Pattern, SparseCodes
-
-T = TypeVar("T")
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+    from sae_ray.sae.architectures.base import Architecture
 
 # Pre-activations held at once by `encode_sparse`: 64 MiB of float32. The cut depends on nothing but the SAE.
 _PRE_ENTRIES = 2**24
@@ -27,21 +26,21 @@ _PRE_ENTRIES = 2**24
 class SAE:
     """A sparse autoencoder for inference.
 
-    `pre = (x - b_dec) @ W_enc + b_enc`; the codes keep `relu(pre)` where `pre > threshold` (strictly; the batch top-k
-    architectures and jumprelu), among the `k` largest of a sample (topk), or everywhere (relu); the reconstruction is
-    `codes @ W_dec + b_dec`. It is computed in float32, or in float64 if the weights are.
+    `pre = (x - b_dec) @ W_enc + b_enc`; the codes are `relu(pre)` where the architecture keeps it: strictly above the
+    threshold, among the `k` largest of a sample, or everywhere. The reconstruction is `codes @ W_dec + b_dec`. It is
+    computed in float32, or in float64 if the weights are.
     """
 
-    architecture: ArchitectureName
+    architecture: str
     """How it was trained; decides which latents are kept."""
     W_enc: Float[Tensor, "d_in d_sae"]
     W_dec: Float[Tensor, "d_sae d_in"]
     b_enc: Float[Tensor, " d_sae"]
     b_dec: Float[Tensor, " d_in"]
     threshold: Float[Tensor, " d_sae"] | None = None
-    """float32 whatever the dtype of the weights; None for topk and relu."""
+    """float32 whatever the dtype of the weights; None for architectures without one."""
     k: int | None = None
-    """Active latents per sample, exactly or on average; None for relu and jumprelu."""
+    """Active latents per sample, exactly or on average; None for architectures that are tuned otherwise."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Facts that travel with the SAE; plain JSON values."""
 
@@ -53,11 +52,12 @@ class SAE:
             tensor = getattr(self, name)
             if tensor is not None and tensor.shape != shape:
                 raise UsageError(f"{name} has shape {tuple(tensor.shape)}; W_enc [{d_in}, {d_sae}] needs {shape}")
-        by_threshold = self.architecture in ("batch_topk", "matryoshka_batch_topk", "jumprelu")
-        if by_threshold != (self.threshold is not None):
-            raise UsageError(f"a {self.architecture} SAE {'needs a' if by_threshold else 'has no'} threshold")
-        if self.architecture == "topk" and self.k is None:
-            raise UsageError("a topk SAE needs k")
+        self.kind.check_sae(self)
+
+    @property
+    def kind(self) -> type[Architecture]:
+        """The class of its architecture."""
+        return architecture(self.architecture)
 
     @property
     def d_in(self) -> int:
@@ -79,17 +79,7 @@ class SAE:
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """Dense codes. Raises UsageError when x has another width than `d_in`."""
-        pre = self._pre(x)
-        match self.architecture:
-            case "batch_topk" | "matryoshka_batch_topk" | "jumprelu":
-                return pre.relu() * (pre > _known(self.threshold))
-            case "topk":
-                top = pre.topk(_known(self.k), dim=-1, sorted=False)
-                return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
-            case "relu":
-                return pre.relu()
-            case _:
-                assert_never(self.architecture)
+        return self.kind.codes(self._pre(x), self)
 
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
@@ -132,18 +122,5 @@ class SAE:
 
     def _active(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         """Ascending flat indices and values of the active entries of `pre`."""
-        match self.architecture:
-            case "batch_topk" | "matryoshka_batch_topk" | "jumprelu":
-                flat = ((pre > _known(self.threshold)) & (pre > 0)).flatten().nonzero().squeeze(1)
-            case "topk":
-                flat = largest_positive_per_row(pre, _known(self.k))
-            case "relu":
-                flat = (pre > 0).flatten().nonzero().squeeze(1)
-            case _:
-                assert_never(self.architecture)
+        flat = self.kind.active(pre, self)
         return flat, pre.flatten()[flat]
-
-
-def _known(value: T | None) -> T:
-    assert value is not None, "checked when the SAE was made"
-    return value

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
-    from sae_ray.sae.architectures import Weights
     from sae_ray.sae.ranks import Ranks
+    from sae_ray.sae.weights import Weights
 
 # Weights, gradient and moments of a block are 8 MiB: they stay in the cache while they are worked on.
 _BLOCK_ENTRIES = 2**19

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.sae.architectures import ARCHITECTURES, Forward, Weights
 from sae_ray.sae.auxk import auxk_loss
 from sae_ray.sae.model import SAE
 from sae_ray.sae.optimizer import RowAdam, RowGradient
 from sae_ray.sae.ranks import Ranks
+from sae_ray.sae.weights import Weights
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
+    from sae_ray.sae.architectures.base import Forward
     from sae_ray.sae.config import Cell
 
 
@@ -73,7 +74,7 @@ class CellTrainer:
         self.d_in, self.d_sae = d_in, cell.d_sae(d_in)
         self.device = torch.device(device)
         self.ranks = Ranks(process_group)
-        self.architecture = ARCHITECTURES[cell.architecture](cell, d_in, self.ranks)
+        self.architecture = cell.kind(cell, d_in, self.ranks)
         self.weights = Weights(d_in, self.d_sae, cell.seed, self.architecture.learned_threshold, self.device)
         self.optimizer = RowAdam(self.weights)
         self.n_steps = 0
@@ -141,10 +142,11 @@ class CellTrainer:
         threshold = weights.get("threshold")
         if self.architecture.estimates_threshold:
             if torch.isnan(self.threshold):
+                start = self.cell.training.effective("threshold_start_step")
                 raise SaeRayError(
                     f"after {self.n_steps} steps no inference threshold has been estimated: it is averaged after step "
-                    f"training.threshold_start_step = {self.cell.training.threshold_start_step}, over batches in which "
-                    "a latent is active; train longer or lower that step"
+                    f"training.threshold_start_step = {start}, over batches in which a latent is active; "
+                    "train longer or lower that step"
                 )
             threshold = self.threshold.expand(self.d_sae).clone()
         return SAE(
@@ -167,12 +169,12 @@ class CellTrainer:
                     tensors[f"adam.{moment}.{name}"] = value.clone()
         tensors["samples_since_fired"] = self.samples_since_fired.clone()
         tensors["threshold_estimate"] = self.threshold.clone()
-        facts = {"d_in": self.d_in, "cell": _plain(self.cell), "n_steps": self.n_steps, "failed": self.failed}
+        facts = {"d_in": self.d_in, "cell": self.cell.identity(), "n_steps": self.n_steps, "failed": self.failed}
         return tensors, facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Goes back to a state. Raises UsageError when it belongs to another cell."""
-        own = {"d_in": self.d_in, "cell": _plain(self.cell)}
+        own = {"d_in": self.d_in, "cell": self.cell.identity()}
         if own != {name: facts.get(name) for name in own}:
             raise UsageError(f"the checkpoint belongs to another cell: it holds {facts}, this one is {own}; delete it")
         self.n_steps, self.failed = facts["n_steps"], facts["failed"]
@@ -212,7 +214,8 @@ class CellTrainer:
 
     @torch.no_grad()
     def _update_threshold(self, forward: Forward) -> None:
-        if not self.architecture.estimates_threshold or self.n_steps <= self.cell.training.threshold_start_step:
+        start = self.cell.training.effective("threshold_start_step")
+        if not self.architecture.estimates_threshold or self.n_steps <= start:
             return
         smallest = self.ranks.smallest(forward.smallest_active)
         beta = self.cell.training.threshold_beta
@@ -244,5 +247,5 @@ def geometric_median(points: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
 
 
 def _plain(cell: Cell) -> dict[str, Any]:
-    """The cell as JSON gives it back."""
+    """The cell as JSON gives it back, with its defaults: the file travels without the program that knows them."""
     return json.loads(json.dumps(dataclasses.asdict(cell)))

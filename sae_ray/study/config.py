@@ -14,7 +14,8 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import UsageError
-from sae_ray.sae.config import TOPK_FAMILY, ArchitectureName, Cell, TrainingConfig
+from sae_ray.sae.architectures import ArchitectureSettings, architecture
+from sae_ray.sae.config import Cell, TrainingConfig
 from sae_ray.seeds import derived_seed
 from sae_ray.steering.config import Steering
 
@@ -93,27 +94,28 @@ class Grid:
     sites: tuple[str, ...]
     """Where activations are taken from the encoder: `layer<L>:<tokens>` is the residual stream after block L (counted
     from 0), with tokens `cls`, `mean`, `all` or `random:<n>`; or `projection`, or `pooled`."""
-    architectures: tuple[ArchitectureName, ...] = ("batch_topk",)
-    """Kinds of autoencoder."""
+    architectures: tuple[str, ...] = ("batch_topk",)
+    """Kinds of autoencoder, such as `batch_topk` or `relu`."""
     expansions: tuple[float, ...] = (8.0,)
     """Widths as multiples of the activation's width."""
     k: tuple[int, ...] = (20,)
     """Average number of active latents per row, for the TopK family."""
     sparsity: tuple[float, ...] = ()
-    """Sparsity coefficients, for `relu` (L1) and `jumprelu` (L0)."""
+    """Sparsity coefficients, for architectures with a penalty: `relu` (L1), `jumprelu` (L0)."""
     score_tokens: str | None = None
     """Tokens to score on, such as `cls` or `all`. Default: the tokens that were trained on."""
 
     def __post_init__(self):
-        by_k = [architecture for architecture in self.architectures if architecture in TOPK_FAMILY]
-        by_sparsity = [architecture for architecture in self.architectures if architecture not in TOPK_FAMILY]
+        kinds = [architecture(name, "grid.architectures") for name in self.architectures]
+        by_k = [kind.name for kind in kinds if kind.tuned_by == "k"]
+        by_sparsity = [kind.name for kind in kinds if kind.tuned_by == "sparsity"]
         for name in ("sites", "architectures", "expansions"):
             _check(bool(getattr(self, name)), f"grid.{name}", [], "name at least one")
         _check(bool(self.k) or not by_k, "grid.k", [], f"{', '.join(by_k)}: name at least one")
         _check(bool(self.sparsity) or not by_sparsity, "grid.sparsity", [],
                f"{', '.join(by_sparsity)}: name at least one coefficient")  # fmt: skip
         _check(bool(by_sparsity) or not self.sparsity, "grid.sparsity", list(self.sparsity),
-               "only relu and jumprelu have a sparsity coefficient; leave it out")  # fmt: skip
+               f"{', '.join(by_k)} has no sparsity coefficient; leave it out")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,8 @@ class Study:
     """The judge."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How SAEs are trained."""
+    architectures: ArchitectureSettings = field(default_factory=ArchitectureSettings)
+    """Settings of single architectures, each in a table of its name."""
     extraction: Extraction = field(default_factory=Extraction)
     """How activations are stored."""
     scoring: Scoring = field(default_factory=Scoring)
@@ -314,18 +318,19 @@ class Study:
         """All SAEs of the study, without duplicates, in the order of the file."""
         cells: dict[str, GridCell] = {}
         for grid in self.grid:
-            for text, architecture, expansion in product(grid.sites, grid.architectures, grid.expansions):
+            for text, name, expansion in product(grid.sites, grid.architectures, grid.expansions):
                 site = Site.parse(text)
                 score_site = dataclasses.replace(site, tokens=grid.score_tokens) if grid.score_tokens else site
-                by_k = architecture in TOPK_FAMILY
+                by_k = architecture(name).tuned_by == "k"
                 for amount in grid.k if by_k else grid.sparsity:
                     # Always floats: 8 and 8.0 differ as JSON and would be two steps.
                     cell = Cell(
-                        architecture,
+                        name,
                         float(expansion),
                         k=int(amount) if by_k else None,
                         sparsity=None if by_k else float(amount),
                         training=self.training,
+                        settings=getattr(self.architectures, name, None),
                     )
                     grid_cell = GridCell(site, score_site, cell)
                     # The seed comes from the name, not the position in the grid: adding cells changes no other cell.

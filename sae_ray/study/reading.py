@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae_ray.errors import UsageError
 from sae_ray.study.config import Study
-from sae_ray.study.fields import field_help, known_keys
+from sae_ray.study.fields import architecture_setting, field_help, known_keys
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -87,6 +87,8 @@ def _explain(problem: Any) -> str:
         known = known_keys(where[:-1])
         near = difflib.get_close_matches(where[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        if own := architecture_setting(where[-1]):
+            hint = f"write {own}"
         return f"{'.'.join(where)}: unknown key; {hint}"
     if problem["type"] == "missing":
         meaning = field_help(".".join(part for part in where if not part.isdigit()))

@@ -31,6 +31,7 @@ from sae_ray.report.neurons import Neurons, read_neurons
 from sae_ray.report.plots import POINTS, Line, Plot, curve_plots, draw, fidelity_plots, grid_plots, ms_curve
 from sae_ray.report.steering import EXAMPLES, read_steering
 from sae_ray.sae import SAE, load_sae
+from sae_ray.sae.architectures import ARCHITECTURES
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, hold
@@ -223,18 +224,17 @@ def test_what_heat_maps_mean_is_said(cells: dict[str, Neurons]):
     assert "raw neurons" in str(why_none(cells["raw-pooled"]))
 
 
-@pytest.mark.parametrize("architecture", ["batch_topk", "topk", "relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_codes_of_a_few_latents_are_those_of_all(architecture):
     generator = torch.Generator().manual_seed(0)
     W_enc, b_enc, b_dec = (torch.randn(shape, generator=generator) for shape in ((6, 20), (20,), (6,)))
-    by_threshold = architecture in ("batch_topk", "jumprelu")
     sae = SAE(
         architecture,
         W_enc,
         W_enc.T.clone(),
         b_enc,
         b_dec,
-        torch.rand(20, generator=generator) if by_threshold else None,
+        torch.rand(20, generator=generator) if ARCHITECTURES[architecture].has_threshold else None,
         k=3,
     )
     x = torch.randn(40, 6, generator=generator)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
-import typing
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from sae_ray.errors import UsageError
-from sae_ray.sae import ArchitectureName, Cell, TrainingConfig
+from sae_ray.sae import Cell, TrainingConfig
 from sae_ray.sae.architectures import ARCHITECTURES
-
-
-def test_registry_and_names_agree():
-    assert tuple(ARCHITECTURES) == typing.get_args(ArchitectureName)
+from sae_ray.sae.architectures.jumprelu import JumpReLUSettings
+from sae_ray.sae.architectures.matryoshka_batch_topk import MatryoshkaSettings
 
 
 @pytest.mark.parametrize(
@@ -33,12 +32,7 @@ def test_registry_and_names_agree():
         ("dead_after_samples", 0),
         ("threshold_beta", 1.0),
         ("threshold_start_step", -1),
-        ("group_fractions", (0.5, 0.4)),
-        ("group_fractions", (1.5, -0.5)),
-        ("group_fractions", ()),
         ("sparsity_warmup_steps", -1),
-        ("jumprelu_bandwidth", 0.0),
-        ("jumprelu_initial_threshold", -0.1),
         ("dtype", "float16"),
     ],
 )
@@ -46,6 +40,23 @@ def test_training_settings_out_of_range_name_field_value_and_remedy(field, value
     with pytest.raises(UsageError) as error:
         TrainingConfig(**{field: value})
     assert str(error.value).startswith(f"training.{field} = {value!r}: make it ")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "field", "value"),
+    [
+        ("matryoshka_batch_topk", "group_fractions", (0.5, 0.4)),
+        ("matryoshka_batch_topk", "group_fractions", (1.5, -0.5)),
+        ("matryoshka_batch_topk", "group_fractions", ()),
+        ("jumprelu", "bandwidth", 0.0),
+        ("jumprelu", "bandwidth", math.nan),
+        ("jumprelu", "initial_threshold", -0.1),
+    ],
+)
+def test_own_settings_out_of_range_name_where_they_stand_in_a_study(architecture, field, value):
+    with pytest.raises(UsageError) as error:
+        ARCHITECTURES[architecture].Settings(**{field: value})
+    assert str(error.value).startswith(f"architectures.{architecture}.{field} = {value!r}: make it ")
 
 
 @pytest.mark.parametrize(
@@ -60,6 +71,8 @@ def test_training_settings_out_of_range_name_field_value_and_remedy(field, value
         ({"architecture": "relu", "sparsity": 0.1, "k": 3}, "k"),
         ({"architecture": "jumprelu", "sparsity": -0.1}, "sparsity"),
         ({"k": 1, "seed": -1}, "seed"),
+        ({"k": 1, "settings": JumpReLUSettings()}, "settings"),
+        ({"architecture": "jumprelu", "sparsity": 0.1, "settings": {"bandwidth": 0.1}}, "settings"),
     ],
 )
 def test_cells_that_cannot_be_name_the_field(settings, field):
@@ -72,16 +85,28 @@ def test_what_depends_on_the_width_is_checked_with_it():
         Cell("topk", 2, k=20).check(8)
     with pytest.raises(UsageError, match=r"cell\.expansion"):
         Cell("topk", 0.1, k=1).check(8)
-    with pytest.raises(UsageError, match=r"training\.group_fractions"):
+    with pytest.raises(UsageError, match=r"architectures\.matryoshka_batch_topk\.group_fractions"):
         Cell("matryoshka_batch_topk", 1, k=1).check(8)
     assert Cell("batch_topk", 1, k=1).group_sizes(8) == [8]
 
 
 def test_an_inference_threshold_that_could_never_be_estimated_is_refused():
-    short = TrainingConfig(steps=1001, warmup_steps=10)
+    late = TrainingConfig(steps=1001, threshold_start_step=1000)
     with pytest.raises(UsageError, match=r"training\.threshold_start_step = 1000"):
-        Cell("batch_topk", 2, k=1, training=short)
-    assert Cell("topk", 2, k=1, training=short).training.steps == 1001
+        Cell("batch_topk", 2, k=1, training=late)
+    assert Cell("topk", 2, k=1, training=late).training.steps == 1001
+    with pytest.raises(UsageError, match=r"training\.steps = 1: make it at least 2 for batch_topk"):
+        Cell("batch_topk", 2, k=1, training=TrainingConfig(steps=1))
+
+
+@pytest.mark.parametrize(("steps", "tenth"), [(2, 0), (9, 0), (200, 20), (10_000, 1000), (100_000, 1000)])
+def test_settings_that_follow_steps_fit_any_number_of_them(steps: int, tenth: int):
+    training = TrainingConfig(steps=steps)
+    assert training.effective("warmup_steps") == training.effective("threshold_start_step") == tenth
+    for name, kind in ARCHITECTURES.items():
+        Cell(name, 2, training=training, **{kind.tuned_by: 1})
+    assert training.learning_rate_at(tenth, 2**14) == pytest.approx(2e-4)
+    assert TrainingConfig(steps=steps, warmup_steps=1).effective("warmup_steps") == 1
 
 
 def test_default_rates_are_the_papers():
@@ -89,13 +114,83 @@ def test_default_rates_are_the_papers():
     assert training.learning_rate_at(1000, 2**14) == pytest.approx(2e-4)
     assert training.learning_rate_at(500, 2**16) == pytest.approx(0.5e-4)
     assert training.learning_rate_at(99_999, 1024) == pytest.approx(16 / (625 * 32), rel=1e-3)
-    fractions = TrainingConfig(group_fractions=(0.002, 0.009, 0.035, 0.189, 0.765))
-    assert Cell("matryoshka_batch_topk", 1, k=1, training=fractions).group_sizes(1000) == [2, 9, 35, 189, 765]
+    fractions = MatryoshkaSettings((0.002, 0.009, 0.035, 0.189, 0.765))
+    assert Cell("matryoshka_batch_topk", 1, k=1, settings=fractions).group_sizes(1000) == [2, 9, 35, 189, 765]
 
 
-def test_unknown_keys_in_a_study_file_are_refused_and_fields_carry_their_help():
+@pytest.mark.parametrize("config", [TrainingConfig, *(kind.Settings for kind in ARCHITECTURES.values())])
+def test_unknown_keys_in_a_study_file_are_refused_and_fields_carry_their_help(config: type):
     with pytest.raises(ValidationError, match="warmup"):
-        TypeAdapter(Cell).validate_python({"architecture": "topk", "expansion": 2, "k": 1, "training": {"warmup": 3}})
-    for config in (TrainingConfig, Cell):
-        properties = TypeAdapter(config).json_schema()["properties"]
-        assert all(field.get("description") for field in properties.values())
+        TypeAdapter(config).validate_python({"warmup": 3})
+    properties = TypeAdapter(config).json_schema().get("properties", {})
+    assert set(properties) == {field.name for field in dataclasses.fields(config)}
+    assert all(field.get("description") for field in properties.values())
+
+
+def renamed(**settings) -> set[str]:
+    """The architectures whose cells are other ones with these settings, of training or of one architecture alone."""
+    own = {field: value for field, value in settings.items() if field not in TrainingConfig.__dataclass_fields__}
+    training = TrainingConfig(**{field: value for field, value in settings.items() if field not in own})
+    found = set()
+    for name, kind in ARCHITECTURES.items():
+        knows = own and own.keys() <= kind.Settings.__dataclass_fields__.keys()
+        cell = Cell(name, 2, training=training, settings=kind.Settings(**own) if knows else None, **{kind.tuned_by: 1})
+        plain = Cell(name, 2, **{kind.tuned_by: 1})
+        assert cell.identity() == json.loads(json.dumps(cell.identity()))
+        if cell.identity() != plain.identity():
+            found.add(name)
+    return found
+
+
+EVERY = set(ARCHITECTURES)
+SELECTING = {"batch_topk", "matryoshka_batch_topk", "topk"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "architectures"),
+    [
+        ({"batch_size": 512}, EVERY),
+        ({"steps": 50_000}, EVERY),
+        ({"learning_rate": 1e-3}, EVERY),
+        ({"warmup_steps": 10}, EVERY),
+        ({"decay_start": 90_000}, EVERY),
+        ({"gradient_clip": 2.0}, EVERY),
+        ({"dtype": "bfloat16"}, EVERY),
+        ({"auxk_weight": 0.1}, SELECTING),
+        ({"auxk_select": "pre"}, SELECTING),
+        ({"dead_after_samples": 9}, SELECTING),
+        ({"threshold_beta": 0.9}, {"batch_topk", "matryoshka_batch_topk"}),
+        ({"threshold_start_step": 5}, {"batch_topk", "matryoshka_batch_topk"}),
+        ({"sparsity_warmup_steps": 5}, {"relu", "jumprelu"}),
+        ({"group_fractions": (0.5, 0.5)}, {"matryoshka_batch_topk"}),
+        ({"bandwidth": 0.1}, {"jumprelu"}),
+        ({"initial_threshold": 0.1}, {"jumprelu"}),
+        # What a default says anyway, or what would stand for it.
+        ({"batch_size": 4096, "gradient_clip": 1, "auxk_weight": 0.03, "bandwidth": 0.001}, set()),
+        ({"group_fractions": (0.0625, 0.125, 0.25, 0.5625)}, set()),
+        ({"warmup_steps": 1000, "threshold_start_step": 1000, "sparsity_warmup_steps": 10_000}, set()),
+    ],
+    ids=str,
+)
+def test_a_setting_renames_the_architectures_that_use_it(settings: dict, architectures: set[str]):
+    assert renamed(**settings) == architectures
+
+
+def test_every_training_setting_is_used_by_an_architecture():
+    fields = {field.name for field in dataclasses.fields(TrainingConfig)}
+    assert set().union(*(kind.uses for kind in ARCHITECTURES.values())) == fields
+
+
+def test_an_identity_says_what_the_cell_is():
+    training = TrainingConfig(steps=200, warmup_steps=20, threshold_beta=0.9)
+    cell = Cell("jumprelu", 2.0, sparsity=0.1, seed=3, training=training, settings=JumpReLUSettings(bandwidth=0.5))
+    assert cell.identity() == {
+        "architecture": "jumprelu",
+        "expansion": 2.0,
+        "sparsity": 0.1,
+        "seed": 3,
+        "training": {"steps": 200},
+        "settings": {"bandwidth": 0.5},
+    }
+    for change in ({"expansion": 3.0}, {"sparsity": 0.2}, {"seed": 4}):
+        assert dataclasses.replace(cell, **change).identity() != cell.identity()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE, load_sae, save_sae
+from sae_ray.sae.architectures import ARCHITECTURES
 from sae_ray.store.files import Folder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-BY_THRESHOLD = ("batch_topk", "matryoshka_batch_topk", "jumprelu")
-NAMES = (*BY_THRESHOLD, "topk", "relu")
 
 
 def make_sae(name: str, d_in: int = 8, d_sae: int = 24, seed: int = 0, metadata: dict | None = None) -> SAE:
@@ -30,8 +30,8 @@ def make_sae(name: str, d_in: int = 8, d_sae: int = 24, seed: int = 0, metadata:
         W_dec=W_enc.T.contiguous() + 0.1,
         b_enc=torch.randn(d_sae, generator=generator),
         b_dec=torch.randn(d_in, generator=generator),
-        threshold=torch.rand(d_sae, generator=generator) if name in BY_THRESHOLD else None,
-        k=None if name in ("relu", "jumprelu") else min(3, d_sae),
+        threshold=torch.rand(d_sae, generator=generator) if ARCHITECTURES[name].has_threshold else None,
+        k=min(3, d_sae) if ARCHITECTURES[name].tuned_by == "k" else None,
         metadata=metadata or {},
     )
 
@@ -49,7 +49,7 @@ json_values = st.recursive(
 
 
 @given(
-    name=st.sampled_from(NAMES),
+    name=st.sampled_from(list(ARCHITECTURES)),
     d_in=st.integers(1, 9),
     d_sae=st.integers(1, 20),
     seed=st.integers(0, 2**31),
@@ -67,18 +67,18 @@ def test_what_is_saved_is_what_is_opened(tmp_path_factory, name, d_in, d_sae, se
     assert (sae.architecture, sae.k, sae.metadata) == (opened.architecture, opened.k, opened.metadata)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_files_hold_exactly_the_tensors_of_the_format(tmp_path, name):
     save_sae(make_sae(name), Folder(tmp_path))
     expected = {"W_enc": (8, 24), "W_dec": (24, 8), "b_enc": (24,), "b_dec": (8,)}
-    if name in BY_THRESHOLD:
+    if ARCHITECTURES[name].has_threshold:
         expected["threshold"] = (24,)
     tensors = load_file(tmp_path / "sae_weights.safetensors")
     assert {key: tuple(value.shape) for key, value in tensors.items()} == expected
     assert {value.dtype for value in tensors.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sae_lens_opens_our_directories(tmp_path, name):
     import sae_lens
 
@@ -133,7 +133,6 @@ def test_batch_topk_trained_in_sae_lens_opens_as_jumprelu(tmp_path):
     ("key", "value", "said"),
     [
         ("architecture", "gated", "gated"),
-        ("architecture", "batchtopk", "inference"),
         ("normalize_activations", "layer_norm", "layer_norm"),
         ("reshape_activations", "hook_z", "hook_z"),
         ("rescale_acts_by_decoder_norm", True, "fold_W_dec_norm"),
@@ -146,6 +145,63 @@ def test_other_conventions_are_refused_by_name(tmp_path, key, value, said):
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(UsageError, match=said):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gated", "batchtopk", ["topk"], None])
+def test_other_architectures_of_sae_lens_are_refused_by_name(tmp_path, kind):
+    save_sae(make_sae("topk"), Folder(tmp_path))
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    theirs = {"sae_lens_version": config["metadata"]["sae_lens_version"]}
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"architecture": kind, "metadata": theirs}))
+    said = rf"architecture {re.escape(repr(kind))} cannot be opened; known are topk, standard, jumprelu\. .* inference"
+    with pytest.raises(UsageError, match=said):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("schema", 2, "schema = 2: this sae-ray reads schema 1; use the version that wrote it"),
+        ("schema", None, "schema = None"),
+        ("architecture", "topkk", "architecture = 'topkk': unknown architecture; did you mean 'topk'"),
+        ("architecture", None, "architecture = None: unknown architecture"),
+        ("architecture", ["topk"], "architecture = ['topk']: unknown architecture"),
+        ("architecture", "relu", "architecture = 'topk': relu is stored as 'standard'"),
+        ("k", "3", "k = '3': not a whole number"),
+        ("k", None, "k = None: a topk SAE of 24 latents needs a k from 1 to 24"),
+        ("k", 99, "k = 99: a topk SAE"),
+        ("facts", [1], "facts = [1]: not an object"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("missing", [False, True])
+def test_malformed_facts_of_ours_are_refused(tmp_path, key, value, said, missing):
+    save_sae(make_sae("topk"), Folder(tmp_path))
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    if missing:
+        del config["metadata"]["sae_ray"][key]
+        said = f"{key} = None"
+    else:
+        config["metadata"]["sae_ray"][key] = value
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=re.escape(said)):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"metadata": [1]}, {"metadata": "x"}, {"d_in": None}, {"d_sae": "24"}, {"sae_ray": []}, {"sae_ray": None}],
+)
+def test_a_configuration_of_another_form_is_refused(tmp_path, change):
+    save_sae(make_sae("topk"), Folder(tmp_path))
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    changed = {"metadata": config["metadata"] | change} if "sae_ray" in change else change
+    (tmp_path / "cfg.json").write_text(json.dumps(config | changed))
+    with pytest.raises(UsageError, match=next(iter(change))):
+        load_sae(tmp_path)
+    (tmp_path / "cfg.json").write_text("[]")
+    with pytest.raises(UsageError, match="not a JSON object"):
         load_sae(tmp_path)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sae_ray.errors import UsageError
 from sae_ray.sae import SAE, model
+from sae_ray.sae.architectures import ARCHITECTURES
 
-NAMES = ("batch_topk", "matryoshka_batch_topk", "jumprelu", "topk", "relu")
 D_IN, D_SAE = 6, 20
 
 
@@ -20,8 +22,8 @@ def make_sae(name: str) -> SAE:
         W_dec=torch.randn(D_SAE, D_IN, generator=generator),
         b_enc=torch.randn(D_SAE, generator=generator),
         b_dec=torch.randn(D_IN, generator=generator),
-        threshold=None if name in ("topk", "relu") else torch.rand(D_SAE, generator=generator),
-        k=3 if name == "topk" else None,
+        threshold=torch.rand(D_SAE, generator=generator) if ARCHITECTURES[name].has_threshold else None,
+        k=3,
     )
 
 
@@ -29,7 +31,7 @@ def inputs(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, D_IN, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sparse_codes_are_the_dense_ones_whatever_the_chunks(monkeypatch, name):
     sae, x = make_sae(name), inputs(50)
     whole = sae.encode_sparse(x)
@@ -43,7 +45,7 @@ def test_sparse_codes_are_the_dense_ones_whatever_the_chunks(monkeypatch, name):
         torch.testing.assert_close(sae.decode(codes), sae.decode(sae.encode(x)))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_leading_axes_are_samples_like_any_other(name):
     sae, x = make_sae(name), inputs(4, 5)
     torch.testing.assert_close(sae.encode(x), sae.encode(x.view(20, D_IN)).view(4, 5, D_SAE))
@@ -51,7 +53,7 @@ def test_leading_axes_are_samples_like_any_other(name):
     assert sae.decode(sae.encode(x)).shape == x.shape
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_no_sample_gives_no_codes(name):
     sae = make_sae(name)
     codes = sae.encode_sparse(inputs(0))
@@ -115,6 +117,19 @@ def test_inputs_of_another_width_are_refused_with_both_widths():
 )
 def test_tensors_that_do_not_fit_are_refused(change):
     sae = make_sae("batch_topk")
-    fields = {name: getattr(sae, name) for name in ("architecture", "W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
     with pytest.raises(UsageError, match=next(iter(change))):
-        SAE(**fields | change)
+        replace(sae, **change)
+
+
+@pytest.mark.parametrize("k", [None, 0, D_SAE + 1])
+def test_a_topk_sae_needs_a_k_that_fits(k: int | None):
+    with pytest.raises(UsageError, match="needs a k from 1 to 20"):
+        replace(make_sae("topk"), k=k)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("batchtopk", "did you mean 'batch_topk'"), ("gated", "known here: batch_")]
+)
+def test_an_unknown_architecture_is_refused(name: str, said: str):
+    with pytest.raises(UsageError, match=f"architecture = '{name}': unknown architecture; {said}"):
+        replace(make_sae("relu"), architecture=name)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sae_ray.sae import Cell, CellTrainer, TrainingConfig, optimizer
-from sae_ray.sae.architectures import Weights
 from sae_ray.sae.optimizer import RowAdam, RowGradient
 from sae_ray.sae.product import _LATENTS, affine
 from sae_ray.sae.ranks import Ranks
+from sae_ray.sae.weights import Weights
 
 D_IN, D_SAE = 6, 50
 

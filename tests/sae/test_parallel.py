@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from sae_ray.errors import UsageError
 from sae_ray.sae import BundleJob, Cell, CellJob, CellTrainer, NonFiniteLoss, TrainingConfig, train_cells
-from sae_ray.sae.architectures import Architecture, Weights
+from sae_ray.sae.architectures import Architecture
+from sae_ray.sae.architectures.jumprelu import JumpReLUSettings
+from sae_ray.sae.weights import Weights
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
 
@@ -22,13 +24,13 @@ D_IN, BATCH, STEPS, STEPS_PER_SIZE = 16, 32, 24, 8
 SIZES = (1, 2, 4)
 TRAINING = TrainingConfig(
     steps=STEPS, batch_size=BATCH, learning_rate=3e-3, warmup_steps=2, threshold_start_step=5, threshold_beta=0.9,
-    dead_after_samples=96, jumprelu_bandwidth=0.1, jumprelu_initial_threshold=0.05,
+    dead_after_samples=96,
 )  # fmt: skip
 CELLS = [
     Cell("batch_topk", 8, k=3, training=TRAINING),
     Cell("matryoshka_batch_topk", 8, k=3, training=replace(TRAINING, auxk_select="pre")),
     Cell("topk", 8, k=3, training=TRAINING),
-    Cell("jumprelu", 4, sparsity=0.02, training=TRAINING),
+    Cell("jumprelu", 4, sparsity=0.02, training=TRAINING, settings=JumpReLUSettings(0.1, 0.05)),
 ]
 BATCH_TOPK, MATRYOSHKA, TOPK, JUMPRELU = range(len(CELLS))
 GROWN = (BATCH_TOPK, MATRYOSHKA)

@@ -9,17 +9,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_ray.sae import Cell, SparseCodes, TrainingConfig
-from sae_ray.sae.architectures import ARCHITECTURES, Forward, Weights
+from sae_ray.sae import Cell, SparseCodes
+from sae_ray.sae.architectures import ARCHITECTURES
+from sae_ray.sae.architectures.base import Forward
+from sae_ray.sae.architectures.jumprelu import JumpReLUSettings
+from sae_ray.sae.architectures.matryoshka_batch_topk import MatryoshkaSettings
 from sae_ray.sae.auxk import auxk_loss
 from sae_ray.sae.ranks import ALONE
 from sae_ray.sae.sparse import Pattern
+from sae_ray.sae.weights import Weights
 
 D_IN, D_SAE, BATCH, K = 12, 40, 24, 3
-TRAINING = TrainingConfig(group_fractions=(0.1, 0.3, 0.6), jumprelu_bandwidth=0.3, jumprelu_initial_threshold=0.4)
-SPARSITY = {"relu": {"sparsity": 0.1}, "jumprelu": {"sparsity": 0.1}}
+BANDWIDTH = 0.3
+OWN = {"matryoshka_batch_topk": MatryoshkaSettings((0.1, 0.3, 0.6)), "jumprelu": JumpReLUSettings(BANDWIDTH, 0.4)}
 CELLS = {
-    name: Cell(name, D_SAE / D_IN + 1e-9, training=TRAINING, **SPARSITY.get(name, {"k": K})) for name in ARCHITECTURES
+    name: Cell(
+        name, D_SAE / D_IN + 1e-9, settings=OWN.get(name), **{kind.tuned_by: {"k": K, "sparsity": 0.1}[kind.tuned_by]}
+    )
+    for name, kind in ARCHITECTURES.items()
 }
 
 
@@ -87,7 +94,7 @@ def test_relu_has_the_dense_gradients():
 def test_jumprelu_has_the_straight_through_gradients():
     """Rajamanoharan et al. 2024, eq. 11 and 12, entry by entry; all other gradients are ordinary ones."""
     weights, x, forward = make("jumprelu")
-    coefficient, bandwidth, threshold = 0.7, TRAINING.jumprelu_bandwidth, weights.threshold
+    coefficient, bandwidth, threshold = 0.7, BANDWIDTH, weights.threshold
     assert threshold is not None
     z = dense_pre(weights, x)
     codes = z * (z > threshold)

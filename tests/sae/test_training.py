@@ -13,18 +13,27 @@ from safetensors.torch import load, save
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import Cell, CellTrainer, NonFiniteLoss, TrainingConfig
 from sae_ray.sae.architectures import ARCHITECTURES
+from sae_ray.sae.architectures.jumprelu import JumpReLUSettings
+from sae_ray.sae.architectures.matryoshka_batch_topk import MatryoshkaSettings
 from sae_ray.sae.training import geometric_median
 
 D_IN, EXPANSION, K, BATCH = 16, 4, 3, 32
 TRAINING = TrainingConfig(
     steps=60, batch_size=BATCH, learning_rate=3e-3, warmup_steps=5, decay_start=40, threshold_start_step=3,
-    threshold_beta=0.9, dead_after_samples=96, jumprelu_bandwidth=0.1, jumprelu_initial_threshold=0.05,
+    threshold_beta=0.9, dead_after_samples=96,
 )  # fmt: skip
+OWN = {"jumprelu": JumpReLUSettings(bandwidth=0.1, initial_threshold=0.05)}
 
 
 def make_cell(name: str, training: TrainingConfig = TRAINING, **settings) -> Cell:
-    sparsity = {"sparsity": 0.02} if name in ("relu", "jumprelu") else {"k": K}
-    return Cell(name, **{"expansion": EXPANSION, "training": training, **sparsity, **settings})
+    by = ARCHITECTURES[name].tuned_by
+    given = {
+        "expansion": EXPANSION,
+        "training": training,
+        "settings": OWN.get(name),
+        by: {"k": K, "sparsity": 0.02}[by],
+    }
+    return Cell(name, **given | settings)
 
 
 def make_batches(n: int, seed: int = 0) -> list[torch.Tensor]:
@@ -77,9 +86,8 @@ def test_initial_weights_follow_the_seed_alone():
 
 
 def test_single_prefix_matryoshka_equals_batch_topk():
-    single = replace(TRAINING, group_fractions=(1.0,))
-    matryoshka = CellTrainer(make_cell("matryoshka_batch_topk", single), D_IN)
-    batch_topk = CellTrainer(make_cell("batch_topk", single), D_IN)
+    matryoshka = CellTrainer(make_cell("matryoshka_batch_topk", settings=MatryoshkaSettings((1.0,))), D_IN)
+    batch_topk = CellTrainer(make_cell("batch_topk"), D_IN)
     assert run(matryoshka, make_batches(40))[10:] == run(batch_topk, make_batches(40))[10:]
     assert matryoshka.samples_since_fired.max() >= TRAINING.dead_after_samples, "AuxK took part"
     assert_equal_states(matryoshka, batch_topk)
@@ -135,6 +143,8 @@ def test_state_of_another_cell_is_refused():
     state = CellTrainer(make_cell("batch_topk"), D_IN).state()
     with pytest.raises(UsageError, match="another cell"):
         CellTrainer(make_cell("batch_topk", seed=1), D_IN).restore(*state)
+    # What BatchTopK ignores does not make it another cell.
+    CellTrainer(make_cell("batch_topk", replace(TRAINING, sparsity_warmup_steps=7)), D_IN).restore(*state)
 
 
 @pytest.mark.parametrize("name", ["batch_topk", "matryoshka_batch_topk", "topk"])

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE
+from sae_ray.sae.architectures import ARCHITECTURES
 from sae_ray.steering import Intervention, LatentEdit, load_max_token
 from sae_ray.store.files import Folder
 
 D_IN, D_SAE, N = 6, 12, 5
-ARCHITECTURES = ["batch_topk", "matryoshka_batch_topk", "topk", "relu", "jumprelu"]
 
 
 def random_sae(architecture: str = "batch_topk", seed: int = 0, d_in: int = D_IN, d_sae: int = D_SAE) -> SAE:
@@ -35,7 +35,7 @@ def random_sae(architecture: str = "batch_topk", seed: int = 0, d_in: int = D_IN
         normal(d_sae, d_in),
         normal(d_sae) / 2,
         normal(d_in),
-        threshold=None if architecture in ("topk", "relu") else normal(d_sae).abs(),
+        threshold=normal(d_sae).abs() if ARCHITECTURES[architecture].has_threshold else None,
         k=3 if architecture == "topk" else None,
     )
 
@@ -80,7 +80,7 @@ def interventions(draw) -> Intervention:
         edits.append(LatentEdit(latent, mode, strength, unit))
     seed = draw(st.integers(0, 1000))
     return Intervention(
-        random_sae(draw(st.sampled_from(ARCHITECTURES)), seed),
+        random_sae(draw(st.sampled_from(list(ARCHITECTURES))), seed),
         tuple(edits),
         error=draw(st.sampled_from(["drop", "keep"])),
         isolate=draw(st.booleans()),

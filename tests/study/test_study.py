@@ -14,6 +14,7 @@ import pytest
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import TrainingConfig
+from sae_ray.sae.architectures import ArchitectureSettings
 from sae_ray.steering.config import Steering
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
@@ -42,7 +43,9 @@ def refusal(overrides: dict[str, Any] | None = None, **values: Any) -> str:
 def test_the_papers_study_is_read():
     paper = Study.load(STUDIES / "pach2025.toml")
     cells = paper.cells()
-    assert paper.training == TrainingConfig()  # the defaults are the paper's settings
+    # The defaults are the paper's settings.
+    defaults = dataclasses.replace(paper, training=TrainingConfig(), architectures=ArchitectureSettings())
+    assert [cell.cell.identity() for cell in cells] == [cell.cell.identity() for cell in defaults.cells()]
     assert (paper.judge.model, paper.judge.point) == ("facebook/dinov2-base", "pooled")
     assert paper.scoring.min_images == 2
     assert paper.steering == Steering("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")  # the defaults again
@@ -98,6 +101,27 @@ def test_a_study_comes_back_from_plain_values(name: str):
             "grid.1.expanion: unknown key; did you mean 'expansions'?",
         ),
         ({"training": {"stepz": 1}}, "training.stepz: unknown key; did you mean 'steps'?"),
+        (
+            {"training": {"group_fractions": [1]}},
+            "training.group_fractions: unknown key; write architectures.matryoshka_batch_topk.group_fractions",
+        ),
+        (
+            {"training": {"jumprelu_bandwidth": 1}},
+            "training.jumprelu_bandwidth: unknown key; write architectures.jumprelu.bandwidth",
+        ),
+        (
+            {"training": {"jumprelu_initial_threshold": 1}},
+            "training.jumprelu_initial_threshold: unknown key; write architectures.jumprelu.initial_threshold",
+        ),
+        (
+            {"architectures": {"jumprelu": {"bandwith": 1}}},
+            "architectures.jumprelu.bandwith: unknown key; did you mean 'bandwidth'?",
+        ),
+        ({"architectures": {"jumprel": {}}}, "architectures.jumprel: unknown key; did you mean 'jumprelu'?"),
+        (
+            {"architectures": {"topk": {}}},
+            "architectures.topk: unknown key; known keys: matryoshka_batch_topk, jumprelu",
+        ),
         (
             {"resources": {"train": {"cell_per_bundle": 1}}},
             "resources.train.cell_per_bundle: unknown key; did you mean 'cells_per_bundle'?",
@@ -156,18 +180,24 @@ def test_all_problems_are_told_at_once():
         ({"grid.k": [4, 0]}, "cell.k = 0: make it at least 1 for batch_topk"),
         ({"grid.k": [2.5]}, "grid.0.k.0 = 2.5: Input should be a valid integer"),
         ({"grid.k": []}, "grid.k = []: batch_topk: name at least one"),
-        ({"grid.architectures": ["topkk"]}, "grid.0.architectures.0 = 'topkk': Input should be 'batch_topk'"),
+        ({"grid.architectures": ["topkk"]}, "grid.architectures = 'topkk': unknown architecture; did you mean 'topk'?"),
+        ({"grid.architectures": ["gated"]}, "grid.architectures = 'gated': unknown architecture; known here: "),
         ({"grid.architectures": ["relu"]}, "grid.sparsity = []: relu: name at least one coefficient"),
         # Not left out in silence because other cells are fine.
         ({"grid.architectures": ["topk", "relu"]}, "grid.sparsity = []: relu: name at least one coefficient"),
-        ({"grid.sparsity": [0.1]}, "grid.sparsity = [0.1]: only relu and jumprelu have a sparsity"),
+        ({"grid.sparsity": [0.1]}, "grid.sparsity = [0.1]: batch_topk has no sparsity coefficient; leave it out"),
         ({"grid.score_tokens": "cls"}, "tokens is 'cls'; a projection site has one vector per image: leave it out"),
         ({"images.heldout_fraction": 1}, "images.heldout_fraction = 1: Input should be less than 1"),
         ({"images.max_bad_fraction": -0.1}, "images.max_bad_fraction = -0.1: Input should be greater than or equal"),
         ({"extraction.images_per_part": 0}, "extraction.images_per_part = 0: Input should be greater than or equal"),
         ({"scoring.min_images": 1}, "scoring.min_images = 1: Input should be greater than or equal"),
         ({"training.batch_size": 0}, "training.batch_size = 0: make it at least 1"),
-        ({"training.steps": 500}, "training.warmup_steps = 1000: make it between 0 and steps (500)"),
+        (
+            {"training.steps": 500, "training.warmup_steps": 1000},
+            "training.warmup_steps = 1000: make it between 0 and steps (500)",
+        ),
+        ({"architectures.jumprelu.bandwidth": 0}, "architectures.jumprelu.bandwidth = 0.0: make it a number above 0"),
+        ({"architectures.jumprelu": 3}, "architectures.jumprelu = 3: Input should be a dictionary"),
         ({"resources.train.workers": 3}, "resources.train.workers = 3: choose a divisor of training.batch_size = 4096"),
         ({"resources.extract.workers": 0}, "resources.extract.workers = 0: Input should be greater than or equal"),
         ({"resources.score.gpus": -1}, "resources.score.gpus = -1: Input should be greater than or equal"),
@@ -277,6 +307,7 @@ def test_help_is_the_docstring_of_the_field():
     assert field_help("images.heldout.path").startswith("The folder: a local path (`~` is your home)")
     assert field_help("grid.k") == "Average number of active latents per row, for the TopK family."
     assert field_help("training.steps") == "Optimiser steps."
+    assert field_help("architectures.jumprelu.initial_threshold").startswith("The threshold before the first step")
     assert field_help("resources.score.gpus") == "GPUs per task."
 
 
@@ -360,6 +391,9 @@ def test_a_plan_lists_the_steps_in_the_order_of_work(make_plan: MakePlan, tmp_pa
     [
         ({"training.steps": 50_000}, TRAINED),
         ({"training.gradient_clip": 2.0}, TRAINED),
+        ({"training.warmup_steps": 1000}, set()),  # as it stands anyway
+        ({"training.sparsity_warmup_steps": 5}, set()),
+        ({"architectures.jumprelu.bandwidth": 0.1}, set()),
         ({"shuffle_rows": 1000}, TRAINED),
         ({"seed": 1}, TRAINED | RANDOM | RAW_RANDOM),
         ({"encoder.dtype": "bfloat16"}, ACTIVATIONS | TRAINED | RAW_SCORES),

@@ -1,52 +1,29 @@
-"""The trainable architectures: which latents of a batch are active, and what the loss is."""
+"""What an architecture is: everything that tells one kind of autoencoder from another.
+
+Plans read the registry, so nothing here imports torch before something is computed.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch.nn import Parameter
-
-from sae_ray.sae.product import affine
-from sae_ray.sae.selection import BatchSelection, largest_positive_per_row
-from sae_ray.sae.sparse import Pattern, decode_entries, encode_entries
+from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from sae_ray.sae.config import ArchitectureName, Cell
+    from sae_ray.sae.config import Cell
+    from sae_ray.sae.model import SAE
     from sae_ray.sae.ranks import Ranks
+    from sae_ray.sae.sparse import Pattern
+    from sae_ray.sae.weights import Weights
 
-
-class Weights:
-    """The trained parameters, float32. The encoder is stored transposed, so that one latent is one contiguous row."""
-
-    def __init__(self, d_in: int, d_sae: int, seed: int, threshold: float | None, device: torch.device):
-        """Decoder rows are random directions of unit norm, the encoder is their transpose, the biases are 0."""
-        generator = torch.Generator().manual_seed(seed)
-        W_dec = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
-        self.W_dec = Parameter(W_dec.to(device))
-        self.W_enc_t = Parameter(self.W_dec.detach().clone())
-        self.b_enc = Parameter(torch.zeros(d_sae, device=device))
-        self.b_dec = Parameter(torch.zeros(d_in, device=device))
-        self.threshold = None if threshold is None else Parameter(torch.full_like(self.b_enc, threshold))
-        """Only of architectures that learn it."""
-
-    def named(self) -> dict[str, Parameter]:
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    @torch.no_grad()
-    def constrain(self, name: str, part: slice) -> None:
-        """Some rows of a weight: those of the decoder back to unit norm, a learned threshold back to 0 or more."""
-        rows = self.named()[name][part]
-        if name == "W_dec":
-            rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo().tiny)
-        elif name == "threshold":
-            rows.clamp_(min=0)
+# Read by pydantic when a study file is opened; nothing here imports pydantic.
+STRICT = {"extra": "forbid", "use_attribute_docstrings": True}
 
 
 class Forward(NamedTuple):
@@ -68,13 +45,41 @@ class Forward(NamedTuple):
     """The smallest active value, infinite when there is none."""
 
 
-class Architecture(ABC):
-    """An architecture, for one cell."""
+@dataclass(frozen=True)
+class OwnSettings:
+    """Settings of one architecture alone. Subclasses are frozen dataclasses; every field has a default, and a docstring
+    that is its help text."""
 
+    __pydantic_config__ = STRICT
+
+
+class Architecture(ABC):
+    """An architecture: the class says what it is and how it is used, an instance trains one cell."""
+
+    name: ClassVar[str]
+    """Its name in study files and on disk."""
+    tuned_by: ClassVar[Literal["k", "sparsity"]]
+    """Which field of a cell sets its sparsity: the number of active latents, or the coefficient of a penalty."""
+    uses: ClassVar[frozenset[str]] = frozenset(
+        {"batch_size", "steps", "learning_rate", "warmup_steps", "decay_start", "gradient_clip", "dtype"}
+    )
+    """The fields of `TrainingConfig` that decide what is trained; the others are ignored. These are common to all."""
+    Settings: ClassVar[type[OwnSettings]] = OwnSettings
+    """Its own settings, which stand under `[architectures.<name>]` in a study file."""
+    has_threshold: ClassVar[bool] = False
+    """Whether a trained SAE has a threshold per latent, which codes must exceed."""
     estimates_threshold: ClassVar[bool] = False
-    """Whether the inference threshold is the moving average of the smallest kept value."""
+    """Whether this threshold is the moving average of the smallest kept value."""
     revives: ClassVar[bool] = False
     """Whether AuxK revives dead latents."""
+    latents_compete: ClassVar[bool] = False
+    """Whether the code of a latent depends on the other latents of the sample, in inference."""
+    sae_lens: ClassVar[str]
+    """The architecture of SAELens that stores it and gives the same codes."""
+    opens_sae_lens: ClassVar[bool] = False
+    """Whether such a directory opens as this architecture when SAELens itself wrote it; the first registered does."""
+
+    # Training
 
     def __init__(self, cell: Cell, d_in: int, ranks: Ranks):
         """`ranks`: they hold equal shares of a batch; a selection over the batch is over all of them."""
@@ -89,8 +94,20 @@ class Architecture(ABC):
     @abstractmethod
     def forward(self, weights: Weights, x: Float[Tensor, "batch d_in"]) -> Forward: ...
 
+    @classmethod
+    def groups(cls, settings: Any, d_sae: int) -> list[int]:
+        """How many latents each nested prefix of the dictionary adds; they sum to `d_sae`.
+
+        Raises UsageError when the settings do not fit `d_sae`.
+        """
+        return [d_sae]
+
     def pre_activations(self, weights: Weights, x: Tensor) -> Tensor:
         """With gradients, where they are asked for."""
+        import torch
+
+        from sae_ray.sae.product import affine
+
         centred = x - weights.b_dec
         if self.cell.training.dtype == "bfloat16":
             rough, W_enc = centred.bfloat16(), weights.W_enc_t.bfloat16().T
@@ -101,17 +118,47 @@ class Architecture(ABC):
             return torch.addmm(weights.b_enc, centred, weights.W_enc_t.T)
         return affine(centred, weights.W_enc_t, weights.b_enc)
 
+    # Inference: every positive value, above the threshold where there is one
+
+    @classmethod
+    def check_sae(cls, sae: SAE) -> None:
+        """Raises UsageError when the SAE lacks something that inference needs, or has too much."""
+        if cls.has_threshold != (sae.threshold is not None):
+            raise UsageError(f"a {cls.name} SAE {'needs a' if cls.has_threshold else 'has no'} threshold")
+
+    @classmethod
+    def codes(cls, pre: Float[Tensor, "... d_sae"], sae: SAE) -> Float[Tensor, "... d_sae"]:
+        """Dense codes."""
+        return pre.relu() if sae.threshold is None else pre.relu() * (pre > sae.threshold)
+
+    @classmethod
+    def active(cls, pre: Float[Tensor, "n d_sae"], sae: SAE) -> Int[Tensor, " nnz"]:
+        """Ascending flat indices of the codes above 0. The code itself is the pre-activation."""
+        kept = pre > 0 if sae.threshold is None else (pre > sae.threshold) & (pre > 0)
+        return kept.flatten().nonzero().squeeze(1)
+
+    @classmethod
+    def sae_lens_config(cls, sae: SAE) -> dict[str, Any]:
+        """Further keys that SAELens wants in `cfg.json`."""
+        return {}
+
 
 class SelectingArchitecture(Architecture):
     """Architectures that select `k` latents per sample: all gradients follow the selected entries alone."""
 
+    tuned_by = "k"
     revives = True
+    uses = Architecture.uses | {"auxk_weight", "auxk_select", "dead_after_samples"}
 
     @abstractmethod
     def select(self, pre: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " nnz"]:
         """Ascending flat indices of the active entries, all of them above 0."""
 
     def forward(self, weights: Weights, x: Tensor) -> Forward:
+        import torch
+
+        from sae_ray.sae.sparse import Pattern, encode_entries
+
         with torch.no_grad():
             pre = self.pre_activations(weights, x)
             flat = self.select(pre)
@@ -134,6 +181,10 @@ class SelectingArchitecture(Architecture):
     def _reconstruct_prefixes(
         self, values: Float[Tensor, " nnz"], pattern: Pattern, weights: Weights
     ) -> Float[Tensor, "n_prefixes batch d_in"]:
+        import torch
+
+        from sae_ray.sae.sparse import Pattern, decode_entries
+
         if len(self.group_sizes) == 1:
             return (decode_entries(values, weights.W_dec, pattern) + weights.b_dec).unsqueeze(0)
         ends = torch.tensor(list(accumulate(self.group_sizes)), device=values.device)
@@ -146,43 +197,19 @@ class SelectingArchitecture(Architecture):
         return parts.view(len(ends), pattern.n_rows, -1).cumsum(0) + weights.b_dec
 
 
-class BatchTopK(SelectingArchitecture):
-    """The `k * batch` largest values of the whole batch, over all ranks (Bussmann et al. 2024, arXiv 2412.06410)."""
-
-    estimates_threshold = True
-
-    def __init__(self, cell: Cell, d_in: int, ranks: Ranks):
-        super().__init__(cell, d_in, ranks)
-        assert cell.k is not None
-        self._selection = BatchSelection(cell.k, ranks)
-
-    def select(self, pre: Tensor) -> Tensor:
-        return self._selection(pre)
-
-
-class MatryoshkaBatchTopK(BatchTopK):
-    """BatchTopK whose every nested prefix of the dictionary reconstructs (Bussmann et al. 2025, arXiv 2503.17547).
-
-    One selection serves all prefixes. With a single prefix it is BatchTopK: the group sizes are all that differs.
-    """
-
-
-class TopK(SelectingArchitecture):
-    """The `k` largest values of each sample (Gao et al. 2024, arXiv 2406.04093)."""
-
-    def select(self, pre: Tensor) -> Tensor:
-        assert self.cell.k is not None
-        return largest_positive_per_row(pre, self.cell.k)
-
-
 class PenalisedArchitecture(Architecture):
     """Architectures whose sparsity is a penalty. How many latents are active is unbounded, so they train densely."""
+
+    tuned_by = "sparsity"
+    uses = Architecture.uses | {"sparsity_warmup_steps"}
 
     @abstractmethod
     def activate(self, pre: Tensor, weights: Weights) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, ""]]:
         """Codes and sparsity penalty."""
 
     def forward(self, weights: Weights, x: Tensor) -> Forward:
+        import torch
+
         pre = self.pre_activations(weights, x)
         codes, penalty = self.activate(pre, weights)
         error = x - (codes @ weights.W_dec + weights.b_dec)
@@ -197,56 +224,3 @@ class PenalisedArchitecture(Architecture):
             n_active=active.sum().to(x.dtype),
             smallest_active=torch.where(active, kept, torch.inf).amin(),
         )
-
-
-class ReLU(PenalisedArchitecture):
-    """ReLU with the L1 norm of the codes as penalty (decoder rows have unit norm)."""
-
-    def activate(self, pre: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-        codes = pre.relu()
-        return codes, codes.sum(-1).mean()
-
-
-class JumpReLU(PenalisedArchitecture):
-    """A learned threshold per latent, with the number of active latents as penalty (Rajamanoharan et al. 2024).
-
-    The threshold itself is trained, not its logarithm, and kept from falling below 0.
-    """
-
-    @property
-    def learned_threshold(self) -> float:
-        return self.cell.training.jumprelu_initial_threshold
-
-    def activate(self, pre: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-        bandwidth = self.cell.training.jumprelu_bandwidth
-        result = _JumpReLU.apply(pre, weights.threshold, bandwidth)
-        assert result is not None
-        codes, active = result
-        return codes, active.sum(-1).mean()
-
-
-class _JumpReLU(torch.autograd.Function):
-    """(z * H(z - threshold), H(z - threshold)) with the pseudo-derivatives of arXiv 2407.14435, eq. 11 and 12."""
-
-    @staticmethod
-    def forward(ctx, z, threshold, bandwidth):
-        active = z > threshold
-        ctx.save_for_backward(z, threshold)
-        ctx.bandwidth = bandwidth
-        return torch.where(active & (z > 0), z, 0.0), active.to(z.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_codes, grad_active):  # pyright: ignore[reportIncompatibleMethodOverride]
-        z, threshold = ctx.saved_tensors
-        window = ((z - threshold).abs() < ctx.bandwidth / 2).to(z.dtype) / ctx.bandwidth
-        grad_threshold = -(window * (threshold * grad_codes + grad_active)).sum(0)
-        return grad_codes * ((z > threshold) & (z > 0)), grad_threshold, None
-
-
-ARCHITECTURES: dict[ArchitectureName, type[Architecture]] = {
-    "batch_topk": BatchTopK,
-    "matryoshka_batch_topk": MatryoshkaBatchTopK,
-    "topk": TopK,
-    "relu": ReLU,
-    "jumprelu": JumpReLU,
-}

@@ -1,0 +1,34 @@
+"""The trained parameters of one autoencoder."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.nn import Parameter
+
+
+class Weights:
+    """The trained parameters, float32. The encoder is stored transposed, so that one latent is one contiguous row."""
+
+    def __init__(self, d_in: int, d_sae: int, seed: int, threshold: float | None, device: torch.device):
+        """Decoder rows are random directions of unit norm, the encoder is their transpose, the biases are 0."""
+        generator = torch.Generator().manual_seed(seed)
+        W_dec = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+        self.W_dec = Parameter(W_dec.to(device))
+        self.W_enc_t = Parameter(self.W_dec.detach().clone())
+        self.b_enc = Parameter(torch.zeros(d_sae, device=device))
+        self.b_dec = Parameter(torch.zeros(d_in, device=device))
+        self.threshold = None if threshold is None else Parameter(torch.full_like(self.b_enc, threshold))
+        """Only of architectures that learn it."""
+
+    def named(self) -> dict[str, Parameter]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @torch.no_grad()
+    def constrain(self, name: str, part: slice) -> None:
+        """Some rows of a weight: those of the decoder back to unit norm, a learned threshold back to 0 or more."""
+        rows = self.named()[name][part]
+        if name == "W_dec":
+            rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo().tiny)
+        elif name == "threshold":
+            rows.clamp_(min=0)
