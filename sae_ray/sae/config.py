@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -158,7 +159,7 @@ class Cell:
             for name, value in changed(self.training).items()
             if name in self.kind.uses and value != self.training.derived.get(name)
         }
-        return {
+        found = {
             "architecture": self.architecture,
             "expansion": self.expansion,
             self.kind.tuned_by: getattr(self, self.kind.tuned_by),
@@ -166,6 +167,7 @@ class Cell:
             "training": training,
             "settings": changed(self.settings),
         }
+        return json.loads(json.dumps(found))  # a checkpoint holds lists where we hold tuples
 
     def check(self, d_in: int) -> None:
         """Raises UsageError when this cell cannot be trained on activations `d_in` wide."""

@@ -115,7 +115,7 @@ class Grid:
         _check(bool(self.sparsity) or not by_sparsity, "grid.sparsity", [],
                f"{', '.join(by_sparsity)}: name at least one coefficient")  # fmt: skip
         _check(bool(by_sparsity) or not self.sparsity, "grid.sparsity", list(self.sparsity),
-               f"not a setting of {', '.join(by_k)}; leave it out")  # fmt: skip
+               f"{', '.join(by_k)} has no sparsity coefficient; leave it out")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ class Study:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How SAEs are trained."""
     architectures: ArchitectureSettings = field(default_factory=ArchitectureSettings)
-    """Settings of single architectures, in a table of its name each."""
+    """Settings of single architectures, each in a table of its name."""
     extraction: Extraction = field(default_factory=Extraction)
     """How activations are stored."""
     scoring: Scoring = field(default_factory=Scoring)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from sae_ray.sae.architectures import ArchitectureSettings
 from sae_ray.study.config import Study
 
 
@@ -24,6 +25,15 @@ def field_help(dotted: str) -> str:
 def known_keys(where: Sequence[str]) -> list[str]:
     """The fields of a table of the study, which is named by the parts of its path; numbers are skipped."""
     return [item.name for item in dataclasses.fields(_table(where))]
+
+
+def architecture_setting(key: str) -> str | None:
+    """The path of an architecture's own setting, from `group_fractions` or, with its name, `jumprelu_bandwidth`."""
+    for name, kind in get_type_hints(ArchitectureSettings).items():
+        for item in dataclasses.fields(kind):
+            if key in (item.name, f"{name}_{item.name}"):
+                return f"architectures.{name}.{item.name}"
+    return None
 
 
 def _table(where: Sequence[str]) -> Any:

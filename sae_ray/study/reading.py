@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from sae_ray.errors import UsageError
-from sae_ray.sae.architectures import ArchitectureSettings
 from sae_ray.study.config import Study
-from sae_ray.study.fields import field_help, known_keys
+from sae_ray.study.fields import architecture_setting, field_help, known_keys
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -88,21 +86,12 @@ def _explain(problem: Any) -> str:
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = known_keys(where[:-1])
         near = difflib.get_close_matches(where[-1], known, n=1)
-        elsewhere = _elsewhere(where[-1])
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        hint = f"it is now {elsewhere}" if elsewhere else hint
+        if own := architecture_setting(where[-1]):
+            hint = f"write {own}"
         return f"{'.'.join(where)}: unknown key; {hint}"
     if problem["type"] == "missing":
         meaning = field_help(".".join(part for part in where if not part.isdigit()))
         return f"{'.'.join(where)}: missing; add it: {meaning}"
     message = problem["msg"].replace("a valid tuple", "a list")  # what TOML calls it
     return f"{'.'.join(where)} = {problem['input']!r}: {message}"
-
-
-def _elsewhere(key: str) -> str | None:
-    """Where in a study the setting `group_fractions` or `jumprelu_bandwidth` (`bandwidth` of `jumprelu`) is set."""
-    for name, settings in get_type_hints(ArchitectureSettings).items():
-        for item in dataclasses.fields(settings):
-            if key in (item.name, f"{name}_{item.name}"):
-                return f"architectures.{name}.{item.name}"
-    return None

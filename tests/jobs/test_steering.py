@@ -17,6 +17,7 @@ from sae_ray.encoders import describe_encoder
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.steering.evaluation import rates
 from sae_ray.study.plan import StudyPlan
+from sae_ray.study.root import remember
 from tests.small_study import finish_extract, finish_score
 
 OTHER = "What colour is it?"

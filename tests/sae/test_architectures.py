@@ -56,6 +56,11 @@ def batches() -> list[torch.Tensor]:
     return list(amounts * (amounts > 0.8) @ directions)
 
 
+def rows() -> torch.Tensor:
+    """Inputs that are not normalised: the SAEs below are exported for a scale of 2."""
+    return 2 * torch.cat(batches()[:4])
+
+
 def trained(name: str, settings: OwnSettings | None = None) -> CellTrainer:
     by = ARCHITECTURES[name].tuned_by
     amount = {by: {"k": 3, "sparsity": 0.05}[by]}
@@ -87,22 +92,21 @@ def test_the_registry_goes_by_the_names_of_the_classes():
 def test_a_trained_sae_survives_the_disk_and_sae_lens(saes: dict[str, SAE], name: str, tmp_path):
     import sae_lens
 
-    sae, x = saes[name], torch.cat(batches()[:4])
+    sae, x = saes[name], rows()
     save_sae(sae, Folder(tmp_path))
     opened, theirs = load_sae(tmp_path), sae_lens.SAE.load_from_disk(tmp_path)
     assert (opened.architecture, opened.k, opened.metadata) == (name, sae.k, sae.metadata)
     assert torch.equal(opened.encode(x), sae.encode(x))
     with torch.no_grad():
         torch.testing.assert_close(sae.encode(x), theirs.encode(x))
-    summary = evaluate(opened, [x])
-    summary = summary.summary()
+    summary = evaluate(opened, [x]).summary()
     assert summary.l0 == pytest.approx((sae.encode(x) > 0).sum(1).double().mean().item())
-    assert summary.r2 > 0
+    assert summary.r2 > 0.1
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, NEW])
 def test_sparse_codes_are_the_dense_ones(saes: dict[str, SAE], name: str):
-    sae, x = saes[name], torch.cat(batches()[:4])
+    sae, x = saes[name], rows()
     codes = sae.encode(x)
     assert 0 < (codes > 0).sum() < codes.numel()
     assert torch.equal(sae.encode_sparse(x).to_dense(), codes)
@@ -110,7 +114,7 @@ def test_sparse_codes_are_the_dense_ones(saes: dict[str, SAE], name: str):
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, NEW])
 def test_latents_that_do_not_compete_have_the_same_codes_by_themselves(saes: dict[str, SAE], name: str):
-    sae, x, part = saes[name], torch.cat(batches()[:4]), slice(3, 9)
+    sae, x, part = saes[name], rows(), slice(3, 9)
     threshold = None if sae.threshold is None else sae.threshold[part]
     few = replace(sae, W_enc=sae.W_enc[:, part], W_dec=sae.W_dec[part], b_enc=sae.b_enc[part], threshold=threshold)
     alone, together = few.encode(x), sae.encode(x)[:, part]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_ray.errors import UsageError
 from sae_ray.sae import BundleJob, Cell, CellJob, CellTrainer, NonFiniteLoss, TrainingConfig, train_cells
-from sae_ray.sae.architectures.base import Architecture
+from sae_ray.sae.architectures import Architecture
 from sae_ray.sae.architectures.jumprelu import JumpReLUSettings
 from sae_ray.sae.weights import Weights
 from sae_ray.store.files import Folder

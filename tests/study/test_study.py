@@ -103,15 +103,15 @@ def test_a_study_comes_back_from_plain_values(name: str):
         ({"training": {"stepz": 1}}, "training.stepz: unknown key; did you mean 'steps'?"),
         (
             {"training": {"group_fractions": [1]}},
-            "training.group_fractions: unknown key; it is now architectures.matryoshka_batch_topk.group_fractions",
+            "training.group_fractions: unknown key; write architectures.matryoshka_batch_topk.group_fractions",
         ),
         (
             {"training": {"jumprelu_bandwidth": 1}},
-            "training.jumprelu_bandwidth: unknown key; it is now architectures.jumprelu.bandwidth",
+            "training.jumprelu_bandwidth: unknown key; write architectures.jumprelu.bandwidth",
         ),
         (
             {"training": {"jumprelu_initial_threshold": 1}},
-            "training.jumprelu_initial_threshold: unknown key; it is now architectures.jumprelu.initial_threshold",
+            "training.jumprelu_initial_threshold: unknown key; write architectures.jumprelu.initial_threshold",
         ),
         (
             {"architectures": {"jumprelu": {"bandwith": 1}}},
@@ -120,7 +120,7 @@ def test_a_study_comes_back_from_plain_values(name: str):
         ({"architectures": {"jumprel": {}}}, "architectures.jumprel: unknown key; did you mean 'jumprelu'?"),
         (
             {"architectures": {"topk": {}}},
-            "architectures.topk: unknown key; known here: matryoshka_batch_topk, jumprelu",
+            "architectures.topk: unknown key; known keys: matryoshka_batch_topk, jumprelu",
         ),
         (
             {"resources": {"train": {"cell_per_bundle": 1}}},
@@ -185,7 +185,7 @@ def test_all_problems_are_told_at_once():
         ({"grid.architectures": ["relu"]}, "grid.sparsity = []: relu: name at least one coefficient"),
         # Not left out in silence because other cells are fine.
         ({"grid.architectures": ["topk", "relu"]}, "grid.sparsity = []: relu: name at least one coefficient"),
-        ({"grid.sparsity": [0.1]}, "grid.sparsity = [0.1]: not a setting of batch_topk; leave it out"),
+        ({"grid.sparsity": [0.1]}, "grid.sparsity = [0.1]: batch_topk has no sparsity coefficient; leave it out"),
         ({"grid.score_tokens": "cls"}, "tokens is 'cls'; a projection site has one vector per image: leave it out"),
         ({"images.heldout_fraction": 1}, "images.heldout_fraction = 1: Input should be less than 1"),
         ({"images.max_bad_fraction": -0.1}, "images.max_bad_fraction = -0.1: Input should be greater than or equal"),

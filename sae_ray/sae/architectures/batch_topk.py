@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class BatchTopK(SelectingArchitecture):
-    """The `k * batch` largest values of the batch of all ranks (Bussmann et al. 2024, arXiv 2412.06410)."""
+    """The `k * batch` largest values of the whole batch, over all ranks (Bussmann et al. 2024, arXiv 2412.06410)."""
 
     name = "batch_topk"
     uses = SelectingArchitecture.uses | {"threshold_beta", "threshold_start_step"}
