@@ -44,7 +44,7 @@ def why_none(neurons: Neurons) -> str | None:
         return "There are no heat maps for raw neurons, only for the latents of SAEs."
     site = neurons.score.sae.grid_cell.site
     if site.point != "residual":
-        return f"There are no heat maps: the {site.point} is one vector per image, without a patch grid."
+        return f"There are no heat maps: a {site.point} site has one vector per image and no patch grid."
     return None
 
 

@@ -1,7 +1,7 @@
-"""Files and what is kept in them: the file layer, steps and their locks, activations, checkpoints, the training stream.
+"""Stored data: the file layer, steps and their locks, activations, checkpoints, and the training stream.
 
-Every format is stated here or at the module that writes it. A file MUST appear whole or not at all; a step MUST NOT be
-read before its `step.json` exists; what a killed writer left MUST be ignored by readers."""
+Each format is described here or in the module that writes it. A file MUST appear completely or not at all; a step MUST
+NOT be read before its `step.json` exists; readers MUST ignore files left by a killed writer."""
 
 from typing import TYPE_CHECKING
 

@@ -1,11 +1,11 @@
-"""The activation store: one vector per row, as parquet that any reader opens, in parts that exist whole or not at all.
+"""The activation store: one vector per row, as plain parquet, in parts that exist completely or not at all.
 
 A step's directory holds
 
 - `data/part-00000-<unique>.parquet`: `image_index int64`, `token int16`, `activation` (fixed-size list of float16 or
   float32), sorted by (`image_index`, `token`). A part covers a fixed range of `image_index`.
 - `parts/part-00000.json`: the marker that makes a part exist. It names the part's file, since object stores have no
-  rename and a killed writer may leave others, and carries what later stages need to know without reading it.
+  rename and a killed writer may leave other files. It also has the facts that later stages need before they read parts.
 - `rejects.parquet` and `step.json`, once all parts exist.
 """
 
@@ -35,14 +35,14 @@ _NUMPY = {"float16": np.float16, "float32": np.float32}
 
 @dataclass(frozen=True)
 class Part:
-    """What a part's marker says."""
+    """The content of a part's marker."""
 
     file: str
     """Path of the parquet file inside the step's directory."""
     rows: int
-    """Vectors in the part."""
+    """Number of vectors in the part."""
     images: int
-    """Images with rows; the others of the range are rejects."""
+    """Number of images with rows; the other images of the range were rejected."""
     sum_squares: float
     """Sum over rows of the squared norm, for the scale that training divides by."""
     rejects: tuple[tuple[str, str], ...] = ()
@@ -55,9 +55,9 @@ def activation_table(
     activation: Float[np.ndarray, "rows d"],
     store_dtype: str,
 ) -> pa.Table:
-    """Rows as they are stored.
+    """The table to store.
 
-    Raises SaeRayError when a value is not finite, or does not fit into `store_dtype`.
+    Raises SaeRayError if a value is not finite or does not fit into `store_dtype`.
     """
     if not np.isfinite(activation).all():
         raise SaeRayError('the encoder returned a value that is not finite; try encoder.dtype = "float32"')
@@ -75,7 +75,7 @@ def activation_table(
 
 
 def write_part(folder: Folder, number: int, table: pa.Table, rejects: Sequence[tuple[str, str]]) -> Part:
-    """Writes one part and then its marker; a part that was killed in between does not exist."""
+    """Writes a part and then its marker. If the writer is killed in between, the part does not exist."""
     name = part_name(number)
     file = f"data/{name}-{uuid.uuid4().hex[:8]}.parquet"
     width = table.schema.field("activation").type.list_size
@@ -107,7 +107,7 @@ def read_parts(folder: Folder) -> list[Part]:
 
 
 def remove_orphans(folder: Folder, parts: Sequence[Part]) -> None:
-    """Deletes what killed writers left, so that the data folder can be read by any tool that takes a directory."""
+    """Deletes files left by killed writers, so that any tool can read the data folder as a whole."""
     wanted = {part.file for part in parts}
     for name in (folder / "data").files():
         if f"data/{name}" not in wanted:
@@ -147,14 +147,14 @@ def part_name(number: int) -> str:
 class ActivationStore:
     """A finished extraction step, for reading.
 
-    Raises SaeRayError when the step is not finished, torn or of another schema version.
+    Raises SaeRayError if the step is not finished, damaged or of another schema version.
     """
 
     def __init__(self, folder: Folder):
         self.folder = folder
         self.record = read_record(folder)
         if self.record["stage"] != "extract":
-            raise UsageError(f"{folder} holds a {self.record['stage']} step, not activations; name an extract step")
+            raise UsageError(f"{folder} is a {self.record['stage']} step, not activations; give an extract step")
         self.d = int(self.record["counts"]["width"])
         self.n_rows = int(self.record["counts"]["rows"])
         self.n_images = int(self.record["counts"]["images"])

@@ -1,4 +1,4 @@
-"""Training checkpoints of one SAE: safetensors for what is large, JSON for the rest, the newest two kept."""
+"""Training checkpoints of one SAE: tensors as safetensors, the rest as JSON. The newest two are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEPT = 2
 
 
 def save_checkpoint(folder: Folder, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Writes the state after `step` steps and removes all but the newest two. A half-written one does not exist."""
+    """Writes the state after `step` steps and removes all but the newest two. A half-written checkpoint is ignored."""
     name = f"step-{step:09d}"
     folder.write_bytes(f"{name}.safetensors", save(tensors))
     folder.write_json(f"{name}.json", facts)  # last: it makes the checkpoint exist
@@ -25,7 +25,7 @@ def save_checkpoint(folder: Folder, step: int, tensors: dict[str, Tensor], facts
 
 
 def newest_checkpoint(folder: Folder) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and facts of the newest checkpoint that survived, or None."""
+    """Tensors and facts of the newest complete checkpoint, or None."""
     steps = _steps(folder)
     if not steps:
         return None

@@ -1,4 +1,4 @@
-"""The one file layer: folders on any filesystem that pyarrow knows (a local path, `s3://…`, `gs://…`)."""
+"""The file layer: folders on any filesystem that pyarrow supports (a local path, `s3://…`, `gs://…`)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sae_ray.errors import SaeRayError, UsageError
 class Folder:
     """A directory, local or in an object store. Nothing is created until something is written.
 
-    Names are POSIX paths relative to the folder. Writes appear whole or not at all: local files are written beside
-    their place and renamed; object stores show an object only once its upload is complete.
+    Names are POSIX paths relative to the folder. A written file appears completely or not at all: local files are
+    written under a temporary name and renamed; object stores show an object only when its upload is complete.
     """
 
     def __init__(self, uri: str | Path):
-        """Raises UsageError when the URI is of no such filesystem, or its store is out of reach."""
+        """Raises UsageError if the URI's filesystem is not supported or cannot be reached."""
         self.uri = str(uri)
         if "://" in self.uri:
             try:
@@ -62,7 +62,7 @@ class Folder:
         return PurePosixPath(self.path).name
 
     def path_of(self, name: str) -> str:
-        """The path of `name` as `self.filesystem` takes it."""
+        """The path of `name` for `self.filesystem`."""
         return f"{self.path.rstrip('/')}/{name}"
 
     def exists(self, name: str = "") -> bool:
@@ -70,7 +70,7 @@ class Folder:
         return self.filesystem.get_file_info(path).type != fs.FileType.NotFound
 
     def files(self, recursive: bool = False) -> dict[str, int]:
-        """Relative path -> size in bytes of every file, sorted by path; empty when the folder does not exist."""
+        """Relative path -> size in bytes of each file, sorted by path; empty if the folder does not exist."""
         selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
         found = [info for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
         prefix = len(self.path.rstrip("/")) + 1
@@ -87,7 +87,7 @@ class Folder:
             return stream.read()
 
     def read_json(self, name: str) -> Any:
-        """Raises SaeRayError when the file is not JSON: it was torn by something other than this program."""
+        """Raises SaeRayError if the file is not JSON. This program never leaves incomplete files."""
         try:
             return json.loads(self.read_bytes(name))
         except ValueError as error:
@@ -120,7 +120,7 @@ class Folder:
             return pq.read_table(source)
 
     def delete(self, name: str) -> None:
-        """Removes a file or a whole sub-folder; silent when it is not there."""
+        """Removes a file or a whole sub-folder; does nothing if it does not exist."""
         info = self.filesystem.get_file_info(self.path_of(name))
         if info.type == fs.FileType.Directory:
             self.filesystem.delete_dir(info.path)
@@ -128,7 +128,7 @@ class Folder:
             self.filesystem.delete_file(info.path)
 
     def free_bytes(self) -> int | None:
-        """Free space in bytes, or None where the store has no such notion."""
+        """Free space in bytes; None for object stores."""
         if not self.is_local:
             return None
         here = Path(self.path)
@@ -138,12 +138,12 @@ class Folder:
 
 
 def parent_and_name(uri: str) -> tuple[Folder, str]:
-    """The folder of a file and the file's name there, of a local path or a URI."""
+    """The folder and the name of a file, from a local path or a URI."""
     path, mark, query = _without_query(uri)
     parent, slash, name = path.rpartition("/")
     return Folder(parent + slash + mark + query), name
 
 
 def _without_query(uri: str) -> tuple[str, str, str]:
-    """What a URI says of its store (`?region=…`) stands behind the path."""
+    """Path, `?` and query of a URI: the query (`?region=…`) configures the store and follows the path."""
     return uri.partition("?") if "://" in uri else (uri, "", "")

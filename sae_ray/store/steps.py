@@ -1,4 +1,4 @@
-"""Steps: directories named by what decides their content, done once, resumed when half done, locked while written."""
+"""Steps: directories named by what determines their content; done once, resumable, and locked while written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RECORD = "step.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
 SCRATCH = ("checkpoints", "calibration", "answers")
-"""Folders of what is only needed until a step is finished."""
+"""Folders that are only needed until a step is finished."""
 
 Status = Literal["done", "failed", "running", "partial", "missing"]
 
@@ -56,9 +56,9 @@ class Step:
     stage: str
     label: str
     config: dict
-    """All that decides the content: settings, names of the steps read, model revisions, dtypes, seed."""
+    """Everything that determines the content: settings, names of the input steps, model revisions, dtypes, seed."""
     defaults: dict = field(default_factory=dict)
-    """Values of `config` that do not show in the name, so that a new setting with a neutral default renames nothing."""
+    """Values of `config` that are left out of the name, so that a new setting with a neutral default renames nothing."""
 
     @property
     def name(self) -> str:
@@ -70,10 +70,10 @@ class Step:
         return self.root / self.name
 
     def record(self) -> dict | None:
-        """The contents of `step.json`, or None while the step is not finished.
+        """The contents of `step.json`; None if the step is not finished.
 
-        Raises SaeRayError when the directory is torn (a file that `step.json` lists is missing or has another size) or
-        was written by another schema version.
+        Raises SaeRayError if the directory is torn (a file listed in `step.json` is missing or has another size) or was
+        written by another schema version.
         """
         if not self.folder.exists(RECORD):
             return None
@@ -89,12 +89,12 @@ class Step:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do: it is done, or failed for good."""
+        """Whether nothing is left to do: the step is done, or failed permanently."""
         return self.record() is not None
 
     @property
     def failure(self) -> str | None:
-        """Why it failed for good; None when it did not."""
+        """The reason for a permanent failure; None if there is none."""
         record = self.record()
         return record["reason"] if record is not None and record["status"] == "failed" else None
 
@@ -106,12 +106,12 @@ class Step:
         reason: str | None = None,
         ran: dict[str, Any] | None = None,
     ) -> None:
-        """Writes `step.json`, last of all, then deletes the folders in `SCRATCH`.
+        """Writes `step.json` as the last file, then deletes the folders in `SCRATCH`.
 
         Args:
             seconds: the time spent in this process.
-            counts: what was found; NaN and infinity become null.
-            ran: what it ran on, such as workers and devices; none of it is part of the name.
+            counts: the results to record; NaN and infinity become null.
+            ran: what it ran on, such as workers and devices; not part of the name.
         """
         files = {name: size for name, size in self.folder.files(recursive=True).items() if not _is_housekeeping(name)}
         record = {
@@ -136,7 +136,7 @@ class Step:
 def read_record(folder: Folder) -> dict:
     """Reads and checks `step.json` of a finished step.
 
-    Raises SaeRayError when it is missing, torn or of another schema version.
+    Raises SaeRayError if the step is not finished, torn or of another schema version.
     """
     if not folder.exists(RECORD):
         raise SaeRayError(f"{folder} is not a finished step: it has no {RECORD}; run its stage to the end first")
@@ -145,7 +145,7 @@ def read_record(folder: Folder) -> dict:
     known = SCHEMA_VERSIONS.get(str(stage))
     if found is None or found != known:
         raise SaeRayError(
-            f"{folder} was written by schema version {found} of the {stage} stage, this program reads {known}; "
+            f"{folder} was written by schema version {found} of the {stage} stage, but this program reads {known}; "
             "delete the directory and run the stage again"
         )
     present = folder.files(recursive=True)
@@ -160,10 +160,10 @@ def read_record(folder: Folder) -> dict:
 
 @contextmanager
 def hold(steps: Sequence[Step]) -> Iterator[None]:
-    """Keeps other drivers out of these steps; a heartbeat shows that this one is alive.
+    """Locks these steps against other drivers, with a heartbeat.
 
-    Raises SaeRayError when another live driver holds one of them. The lock of a process that died is taken over: at
-    once on the same host, after two minutes without a heartbeat elsewhere.
+    Raises SaeRayError if another live driver holds one of them. The lock of a dead process is taken over: immediately
+    on the same host, otherwise after two minutes without a heartbeat.
     """
     lock = f"lock-{uuid.uuid4().hex}.json"
     owner = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -172,14 +172,14 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
     def beat() -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
             for step in steps:
-                with suppress(OSError):  # a disk that is full for a while does not cost the lock
+                with suppress(OSError):  # the lock survives a disk that is temporarily full
                     step.folder.write_json(lock, owner | {"time": time.time()})
 
     heartbeat = threading.Thread(target=beat, daemon=True)
     held: list[Step] = []
     try:
         for step in steps:
-            # Written before looking, so that of two drivers at least one sees the other.
+            # Written before checking, so that at least one of two drivers sees the other.
             held.append(step)
             step.folder.write_json(lock, owner | {"time": time.time()})
             others = [other for name, other in live_locks(step.folder).items() if name != lock]
@@ -201,7 +201,7 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
 
 
 def live_locks(folder: Folder) -> dict[str, dict]:
-    """Lock file -> its owner, for every owner that is still alive; the locks of the dead are removed."""
+    """Lock file -> its owner, for owners that are still alive. Locks of dead owners are removed."""
     live = {}
     for name in folder.files():
         if not (name.startswith("lock-") and name.endswith(".json")):

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 class TrainingStream:
     """An endless sequence of batches, a pure function of (store, seed, batch size, shuffle rows).
 
-    Every epoch permutes the parts, cuts them into windows, and permutes the rows of each window; epochs follow one
-    another without a gap. A store of at most `shuffle_rows` rows is one window, which is read once and stays on the
-    device. Of a larger one, windows of half that size follow one another, and the next is read while one is used.
+    Each epoch permutes the parts, groups them into windows, and permutes the rows of each window; batches continue
+    across epochs. A store of at most `shuffle_rows` rows is one window, which is read once and stays on the device. A
+    larger store has windows of half that size, and the next window is read while the current one is used.
 
     Args:
         store: the activations of one site.
         batch_size: rows per batch.
-        seed: of the site, not of a cell: all cells of a site see the same batches.
-        shuffle_rows: rows held at once, about.
-        device: holds them, in the stored dtype.
+        seed: the site's seed, not a cell's: all cells of a site see the same batches.
+        shuffle_rows: approximate number of rows in memory.
+        device: holds these rows, in the stored dtype.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class TrainingStream:
         self._whole: Tensor | None = None
 
     def batches(self, first_step: int = 0) -> Iterator[Float[Tensor, "batch d"]]:
-        """Batches from `first_step` on, in the stored dtype and unscaled; what lies before is skipped, not read."""
+        """Batches from `first_step` on, in the stored dtype and unscaled. Earlier ones are skipped without reading."""
         pending: list[Tensor] = []
         missing = self.batch_size
         windows = self._windows_from(first_step)
@@ -68,11 +68,11 @@ class TrainingStream:
                     if missing == 0:
                         yield pending[0] if len(pending) == 1 else torch.cat(pending)
                         pending, missing = [], self.batch_size
-                del vectors  # else three windows would be held
+                del vectors  # otherwise three windows would be in memory
                 epoch, window, offset = following
 
     def _windows_from(self, first_step: int) -> Iterator[tuple[int, tuple[int, ...], int]]:
-        """Epoch, parts, and the first row to take of every window from a step on."""
+        """Epoch, parts and first row of each window, starting at a step."""
         epoch, offset = divmod(first_step * self.batch_size, self.store.n_rows)
         while True:
             for window in self._windows(epoch):
@@ -113,5 +113,5 @@ class TrainingStream:
         return vectors
 
     def _rng(self, epoch: int, *window: int) -> np.random.Generator:
-        # The 1 keeps a window apart from its epoch: numpy ignores zeros at the end of a seed.
+        # The 1 distinguishes a window from its epoch: numpy ignores trailing zeros of a seed.
         return np.random.default_rng([self.seed, epoch, 1, *window] if window else [self.seed, epoch])

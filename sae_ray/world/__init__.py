@@ -1,7 +1,7 @@
-"""The embedded world: rendered images and three small models trained on such images, all real and all offline.
+"""The embedded world: rendered images and three small models trained on such images. It works offline.
 
-`write_world` lays them out as an ordinary image folder and ordinary model directories; from there on they are read as
-anybody's own would be."""
+`write_world` writes them as an ordinary image folder and ordinary model directories, which are then read like a user's
+own."""
 
 from typing import TYPE_CHECKING
 

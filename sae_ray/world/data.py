@@ -29,7 +29,7 @@ class Rendered(NamedTuple):
     labels: torch.Tensor
     """int64 [images, 3]: positions in `SHAPE_NAMES`, `COLOUR_NAMES` and `BACKGROUND_NAMES`."""
     shown: list[Attributes]
-    """The same in words."""
+    """The same labels by name."""
 
     def normalized(self, rows: torch.Tensor | slice) -> torch.Tensor:
         """float32 [rows, 3, SIDE, SIDE] as the models take them."""
@@ -38,7 +38,7 @@ class Rendered(NamedTuple):
 
 
 def rendered(start: int, stop: int, processes: int = 2, seed: int = SEED) -> Rendered:
-    """Images `start` up to `stop`."""
+    """Images from `start` up to, but not including, `stop`."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -58,7 +58,7 @@ def _chunk(indices: range, seed: int) -> np.ndarray:
 
 
 def image_processor() -> CLIPImageProcessor:
-    """What transformers does to a user's image before one of these models sees it."""
+    """The transformers preprocessing of these models, applied to a user's images."""
     from transformers import CLIPImageProcessor
 
     return CLIPImageProcessor(

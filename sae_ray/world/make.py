@@ -1,16 +1,16 @@
-"""Makes the world's models again: `python -m sae_ray.world.make [--only clip|judge|llava] [--out DIR]`.
+"""Rebuilds the world's models: `python -m sae_ray.world.make [--only clip|judge|llava] [--out DIR]`.
 
-About 20 minutes on two CPU cores. Images 0 to 39 999 train, images from 40 000 on measure; everything is seeded, but
-the exact bits depend on the machine, its thread count and the version of torch.
+Takes about 20 minutes on two CPU cores. Images 0 to 39 999 are for training, images from 40 000 on for evaluation.
+Everything is seeded, but the exact bits depend on the machine, its thread count and the version of torch.
 
-What makes minutes enough is said here, since it bears on what the models can be taken to show:
+These shortcuts make minutes of training enough, and limit what the models can show:
 
 - The **CLIP** has an auxiliary loss: a linear head on every patch token of `hidden_states[-2]` names the shape, the
   colour and the background of the image. Its contrastive loss counts every caption that is true of an image as a
   positive, not only the image's own.
 - The **judge** is supervised on the same labels. It shares no weights, no architecture and no seed with the CLIP, but
   it does share the label vocabulary of that auxiliary loss: their agreement is partly agreement on the labels.
-- The **LLaVA** keeps the CLIP's vision tower as it is and learns a projector and a language model on top of it.
+- The **LLaVA** keeps the CLIP's vision tower unchanged and learns a projector and a language model on top of it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def publish(name: str, train: Rendered, heldout: Rendered, out: Path) -> None:
-    """Makes a model beside its place, measures it, writes its card, moves it in and notes it in `measured.json`."""
+    """Trains a model in a temporary folder, measures it, writes its card, moves it and updates `measured.json`."""
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out, prefix=".") as temporary:
         folder = Path(temporary) / name

@@ -1,4 +1,4 @@
-"""How good the written models are, on images that none was trained on, through the loaders that users' models take."""
+"""Measures the accuracy of the written models on unseen images, with the same loaders as users' models."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def judge_accuracy(folder: Path, known: Rendered, images: Rendered) -> dict[str,
 
 @torch.inference_mode()
 def llava_accuracy(folder: Path, images: Rendered) -> dict[str, float]:
-    """Share of greedy answers that are right word for word, per question; "blank": that call a blank image nothing."""
+    """Share of greedy answers that are exactly right, per question; "blank": share of blank images called nothing."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype="float32")

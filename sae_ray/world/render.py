@@ -1,4 +1,4 @@
-"""Images drawn by a program: one coloured shape on a background. Every image is a function of (seed, index) alone."""
+"""Rendered images: one coloured shape on a background. Each image is a function of (seed, index) only."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _OVERSAMPLING = 2
 
 
 class Attributes(NamedTuple):
-    """What an image shows."""
+    """The content of an image."""
 
     shape: str | None
     """One of `SHAPES`; None when the image is blank."""

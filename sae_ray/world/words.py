@@ -1,4 +1,4 @@
-"""Word-level tokenizers, saved in the ordinary way of transformers, and the words of the captions."""
+"""Word-level tokenizers in the format of transformers, and the words of the captions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CAPTION_WORDS = (
 def word_tokenizer(
     words: tuple[str, ...], max_length: int, extra: tuple[str, ...] = (), ends: bool = True
 ) -> PreTrainedTokenizerFast:
-    """One token per word or punctuation mark, whatever its case; <bos> comes first, and last, if it `ends`, <eos>.
+    """One token per word or punctuation mark, ignoring case. Texts start with <bos> and, if `ends`, end with <eos>.
 
-    `extra` are special tokens beyond the usual four.
+    `extra` are special tokens in addition to the usual four.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -11,8 +11,8 @@ from pathlib import Path
 from sae_ray.errors import UsageError
 
 FIRST_HELDOUT = 40_000
-"""Images are numbered. The models were trained on images below this index, so a study's training images, the first
-ones, are familiar to them; images from this index on are new to the models and to the autoencoders alike."""
+"""The models were trained on images below this index, which include a study's training images. Images from this index
+on are new to the models and to the SAEs."""
 
 MODELS = Path(__file__).parent / "models"
 """The shipped model directories `clip`, `judge` and `llava`."""
@@ -29,15 +29,15 @@ def write_world(
 ) -> None:
     """Writes `train/<shape>/<index>.png`, `heldout/<shape>/<index>.png`, and the models `clip`, `judge` and `llava`.
 
-    The shape of a blank image is "blank". Files appear under their names only once they are whole, and those already
-    there are left alone: an interrupted call is finished by the next. `progress(written, missing)` is called with
-    numbers of images. With more than one process, call it from a module that can be imported (multiprocessing's rule).
+    The shape of a blank image is "blank". Files appear only when complete, and existing files are kept, so the next
+    call finishes an interrupted one. `progress(written, missing)` is called with numbers of images. With more than one
+    process, call it from an importable module (as multiprocessing requires).
 
     Raises:
-        UsageError: `n_train` reaches into the held-out images.
+        UsageError: `n_train` includes held-out images.
     """
     if n_train > FIRST_HELDOUT:
-        raise UsageError(f"n_train = {n_train}: images from {FIRST_HELDOUT} on are held out; ask for no more than that")
+        raise UsageError(f"n_train = {n_train}: images from {FIRST_HELDOUT} on are held out; choose at most that many")
     folder = Path(folder)
     missing = [
         *_missing(folder / "train", range(n_train)),
@@ -63,14 +63,14 @@ def _name(index: int) -> str:
 
 
 def _each(work: Callable, items: list, processes: int) -> Iterator[None]:
-    """Calls `work` with every item, here if there is but one."""
+    """Calls `work` with every item; with several items and processes, in worker processes."""
     if processes == 1 or len(items) < 2:
         yield from map(work, items)
         return
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    # A fork would copy the locks of whatever threads the caller runs (torch, Ray).
+    # A fork would copy locks held by the caller's threads (torch, Ray).
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         yield from pool.map(work, items)
 

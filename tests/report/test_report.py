@@ -219,8 +219,8 @@ def test_heat_maps_are_bounded(plan: StudyPlan, cells: dict[str, Neurons], monke
 def test_what_heat_maps_mean_is_said(cells: dict[str, Neurons]):
     assert why_none(cells[MATRYOSHKA]) is None
     assert caution(cells[MATRYOSHKA]) is None
-    assert "trained on the CLS token only" in str(caution(cells["layer0.cls-topk-x2-k4"]))
-    assert "one vector for the whole image" in str(why_none(cells["pooled-batch_topk-x2-k2"]))
+    assert "trained on CLS tokens only" in str(caution(cells["layer0.cls-topk-x2-k4"]))
+    assert "one vector per image" in str(why_none(cells["pooled-batch_topk-x2-k2"]))
     assert "raw neurons" in str(why_none(cells["raw-pooled"]))
 
 

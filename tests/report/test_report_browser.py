@@ -189,7 +189,7 @@ def test_a_steered_neuron_shows_the_answers(reader: Reader):
         (f"#/neuron/{MATRYOSHKA}/{DEAD}", "This neuron never fired on these images."),
         (f"#/neuron/{MATRYOSHKA}/9999", "There is no such neuron"),
         ("#/neuron/nonsense/0", "There is no such neuron"),
-        ("#/neuron/pooled-batch_topk-x2-k2/1", "one vector for the whole image"),
+        ("#/neuron/pooled-batch_topk-x2-k2/1", "one vector per image"),
         ("#/neuron/layer0.cls-topk-x2-k4/1", "Out of distribution"),
         ("#/neuron/raw-layer1.all/1", "not for raw neurons"),
     ],

@@ -183,7 +183,7 @@ def test_only_a_finished_extraction_is_opened(tmp_path: Path):
         ActivationStore(unfinished)
     step = Step(Folder(tmp_path), "train", "sae", {})
     step.finish(0.0, {})
-    with pytest.raises(UsageError, match="holds a train step, not activations; name an extract step"):
+    with pytest.raises(UsageError, match="is a train step, not activations; give an extract step"):
         ActivationStore(step.folder)
 
 

@@ -179,11 +179,11 @@ def test_files_that_are_added_later_do_no_harm(step: Step):
         (lambda at, text: (at / RECORD).write_text(text[:40]), "step.json is not JSON"),
         (
             lambda at, _: (at / RECORD).write_text("[]"),
-            "was written by schema version None of the None stage, this program reads None; delete",
+            "was written by schema version None of the None stage, but this program reads None; delete",
         ),
         (
             lambda at, text: (at / RECORD).write_text(text.replace('"schema_version": ', '"schema_version": 9')),
-            f"was written by schema version 9{TRAIN} of the train stage, this program reads {TRAIN}; delete",
+            f"was written by schema version 9{TRAIN} of the train stage, but this program reads {TRAIN}; delete",
         ),
     ],
 )
