@@ -14,6 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 from sae_ray.jobs.cli import main
 
+from tests.machine import PATIENCE_S
+
 
 @pytest.fixture
 def study_file(study_values, tmp_path) -> Path:
@@ -213,13 +215,13 @@ def test_ctrl_c_leaves_a_state_that_resumes(study_file, world, tmp_path):
     root = tmp_path / "root"
     command = [sys.executable, "-m", "sae_ray.jobs.cli", "extract", str(study_file), "--root", str(root)]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not list(root.glob("activations-train-*/parts/*.json")):
         assert driver.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(driver.pid, signal.SIGINT)
-    _, errors = driver.communicate(timeout=60)
+    _, errors = driver.communicate(timeout=PATIENCE_S)
     assert driver.returncode == 130, errors
     assert "goes on from there" in errors
     assert "Traceback" not in errors
