@@ -211,6 +211,7 @@ def test_a_root_remembers_its_study(finished, study_values, tmp_path):
     assert json.loads(result.stdout)["study"] == "small"
 
 
+@pytest.mark.ray
 def test_ctrl_c_leaves_a_state_that_resumes(study_file, world, tmp_path):
     root = tmp_path / "root"
     command = [sys.executable, "-m", "sae_ray.jobs.cli", "extract", str(study_file), "--root", str(root)]
