@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -209,6 +210,18 @@ def test_a_root_remembers_its_study(finished, study_values, tmp_path):
     assert result.exit_code == 0, result.output
     assert "nothing is left to do" in result.stderr
     assert json.loads(result.stdout)["study"] == "small"
+
+
+@pytest.mark.ray
+def test_a_healthy_run_prints_only_its_own_lines(study_file, world, tmp_path):
+    command = [sys.executable, "-m", "sae_ray.jobs.cli", "run", str(study_file), "--root", str(tmp_path / "root")]
+    command += ["--images", f"{world}/heldout", "--steps", "40", "--set", "extraction.images_per_part=512"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(command, env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours = re.compile(r"(extract \w+ \(.*\)|train \d+ SAEs|score \d+ passes|report|small): (\d|done in \d)")
+    assert [line for line in done.stderr.splitlines() if not ours.match(line)] == []
+    assert not (tmp_path / ".ray").exists(), "a token there would lock the user out of heads that ask for one"
 
 
 @pytest.mark.ray
