@@ -4,7 +4,7 @@ BIN := .venv/bin
 ROOT ?= runs/demo
 INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
-.PHONY: demo test test-slow test-gpu soak bench bench-serve bench-gpu lint format clean
+.PHONY: demo test test-fast test-slow test-gpu soak bench bench-serve bench-gpu lint format clean
 
 demo: .venv/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
@@ -12,6 +12,9 @@ demo: .venv/.demo
 
 test: .venv/.test
 	$(BIN)/pytest -m "not slow and not gpu"
+
+test-fast: .venv/.test
+	$(BIN)/pytest -m "not slow and not gpu and not ray and not serve and not browser"
 
 test-slow: .venv/.test
 	$(BIN)/pytest -m slow

@@ -236,7 +236,9 @@ def serve(host: str, port: int, config: str | None, engine: str | None, **option
     """
     from sae_ray.serve.local import read_config, run  # pyright: ignore[reportMissingImports]  # see pyproject.toml
 
-    run(read_config(config, engine, options), host, port, click.echo)
+    from .cluster import connect
+
+    run(read_config(config, engine, options), host, port, connect, click.echo)
 
 
 @main.command()

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sae_ray.errors import SaeRayError, UsageError
 
@@ -20,20 +25,42 @@ def connect() -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are not about anything a user can change
     import ray
 
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it tells of its default at every start
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it reports its default at every start
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
+        with _held_back_stderr():
+            ray.init(logging_level=logging.WARNING)
         return
-    # Logical CPUs: readers and actors that mostly wait need more than two of them to run at once.
-    ray.init(
-        address="local",
-        num_cpus=max(4, os.cpu_count() or 1),
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-    )
+    # Without one, Ray would write a token to ~/.ray, and every later `ray start` of this user would ask for it.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with _held_back_stderr():
+        # Logical CPUs: readers and actors that mostly wait need more than two of them to run at once.
+        ray.init(
+            address="local",
+            num_cpus=max(4, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+
+
+@contextmanager
+def _held_back_stderr() -> Iterator[None]:
+    """Shows what is written to standard error only if the block raises: Ray's core prints its log level there."""
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def n_gpus() -> int:

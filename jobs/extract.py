@@ -149,7 +149,9 @@ def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[i
             batch_size=1,
             batch_format="pyarrow",
             # Two parts at a time, so that one is written while the other is encoded.
-            compute=ActorPoolStrategy(size=workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True),
+            compute=ActorPoolStrategy(
+                size=min(workers, len(rows)), max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+            ),
             num_cpus=resources.cpus,
             num_gpus=gpus,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import logging
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,8 @@ def _read_yaml(file: str) -> dict[str, Any]:
     return values
 
 
-def run(config: ServeConfig, host: str, port: int, say: Callable[[str], None]) -> None:
-    """Serves until it is interrupted.
+def run(config: ServeConfig, host: str, port: int, connect: Callable[[], None], say: Callable[[str], None]) -> None:
+    """Serves until it is interrupted, on the Ray that `connect` starts.
 
     Raises UsageError when the study or its LLaVA is not there, everybody could reach the server without a key, or
     RAY_ADDRESS names a cluster.
@@ -77,7 +79,8 @@ def run(config: ServeConfig, host: str, port: int, say: Callable[[str], None]) -
 
     from .app import build
 
-    _start_ray()
+    connect()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what starts is said below
     serve.start(
         http_options={
             "host": host,
@@ -89,7 +92,7 @@ def run(config: ServeConfig, host: str, port: int, say: Callable[[str], None]) -
         serve.run(build(config), name=NAME, route_prefix="/")
     except RuntimeError as error:
         reason = _why_not_deployed()
-        serve.shutdown()
+        _stop()
         raise SaeRayError(f"the application did not start: {reason}") from error
     key = f", API key from {API_KEY}" if has_key else ""
     say(f"Serving {config.model} steered by {config.root} after {time.monotonic() - started:.0f} s{key}")
@@ -102,7 +105,16 @@ def run(config: ServeConfig, host: str, port: int, say: Callable[[str], None]) -
     except KeyboardInterrupt:
         say("Stopping: requests that are being answered come to their end.")
     finally:
+        _stop()
+
+
+def _stop() -> None:
+    import ray
+    from ray import serve
+
+    with redirect_stderr(io.StringIO()):  # Ray reports that Serve's controller ended, as it does whenever Serve stops
         serve.shutdown()
+        ray.shutdown()
 
 
 def _why_not_deployed() -> str:
@@ -114,19 +126,6 @@ def _why_not_deployed() -> str:
     errors = [line for message in told for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
     folder = ray._private.worker._global_node.get_session_dir_path()  # type: ignore[attr-defined]
     return f"{errors[-1] if errors else 'a replica failed'} (more in {folder}/logs)"
-
-
-def _start_ray() -> None:
-    import ray
-
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    ray.init(
-        address="local",
-        num_cpus=max(4, os.cpu_count() or 1),
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-    )
 
 
 def _check_port(host: str, port: int) -> None:

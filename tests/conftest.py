@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Small matrices: threads that wait for one another cost more than they bring, above all beside Ray's processes.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Ray would leave one in the home of whoever runs the tests.
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +29,17 @@ settings.register_profile(
     "sae-ray", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("sae-ray")
+
+
+MARKS_BY_FIXTURE = {"ray_cluster": "ray", "server": "serve", "browser": "browser"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests by what they use; those that start Ray or a server in processes of their own say so themselves."""
+    for item in items:
+        for fixture, mark in MARKS_BY_FIXTURE.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")

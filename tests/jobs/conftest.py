@@ -15,6 +15,7 @@ from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.world import write_world
+from tests.machine import PATIENCE_S
 
 N_TRAIN = 500
 N_HELDOUT = 150
@@ -90,14 +91,14 @@ def finished(extracted, make_plan, tmp_path_factory) -> Path:
 def kill_driver_when() -> Callable:
     """Runs `sae-ray <command>` with a cluster of its own and SIGKILLs it as soon as `ready()`."""
 
-    def run(command: list[str], ready: Callable[[], bool], seconds: float = 120) -> None:
+    def run(command: list[str], ready: Callable[[], bool]) -> None:
         driver = subprocess.Popen(
             [sys.executable, "-m", "sae_ray.jobs.cli", *command],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE_S
         try:
             while not ready():
                 assert driver.poll() is None, driver.stderr.read().decode()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from click.testing import CliRunner, Result
 from sae_ray.jobs.cli import main
 
 from sae_ray.study.root import remember
+from tests.machine import PATIENCE_S
 
 
 @pytest.fixture
@@ -211,17 +213,30 @@ def test_a_root_remembers_its_study(finished, make_plan, tmp_path):
     assert json.loads(result.stdout)["study"] == "small"
 
 
+@pytest.mark.ray
+def test_a_healthy_run_prints_only_its_own_lines(study_file, world, tmp_path):
+    command = [sys.executable, "-m", "sae_ray.jobs.cli", "run", str(study_file), "--root", str(tmp_path / "root")]
+    command += ["--images", f"{world}/heldout", "--steps", "40", "--set", "extraction.images_per_part=512"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(command, env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours = re.compile(r"(extract \w+ \(.*\)|train \d+ SAEs|score \d+ passes|report|small): (\d|done in \d)")
+    assert [line for line in done.stderr.splitlines() if not ours.match(line)] == []
+    assert not (tmp_path / ".ray").exists(), "a token there would lock the user out of heads that ask for one"
+
+
+@pytest.mark.ray
 def test_ctrl_c_leaves_a_state_that_resumes(study_file, world, tmp_path):
     root = tmp_path / "root"
     command = [sys.executable, "-m", "sae_ray.jobs.cli", "extract", str(study_file), "--root", str(root)]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not list(root.glob("activations-train-*/parts/*.json")):
         assert driver.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(driver.pid, signal.SIGINT)
-    _, errors = driver.communicate(timeout=60)
+    _, errors = driver.communicate(timeout=PATIENCE_S)
     assert driver.returncode == 130, errors
     assert "run the same command to resume" in errors
     assert "Traceback" not in errors

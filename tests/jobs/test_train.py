@@ -3,10 +3,8 @@ import shutil
 import signal
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import torch
 from sae_ray.jobs import train
 
@@ -15,6 +13,7 @@ from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.store.stream import TrainingStream
 from sae_ray.study.root import remember
+from tests.machine import actors
 
 SLOW = {"training.steps": 1200, "resources.train.checkpoint_every": 50}
 """Long enough to be killed in the middle."""
@@ -92,11 +91,10 @@ def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
     def kill_a_worker() -> None:
         while not killed:
             newer = {path.stem for path in checkpoints(root)} - left
-            for process in psutil.Process().children(recursive=True) if newer else []:
-                with suppress(psutil.Error, ProcessLookupError):  # others come and go meanwhile
-                    if "RayTrainWorker" in " ".join(process.cmdline()):
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
+            for actor in actors() if newer else []:
+                if actor.of == "RayTrainWorker":
+                    os.kill(actor.pid, signal.SIGKILL)
+                    killed.append(actor.pid)
             time.sleep(0.05)
 
     killer = threading.Thread(target=kill_a_worker, daemon=True)

@@ -11,6 +11,7 @@ import pytest
 from sae_ray.report import write_report
 from sae_ray.report.neurons import Neurons, read_neurons
 from sae_ray.study.plan import StudyPlan
+from tests.machine import PATIENCE_S
 from tests.small_study import DEAD, LABELS, STEERED
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
@@ -80,6 +81,7 @@ def cell(plan: StudyPlan) -> Neurons:
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
     with sync_api.sync_playwright() as playwright:
+        sync_api.expect.set_options(timeout=1000 * PATIENCE_S)
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
@@ -88,7 +90,7 @@ def browser() -> Iterator:
 @pytest.fixture
 def reader(browser, plan: StudyPlan) -> Iterator[Reader]:
     page = browser.new_page(viewport={"width": 1400, "height": 900})
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(1000 * PATIENCE_S)
     reader = Reader(page, Path((plan.root / "report" / "index.html").path).as_uri())
     yield reader
     page.close()

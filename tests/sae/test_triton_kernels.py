@@ -106,7 +106,7 @@ def test_adam(use_kernels):
 @pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka_batch_topk", "topk"])
 def test_whole_training(use_kernels, architecture: str):
     training = TrainingConfig(
-        batch_size=12, steps=30, learning_rate=3e-3, warmup_steps=2, threshold_start_step=3, dead_after_samples=24
+        batch_size=12, steps=12, learning_rate=3e-3, warmup_steps=2, threshold_start_step=3, dead_after_samples=24
     )
     batches = torch.randn(6, 12, 8, generator=torch.Generator().manual_seed(3)).to(DEVICE) / 4
     metrics = []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +12,17 @@ import httpx
 import pytest
 import yaml
 from PIL import Image
+from sae_ray.serve.local import HTTP_GRACE_S
 
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import recalled_plan
 from sae_ray.world import write_world
+from tests.machine import PATIENCE_S, free_port, until
 
 KEY = "a-key-for-tests"
-LIMITS = {"max_running": 16, "max_waiting": 32, "timeout_s": 60, "body_mb": 4}
+LIMITS = {"max_running": 16, "max_waiting": 32, "timeout_s": PATIENCE_S, "body_mb": 4}
 STEERS = "layer3.random-4-matryoshka_batch_topk-x1-k4"
 OTHER = "layer3.random-4-matryoshka_batch_topk-x2-k4"
 ONE_WORD = "What is shown in this image? Use exactly one word!"
@@ -40,7 +40,7 @@ class Server(NamedTuple):
 
     def client(self, **options: Any) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self.key}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=120, **options)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE_S, **options)
 
 
 def data_url(image: Image.Image | bytes) -> str:
@@ -120,16 +120,15 @@ def server(served_study) -> Server:
     application["runtime_env"] = {"env_vars": {"SAE_RAY_API_KEY": KEY}}
     for deployment in ("tower", "language"):
         application["args"].setdefault(deployment, {})["cpus"] = 0.1
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        config["http_options"]["port"] = free.getsockname()[1]
+    # Not the configuration's own, whose timeout is that of its own limits.
+    config["http_options"] |= {"port": free_port(), "request_timeout_s": PATIENCE_S + HTTP_GRACE_S}
     serve.start(http_options={**config["http_options"], "location": "HeadOnly"})
     url = f"http://127.0.0.1:{config['http_options']['port']}"
 
     def deploy(user_config: dict[str, Any] | None = None) -> None:
         application["deployments"] = [] if user_config is None else [{"name": "Api", "user_config": user_config}]
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
-        until(lambda: status(url) == 200, 240)
+        until(lambda: status(url) == 200)
 
     deploy()
     yield Server(url, KEY, served_study, recalled_plan(str(served_study)).study.steering.llava, deploy)
@@ -138,16 +137,9 @@ def server(served_study) -> Server:
 
 def status(url: str) -> int | None:
     try:
-        return httpx.get(f"{url}/ready", timeout=10).status_code
+        return httpx.get(f"{url}/ready", timeout=PATIENCE_S).status_code
     except httpx.HTTPError:
         return None
-
-
-def until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="session")

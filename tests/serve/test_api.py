@@ -15,8 +15,9 @@ from sae_ray.sae import load_sae
 from sae_ray.steering import Intervention, LatentEdit, Llava, load_llava, load_max_token
 from sae_ray.store.files import Folder
 from sae_ray.study.root import recalled_plan
+from tests.machine import PATIENCE_S, until
 
-from .conftest import ONE_WORD, OTHER, STEERS, chat, data_url, until, white
+from .conftest import ONE_WORD, OTHER, STEERS, chat, data_url, white
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_answers_are_those_of_the_llava_itself(server, llava, sae_folder, shapes
 
     async def all_at_once() -> list[str]:
         headers = {"Authorization": f"Bearer {server.key}"}
-        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=120) as client:
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=PATIENCE_S) as client:
             answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=one) for one in asked))
         return [answer.json()["choices"][0]["message"]["content"] for answer in answers]
 
@@ -201,9 +202,9 @@ def test_operations(server, http):
     for path in ("/health", "/ready", "/metrics", "/openapi.json", "/docs", "/"):
         assert httpx.get(f"{server.url}{path}").status_code == 200, path
     http.post("/v1/chat/completions", json=chat())
+    until(lambda: "sae_ray_requests_present 0.0" in httpx.get(f"{server.url}/metrics").text)
     metrics = httpx.get(f"{server.url}/metrics").text
     assert 'sae_ray_requests_total{route="/v1/chat/completions",status="200"}' in metrics
-    assert "sae_ray_requests_present 0.0" in metrics
 
 
 def test_logs_are_json_and_hold_no_content(http):

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
+from sae_ray.jobs.cluster import connect
 from sae_ray.serve.config import API_KEY, ServeConfig
 from sae_ray.serve.local import HTTP_GRACE_S, read_config, run
 
@@ -61,17 +62,17 @@ def test_unknown_fields_are_refused():
 def test_other_machines_need_a_key(monkeypatch, host):
     monkeypatch.delenv(API_KEY, raising=False)
     with pytest.raises(UsageError, match=API_KEY):
-        run(ServeConfig(root="nowhere"), host, 8000, print)
+        run(ServeConfig(root="nowhere"), host, 8000, connect, print)
 
 
 def test_another_cluster_is_left_to_serve_deploy(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(UsageError, match="serve deploy"):
-        run(ServeConfig(root="nowhere"), "127.0.0.1", 0, print)
+        run(ServeConfig(root="nowhere"), "127.0.0.1", 0, connect, print)
 
 
 def test_a_port_that_is_taken_and_a_root_that_is_not_there(monkeypatch, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="is not free"):
-        run(ServeConfig(root="nowhere"), "127.0.0.1", taken.getsockname()[1], print)
-    with pytest.raises(UsageError, match="contains no study"):
-        run(ServeConfig(root=str(tmp_path)), "127.0.0.1", 0, print)
+        run(ServeConfig(root="nowhere"), "127.0.0.1", taken.getsockname()[1], connect, print)
+    with pytest.raises(UsageError, match=r"has no study\.json"):
+        run(ServeConfig(root=str(tmp_path)), "127.0.0.1", 0, connect, print)

@@ -11,6 +11,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from tests.machine import PATIENCE_S
+
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]
 EXAMPLES = 14
 """Per operation; there are fourteen of these at most."""
@@ -26,7 +28,10 @@ def test_the_server_keeps_to_its_document(server):
         @given(case=operation.as_strategy())
         def keeps(case) -> None:
             case.call_and_validate(
-                base_url=server.url, headers={"Authorization": f"Bearer {server.key}"}, checks=CHECKS, timeout=60
+                base_url=server.url,
+                headers={"Authorization": f"Bearer {server.key}"},
+                checks=CHECKS,
+                timeout=PATIENCE_S,
             )
 
         keeps()

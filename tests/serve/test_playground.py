@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 
+from tests.machine import PATIENCE_S
+
 from .conftest import KEY
 
 CHROMIUM = shutil.which("chromium")
@@ -28,6 +30,7 @@ def page(browser, server, request):
     context = browser.new_context(viewport={"width": width, "height": height})
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
     page = context.new_page()
+    page.set_default_timeout(1000 * PATIENCE_S)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda one: one.url.startswith((server.url, "data:", "blob:")) or problems.append(one.url))

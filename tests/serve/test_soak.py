@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 
 import httpx
 import psutil
 import pytest
 from PIL import Image
+
+from tests.machine import PATIENCE_S, actors
 
 from .conftest import ONE_WORD, STEERS, Server, chat, data_url
 
@@ -23,13 +24,10 @@ N_LARGE = 2 * GROWTH_MB // LARGE_MB
 
 def memory_mb() -> dict[str, float]:
     """Private to each process of the application: of the memory they share, Ray's store, each touches all in time."""
-    found = {}
-    for process in psutil.Process().children(recursive=True):
-        # While an actor works, its title goes on with the method's name.
-        title = re.match(r"ray::(?:ServeReplica:sae-ray:(\w+)|(ProxyActor))", " ".join(process.cmdline()))
-        if title is not None:
-            found[title[1] or title[2]] = private_mb(process.memory_info())
-    return found
+    names = {"ServeReplica:sae-ray:Api", "ServeReplica:sae-ray:Tower", "ServeReplica:sae-ray:Language", "ProxyActor"}
+    found = [actor for actor in actors() if actor.of in names]
+    assert sorted(actor.of for actor in found) == sorted(names)
+    return {actor.of: private_mb(psutil.Process(actor.pid).memory_info()) for actor in found}
 
 
 def private_mb(memory) -> float:
@@ -49,7 +47,7 @@ async def visit(server: Server, star: int, seconds: float) -> int:
 
     async def client(number: int) -> None:
         nonlocal count, n_large
-        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=120) as http:
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=PATIENCE_S) as http:
             while time.monotonic() < until or n_large < N_LARGE:
                 match (number + count) % 6:
                     case 0:
@@ -83,7 +81,6 @@ async def visit(server: Server, star: int, seconds: float) -> int:
 def test_memory_is_flat(server, star, seconds):
     asyncio.run(visit(server, star, 5 + seconds / 10))
     before = memory_mb()
-    assert {"Api", "Tower", "Language"} <= set(before)
     count = asyncio.run(visit(server, star, seconds))
     after = memory_mb()
     print(f"{count} requests; MB before and after: {before} {after}")

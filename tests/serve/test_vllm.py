@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sae_ray.sae import load_sae
 from sae_ray.steering import Intervention, LatentEdit, load_llava, load_max_token
 from sae_ray.store.files import Folder
 from sae_ray.study.root import recalled_plan
+from tests.machine import PATIENCE_S
 
 from .conftest import ONE_WORD, STEERS
 
@@ -123,8 +125,10 @@ def test_engines_agree_token_for_token(config, asked, monkeypatch):
         generation = engine.generate(endless)
         await anext(generation)
         await generation.aclose()
-        await asyncio.sleep(0.2)
-        assert engine._engine.output_processor.get_num_unfinished_requests() == 0
+        deadline = time.monotonic() + PATIENCE_S
+        while engine._engine.output_processor.get_num_unfinished_requests():
+            assert time.monotonic() < deadline, "the engine goes on for nobody"
+            await asyncio.sleep(0.01)
 
         wrong = Task(tasks[0].tokens, (tasks[0].images[0][:-1],), Sampling(4))
         with pytest.raises(ValueError, match="an embedding of shape"):

@@ -146,8 +146,10 @@ while True:
         try:
             assert writer.stdout is not None
             assert writer.stdout.readline() == "ready\n"
-            letters = set()
-            for _ in range(100):
+            letters, n_read = set(), 0
+            while n_read < 100 or len(letters) < 2:
+                n_read += 1
+                assert writer.poll() is None
                 content = folder.read_bytes("x")
                 assert len(content) == size
                 assert content == content[:1] * size

@@ -24,6 +24,7 @@ from sae_ray.errors import SaeRayError
 from sae_ray.store import steps
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import RECORD, SCHEMA_VERSIONS, STALE_SECONDS, Step, digest, hold, read_record
+from tests.machine import PATIENCE_S
 
 TRAIN = SCHEMA_VERSIONS["train"]
 
@@ -256,7 +257,7 @@ def test_a_lock_is_let_go_when_the_work_fails(step: Step):
 def test_the_heartbeat_survives_a_disk_that_fails_for_a_while(step: Step, monkeypatch: pytest.MonkeyPatch):
     def beats(seen: float) -> float:
         """The time of the first heartbeat after `seen`."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             for name in step.folder.files():
                 if name.endswith(".json") and (beat := step.folder.read_json(name)["time"]) > seen:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.stream import TrainingStream
+from tests.machine import PATIENCE_S
 
 WriteStore = Callable[..., ActivationStore]
 
@@ -123,7 +124,7 @@ def test_the_next_window_is_read_while_one_is_used(tmp_path: Path, write_store: 
     stream._read = noting
     batches = stream.batches()
     next(batches)
-    assert all(begun.acquire(timeout=10) for _ in range(2))
+    assert all(begun.acquire(timeout=PATIENCE_S) for _ in range(2))
     assert not begun.acquire(timeout=0.2), "and none after that"
 
 

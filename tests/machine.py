@@ -1,0 +1,48 @@
+"""What tests take from the machine they run on, whatever else runs there: ports, and the processes of actors."""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+PATIENCE_S = 300
+"""How long tests wait for what must come about. Only what never comes takes that long, however slow the machine."""
+
+
+class Actor(NamedTuple):
+    """A living actor of the cluster that this process is connected to."""
+
+    of: str
+    """Its class; that of a Serve replica ends in `:<deployment>`."""
+    pid: int
+
+
+def actors() -> list[Actor]:
+    """By what Ray's controller knows: a process is titled by the method that it happens to run."""
+    from ray._private.state import state
+
+    table = state.actor_table(None, actor_state_name="ALIVE").values()
+    return [Actor(entry["ActorClassName"], entry["Pid"]) for entry in table]
+
+
+def free_port() -> int:
+    """One that nobody listens on, below those that Linux and above those that Ray give to whoever asks for any."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("none of 100 ports is free")
+
+
+def until(holds: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
+    """Waits until it does."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.2)

@@ -1,0 +1,176 @@
+"""What cluster/serve/local.yaml and the README say to type on a cluster runs as it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from tests.machine import PATIENCE_S, free_port, until
+
+REPOSITORY = Path(__file__).parents[2]
+pytestmark = [pytest.mark.ray, pytest.mark.serve]
+
+STUDY = """
+name = "demo"
+images.train.path = "{world}/heldout"
+images.heldout_fraction = 0.25
+encoder.model = "{world}/clip"
+judge = {{ model = "open_clip:local-dir:{world}/judge", point = "projection" }}
+grid = [{{ sites = ["projection"], expansions = [1], k = [4] }}]
+training = {{ batch_size = 64, steps = 60, warmup_steps = 5, threshold_start_step = 20 }}
+"""
+
+
+def lines_to_deploy() -> str:
+    """The indented lines of the comment at the head of the configuration."""
+    text = (REPOSITORY / "cluster" / "serve" / "local.yaml").read_text()
+    return "".join(re.findall(r"^#   (.*\n)", text, re.MULTILINE))
+
+
+def lines_to_submit() -> str:
+    fences = re.findall(r"^```\w*\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    [lines] = [fence for fence in fences if "ray job submit" in fence]
+    return lines
+
+
+@pytest.fixture
+def checkout(served_study, tmp_path) -> tuple[Path, str]:
+    """A copy whose `runs/demo` is a small finished study, with a port of its own, and the address of that."""
+    folder = tmp_path / "checkout"
+    for room in ("sae_ray", "jobs", "serve", "cluster"):
+        shutil.copytree(REPOSITORY / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / ".gitignore", folder)
+    (folder / "runs").mkdir()
+    (folder / "runs" / "demo").symlink_to(served_study)
+    (folder / "studies").mkdir()
+    values = json.loads((served_study / "study.json").read_text())
+    world = Path(values["images"]["train"]["path"]).parent
+    (folder / "studies" / "demo.toml").write_text(STUDY.format(world=world))
+    file = folder / "cluster" / "serve" / "local.yaml"
+    config, port = yaml.safe_load(file.read_text()), free_port()
+    config["http_options"]["port"] = port
+    file.write_text(yaml.safe_dump(config))
+    return folder, f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(params=["no token at home", "a token at home"])
+def home(request, tmp_path) -> Path:
+    home = tmp_path / "home"
+    (home / ".ray").mkdir(parents=True)
+    if request.param == "a token at home":
+        (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
+    return home
+
+
+@pytest.fixture
+def shell(checkout, home) -> Iterator[Callable[[str], str]]:
+    """Runs lines in the copy. `ray start` gets ports and a folder of its own; what was started ends with the test."""
+    folder, _ = checkout
+    scratch = Path(tempfile.mkdtemp(prefix="sr", dir="/tmp"))  # Ray's sockets need a short path
+    dashboard = free_port()
+    isolated = [
+        *("--temp-dir", scratch / "ray", "--num-cpus", 8, "--object-store-memory", 200 * 2**20),
+        *("--port", free_port(), "--dashboard-port", dashboard, "--ray-client-server-port", free_port()),
+        *("--dashboard-agent-listen-port", free_port(), "--dashboard-agent-grpc-port", free_port()),
+        *("--min-worker-port", 0, "--max-worker-port", 0, "--disable-usage-stats"),
+    ]
+    ours = Path(sys.executable).parent
+    (scratch / "ray-command").write_text(
+        f'#!/bin/sh\nif [ "$1" = start ]; then exec {ours}/ray "$@" {" ".join(map(str, isolated))}; fi\n'
+        f'exec {ours}/ray "$@"\n'
+    )
+    (scratch / "bin").mkdir()
+    (scratch / "ray-command").chmod(0o755)
+    (scratch / "ray-command").rename(scratch / "bin" / "ray")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "HOME": str(home),
+        "PATH": f"{scratch / 'bin'}:{ours}:{os.environ['PATH']}",
+        "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    sessions = []
+
+    def run(lines: str) -> str:
+        command = ["bash", "-euxc", lines]
+        with (scratch / "output").open("w+") as output:  # not a pipe, which what stays behind would keep open
+            process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            sessions.append(process.pid)
+            code = process.wait()
+            output.seek(0)
+            said = output.read()
+        assert code == 0, said
+        return said
+
+    def left() -> list[int]:
+        return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if session(pid) in sessions]
+
+    yield run
+    for pid in left():
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not left())
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def test_an_application_is_deployed_and_a_study_submitted(checkout, home, shell):
+    _, address = checkout
+    shell(lines_to_deploy())
+    until(lambda: ready(address))
+    said = shell('! curl -sf "$RAY_DASHBOARD_ADDRESS/api/version"')
+    assert "ray_version" not in said, "who has no token is not let in"
+
+    said = shell(lines_to_submit())
+    assert "comparisons hold" in said
+    summary = json.loads((home / "sae-ray" / "demo" / "summary.json").read_text())
+    assert len(summary["cells"]) == 2
+    assert not summary["failed"]
+
+
+def test_sae_ray_serve_prints_only_its_own_lines(served_study, tmp_path):
+    address = f"http://127.0.0.1:{free_port()}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SAE_RAY_"))}
+    command = [sys.executable, "-m", "sae_ray.jobs.cli", "serve", "--root", str(served_study)]
+    with (tmp_path / "stderr").open("w+") as stderr:
+        server = subprocess.Popen(
+            [*command, "--port", address.split(":")[-1]],
+            env=environment | {"HOME": str(tmp_path)},
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
+        try:
+            until(lambda: server.poll() is not None or ready(address))
+            server.terminate()
+            assert server.wait(PATIENCE_S) == 0
+        finally:
+            server.kill()
+        stderr.seek(0)
+        assert stderr.read() == ""
+    assert not (tmp_path / ".ray").exists(), "a token there would lock the user out of heads that ask for one"
+
+
+def ready(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/ready", timeout=PATIENCE_S).status_code == 200
+    except httpx.HTTPError:
+        return False
