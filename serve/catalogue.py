@@ -153,8 +153,9 @@ def read_catalogue(root: str, llava: str, revision: str | None, names: Sequence[
         SaeRayError: their files are damaged.
     """
     plan = StudyPlan(open_study(root), Folder(root))
-    tower, layer, _ = describe_llava(llava, revision)
-    fitting = [train for train in plan.trains if _fits(train, tower, layer)]
+    info = describe_llava(llava, revision)
+    layer = info.layer
+    fitting = [train for train in plan.trains if _fits(train, info.tower, layer)]
     there = {train.grid_cell.name: train for train in fitting if _done(plan, train)}
     for name in names or ():
         if name not in there:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from sae_ray.encoders.hub import find, load_weights, refusing
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.transformers_models import blocks_of, describe
 from sae_ray.errors import UsageError
+from sae_ray.steering.info import LlavaInfo
 from sae_ray.steering.interventions import Intervention, TowerEdit
 
 if TYPE_CHECKING:
@@ -37,39 +38,34 @@ def load_llava(model: str, revision: str | None = None, device: str = "cpu", dty
     Args:
         model: A directory in the transformers format, or a model id on the Hugging Face hub.
         revision: Pins the weights: a commit, or the digest of a directory (`Llava.info.revision`).
-        device: A torch device.
+        device: A torch device. `meta` checks all files as loading does, but of the weights reads the headers alone.
         dtype: What it computes in: `float32`, `bfloat16` or `float16`.
 
     Raises:
-        UsageError: There is no such model, it is no LLaVA of this kind, its weights are missing or not safetensors, its
-            language model reads several layers at once; or the device or dtype is not available.
+        UsageError: There is no such model, it is not a LLaVA of this kind, it has no processor, its weights are missing,
+            do not fit its configuration or are not safetensors, or its language model reads several layers at once; or
+            the device or dtype is not available.
     """
     from transformers import AutoProcessor
 
     target, kind = placement(device, dtype)
-    tower, layer, _ = describe_llava(model, revision)
-    source = find(model, tower.revision, FORMS)
-    with refusing(model, FORMS):
-        processor = AutoProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
-    network = load_weights(source, "LlavaForConditionalGeneration", kind, FORMS).to(target)
-    return Llava(tower, layer, network, processor)
-
-
-class LlavaInfo(NamedTuple):
-    """What is known of a LLaVA without its weights."""
-
-    tower: EncoderInfo
-    layer: int
-    """The tower's block, from 0, whose output the language model reads."""
-    n_image_tokens: int
-    """Places that an image takes in the language model's input."""
+    info = describe_llava(model, revision)
+    source = find(model, info.tower.revision, FORMS)
+    with refusing(model, FORMS, of_hub=source.commit is not None):
+        processor: Any = AutoProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
+    if not hasattr(processor, "image_processor"):
+        # transformers makes do with the tokenizer.
+        raise UsageError(f"{model} has no processor of images and texts; add processor_config.json ({FORMS})")
+    network = load_weights(source, "LlavaForConditionalGeneration", target, kind, FORMS)
+    return Llava(info.tower, info.layer, network, processor)
 
 
 def describe_llava(model: str, revision: str | None = None) -> LlavaInfo:
     """What a LLaVA is, from its configuration alone.
 
     Raises:
-        UsageError: There is no such model, it is no LLaVA of this kind, or its language model reads several layers.
+        UsageError: There is no such model, it is not a LLaVA of this kind, or its language model reads several
+            layers.
     """
     source = find(model, revision, FORMS)
     if source.config.model_type != "llava":
@@ -90,7 +86,7 @@ def _block_read(model: str, feature_layer: int | Sequence[int], n_layers: int) -
     block = feature_layer - 1 if feature_layer >= 0 else n_layers + feature_layer
     if not 0 <= block < n_layers:
         raise UsageError(
-            f"vision_feature_layer of {model} is {feature_layer}, which is no block's output; its tower has {n_layers}"
+            f"vision_feature_layer of {model} is {feature_layer}, which is not the output of a block; its tower has {n_layers}"
         )
     return block
 

@@ -9,9 +9,8 @@ from functools import cached_property
 
 import pyarrow as pa
 
-from sae_ray.encoders import EncoderInfo, check_site, describe_encoder, rows_per_image, site_width
+from sae_ray.encoders import EncoderInfo, check_site, check_text_side, describe_encoder, rows_per_image, site_width
 from sae_ray.encoders.sites import Site
-from sae_ray.encoders.text import check_text_side
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import list_images, manifest_digest, select_split
 from sae_ray.seeds import derived_seed
@@ -237,7 +236,8 @@ class StudyPlan:
         steering = self.study.steering
         if steering is None:
             return []
-        llava, layer, _ = describe_llava(steering.llava, steering.revision)
+        described = describe_llava(steering.llava, steering.revision)
+        llava, layer = described.tower, described.layer
         if (llava.residual_width, llava.n_tokens) != (self.encoder.residual_width, self.encoder.n_tokens):
             raise UsageError(
                 f"steering.llava = {steering.llava!r}: its vision tower has {llava.n_tokens} tokens of width "
@@ -266,8 +266,8 @@ class StudyPlan:
         """The images of `pictures` as texts are compared with them: by the scorer, or without one by the encoder."""
         pictures, site, steering = self.images[self.study.scoring.pictures], Site("projection"), self.study.steering
         config = EncoderConfig(steering.scorer, steering.scorer_revision) if steering else self.study.encoder
-        check_text_side(config.model, config.revision)
         info = describe_encoder(config.model, config.revision)
+        check_text_side(info)
         check_site(info, site)
         if (_identity(info), config.dtype) == (_identity(self.encoder), self.study.encoder.dtype):
             return self._activations(pictures, site)  # perhaps a site of the grid
