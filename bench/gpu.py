@@ -210,7 +210,7 @@ def info_of(sizes: Sizes, family: str) -> EncoderInfo:
         model="random", revision=None, family=family, n_layers=vision["num_hidden_layers"],
         residual_width=vision["hidden_size"], projection_width=vision["projection_dim"],
         pooled_width=vision["hidden_size"], has_cls=True, n_registers=0,
-        n_tokens=1 + (edge // vision["patch_size"]) ** 2, image_size=(edge, edge),
+        n_tokens=1 + (edge // vision["patch_size"]) ** 2, image_size=(edge, edge), has_text=False,
     )  # fmt: skip
 
 

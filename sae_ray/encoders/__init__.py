@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sae_ray.encoders.base import placement as placement
     from sae_ray.encoders.info import EncoderInfo as EncoderInfo
     from sae_ray.encoders.info import check_site as check_site
+    from sae_ray.encoders.info import check_text_side as check_text_side
     from sae_ray.encoders.info import rows_per_image as rows_per_image
     from sae_ray.encoders.info import site_width as site_width
     from sae_ray.encoders.loading import describe_encoder as describe_encoder
@@ -25,7 +26,7 @@ __getattr__ = exports(
     __name__,
     {
         "base": ["Encoder", "Tapped", "placement"],
-        "info": ["EncoderInfo", "check_site", "rows_per_image", "site_width"],
+        "info": ["EncoderInfo", "check_site", "check_text_side", "rows_per_image", "site_width"],
         "loading": ["describe_encoder", "load_encoder", "load_preprocess"],
         "sites": ["Site", "select_tokens"],
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from sae_ray.encoders.sources import check_revision, directory_digest, local_dir
 from sae_ray.errors import UsageError
 
 _SILENT = 100
+_PATIENCE = 4.0
+"""Seconds that the hub has to answer."""
 
 
 class Source(NamedTuple):
@@ -33,11 +36,12 @@ def find(model: str, revision: str | None, forms: str) -> Source:
 
     Args:
         model: A directory or a hub id.
-        revision: Pins it; what is there must be that revision.
+        revision: Pins it; the files found must be of that revision.
         forms: Closes every refusal: how such a model is named.
 
     Raises:
-        UsageError: It is not there, not readable, or not of the given revision.
+        UsageError: It does not exist, cannot be read or is not of the given revision; or the hub cannot be reached and
+            the model is not in the cache.
     """
     from transformers import AutoConfig
     from transformers.utils.hub import cached_file
@@ -50,49 +54,102 @@ def find(model: str, revision: str | None, forms: str) -> Source:
             return Source(model, str(directory), digest, None, AutoConfig.from_pretrained(directory))
     if model.startswith(("/", "./", "../", "~")):
         raise UsageError(f"there is no directory {model}; {forms}")
-    with refusing(model, forms):
+    with refusing(model, forms, of_hub=True):
         # The cache keeps each commit's files in a folder named by it.
         commit = Path(str(cached_file(model, "config.json", revision=revision))).parent.name
         return Source(model, model, commit, commit, AutoConfig.from_pretrained(model, revision=commit))
 
 
-def load_weights(source: Source, loader: str, dtype: torch.dtype, forms: str, **settings: Any) -> Any:
-    """The model as the transformers class `loader`, in eval mode on the CPU.
+def load_weights(
+    source: Source, loader: str, device: torch.device, dtype: torch.dtype, forms: str, **settings: Any
+) -> Any:
+    """The model as the transformers class `loader`, in eval mode.
+
+    On the meta device its files are checked as they are for loading, names and shapes included, but only their headers
+    are read.
 
     Raises:
         UsageError: Weights are missing, do not fit the configuration or are not safetensors.
     """
     import transformers
 
-    with refusing(source.model, forms):
+    if device.type == "meta":
+        settings["device_map"] = "meta"
+    with refusing(source.model, forms, of_hub=source.commit is not None):
         module, loading = getattr(transformers, loader).from_pretrained(
             source.path,
             revision=source.commit,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # transformers would name them in a log message alone
             **settings,
         )
-    # transformers fills in what a checkpoint lacks at random.
-    if loading["missing_keys"]:
-        raise UsageError(f"{source.model} lacks weights, {min(loading['missing_keys'])} first; {forms}")
-    return module.eval()
+    # transformers fills in at random what a checkpoint lacks.
+    problems = [f"{name} is missing" for name in sorted(loading["missing_keys"])]
+    problems += [
+        f"{name} has the shape {list(found)}, not {list(wanted)}"
+        for name, found, wanted in sorted(loading["mismatched_keys"])
+    ]
+    if problems:
+        raise UsageError(
+            f"{source.model} cannot be loaded: its weights do not fit its configuration: {', '.join(problems)} ({forms})"
+        )
+    return module.eval().to(device)
 
 
 @contextlib.contextmanager
-def refusing(model: str, forms: str) -> Iterator[None]:
-    """Turns what transformers raises on bad files into a UsageError, and keeps its reports of unused weights quiet."""
+def refusing(model: str, forms: str, of_hub: bool = False) -> Iterator[None]:
+    """Turns what transformers raises on bad files into a UsageError, and keeps its reports of unused weights quiet.
+
+    Args:
+        of_hub: Whether files of the hub are read, which are those in the cache when the hub cannot be reached.
+    """
     from safetensors import SafetensorError
     from transformers.utils import logging
 
+    unreachable = hub_unreachable() if of_hub else None
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(_SILENT)
     logging.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{model} cannot be loaded: {str(error).splitlines()[0]} ({forms})") from error
+        raise refusal(model, error, unreachable or forms) from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def refusal(model: str, error: Exception, remedy: str) -> UsageError:
+    """The whole reason why a model cannot be loaded, and what to do."""
+    reason = str(error).strip() or type(error).__name__
+    gap = "\n" if "\n" in reason else " "
+    return UsageError(f"{model} cannot be loaded: {reason}{gap}({remedy})")
+
+
+@functools.cache
+def hub_unreachable() -> str | None:
+    """Why the Hugging Face hub cannot be asked, and what to do; None if it can.
+
+    The hub is tried once in a process. If it does not answer, huggingface_hub is switched offline, as by
+    HF_HUB_OFFLINE=1: models in its cache still load, and others are refused at once. Left alone it would retry for half
+    a minute for every file.
+    """
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import httpx
+
+    problem = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+            return None
+        except httpx.HTTPError as error:
+            problem = f"{constants.ENDPOINT} cannot be reached: {str(error) or type(error).__name__}"
+            # What huggingface_hub 2.4 makes of its environment variable; read at every use.
+            constants.HF_HUB_OFFLINE = True
+    return (
+        f"{problem}; only the cache {constants.HF_HUB_CACHE} is read. Name a local directory, or fill the cache where "
+        "there is a connection and set HF_HUB_OFFLINE=1"
+    )

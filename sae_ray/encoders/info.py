@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import UsageError
@@ -11,7 +12,7 @@ from sae_ray.errors import UsageError
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What is known of an encoder without its weights."""
+    """What is known of an encoder without its weights; `dataclasses.asdict` and `from_dict` store it as JSON."""
 
     model: str
     """The specification it was asked for by."""
@@ -35,8 +36,14 @@ class EncoderInfo:
     """Length of the sequence without registers, with CLS."""
     image_size: tuple[int, int]
     """Height and width in pixels that the preprocessing yields."""
-    has_text: bool = False
-    """Whether it also embeds texts, in the space of the projection."""
+    has_text: bool
+    """Whether it embeds texts too, in the space of `projection`."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EncoderInfo:
+        """The inverse of `dataclasses.asdict`, also from JSON, which has no tuples."""
+        height, width = values["image_size"]
+        return cls(**{**values, "image_size": (height, width)})
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -79,6 +86,16 @@ def check_site(info: EncoderInfo, site: Site) -> None:
         )
 
 
+def check_text_side(info: EncoderInfo) -> None:
+    """Refuses an encoder that embeds images only.
+
+    Raises:
+        UsageError: It has no text side.
+    """
+    if not info.has_text:
+        raise UsageError(f"{info.model} does not embed texts; name a CLIP, SigLIP or open_clip model")
+
+
 def site_width(info: EncoderInfo, site: Site) -> int:
     """`d_in` of the site's activations."""
     check_site(info, site)
@@ -93,13 +110,3 @@ def rows_per_image(info: EncoderInfo, site: Site) -> int:
     if site.tokens == "all":
         return info.n_tokens
     return site.n_random or 1
-
-
-def check_text(info: EncoderInfo) -> None:
-    """Refuses an encoder that embeds images only.
-
-    Raises:
-        UsageError: It names what does embed texts.
-    """
-    if not info.has_text:
-        raise UsageError(f"{info.model} embeds no texts; name a CLIP, SigLIP or open_clip model that does")

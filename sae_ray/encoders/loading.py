@@ -34,7 +34,7 @@ def describe_encoder(model: str, revision: str | None = None) -> EncoderInfo:
     """What an encoder is, from its configuration alone; no weights are loaded, though those of a directory are hashed.
 
     Raises:
-        UsageError: The encoder is unknown, out of reach, of no supported family, or not of the given revision.
+        UsageError: The encoder is unknown or out of reach, its family is not supported, or its revision differs.
     """
     return _backend(model).describe(model, revision)
 
@@ -59,7 +59,7 @@ def load_encoder(model: str, revision: str | None = None, device: str = "cpu", d
     Args:
         model: Its specification, as above.
         revision: Pins the weights: give `EncoderInfo.revision` to get what was described, or an error.
-        device: A torch device.
+        device: A torch device. `meta` checks all files as loading does, but of the weights reads the headers alone.
         dtype: What it computes in: `float32`, `bfloat16` or `float16`. Activations come as float32 in any case.
 
     Raises:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
-from collections.abc import Callable, Sequence
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +17,7 @@ import torch
 from torch import nn
 
 from sae_ray.encoders.base import Tower
+from sae_ray.encoders.hub import hub_unreachable, refusal
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.resizing import fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS, check_revision, directory_digest, local_directory
@@ -108,7 +112,7 @@ def preprocess(model: str, revision: str | None, fast: bool = False) -> Preproce
 
 def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
     source = _find(info.model, info.revision)
-    tower = _create(info.model, source).visual.to(device, dtype)
+    tower = _create(info.model, source, device).visual.to(dtype)
     tower.output_tokens = False  # CoCa's towers give their tokens beside the embedding
     normalise = _transform(source)[-1]
     return Tower(
@@ -126,28 +130,51 @@ def load_text(model: str, revision: str | None, device: torch.device) -> Callabl
     import open_clip
 
     source = _find(model, revision)
-    module = _create(model, source).to(device)
-    tokenizer = open_clip.get_tokenizer(source.name)
+    module = _create(model, source, device)
+    with _refusing(model, source):
+        tokenizer = open_clip.get_tokenizer(source.name)
     return lambda texts: module.encode_text(tokenizer(texts).to(device))
 
 
-def _create(model: str, source: _Source) -> Any:
+def _create(model: str, source: _Source, device: torch.device) -> Any:
+    """The whole model; on the meta device its files are checked, but of safetensors only the header is read."""
     import open_clip
-    from safetensors import SafetensorError
 
-    try:
+    empty = device.type == "meta"
+    with _refusing(model, source), warnings.catch_warnings(), device if empty else contextlib.nullcontext():
+        if empty:
+            # Each weight that is not copied is reported.
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
         created: Any = open_clip.create_model(
             source.name,
             source.tag,
+            device=device,
             # open_clip itself only warns when the tag's weights were trained with the other activation function.
             force_quick_gelu=source.preprocess_config.get("quick_gelu", False),
             require_pretrained=True,
             weights_only=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"the encoder {model} cannot be loaded: {reason} ({FORMS})") from error
     return created.eval()
+
+
+@contextlib.contextmanager
+def _refusing(model: str, source: _Source) -> Iterator[None]:
+    """Turns what open_clip raises on bad files into a UsageError."""
+    from safetensors import SafetensorError
+
+    unreachable = None if source.tag is None or "file" in source.preprocess_config else hub_unreachable()
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        SafetensorError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise refusal(model, error, unreachable or FORMS) from error
 
 
 def _find(model: str, revision: str | None) -> _Source:
@@ -157,7 +184,7 @@ def _find(model: str, revision: str | None) -> _Source:
     if name.startswith("local-dir:"):
         directory = local_directory(name.removeprefix("local-dir:"))
         if directory is None or not (directory / "open_clip_config.json").is_file():
-            raise UsageError(f"{model} names no directory with an open_clip_config.json; {FORMS}")
+            raise UsageError(f"{model} does not name a directory with an open_clip_config.json; {FORMS}")
         digest = directory_digest(directory)
         check_revision(model, revision, digest)
         model_config, preprocess_config = _read_config(directory / "open_clip_config.json")
@@ -179,7 +206,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         config = json.loads(path.read_bytes())
         return config["model_cfg"], config.get("preprocess_cfg", {})
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no configuration of open_clip: it needs a JSON object with model_cfg") from error
+        raise UsageError(f"{path} is not an open_clip configuration: it needs a JSON object with model_cfg") from error
 
 
 def _skeleton(source: _Source) -> Any:

@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import normalize
 
 from sae_ray.encoders.base import placement
-from sae_ray.encoders.hub import find, load_weights
+from sae_ray.encoders.hub import find, load_weights, refusing
 from sae_ray.encoders.sources import FORMS
+from sae_ray.encoders.transformers_models import TEXT_TYPES
 from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,31 +34,16 @@ class TextEncoder:
         return torch.cat([normalize(self._embed(batch).float().cpu(), dim=1) for batch in batches])
 
 
-def check_text_side(model: str, revision: str | None = None) -> None:
-    """Refuses an encoder that embeds images only; no weights are loaded.
-
-    Raises:
-        UsageError: It has no text side, is unknown or out of reach.
-    """
-    if model.startswith("open_clip:"):
-        return  # all of them have one
-    kind = find(model, revision, FORMS).config.model_type
-    if kind not in ("clip", "siglip"):
-        raise UsageError(
-            f"{model} is of the model type {kind}, which embeds no texts; name a CLIP, SigLIP or open_clip model"
-        )
-
-
 def load_text_encoder(model: str, revision: str | None = None, device: str = "cpu") -> TextEncoder:
     """Loads the text side of an encoder.
 
     Args:
         model: Its specification, as in `sae_ray.encoders`.
         revision: Pins the weights.
-        device: A torch device.
+        device: A torch device; `meta` checks the files without reading the weights.
 
     Raises:
-        UsageError: The encoder is unknown or out of reach, or has no text side.
+        UsageError: The encoder is unknown or out of reach, has no text side or no tokenizer, or its weights do not fit.
     """
     place, dtype = placement(device, "float32")
     if model.startswith("open_clip:"):
@@ -72,11 +58,16 @@ def _of_transformers(
 ) -> Callable[[list[str]], Tensor]:
     from transformers import AutoTokenizer
 
-    check_text_side(model, revision)
     source = find(model, revision, FORMS)
+    kind = source.config.model_type
+    if kind not in TEXT_TYPES:
+        raise UsageError(
+            f"{model} is of the model type {kind}, which embeds no texts; name a CLIP, SigLIP or open_clip model"
+        )
     length = source.config.text_config.max_position_embeddings
-    module: Any = load_weights(source, "AutoModel", dtype, FORMS).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.commit)
+    with refusing(model, FORMS, of_hub=source.commit is not None):
+        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.commit)
+    module: Any = load_weights(source, "AutoModel", device, dtype, FORMS)
 
     def embed(texts: list[str]) -> Tensor:
         # SigLIP was trained on texts padded to this length; to CLIP the padding makes no difference.

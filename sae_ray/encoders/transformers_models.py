@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FAMILIES = "CLIP, SigLIP (fixed resolution), DINOv2 (with or without registers) and LLaVA with a CLIP or SigLIP tower"
+TEXT_TYPES = ("clip", "siglip")
+"""Model types that embed texts too."""
 _LLAVA_TOWER = r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"
 """How the tower's weights begin in a LLaVA: on the hub, and as the several versions of transformers save them."""
 
@@ -48,7 +50,7 @@ def describe(model: str, revision: str | None) -> EncoderInfo:
     if plan.loader.startswith(("CLIP", "Siglip")) and (height, width) != (vision.image_size, vision.image_size):
         raise UsageError(
             f"{model} takes images of {vision.image_size} × {vision.image_size} pixels, but its preprocessing yields "
-            f"{height} × {width}; mend preprocessor_config.json"
+            f"{height} × {width}; fix preprocessor_config.json"
         )
     has_cls = not plan.loader.startswith("Siglip")
     return EncoderInfo(
@@ -63,7 +65,7 @@ def describe(model: str, revision: str | None) -> EncoderInfo:
         n_registers=getattr(vision, "num_register_tokens", 0),
         n_tokens=has_cls + (height // vision.patch_size) * (width // vision.patch_size),
         image_size=(height, width),
-        has_text=source.config.model_type in ("clip", "siglip"),
+        has_text=source.config.model_type in TEXT_TYPES,
     )
 
 
@@ -101,7 +103,7 @@ class Preprocess:
         if wide.shape != tall.shape or wide.ndim != 3:
             raise UsageError(
                 f"preprocessing gives {wide.shape} for a wide and {tall.shape} for a tall image; "
-                "it must crop or resize all images to one size: mend preprocessor_config.json"
+                "it must crop or resize all images to one size; fix preprocessor_config.json"
             )
         return wide.shape[1], wide.shape[2]
 
@@ -127,7 +129,7 @@ def preprocess(model: str, revision: str | None, fast: bool = False) -> Preproce
     from transformers import AutoImageProcessor
 
     source = find(model, revision, FORMS)
-    with refusing(model, FORMS):
+    with refusing(model, FORMS, of_hub=source.commit is not None):
         processor = AutoImageProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
     return Preprocess(processor, _is_plain(processor), fast)
 
@@ -135,8 +137,8 @@ def preprocess(model: str, revision: str | None, fast: bool = False) -> Preproce
 def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
     source = find(info.model, info.revision, FORMS)
     plan = _plan(info.model, source.config)
-    module = load_weights(source, plan.loader, dtype, FORMS, config=plan.config, key_mapping=plan.key_mapping)
-    module = module.to(device)
+    settings = {"config": plan.config, "key_mapping": plan.key_mapping}
+    module = load_weights(source, plan.loader, device, dtype, FORMS, **settings)
     processor = preprocess(info.model, info.revision).processor
     return Tower(
         module,

@@ -34,21 +34,25 @@ def load_llava(model: str, revision: str | None = None, device: str = "cpu", dty
     Args:
         model: A directory in the transformers format, or a model id on the Hugging Face hub.
         revision: Pins the weights: a commit, or the digest of a directory (`Llava.info.revision`).
-        device: A torch device.
+        device: A torch device. `meta` checks all files as loading does, but of the weights reads the headers alone.
         dtype: What it computes in: `float32`, `bfloat16` or `float16`.
 
     Raises:
-        UsageError: There is no such model, it is no LLaVA of this kind, its weights are missing or not safetensors, its
-            language model reads several layers at once; or the device or dtype is not available.
+        UsageError: There is no such model, it is not a LLaVA of this kind, it has no processor, its weights are missing,
+            do not fit its configuration or are not safetensors, or its language model reads several layers at once; or
+            the device or dtype is not available.
     """
     from transformers import AutoProcessor
 
     target, kind = placement(device, dtype)
     info = describe_llava(model, revision)
     source = find(model, info.tower.revision, FORMS)
-    with refusing(model, FORMS):
-        processor = AutoProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
-    network = load_weights(source, "LlavaForConditionalGeneration", kind, FORMS).to(target)
+    with refusing(model, FORMS, of_hub=source.commit is not None):
+        processor: Any = AutoProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
+    if not hasattr(processor, "image_processor"):
+        # transformers makes do with the tokenizer.
+        raise UsageError(f"{model} has no processor of images and texts; add processor_config.json ({FORMS})")
+    network = load_weights(source, "LlavaForConditionalGeneration", target, kind, FORMS)
     return Llava(info.tower, info.layer, network, processor)
 
 
@@ -56,7 +60,8 @@ def describe_llava(model: str, revision: str | None = None) -> LlavaInfo:
     """What a LLaVA is, from its configuration alone.
 
     Raises:
-        UsageError: There is no such model, it is no LLaVA of this kind, or its language model reads several layers.
+        UsageError: There is no such model, it is not a LLaVA of this kind, or its language model reads several
+            layers.
     """
     source = find(model, revision, FORMS)
     if source.config.model_type != "llava":
@@ -77,7 +82,7 @@ def _block_read(model: str, feature_layer: int | Sequence[int], n_layers: int) -
     block = feature_layer - 1 if feature_layer >= 0 else n_layers + feature_layer
     if not 0 <= block < n_layers:
         raise UsageError(
-            f"vision_feature_layer of {model} is {feature_layer}, which is no block's output; its tower has {n_layers}"
+            f"vision_feature_layer of {model} is {feature_layer}, which is not the output of a block; its tower has {n_layers}"
         )
     return block
 

@@ -58,7 +58,7 @@ class Step:
     config: dict
     """Everything that determines the content: settings, names of the input steps, model revisions, dtypes, seed."""
     defaults: dict = field(default_factory=dict)
-    """Values of `config` that are left out of the name, so that a new setting with a neutral default renames nothing."""
+    """Values of `config` that are left out of the name: a new setting with a neutral default renames nothing."""
 
     @property
     def name(self) -> str:

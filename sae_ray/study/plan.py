@@ -9,7 +9,7 @@ from functools import cached_property
 
 import pyarrow as pa
 
-from sae_ray.encoders.info import EncoderInfo, check_site, check_text, rows_per_image, site_width
+from sae_ray.encoders.info import EncoderInfo, check_site, check_text_side, rows_per_image, site_width
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.seeds import derived_seed
@@ -339,7 +339,7 @@ class StudyPlan:
         pictures, site, steering = self.images[self.study.scoring.pictures], Site("projection"), self.study.steering
         config = EncoderConfig(steering.scorer, steering.scorer_revision) if steering else self.study.encoder
         info = self.survey.models.scorer or self.encoder
-        check_text(info)
+        check_text_side(info)
         check_site(info, site)
         if (_identity(info), config.dtype) == (_identity(self.encoder), self.study.encoder.dtype):
             return self._activations(pictures, site)  # perhaps a site of the grid

@@ -63,9 +63,8 @@ class Survey:
         """The inverse of `to_dict`."""
         models = dict(values["models"])
         llava = models.pop("llava")
-        infos: dict[str, Any] = {name: _encoder_info(info) if info else None for name, info in models.items()}
-        if llava:
-            infos["llava"] = LlavaInfo(**llava | {"tower": _encoder_info(llava["tower"])})
+        infos: dict[str, Any] = {name: EncoderInfo.from_dict(info) if info else None for name, info in models.items()}
+        infos["llava"] = LlavaInfo.from_dict(llava) if llava else None
         images = {name: SurveyedImages(**one) for name, one in values["images"].items()}
         return cls(images, SurveyedModels(**infos))
 
@@ -118,12 +117,6 @@ def survey_models(study: Study) -> SurveyedModels:
 def survey(study: Study) -> Survey:
     """Lists the folders and describes the models; errors are those of the two."""
     return Survey(survey_images(study.images), survey_models(study))
-
-
-def _encoder_info(values: dict[str, Any]) -> EncoderInfo:
-    height, width = values["image_size"]
-    facts: dict[str, Any] = {**values, "image_size": (height, width)}
-    return EncoderInfo(**facts)
 
 
 def _named(field: str, describe: Any, model: str, revision: str | None) -> Any:

@@ -401,10 +401,13 @@ def test_what_is_no_llava_is_refused(saved, tiny_clip, tmp_path):
     refused("device is 'cuda:99'", llava, device="cuda:99")
     refused("several layers", changed_copy(llava, tmp_path / "layers", vision_feature_layer=[-2, -1]))
     refused(
-        "is 4, which is no block's output; its tower has 3",
+        "is 4, which is not the output of a block; its tower has 3",
         changed_copy(llava, tmp_path / "deep", vision_feature_layer=4),
     )
-    refused("is -4, which is no block's output", changed_copy(llava, tmp_path / "embeddings", vision_feature_layer=-4))
+    refused(
+        "is -4, which is not the output of a block",
+        changed_copy(llava, tmp_path / "embeddings", vision_feature_layer=-4),
+    )
 
     bare = changed_copy(llava, tmp_path / "bare")
     (Path(bare) / "model.safetensors").unlink()
@@ -417,7 +420,7 @@ def test_what_is_no_llava_is_refused(saved, tiny_clip, tmp_path):
     gone = next(name for name in weights if "multi_modal_projector.linear_2.weight" in name)
     del weights[gone]
     save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
-    refused("lacking lacks weights, .*multi_modal_projector.linear_2.weight first", str(lacking))
+    refused("lacking cannot be loaded: .*multi_modal_projector.linear_2.weight is missing", str(lacking))
 
 
 def test_the_worlds_llava_answers_as_in_transformers():

@@ -642,5 +642,5 @@ def test_what_cannot_be_steered_is_refused_before_any_work(
     assert "clip is of the model type clip, not llava" in refused({"steering.llava": tiny_clip})
     wider = with_tower(tiny_llava, tmp_path / "wider", hidden_size=64)
     assert "its vision tower has 17 tokens of width 64" in refused({"steering.llava": wider})
-    assert "embeds no texts; name a CLIP, SigLIP" in refused({"steering.scorer": tiny_llava})
+    assert "does not embed texts; name a CLIP, SigLIP" in refused({"steering.scorer": tiny_llava})
     assert "there is no directory /nowhere" in refused({"steering.llava": "/nowhere"})

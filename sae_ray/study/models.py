@@ -1,0 +1,54 @@
+"""The models of a study, checked before long work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, assert_never
+
+from sae_ray.errors import UsageError
+
+
+class ModelUse(NamedTuple):
+    """What a study needs a model for."""
+
+    field: str
+    """Of the study, such as `judge.model`."""
+    kind: Literal["images", "texts", "llava"]
+    """Embeds images, embeds texts, or answers questions about images."""
+    model: str
+    revision: str | None
+    dtype: str
+
+
+def check_models(uses: Iterable[ModelUse]) -> None:
+    """Loads each model onto the meta device: everything as for the work itself, but the weights' values are not read.
+
+    That covers missing and torn files, tensors that the configuration does not expect or whose shapes differ, the
+    preprocessing, the tokenizer, the processor and the connection to the hub. Weights of the hub are downloaded.
+
+    Raises:
+        UsageError: A model cannot be loaded. The message begins with the field.
+    """
+    for use in dict.fromkeys(uses):
+        try:
+            _check(use)
+        except UsageError as error:
+            raise UsageError(f"{use.field} = {use.model!r}: {error}") from error
+
+
+def _check(use: ModelUse) -> None:
+    match use.kind:
+        case "images":
+            from sae_ray.encoders.loading import load_encoder
+
+            load_encoder(use.model, use.revision, "meta", use.dtype)
+        case "texts":
+            from sae_ray.encoders.text import load_text_encoder
+
+            load_text_encoder(use.model, use.revision, "meta")
+        case "llava":
+            from sae_ray.steering.llava import load_llava
+
+            load_llava(use.model, use.revision, "meta", use.dtype)
+        case never:
+            assert_never(never)
