@@ -69,9 +69,12 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
 @study_options
 def extract(**options: Any) -> None:
     """Extract activations, and the judge's embeddings, of all images of a study."""
+    from sae_ray.study.models import check_models, models_needed
+
     from . import extract as stage
 
     plan = plan_to_work_on(list_again=True, describe_again=True, **options)
+    check_models(models_needed(plan.extracts))
     stage.run(plan)
     for one in plan.extracts:
         click.echo(one.step.folder)
@@ -119,10 +122,13 @@ def score(**options: Any) -> None:
 @study_options
 def steering(**options: Any) -> None:
     """Measure how well the SAEs of a study steer its LLaVA, and print the rates."""
+    from sae_ray.study.models import check_models, models_needed
+
     from . import steering as stage
     from . import study
 
     plan = plan_to_work_on(**options)
+    check_models(models_needed((), plan.steerings))
     stage.run(plan)
     click.echo(study.summary_text(plan, study.write_summary(plan)))
 

@@ -10,6 +10,7 @@ from sae_ray.report import REPORT, write_report
 from sae_ray.steering.evaluation import rate_lines
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
+from sae_ray.study.models import check_models, models_needed
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.summary import compare, summarise, summary_lines
 
@@ -28,6 +29,7 @@ def run(plan: StudyPlan) -> dict:
     missing = [step for step in steps if not step.finished]
     if not missing:
         say(f"{plan.study.name}: all {len(steps)} steps are done, nothing left to do")
+    check_models(models_needed(plan.extracts, plan.steerings))
     extract.run(plan)
     train.run(plan)
     evaluate.run(plan)

@@ -93,7 +93,8 @@ def load_weights(
     ]
     if problems:
         raise UsageError(
-            f"{source.model} cannot be loaded: its weights do not fit its configuration: {', '.join(problems)} ({forms})"
+            f"{source.model} cannot be loaded: its weights do not fit its configuration: "
+            f"{', '.join(problems)} ({forms})"
         )
     return module.eval().to(device)
 

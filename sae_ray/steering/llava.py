@@ -38,9 +38,9 @@ def load_llava(model: str, revision: str | None = None, device: str = "cpu", dty
         dtype: What it computes in: `float32`, `bfloat16` or `float16`.
 
     Raises:
-        UsageError: There is no such model, it is not a LLaVA of this kind, it has no processor, its weights are missing,
-            do not fit its configuration or are not safetensors, or its language model reads several layers at once; or
-            the device or dtype is not available.
+        UsageError: There is no such model, it is not a LLaVA of this kind, it has no processor; its weights are missing,
+            do not fit its configuration or are not safetensors; its language model reads several layers at once; or the
+            device or dtype is not available.
     """
     from transformers import AutoProcessor
 
@@ -82,7 +82,8 @@ def _block_read(model: str, feature_layer: int | Sequence[int], n_layers: int) -
     block = feature_layer - 1 if feature_layer >= 0 else n_layers + feature_layer
     if not 0 <= block < n_layers:
         raise UsageError(
-            f"vision_feature_layer of {model} is {feature_layer}, which is not the output of a block; its tower has {n_layers}"
+            f"vision_feature_layer of {model} is {feature_layer}, which is not the output of a block; its tower has "
+            f"{n_layers}"
         )
     return block
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, assert_never
 
 from sae_ray.errors import UsageError
+from sae_ray.study.plan import ExtractPlan, SteeringPlan
 
 
 class ModelUse(NamedTuple):
@@ -18,6 +19,19 @@ class ModelUse(NamedTuple):
     model: str
     revision: str | None
     dtype: str
+
+
+def models_needed(extracts: Sequence[ExtractPlan], steerings: Sequence[SteeringPlan] = ()) -> Iterator[ModelUse]:
+    """The models that steps still need which are not finished."""
+    for extract in extracts:
+        if not extract.step.finished:
+            info = extract.info
+            yield ModelUse(extract.field, "images", info.model, info.revision, extract.encoder.dtype)
+    for one in steerings:
+        if not one.step.finished:
+            steering = one.steering
+            yield ModelUse("steering.llava", "llava", steering.llava, steering.revision, steering.dtype)
+            yield ModelUse("steering.scorer", "texts", steering.scorer, steering.scorer_revision, "float32")
 
 
 def check_models(uses: Iterable[ModelUse]) -> None:

@@ -58,6 +58,8 @@ class ExtractPlan:
     """The activations of one site, or the judge's embeddings, on one image set."""
 
     images: ImagePlan
+    field: str
+    """The field of the study that names the encoder, such as `judge.model`."""
     encoder: EncoderConfig | JudgeConfig
     info: EncoderInfo
     site: Site
@@ -343,7 +345,7 @@ class StudyPlan:
         check_site(info, site)
         if (_identity(info), config.dtype) == (_identity(self.encoder), self.study.encoder.dtype):
             return self._activations(pictures, site)  # perhaps a site of the grid
-        return self._extract(pictures, config, info, site, f"embeddings-{pictures.name}-scorer")
+        return self._extract(pictures, "steering.scorer", config, info, site, f"embeddings-{pictures.name}-scorer")
 
     def _images(self, name: str) -> ImagePlan:
         images, surveyed = self.study.images, self.survey.images[name]
@@ -354,15 +356,23 @@ class StudyPlan:
         return ImagePlan(name, Folder(image_set.path), surveyed, step, labels_step)
 
     def _activations(self, images: ImagePlan, site: Site) -> ExtractPlan:
-        return self._extract(images, self.study.encoder, self.encoder, site, f"activations-{images.name}-{site.name}")
+        label = f"activations-{images.name}-{site.name}"
+        return self._extract(images, "encoder.model", self.study.encoder, self.encoder, site, label)
 
     @property
     def _embeddings(self) -> ExtractPlan:
         heldout = self.images["heldout"]
-        return self._extract(heldout, self.study.judge, self.judge, self.judge_site, "embeddings-heldout")
+        judge = self.study.judge
+        return self._extract(heldout, "judge.model", judge, self.judge, self.judge_site, "embeddings-heldout")
 
     def _extract(
-        self, images: ImagePlan, encoder: EncoderConfig | JudgeConfig, info: EncoderInfo, site: Site, label: str
+        self,
+        images: ImagePlan,
+        field: str,
+        encoder: EncoderConfig | JudgeConfig,
+        info: EncoderInfo,
+        site: Site,
+        label: str,
     ) -> ExtractPlan:
         config = {
             "manifest": images.step.name,
@@ -372,7 +382,8 @@ class StudyPlan:
             "dtype": encoder.dtype,
             **dataclasses.asdict(self.study.extraction),
         }
-        return ExtractPlan(images, encoder, info, site, Step(self.root, "extract", label, config, defaults(Extraction)))
+        step = Step(self.root, "extract", label, config, defaults(Extraction))
+        return ExtractPlan(images, field, encoder, info, site, step)
 
     def _train(self, grid_cell: GridCell) -> TrainPlan:
         activations = self._activations(self.images["train"], grid_cell.site)

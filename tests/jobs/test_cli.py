@@ -300,3 +300,18 @@ def test_a_changed_folder_is_reported_by_those_who_list_it(study_values, world, 
     listed = call("run", "--root", root, "--dry-run")
     assert "has changed (" in listed.stderr
     assert call("status", "--root", root, "--json").stdout == before
+
+
+def test_a_judge_whose_weights_do_not_fit_fails_before_any_image_is_encoded(study_file, world, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    judge = shutil.copytree(world / "judge", tmp_path / "judge")
+    (weights,) = judge.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["visual.proj"] = tensors["visual.proj"][:, 1:].contiguous()
+    save_file(tensors, weights)
+    root = tmp_path / "root"
+    for command in ("run", "extract"):
+        result = call(command, study_file, "--root", root, "--judge", f"open_clip:local-dir:{judge}")
+        refused(result, 2, "judge.model = ", "visual.proj")
+    assert not list(root.glob("*/step.json"))
