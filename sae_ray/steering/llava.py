@@ -38,9 +38,9 @@ def load_llava(model: str, revision: str | None = None, device: str = "cpu", dty
         dtype: What it computes in: `float32`, `bfloat16` or `float16`.
 
     Raises:
-        UsageError: There is no such model, it is not a LLaVA of this kind, it has no processor; its weights are missing,
-            do not fit its configuration or are not safetensors; its language model reads several layers at once; or the
-            device or dtype is not available.
+        UsageError: There is no such model, it is not a LLaVA of this kind, or it has no processor; its weights are
+            missing, do not fit its configuration or are not safetensors; its language model reads several layers at
+            once; or the device or dtype is not available.
     """
     from transformers import AutoProcessor
 
