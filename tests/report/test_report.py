@@ -37,6 +37,7 @@ from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, hold
 from sae_ray.study.plan import ImagePlan, StudyPlan
 from sae_ray.study.summary import summarise
+from sae_ray.study.survey import SurveyedImages
 from tests.small_study import DEAD, LABELS, STEERED
 
 Plan = Callable[..., StudyPlan]
@@ -120,11 +121,8 @@ def folders(tmp_path: Path) -> list[ImagePlan]:
         for number in range(130):
             path = tmp_path / name / f"{number:03}.png"
             Image.new("RGB", (28, 28), (red, number, 0)).save(path)
-        sets.append(
-            ImagePlan(
-                name, Folder(tmp_path / name), list_images(Folder(tmp_path / name)), Step(Folder(tmp_path), "", "", {})
-            )
-        )
+        folder, step = Folder(tmp_path / name), Step(Folder(tmp_path), "", "", {})
+        sets.append(ImagePlan(name, folder, SurveyedImages.of(list_images(folder)), step, step))
     (tmp_path / "train" / "002.png").write_bytes(b"")
     return sets
 
@@ -335,13 +333,11 @@ def test_data_say_what_the_tables_say(report: Path, cells: dict[str, Neurons]):
             for sprite in range(len(list((report / "data" / "images").iterdir())))
             for one in data(report, f"images/{sprite}")
         ]
-        manifest = cell.pictures.manifest
+        columns = cell.pictures.manifest["image_id"], cell.pictures.labels["label_name"]
         for place, neuron in enumerate(order[:20]):
             images = [image for image in cell.top_image[neuron] if image >= 0]
             shown = [captions[number] for number in chunk["images"][place]]
-            assert shown == [
-                [manifest[column][int(i)].as_py() for column in ("image_id", "label_name")] for i in images
-            ]
+            assert shown == [[column[int(i)].as_py() for column in columns] for i in images]
             np.testing.assert_allclose(
                 chunk["activations"][place], cell.top_activation[neuron][: len(images)], rtol=1e-3
             )
@@ -376,7 +372,7 @@ def test_answers_reach_the_page(report: Path, plan: StudyPlan):
         "image": -1,
         "answers": [{"prompt": plan.study.steering.prompt, "before": "nothing", "after": LABELS[0], "right": True}],
     }
-    heldout = plan.images["heldout"].manifest["label_name"].to_pylist()
+    heldout = plan.images["heldout"].labels["label_name"].to_pylist()
     others = [index for index, label in enumerate(heldout) if label != LABELS[0]]
     assert (groups["insertion"]["right"], groups["insertion"]["n"]) == (sum(i % 2 == 0 for i in others), len(others))
     assert len(groups["insertion"]["images"]) == EXAMPLES

@@ -10,7 +10,7 @@ from sae_ray.serve.tower import Tower
 
 from sae_ray.errors import UsageError
 from sae_ray.steering import Intervention, LatentEdit, load_llava
-from tests.jobs.test_steer import save_random_sae
+from tests.jobs.test_ask import save_random_sae
 
 from .conftest import white
 
