@@ -123,6 +123,16 @@ def refusing(model: str, forms: str, of_hub: bool = False) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def check_tokenizer(model: str, tokenizer: Any, forms: str) -> None:
+    """Refuses the empty tokenizer that transformers makes up where its files are missing.
+
+    Raises:
+        UsageError: It has no words.
+    """
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UsageError(f"{model} has no tokenizer; add its files, such as tokenizer.json ({forms})")
+
+
 def refusal(model: str, error: Exception, remedy: str) -> UsageError:
     """The whole reason why a model cannot be loaded, and what to do."""
     reason = str(error).strip() or type(error).__name__

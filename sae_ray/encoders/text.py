@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from sae_ray.encoders.base import placement
-from sae_ray.encoders.hub import find, load_weights, refusing
+from sae_ray.encoders.hub import check_tokenizer, find, load_weights, refusing
 from sae_ray.encoders.sources import FORMS
 from sae_ray.encoders.transformers_models import TEXT_TYPES
 from sae_ray.errors import UsageError
@@ -67,6 +67,7 @@ def _of_transformers(
     length = source.config.text_config.max_position_embeddings
     with refusing(model, FORMS, of_hub=source.commit is not None):
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.commit)
+    check_tokenizer(model, tokenizer, FORMS)
     module: Any = load_weights(source, "AutoModel", device, dtype, FORMS)
 
     def embed(texts: list[str]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_ray.encoders.base import placement
-from sae_ray.encoders.hub import find, load_weights, refusing
+from sae_ray.encoders.hub import check_tokenizer, find, load_weights, refusing
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.transformers_models import blocks_of, describe
 from sae_ray.errors import UsageError
@@ -50,8 +50,9 @@ def load_llava(model: str, revision: str | None = None, device: str = "cpu", dty
     with refusing(model, FORMS, of_hub=source.commit is not None):
         processor: Any = AutoProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
     if not hasattr(processor, "image_processor"):
-        # transformers makes do with the tokenizer.
+        # transformers returns the tokenizer alone.
         raise UsageError(f"{model} has no processor of images and texts; add processor_config.json ({FORMS})")
+    check_tokenizer(model, processor.tokenizer, FORMS)
     network = load_weights(source, "LlavaForConditionalGeneration", target, kind, FORMS)
     return Llava(info.tower, info.layer, network, processor)
 
