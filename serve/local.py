@@ -81,25 +81,23 @@ def run(config: ServeConfig, host: str, port: int, connect: Callable[[], None], 
 
     connect()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what starts is said below
-    serve.start(
-        http_options={
-            "host": host,
-            "port": port,
-            "request_timeout_s": config.limits.timeout_s + HTTP_GRACE_S,
-        }
-    )
-    try:
-        serve.run(build(config), name=NAME, route_prefix="/")
-    except RuntimeError as error:
-        reason = _why_not_deployed()
-        _stop()
-        raise SaeRayError(f"the application did not start: {reason}") from error
-    key = f", API key from {API_KEY}" if has_key else ""
-    say(f"Serving {config.model} steered by {config.root} after {time.monotonic() - started:.0f} s{key}")
-    say(f"  playground  http://{host}:{port}/")
-    say(f"  API         http://{host}:{port}/v1   (documentation: /docs)")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        serve.start(
+            http_options={
+                "host": host,
+                "port": port,
+                "request_timeout_s": config.limits.timeout_s + HTTP_GRACE_S,
+            }
+        )
+        try:
+            serve.run(build(config), name=NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise SaeRayError(f"the application did not start: {_why_not_deployed()}") from error
+        key = f", API key from {API_KEY}" if has_key else ""
+        say(f"Serving {config.model} steered by {config.root} after {time.monotonic() - started:.0f} s{key}")
+        say(f"  playground  http://{host}:{port}/")
+        say(f"  API         http://{host}:{port}/v1   (documentation: /docs)")
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:

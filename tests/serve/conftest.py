@@ -122,7 +122,7 @@ def server(served_study) -> Server:
         application["args"].setdefault(deployment, {})["cpus"] = 0.1
     # Not the configuration's own, whose timeout is that of its own limits.
     config["http_options"] |= {"port": free_port(), "request_timeout_s": PATIENCE_S + HTTP_GRACE_S}
-    serve.start(http_options={**config["http_options"], "location": "HeadOnly"})
+    serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
     url = f"http://127.0.0.1:{config['http_options']['port']}"
 
     def deploy(user_config: dict[str, Any] | None = None) -> None:

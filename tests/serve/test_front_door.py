@@ -154,18 +154,21 @@ def test_sae_ray_serve_prints_only_its_own_lines(served_study, tmp_path):
         server = subprocess.Popen(
             [*command, "--port", address.split(":")[-1]],
             env=environment | {"HOME": str(tmp_path)},
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=stderr,
+            text=True,
             start_new_session=True,
         )
         try:
-            until(lambda: server.poll() is not None or ready(address))
+            assert server.stdout is not None
+            assert any("documentation" in line for line in server.stdout), "it ended before it served"
+            assert ready(address)
             server.terminate()
-            assert server.wait(PATIENCE_S) == 0
+            server.wait(PATIENCE_S)
         finally:
             server.kill()
         stderr.seek(0)
-        assert stderr.read() == ""
+        assert (stderr.read(), server.returncode) == ("", 0)
     assert not (tmp_path / ".ray").exists(), "a token there would lock the user out of heads that ask for one"
 
 
