@@ -57,7 +57,11 @@ def tear(directory: Path) -> None:
 
 
 def remove(*names: str) -> Callable[[Path], None]:
-    return lambda directory: [(directory / name).unlink() for name in names] and None
+    def spoil(directory: Path) -> None:
+        for name in names:
+            (directory / name).unlink()
+
+    return spoil
 
 
 def lose(name: str) -> Callable[[Path], None]:
