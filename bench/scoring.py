@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from bench.record import record
-from sae_ray.scores.scoring import joined, score_table, top_images_table
+from sae_ray.scores.scoring import joined
 from sae_ray.scores.statistics import IMAGES_PER_BLOCK, BlockImages, Entries, NeuronStats, neuron_blocks, pool_tokens
+from sae_ray.scores.tables import score_table, top_images_table
 
 THREADS = 2
 N, D_SAE, K = 50_000, 65_536, 20

@@ -9,6 +9,7 @@ import numpy as np
 from sae_ray.concepts.labelling import image_classes, label_concepts, mean_embeddings, search
 from sae_ray.encoders.text import load_text_encoder
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering.interventions import load_max_token
 from sae_ray.store.activations import ActivationStore
 from sae_ray.study.plan import StudyPlan
@@ -39,14 +40,15 @@ def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, 
             raise SaeRayError(f"{scores.step.label} is not there yet; run the score stage first")
     extract.run_only(plan, [space])
 
-    table, top_images = (pictures.step.folder.read_parquet(f"{name}.parquet") for name in ("scores", "top_images"))
-    ms = heldout.step.folder.read_parquet("scores.parquet")["ms"].to_pylist()
+    tables = ScoreTables(pictures.step.folder)
+    top_image = tables.top_images.image
+    ms = ScoreTables(heldout.step.folder).scores.ms.tolist()
     assert pictures.sae is not None, "chosen among the SAEs"
     max_token = load_max_token(pictures.sae.step.folder).numpy()
     steering = plan.study.steering
     classes = image_classes(pictures.activations.images.labels, steering.ignore_labels if steering else ())
-    concepts = label_concepts(table, top_images, classes, max_token)
-    means = mean_embeddings(top_images, ActivationStore(space.step.folder), [one.latent for one in concepts])
+    concepts = label_concepts(tables.scores, top_image, classes, max_token)
+    means = mean_embeddings(top_image, ActivationStore(space.step.folder), [one.latent for one in concepts])
     vector = load_text_encoder(space.encoder.model, space.info.revision).embed_texts([text])[0].numpy()
     return [
         {

@@ -14,11 +14,10 @@ from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
-import pyarrow as pa
-
 from sae_ray.sae import SAE, load_sae
-from sae_ray.scores.scoring import histogram_table, image_blocks, read_block, score_table, top_images_table
+from sae_ray.scores.scoring import image_blocks, read_block
 from sae_ray.scores.statistics import BlockImages, Entries, NeuronStats, neuron_blocks
+from sae_ray.scores.tables import write_tables
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.study.config import ScoreResources
@@ -88,7 +87,7 @@ class Pass:
         options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "num_returns": 1 + len(ranges)}
         self._block = ray.remote(**options)(block_entries)
         self._fold = ray.remote(num_cpus=resources.cpus)(folded)
-        self._tables = ray.remote(num_cpus=0)(tables)
+        self._write = ray.remote(num_cpus=0)(written)
         self._waiting: list[list] = []
         self._folded: list = [None for _ in ranges]
         self._started = time.monotonic()
@@ -112,10 +111,8 @@ class Pass:
         """Writes the tables and finishes the step."""
         import ray
 
-        found = ray.get(self._tables.remote(*self._folded))
+        ray.get(self._write.remote(self.step.folder, *self._folded))
         self._folded = []
-        for name, table in found.items():
-            self.step.folder.write_parquet(f"{name}.parquet", table)
         self.step.finish(time.monotonic() - self._started, self._counts)
 
 
@@ -152,13 +149,9 @@ def folded(stats: NeuronStats | None, shape: tuple[int, int, int], *blocks: Bloc
     return stats
 
 
-def tables(*folded: NeuronStats) -> dict[str, pa.Table]:
-    """The task that turns the statistics of all images into what is written."""
-    return {
-        "scores": score_table(folded),
-        "top_images": top_images_table(folded),
-        "histogram": histogram_table(folded),
-    }
+def written(folder: Folder, *folded: NeuronStats) -> None:
+    """The task that writes the tables of a pass; Ray hands over only what is an argument of its own."""
+    write_tables(folder, folded)
 
 
 @lru_cache(maxsize=1)

@@ -21,6 +21,7 @@ from sae_ray.encoders.text import load_text_encoder
 from sae_ray.errors import SaeRayError
 from sae_ray.images import decode_image
 from sae_ray.sae import load_sae
+from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering.config import Steering
 from sae_ray.steering.diffmean import ClassSums, class_sums, diffmean
 from sae_ray.steering.evaluation import Yardstick, answer_table, best_scales, concept_table, rates, texts
@@ -39,6 +40,7 @@ from sae_ray.steering.protocol import (
 from sae_ray.steering.respondent import Respondent
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
+from sae_ray.store.steps import digest
 from sae_ray.study.config import SteeringResources
 from sae_ray.study.plan import ImagePlan, ScorePlan, SteeringPlan, StudyPlan
 
@@ -102,14 +104,13 @@ class Evaluation:
     @cached_property
     def subjects(self) -> Subjects:
         """The latents and neurons to steer with."""
-        raw_scores = self.plan.raw_scores.step.folder
-        max_token = raw_scores.read_parquet("scores.parquet")["max_token"].to_numpy()
-        latents = self._concepts(self.plan.scores.step.folder, load_max_token(self.plan.sae.step.folder).numpy())
-        return choose_subjects(latents, self._concepts(raw_scores, max_token), self.steering)
+        of_latents, of_neurons = (ScoreTables(one.step.folder) for one in (self.plan.scores, self.plan.raw_scores))
+        latents = self._concepts(of_latents, load_max_token(self.plan.sae.step.folder).numpy())
+        neurons = self._concepts(of_neurons, of_neurons.scores.max_token)
+        return choose_subjects(latents, neurons, self.steering)
 
-    def _concepts(self, scores: Folder, max_token: Float[np.ndarray, " neurons"]) -> list[Concept]:
-        table, top_images = (scores.read_parquet(f"{name}.parquet") for name in ("scores", "top_images"))
-        return label_concepts(table, top_images, self.train.classes, max_token)
+    def _concepts(self, tables: ScoreTables, max_token: Float[np.ndarray, " neurons"]) -> list[Concept]:
+        return label_concepts(tables.scores, tables.top_images.image, self.train.classes, max_token)
 
     def _directions(self, actors: Actors) -> list[str]:
         """Writes the DiffMean vectors and returns the labels of their classes."""
@@ -134,8 +135,8 @@ class Evaluation:
 
     def _means(self, unit: str, scores: ScorePlan, wanted: Iterable[int]) -> dict[tuple[str, int], np.ndarray]:
         numbers = sorted(wanted)
-        top_images = scores.step.folder.read_parquet("top_images.parquet")
-        means = mean_embeddings(top_images, ActivationStore(self.plan.embeddings.step.folder), numbers)
+        top_image = ScoreTables(scores.step.folder).top_images.image
+        means = mean_embeddings(top_image, ActivationStore(self.plan.embeddings.step.folder), numbers)
         return {(unit, number): mean for number, mean in zip(numbers, means, strict=True)}
 
 
@@ -180,10 +181,13 @@ class Actors:
         return sums
 
     def answers(self, phase: str, asked: Sequence[Question], images: Images) -> list[str]:
-        """The answers to all questions, in order. Answers of finished parts are read, not asked again."""
+        """The answers to all questions, in order. Answers of finished parts are read, not asked again.
+
+        A part is named after its questions, so parts of other questions or of another block size are not taken for it.
+        """
         folder = self.folder / phase
         blocks = [asked[start : start + QUESTIONS_PER_BLOCK] for start in range(0, len(asked), QUESTIONS_PER_BLOCK)]
-        files = [f"part-{number:05d}.parquet" for number in range(len(blocks))]
+        files = [f"part-{number:05d}-{digest(block)[:16]}.parquet" for number, block in enumerate(blocks)]
         present = folder.files()
         missing = [place for place, file in enumerate(files) if file not in present]
 

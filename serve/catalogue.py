@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from sae_ray.concepts.labelling import Concept, image_classes, label_concepts, mean_embeddings
 from sae_ray.concepts.naming import class_names
@@ -18,6 +16,8 @@ from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.text import TextEncoder, load_text_encoder
 from sae_ray.errors import UsageError
 from sae_ray.images import decode_image
+from sae_ray.scores.statistics import HISTOGRAM_EDGES
+from sae_ray.scores.tables import ScoreTables, TopImages
 from sae_ray.steering import load_max_token
 from sae_ray.steering.llava import describe_llava
 from sae_ray.store.activations import ActivationStore
@@ -26,7 +26,7 @@ from sae_ray.study.plan import ImagePlan, StudyPlan, TrainPlan
 from sae_ray.study.root import recalled_plan
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 Sort = Literal["similarity", "ms", "frequency", "max_token", "index"]
 THUMBNAIL = 224
@@ -65,8 +65,8 @@ class SaeEntry:
     """Every feature that fired at least once."""
     class_name: dict[str, str]
     ms: Float[np.ndarray, " d_sae"]
-    top_images: pa.Table
-    histogram: pa.Table
+    top_images: TopImages
+    histogram: Int[np.ndarray, "d_sae bins"]
     pictures: ImagePlan
     similar_to: MeanEmbeddings | None
     """None if the study has no text-image model, or has not embedded its pictures with it."""
@@ -103,41 +103,35 @@ class SaeEntry:
         return sorted(found, key=lambda one: _order(one, by))
 
     def top(self, index: int) -> list[Top]:
-        rows = self._top(index)
-        image_ids, labels = self.pictures.manifest["image_id"], self.pictures.labels["label_name"]
+        columns = self.pictures.manifest["image_id"], self.pictures.labels["label_name"]
+        images, activations = (values[index, : self._n_top(index)].tolist() for values in self.top_images)
         found = []
-        for row in rows.to_pylist():
-            image_id, label = (column[row["image_index"]].as_py() for column in (image_ids, labels))
-            found.append(Top(row["rank"], image_id, label, row["activation"]))
+        for rank, (image, activation) in enumerate(zip(images, activations, strict=True)):
+            image_id, label = (column[image].as_py() for column in columns)
+            found.append(Top(rank, image_id, label, activation))
         return found
 
     def bins(self, index: int) -> list[dict]:
-        """The histogram, as rows of low, high and n_images."""
-        return self.histogram.filter(pc.field("neuron") == index).select(["low", "high", "n_images"]).to_pylist()
+        """The filled bins of the histogram, as rows of low, high and n_images."""
+        edges, counts = HISTOGRAM_EDGES.tolist(), self.histogram[index].tolist()
+        bins = zip(edges[:-1], edges[1:], counts, strict=True)
+        return [{"low": low, "high": high, "n_images": count} for low, high, count in bins if count]
 
     def picture(self, index: int, rank: int) -> bytes | None:
         """A thumbnail of a top image as PNG; None if there is no image of that rank."""
         ids = {top.rank: top.image_id for top in self.top(index)} if index in self.concepts else {}
         return _thumbnail(self.pictures.folder, ids[rank]) if rank in ids else None
 
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        """The row at which each feature's top images start."""
-        return np.searchsorted(self.top_images["neuron"].to_numpy(), np.arange(self.n_features + 1))
-
     def _n_top(self, index: int) -> int:
-        return int(self._starts[index + 1] - self._starts[index])
-
-    def _top(self, index: int) -> pa.Table:
-        return self.top_images.slice(self._starts[index], self._n_top(index))
+        return int((self.top_images.image[index] >= 0).sum())
 
 
 class MeanEmbeddings:
     """The mean embedding of each feature's top images, to compare texts with."""
 
-    def __init__(self, top_images: pa.Table, store: ActivationStore, indices: list[int], encoder: TextEncoder):
+    def __init__(self, top_images: TopImages, store: ActivationStore, indices: list[int], encoder: TextEncoder):
         self._indices = indices
-        self._means = mean_embeddings(top_images, store, indices)
+        self._means = mean_embeddings(top_images.image, store, indices)
         self._encoder = encoder
 
     def similarities(self, text: str) -> dict[int, float]:
@@ -190,13 +184,13 @@ def _done(plan: StudyPlan, train: TrainPlan) -> bool:
 
 def _entry(plan: StudyPlan, train: TrainPlan, store: ActivationStore | None, encoder: TextEncoder | None) -> SaeEntry:
     heldout, pictures = plan.passes(train.grid_cell.name)
-    scores, top_images = (pictures.step.folder.read_parquet(f"{name}.parquet") for name in ("scores", "top_images"))
-    top_images = top_images.sort_by([("neuron", "ascending"), ("rank", "ascending")])
+    of_heldout, of_pictures = (ScoreTables(score.step.folder) for score in (heldout, pictures))
+    scores, top_images = of_pictures.scores, of_pictures.top_images
     images = pictures.activations.images
     steering = plan.study.steering
     classes = image_classes(images.labels, steering.ignore_labels if steering else ())
     max_token = load_max_token(train.step.folder).numpy()
-    concepts = {one.latent: one for one in label_concepts(scores, top_images, classes, max_token)}
+    concepts = {one.latent: one for one in label_concepts(scores, top_images.image, classes, max_token)}
     labels = [name for name in images.labels["label_name"].to_pylist() if name is not None]
     similar = MeanEmbeddings(top_images, store, list(concepts), encoder) if store and encoder else None
     return SaeEntry(
@@ -205,9 +199,9 @@ def _entry(plan: StudyPlan, train: TrainPlan, store: ActivationStore | None, enc
         train,
         concepts,
         class_names(labels),
-        heldout.step.folder.read_parquet("scores.parquet")["ms"].to_numpy(),
+        of_heldout.scores.ms,
         top_images,
-        heldout.step.folder.read_parquet("histogram.parquet"),
+        of_heldout.histogram,
         images,
         similar,
     )

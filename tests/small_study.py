@@ -13,7 +13,8 @@ from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.part import encode_part
 from sae_ray.images.part import Preparation, decode_part
 from sae_ray.sae import SAE, load_sae, save_sae
-from sae_ray.scores.scoring import histogram_table, score_store, score_table, top_images_table
+from sae_ray.scores.scoring import score_store
+from sae_ray.scores.tables import write_tables
 from sae_ray.steering.evaluation import ANSWERS_SCHEMA, CONCEPTS_SCHEMA, rates
 from sae_ray.steering.protocol import WHITE
 from sae_ray.store.activations import ActivationStore, activation_table, finish_store, write_part, write_rejects
@@ -131,9 +132,7 @@ def finish_score(score: ScorePlan) -> None:
     embeddings = ActivationStore(score.embeddings.step.folder) if score.embeddings else None
     sae = load_sae(score.sae.step.folder) if score.sae else None
     stats = score_store(sae, store, embeddings, score.step.config["top_images"])
-    folder = score.step.folder
-    for name, of in (("scores", score_table), ("top_images", top_images_table), ("histogram", histogram_table)):
-        folder.write_parquet(f"{name}.parquet", of(stats))
+    write_tables(score.step.folder, stats)
     score.step.finish(3.0, {"images": store.n_images, "neurons": score.neurons})
 
 

@@ -10,10 +10,11 @@ import pyarrow as pa
 
 from sae_ray.concepts.naming import class_of
 from sae_ray.scores.scoring import majority
+from sae_ray.scores.tables import Scores
 from sae_ray.store.activations import ActivationStore
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 
 class Concept(NamedTuple):
@@ -56,15 +57,16 @@ def image_classes(labels: pa.Table, ignored: Sequence[str] = ()) -> list[str | N
 
 
 def label_concepts(
-    scores: pa.Table,
-    top_images: pa.Table,
+    scores: Scores,
+    top_image: Int[np.ndarray, "neurons top"],
     classes: Sequence[str | None],
     max_token: Float[np.ndarray, " neurons"],
 ) -> list[Concept]:
     """The concept of each live neuron: one that fires on at least one image and has a `max_token` above 0.
 
     Args:
-        scores, top_images: the tables of one scoring pass.
+        scores: of one scoring pass.
+        top_image: `TopImages.image` of the same pass.
         classes: class of each image of that pass, by `image_index`.
         max_token: each neuron's largest value on a token.
     """
@@ -72,19 +74,18 @@ def label_concepts(
     code_of = {label: code for code, label in enumerate(known)}
     codes = np.array([-1 if label is None else code_of[label] for label in classes], np.int64)
 
-    n_firing, frequency = scores["n_firing"].to_numpy(), scores["frequency"].to_numpy()
-    neuron, image = (top_images[name].to_numpy() for name in ("neuron", "image_index"))
-    code, purity = majority(neuron, codes[image], len(n_firing))
+    neuron, rank = np.nonzero(top_image >= 0)
+    code, purity = majority(neuron, codes[top_image[neuron, rank]], len(top_image))
     return [
         Concept(
             latent,
             None if code[latent] < 0 else known[code[latent]],
             float(purity[latent]),
-            int(n_firing[latent]),
-            float(frequency[latent]),
+            int(scores.n_firing[latent]),
+            float(scores.frequency[latent]),
             float(max_token[latent]),
         )
-        for latent in np.flatnonzero((n_firing > 0) & (max_token > 0)).tolist()
+        for latent in np.flatnonzero((scores.n_firing > 0) & (max_token > 0)).tolist()
     ]
 
 
@@ -101,20 +102,18 @@ def best_of_each(concepts: Sequence[Concept]) -> list[Concept]:
 
 
 def mean_embeddings(
-    top_images: pa.Table, embeddings: ActivationStore, neurons: Sequence[int]
-) -> Float[np.ndarray, "neurons d"]:
+    top_image: Int[np.ndarray, "neurons top"], embeddings: ActivationStore, neurons: Sequence[int]
+) -> Float[np.ndarray, "chosen d"]:
     """The mean embedding of each neuron's top images, as a unit vector; NaN for a neuron without top images.
 
     Args:
-        top_images: the table of the scoring pass.
+        top_image: `TopImages.image` of a scoring pass.
         embeddings: of the same images, the `projection` of the model that texts are compared with.
         neurons: the neurons to compute.
     """
-    top_neuron, top_image = top_images["neuron"].to_numpy(), top_images["image_index"].to_numpy()
-    position = np.full(max(int(top_neuron.max(initial=0)), *neurons, 0) + 1, -1)
-    position[list(neurons)] = np.arange(len(neurons))
-    row = position[top_neuron]
-    row, image = row[row >= 0], top_image[row >= 0]
+    top = top_image[np.asarray(neurons, np.int64)]
+    row, rank = np.nonzero(top >= 0)
+    image = top[row, rank]
     order = np.argsort(image, kind="stable")
     row, image = row[order], image[order]
     total = np.zeros((len(neurons), embeddings.d))

@@ -51,10 +51,10 @@ def write_cell(folder: Path, cell: Neurons, album: Album, heat: HeatMaps | None)
         f"{cell.name}/index",
         {
             "neuron": _packed(order, "<i4"),
-            "ms": _packed(cell.columns["ms"][order], "<f4"),
-            "frequency": _packed(cell.columns["frequency"][order], "<f4"),
-            "max": _packed(cell.columns["max_image"][order], "<f4"),
-            "support": _packed(cell.columns["n_active"][order], "<i4"),
+            "ms": _packed(cell.columns.ms[order], "<f4"),
+            "frequency": _packed(cell.columns.frequency[order], "<f4"),
+            "max": _packed(cell.columns.max_image[order], "<f4"),
+            "support": _packed(cell.columns.n_active[order], "<i4"),
             "label": _packed(cell.label[order], "<i4"),
             "purity": _packed(cell.purity[order], "<f4"),
         },
@@ -73,8 +73,10 @@ def write_cell(folder: Path, cell: Neurons, album: Album, heat: HeatMaps | None)
                 "histogram": [_trimmed(counts) for counts in cell.histogram[part]],
                 "near": near[start : start + PER_CHUNK].tolist(),
                 "cosine": rounded(cosine[start : start + PER_CHUNK]),
-                **{name: rounded(cell.columns[name][part]) for name in ("mean", "mean_active", "max_token")},
-                "n_firing": cell.columns["n_firing"][part].tolist(),
+                "mean": rounded(cell.columns.mean[part]),
+                "mean_active": rounded(cell.columns.mean_active[part]),
+                "max_token": rounded(cell.columns.max_token[part]),
+                "n_firing": cell.columns.n_firing[part].tolist(),
             },
         )
     if heat is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae_ray.scores.scoring import majority
-from sae_ray.scores.statistics import HISTOGRAM_EDGES
+from sae_ray.scores.tables import Scores, ScoreTables
 from sae_ray.study.plan import ImagePlan, ScorePlan, StudyPlan
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ class Neurons:
     """The scoring pass over held-out images."""
     pictures: ImagePlan
     """The image set that the top images come from."""
-    columns: dict[str, np.ndarray]
-    """The columns of `scores.parquet`."""
+    columns: Scores
+    """The numbers of that pass."""
     order: Int[np.ndarray, " live"]
     """Neurons that fired at least once: first those scored on enough images, highest score first, then the others."""
     top_image: Int[np.ndarray, "neurons top"]
@@ -68,44 +68,28 @@ def _is_done(score: ScorePlan) -> bool:
 
 
 def _read(score: ScorePlan, pictures: ScorePlan, images: ImagePlan, min_images: int) -> Neurons:
-    table = score.step.folder.read_parquet("scores.parquet")
-    columns = {name: table[name].to_numpy() for name in table.column_names}
-    n_neurons, n_top = table.num_rows, pictures.step.config["top_images"]
-
-    top = pictures.step.folder.read_parquet("top_images.parquet")
-    place = top["neuron"].to_numpy(), top["rank"].to_numpy()
-    top_image = np.full((n_neurons, n_top), -1, dtype=np.int32)
-    top_activation = np.zeros((n_neurons, n_top), dtype=np.float32)
-    top_image[place] = top["image_index"].to_numpy()
-    top_activation[place] = top["activation"].to_numpy()
-
+    tables = ScoreTables(score.step.folder)
+    top_image, top_activation = ScoreTables(pictures.step.folder).top_images
     neuron, rank = np.nonzero(top_image >= 0)
-    label, purity = majority(neuron, image_labels(images.labels)[top_image[neuron, rank]], n_neurons)
+    label, purity = majority(neuron, image_labels(images.labels)[top_image[neuron, rank]], len(top_image))
     return Neurons(
         score=score,
         pictures=images,
-        columns=columns,
-        order=_order(columns, top_image[:, 0] >= 0, min_images),
+        columns=tables.scores,
+        order=_order(tables.scores, top_image, min_images),
         top_image=top_image,
         top_activation=top_activation,
-        histogram=_histogram(score.step.folder.read_parquet("histogram.parquet"), n_neurons),
+        histogram=tables.histogram,
         label=label,
         purity=purity,
     )
 
 
-def _order(columns: dict[str, np.ndarray], has_picture: np.ndarray, min_images: int) -> np.ndarray:
-    ms = columns["ms"]
-    unsupported = (columns["n_active"] < min_images) | np.isnan(ms)
-    order = np.lexsort((columns["neuron"], -np.nan_to_num(ms, nan=-2.0), unsupported))
-    return order[((columns["n_firing"] > 0) | has_picture)[order]]
-
-
-def _histogram(table: pa.Table, n_neurons: int) -> np.ndarray:
-    counts = np.zeros((n_neurons, len(HISTOGRAM_EDGES) - 1), dtype=np.int32)
-    bins = np.searchsorted(HISTOGRAM_EDGES, table["low"].to_numpy())
-    counts[table["neuron"].to_numpy(), bins] = table["n_images"].to_numpy()
-    return counts
+def _order(scores: Scores, top_image: np.ndarray, min_images: int) -> np.ndarray:
+    unsupported = (scores.n_active < min_images) | np.isnan(scores.ms)
+    order = np.lexsort((scores.neuron, -np.nan_to_num(scores.ms, nan=-2.0), unsupported))
+    shown = (scores.n_firing > 0) | (top_image >= 0).any(axis=1)
+    return order[shown[order]]
 
 
 def image_labels(labels: pa.Table) -> Int[np.ndarray, " images"]:

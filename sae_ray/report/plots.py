@@ -241,8 +241,8 @@ def _append(plot: Plot, name: str, points: Sequence[tuple[Any, Any]]) -> None:
 
 
 def _append_curve(plot: Plot, name: str, cell: Neurons, min_images: int, dashed: bool = False) -> None:
-    ms = cell.columns["ms"]
-    ms = ms[(cell.columns["n_active"] >= min_images) & ~np.isnan(ms)]
+    ms = cell.columns.ms
+    ms = ms[(cell.columns.n_active >= min_images) & ~np.isnan(ms)]
     if len(ms):
         x, y = ms_curve(ms)
         plot.lines.append(Line(name, x.tolist(), y.tolist(), dashed))

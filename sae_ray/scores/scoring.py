@@ -1,4 +1,4 @@
-"""Scores an SAE, or the raw activations, on one image set: fixed blocks in, three tables out."""
+"""Scores an SAE, or the raw activations, on one image set, in fixed blocks of images."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.scores.statistics import (
-    HISTOGRAM_EDGES,
     IMAGES_PER_BLOCK,
     BlockImages,
     Entries,
@@ -59,7 +57,7 @@ def read_block(
 
     Raises:
         UsageError: the SAE takes activations of another width.
-        SaeRayError: the embeddings are of other images.
+        SaeRayError: the embeddings are of other images, or one has length zero.
     """
     ranges = list(neuron_blocks(n_neurons(sae, store), _width(embeddings)))
     if embeddings is not None and len(embeddings.parts) != len(store.parts):
@@ -80,7 +78,11 @@ def read_block(
             judged.append(judged_part)
 
     entries = joined(part_entries)
-    images = BlockImages.of(np.concatenate(image_index), np.concatenate(judged) if judged else None)
+    if embeddings is None:
+        images = BlockImages.unjudged(np.concatenate(image_index))
+    else:
+        judge = f"the judge (embeddings in {embeddings.folder})"
+        images = BlockImages.of(np.concatenate(image_index), np.concatenate(judged), judge)
     return images, [entries.of_range(neurons) for neurons in ranges]
 
 
@@ -127,61 +129,6 @@ def _encode(sae: SAE | None, activation: np.ndarray, row_image: np.ndarray) -> E
     codes = sae.encode_sparse(torch.from_numpy(activation.astype(np.float32)).to(sae.W_enc.device))
     row, neuron, value = (tensor.cpu().numpy() for tensor in (codes.rows, codes.latents, codes.values))
     return pool_tokens(row_image, row, neuron, value)
-
-
-def score_table(blocks: Sequence[NeuronStats]) -> pa.Table:
-    """One row per neuron, in order. `ms` is NaN for dead neurons; maxima are 0 for latents that never fired."""
-    n_images = blocks[0].n_images
-
-    def column(name: str) -> np.ndarray:
-        return np.concatenate([getattr(block, name) for block in blocks])
-
-    n_firing = column("n_firing")
-    return pa.table(
-        {
-            "neuron": np.arange(len(n_firing)),
-            "ms": np.concatenate([block.monosemanticity() for block in blocks]),
-            "n_active": column("n_active"),
-            "n_firing": n_firing,
-            "frequency": n_firing / n_images,
-            "mean": column("total") / n_images,
-            "mean_active": column("total_firing") / np.maximum(n_firing, 1),
-            "max_image": column("max_image"),
-            "max_token": column("max_token"),
-        }
-    )
-
-
-def top_images_table(blocks: Sequence[NeuronStats]) -> pa.Table:
-    """One row per (neuron, rank), rank from 0; images on which the neuron is 0 are not listed."""
-    value = np.concatenate([block.top_value for block in blocks])
-    image = np.concatenate([block.top_image for block in blocks])
-    neuron, rank = np.nonzero(image >= 0)
-    return pa.table(
-        {
-            "neuron": neuron,
-            "rank": rank.astype(np.int16),
-            "image_index": image[neuron, rank],
-            "activation": value[neuron, rank].astype(np.float32),
-        }
-    )
-
-
-def histogram_table(blocks: Sequence[NeuronStats]) -> pa.Table:
-    """One row per (neuron, non-empty bin): the number of images with a value from `low` to below `high`, above 0.
-
-    The first and the last bin also count values outside the range of `HISTOGRAM_EDGES`.
-    """
-    counts = np.concatenate([block.histogram for block in blocks])
-    neuron, bins = np.nonzero(counts)
-    return pa.table(
-        {
-            "neuron": neuron,
-            "low": HISTOGRAM_EDGES[bins],
-            "high": HISTOGRAM_EDGES[bins + 1],
-            "n_images": counts[neuron, bins],
-        }
-    )
 
 
 def majority(

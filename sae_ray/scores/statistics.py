@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from sae_ray.errors import UsageError
+from sae_ray.errors import SaeRayError, UsageError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -56,14 +56,28 @@ class BlockImages(NamedTuple):
 
     @classmethod
     def of(
-        cls, image_index: Int[np.ndarray, " images"], embeddings: Float[np.ndarray, "images d"] | None
+        cls,
+        image_index: Int[np.ndarray, " images"],
+        embeddings: Float[np.ndarray, "images d"],
+        judge: str = "the judge",
     ) -> BlockImages:
-        """From embeddings of any length; None without a judge."""
-        if embeddings is None:
-            return cls(image_index, np.zeros((len(image_index), 0)))
+        """From embeddings of any length but zero.
+
+        Raises SaeRayError, which names the judge and the image, if an embedding has length zero.
+        """
         embeddings = embeddings.astype(np.float64)
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-        return cls(image_index, embeddings / np.maximum(lengths, np.finfo(np.float64).tiny))
+        if not lengths.all():
+            raise SaeRayError(
+                f"{judge} gives the image with image_index {image_index[lengths[:, 0] == 0][0]} an embedding of length "
+                "zero, which has no direction; remove the image or choose another judge"
+            )
+        return cls(image_index, embeddings / lengths)
+
+    @classmethod
+    def unjudged(cls, image_index: Int[np.ndarray, " images"]) -> BlockImages:
+        """Without a judge."""
+        return cls(image_index, np.zeros((len(image_index), 0)))
 
 
 def pool_tokens(
@@ -247,7 +261,8 @@ def monosemanticity(
         than two images above its minimum.
 
     Raises:
-        UsageError: the two have different numbers of rows, contain values that are not finite, or an embedding is zero.
+        UsageError: the two have different numbers of rows, or contain values that are not finite.
+        SaeRayError: an embedding has length zero.
     """
     import torch
 
@@ -259,22 +274,21 @@ def monosemanticity(
     values, judged = (tensor.detach().to("cpu", torch.float64).numpy() for tensor in (activations, embeddings))
     if not (np.isfinite(values).all() and np.isfinite(judged).all()):
         raise UsageError("activations and embeddings must be finite; remove the rows with NaN or inf")
-    if not judged.any(axis=1).all():
-        raise UsageError("an embedding is zero, so it has no direction; remove its row from both matrices")
+    images = BlockImages.of(np.arange(len(judged)), judged)
     scores = np.empty(values.shape[1])
     for block in neuron_blocks(values.shape[1], judged.shape[1]):
-        scores[block] = _block_scores(values[:, block], judged)
+        scores[block] = _block_scores(values[:, block], images)
     return torch.from_numpy(scores)
 
 
-def _block_scores(values: np.ndarray, judged: np.ndarray) -> np.ndarray:
+def _block_scores(values: np.ndarray, images: BlockImages) -> np.ndarray:
     # Scaled to [0, 1] as in the paper. Scores do not change, but sums of values far from 0 would lose precision.
     low, high = values.min(axis=0, initial=np.inf), values.max(axis=0, initial=-np.inf)
     values = (values - low) / np.where(high > low, high - low, 1.0)
     neuron, image = np.nonzero(values.T)
     value = values[image, neuron]
-    stats = NeuronStats(values.shape[1], judged.shape[1], n_top=0)
-    stats.add(Entries(image, neuron, value, value), BlockImages.of(np.arange(len(values)), judged))
+    stats = NeuronStats(values.shape[1], images.unit.shape[1], n_top=0)
+    stats.add(Entries(image, neuron, value, value), images)
     return stats.monosemanticity()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sae_ray.scores.tables import ScoreTables
 from sae_ray.study.config import GridCell
 from sae_ray.study.plan import ScorePlan, StudyPlan, TrainPlan
 from sae_ray.text_table import table_lines
@@ -58,15 +59,15 @@ def fidelity(plan: StudyPlan, sae: TrainPlan) -> dict[str, Any]:
 
 
 def _summarise(plan: StudyPlan, score: ScorePlan) -> CellSummary:
-    table = score.step.folder.read_parquet("scores.parquet")
-    ms = table["ms"].to_numpy()
-    ms = np.sort(ms[(table["n_active"].to_numpy() >= plan.study.scoring.min_images) & ~np.isnan(ms)])[::-1]
+    scores = ScoreTables(score.step.folder).scores
+    scored = (scores.n_active >= plan.study.scoring.min_images) & ~np.isnan(scores.ms)
+    ms = np.sort(scores.ms[scored])[::-1]
     counts = fidelity(plan, score.sae) if score.sae else {}
     return CellSummary(
         name=score.name,
         grid_cell=score.sae.grid_cell if score.sae else None,
         site=score.activations.site.name,
-        n_neurons=table.num_rows,
+        n_neurons=len(scored),
         n_scored=len(ms),
         mean_ms=float(ms.mean()) if len(ms) else float("nan"),
         best_ms=float(ms[0]) if len(ms) else float("nan"),

@@ -27,6 +27,7 @@ from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.sites import Site
 from sae_ray.encoders.text import load_text_encoder
 from sae_ray.errors import UsageError
+from sae_ray.scores.tables import Scores
 from sae_ray.world.write import MODELS
 
 CLIP, JUDGE = str(MODELS / "clip"), f"open_clip:local-dir:{MODELS / 'judge'}"
@@ -71,14 +72,14 @@ def test_a_synset_is_the_class_whether_it_has_a_name_or_not():
 # By labels
 
 
-def tables(top: dict[int, list[int]], n_neurons: int, n_images: int) -> tuple[pa.Table, pa.Table]:
+def tables(top: dict[int, list[int]], n_neurons: int, n_images: int) -> tuple[Scores, np.ndarray]:
     """Scores and top images of neurons, given the images that they fire on, strongest first."""
-    n_firing = [len(top.get(neuron, [])) for neuron in range(n_neurons)]
-    rows = [(neuron, rank, image) for neuron, images in top.items() for rank, image in enumerate(images[:16])]
-    columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[], [], []]
-    scores = pa.table({"n_firing": n_firing, "frequency": [n / n_images for n in n_firing]})
-    schema = pa.schema([("neuron", pa.int64()), ("rank", pa.int16()), ("image_index", pa.int64())])
-    return scores, pa.table(columns, schema=schema)
+    n_firing = np.array([len(top.get(neuron, [])) for neuron in range(n_neurons)])
+    unused = dict.fromkeys(Scores._fields, np.full(n_neurons, np.nan))
+    top_image = np.full((n_neurons, 16), -1)
+    for neuron, images in top.items():
+        top_image[neuron, : len(images)] = images[:16]
+    return Scores(**(unused | {"n_firing": n_firing, "frequency": n_firing / n_images})), top_image
 
 
 def test_a_latent_stands_for_what_its_top_images_share():
@@ -142,8 +143,8 @@ def test_mean_embeddings_and_search_against_a_dense_computation(write_store, tmp
     parts = [kept[kept < 6], kept[kept >= 6]]
     store = write_store(tmp_path, [(part, np.full(len(part), -1), vectors[part]) for part in parts])
     top = {0: [0, 11], 2: [3, 4, 5, 10], 7: [8]}
-    _, top_images = tables(top, 9, 12)
-    means = mean_embeddings(top_images, store, [7, 0, 2])
+    _, top_image = tables(top, 9, 12)
+    means = mean_embeddings(top_image, store, [7, 0, 2])
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     for mean, neuron in zip(means, (7, 0, 2), strict=True):
         expected = unit[top[neuron]].mean(axis=0)

@@ -16,6 +16,7 @@ from sae_ray.jobs.train import _bundles, train_cells
 from sae_ray.encoders import describe_encoder
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.steering.evaluation import rates
+from sae_ray.steering.protocol import Question
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import remember
 from tests.small_study import finish_extract, finish_score
@@ -157,6 +158,34 @@ def test_an_interrupted_run_goes_on_where_it_was(steered, scored, make_steered, 
     assert (expected[4]["kind"], expected[4]["prompt"]) == ("reconstruction", OTHER)
     expected[4] |= {"steered": "forged", "right": False}
     assert found == expected
+
+
+def test_only_answers_to_the_same_questions_are_taken_over(ray_cluster, scored, make_steered, tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    shutil.copytree(scored, root)
+    plan = make_steered(root)
+    evaluation = steering.Evaluation(plan.steerings[0], plan.study.seed)
+    actors = steering.Actors(evaluation.plan, plan.study.resources.steering)
+    evaluation._directions(actors)
+    prompt = evaluation.steering.prompt
+    questions = [Question("unsteered", -1, None, 0.0, image, prompt) for image in evaluation.heldout.usable[:8]]
+    parts = evaluation.folder / "answers"
+
+    def answers(asked: list[Question], block: int) -> list[str]:
+        monkeypatch.setattr(steering, "QUESTIONS_PER_BLOCK", block)
+        return actors.answers("answers", asked, evaluation.heldout)
+
+    told = answers(questions, 4)
+    assert len(set(told)) > 1
+    for file in parts.files():
+        parts.write_parquet(file, pa.table({"answer": ["forged"] * 4}))  # so that it shows what is taken over
+    assert answers(questions, 4) == ["forged"] * 8
+    assert answers(questions[:4], 4) == ["forged"] * 4
+    assert answers(questions, 3) == told
+    assert answers(questions[::-1], 4) == told[::-1]
+    other = [question._replace(kind="reconstruction") for question in questions[:4]]
+    assert answers(other + questions[4:], 4)[4:] == ["forged"] * 4
+    assert "forged" not in answers(other, 4)
 
 
 def test_what_is_missing_is_named(scored, make_steered):

@@ -87,14 +87,14 @@ def unpacked(text: str, dtype: str) -> np.ndarray:
 
 def test_neurons_are_ordered_by_score_where_it_has_support(plan: StudyPlan, plan_small_study: Plan, small_study: Path):
     for cell in read_neurons(plan_small_study(small_study, **{"scoring.min_images": 8})):
-        ms, support = cell.columns["ms"][cell.order], cell.columns["n_active"][cell.order]
+        ms, support = cell.columns.ms[cell.order], cell.columns.n_active[cell.order]
         n_supported = int((support >= 8).sum())
         assert (support[:n_supported] >= 8).all()
         for part in (ms[:n_supported], ms[n_supported:]):
             known = part[~np.isnan(part)]
             assert (np.diff(known) <= 0).all()
         silent = set(range(cell.score.neurons)) - set(cell.order.tolist())
-        assert all(cell.columns["n_firing"][neuron] == 0 for neuron in silent)
+        assert all(cell.columns.n_firing[neuron] == 0 for neuron in silent)
         assert (DEAD in silent) == (cell.score.sae is not None)
 
 
@@ -102,10 +102,10 @@ def test_pictures_come_from_their_own_image_set(plan: StudyPlan, small_study: Pa
     heldout = plan_small_study(small_study, **{"scoring.pictures": "heldout", "steering": None})
     for ours, other in zip(read_neurons(plan), read_neurons(heldout), strict=True):
         assert (ours.pictures.name, other.pictures.name) == ("train", "heldout")
-        assert np.array_equal(ours.columns["ms"], other.columns["ms"], equal_nan=True)
+        assert np.array_equal(ours.columns.ms, other.columns.ms, equal_nan=True)
         assert not np.array_equal(ours.top_image, other.top_image)
-        fires = other.columns["n_firing"] > 0
-        top = other.columns["max_image"][fires]
+        fires = other.columns.n_firing > 0
+        top = other.columns.max_image[fires]
         np.testing.assert_allclose(other.top_activation[fires, 0], top, rtol=1e-6)
 
 
@@ -324,8 +324,8 @@ def test_data_say_what_the_tables_say(report: Path, cells: dict[str, Neurons]):
         index = data(report, f"{name}/index")
         order = unpacked(index["neuron"], "<i4")
         assert order.tolist() == cell.order.tolist()
-        np.testing.assert_array_equal(unpacked(index["ms"], "<f4"), cell.columns["ms"][order].astype("f4"))
-        np.testing.assert_array_equal(unpacked(index["support"], "<i4"), cell.columns["n_active"][order])
+        np.testing.assert_array_equal(unpacked(index["ms"], "<f4"), cell.columns.ms[order].astype("f4"))
+        np.testing.assert_array_equal(unpacked(index["support"], "<i4"), cell.columns.n_active[order])
 
         chunk = data(report, f"{name}/0")
         captions = [
@@ -345,8 +345,8 @@ def test_data_say_what_the_tables_say(report: Path, cells: dict[str, Neurons]):
             if counts.any():
                 first, *rest = chunk["histogram"][place]
                 assert rest == counts[first : first + len(rest)].tolist()
-                assert sum(rest) == cell.columns["n_firing"][neuron]
-                assert HISTOGRAM_EDGES[first] <= cell.columns["max_image"][neuron]
+                assert sum(rest) == cell.columns.n_firing[neuron]
+                assert HISTOGRAM_EDGES[first] <= cell.columns.max_image[neuron]
         assert (report / "data" / name / "heat.js").exists() == (why_none(cell) is None)
 
 

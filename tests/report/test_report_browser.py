@@ -99,8 +99,8 @@ def reader(browser, plan: StudyPlan) -> Iterator[Reader]:
 
 def test_the_gallery_is_filtered_and_sorted(reader: Reader, cell: Neurons):
     reader.open(f"#/neurons/{MATRYOSHKA}")
-    ms, support = cell.columns["ms"], cell.columns["n_active"]
-    frequency = cell.columns["frequency"]
+    ms, support = cell.columns.ms, cell.columns.n_active
+    frequency = cell.columns.frequency
     kept = [neuron for neuron in cell.order if support[neuron] >= 2]
     reader.found(len(kept))
     assert reader.shown() == kept[:24]

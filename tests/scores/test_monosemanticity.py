@@ -147,7 +147,6 @@ def test_tensors_of_any_dtype_are_taken():
         (torch.ones(3, 2), torch.ones(3, 2, 1), "must be two matrices"),
         (torch.tensor([[1.0], [torch.nan]]), torch.ones(2, 2), "must be finite; remove the rows"),
         (torch.ones(2, 1), torch.tensor([[1.0], [torch.inf]]), "must be finite; remove the rows"),
-        (torch.ones(2, 1), torch.tensor([[1.0, 1.0], [0.0, 0.0]]), "an embedding is zero, so it has no direction"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(activations: torch.Tensor, embeddings: torch.Tensor, message: str):

@@ -16,16 +16,17 @@ from hypothesis.extra import numpy as arrays
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE
-from sae_ray.scores.scoring import (
-    histogram_table,
-    image_blocks,
-    majority,
-    n_neurons,
-    score_store,
-    score_table,
-    top_images_table,
+from sae_ray.scores.scoring import image_blocks, majority, n_neurons, score_store
+from sae_ray.scores.statistics import (
+    HISTOGRAM_EDGES,
+    BlockImages,
+    Entries,
+    NeuronStats,
+    monosemanticity,
+    neuron_blocks,
+    pool_tokens,
 )
-from sae_ray.scores.statistics import HISTOGRAM_EDGES, BlockImages, Entries, NeuronStats, neuron_blocks, pool_tokens
+from sae_ray.scores.tables import histogram_table, score_table, top_images_table
 from sae_ray.store.activations import ActivationStore
 
 WriteStore = Callable[..., ActivationStore]
@@ -106,8 +107,11 @@ def statistics(
     """Of one value per image and neuron, the blocks of images added one after the other."""
     stats = NeuronStats(values.shape[1], 0 if embeddings is None else embeddings.shape[1], n_top)
     for rows in blocks:
-        judged = None if embeddings is None else embeddings[rows]
-        stats.add(entries_of(values[rows]), BlockImages.of(image_index[rows], judged))
+        if embeddings is None:
+            images = BlockImages.unjudged(image_index[rows])
+        else:
+            images = BlockImages.of(image_index[rows], embeddings[rows])
+        stats.add(entries_of(values[rows]), images)
     return stats
 
 
@@ -277,6 +281,31 @@ def test_embeddings_of_other_images_are_refused(tmp_path: Path, write_store: Wri
         score_store(make_sae(), store, embeddings, n_top=4)
     assert str(store.folder) in str(raised.value)
     assert str(embeddings.folder) in str(raised.value)
+
+
+def test_an_embedding_of_length_zero_is_refused_by_the_pass_and_by_the_function(
+    tmp_path: Path, write_store: WriteStore
+):
+    parts, judged = make_parts([8, 8], 1, D), make_parts([8, 8], 1, JUDGE_WIDTH, seed=1)
+    judged[1][2][3] *= 1e-30  # short, but with a direction
+    store = write_store(tmp_path, parts)
+    _, codes, _ = dense_values(None, parts, 1)
+
+    def both(label: str) -> list[Callable[[], np.ndarray]]:
+        embeddings = write_store(tmp_path, judged, label=label)
+        dense = torch.from_numpy(np.concatenate([part[2] for part in judged]))
+        return [
+            lambda: score_store(None, store, embeddings, n_top=4)[0].monosemanticity(),
+            lambda: monosemanticity(torch.from_numpy(codes), dense).numpy(),
+        ]
+
+    of_pass, of_function = (scores() for scores in both("short"))
+    np.testing.assert_allclose(of_pass, of_function, atol=1e-12)
+    assert np.isfinite(of_pass).all()
+    judged[1][2][3] = 0
+    for scores, judge in zip(both("zero"), (r"\(embeddings in .*zero-.*\) ", ""), strict=True):
+        with pytest.raises(SaeRayError, match=rf"^the judge {judge}gives the image with image_index 11 an embedding"):
+            scores()
 
 
 def test_an_sae_of_another_width_is_refused(tmp_path: Path, write_store: WriteStore):

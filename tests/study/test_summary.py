@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from sae_ray.scores.tables import SCORES, SCORES_SCHEMA
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import ScorePlan, StudyPlan
@@ -41,8 +42,9 @@ def make_plan(tmp_path: Path, tiny_clip: str, tiny_judge: str) -> MakePlan:
 def write_scores(plan: StudyPlan, name: str, ms: Sequence[float], n_active: Sequence[int] | int = 100) -> ScorePlan:
     """Finishes a scoring step with these scores."""
     [score] = [score for score in plan.scores if score.name == name and score.embeddings is not None]
-    active = np.broadcast_to(n_active, len(ms))
-    score.step.folder.write_parquet("scores.parquet", pa.table({"ms": np.array(ms, float), "n_active": active}))
+    columns = {name: np.zeros(len(ms)) for name in SCORES_SCHEMA.names}
+    columns |= {"ms": np.array(ms, float), "n_active": np.broadcast_to(n_active, len(ms))}
+    score.step.folder.write_parquet(SCORES, pa.table(columns).cast(SCORES_SCHEMA))
     score.step.finish(0.0, {})
     return score
 
