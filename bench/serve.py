@@ -85,11 +85,11 @@ def prepare(scratch: Path) -> tuple[Path, Path, list[bytes]]:
     """A finished study where the LLaVA reads its tower, that LLaVA, and images as PNG files."""
     import ray
     from sae_ray.jobs import extract, score, train
-    from sae_ray.jobs.options import remember
 
     from sae_ray.store.files import Folder
     from sae_ray.study.config import Study
     from sae_ray.study.plan import StudyPlan
+    from sae_ray.study.root import remember
     from sae_ray.world import write_world
 
     world, llava, root = scratch / "world", scratch / "llava", scratch / "root"

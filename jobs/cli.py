@@ -49,7 +49,7 @@ def _json_option(command: Callable) -> Callable:
 @click.option("--dry-run", is_flag=True, help="Print the steps, their rows, bytes and work; do nothing.")
 @_json_option
 def run(dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Run a whole study. What is finished is not done again."""
+    """Run a whole study. Finished steps are not repeated."""
     from . import status
 
     if dry_run:
@@ -68,7 +68,7 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
 @main.command()
 @study_options
 def extract(**options: Any) -> None:
-    """Extract activations, and the judge's embeddings, of all images of a study."""
+    """Extract the activations and the judge's embeddings of all images of a study."""
     from sae_ray.study.models import check_models, models_needed
 
     from . import extract as stage
@@ -83,7 +83,7 @@ def extract(**options: Any) -> None:
 @main.command()
 @study_options
 def train(**options: Any) -> None:
-    """Train the SAEs of a study on activations that are there."""
+    """Train the SAEs of a study on its extracted activations."""
     from . import train as stage
 
     plan = plan_to_work_on(**options)
@@ -139,12 +139,12 @@ def steering(**options: Any) -> None:
 @click.option(
     "--sae",
     metavar="CELL",
-    help="The SAE, by its name in the summary; by default the one that steers, or the only one.",
+    help="The SAE, named as in the summary. Default: the one used for steering, or the only one.",
 )
 @click.option("-n", "n", default=10, show_default=True, help="Latents to show.")
 @_json_option
 def find(text: str, sae: str | None, n: int, as_json: bool, **options: Any) -> None:
-    """Find the latents whose top images are most like TEXT, such as "star"."""
+    """Find the latents whose top images best match TEXT, such as "star"."""
     from .find import found, found_lines
 
     plan = open_plan(**options)
@@ -166,7 +166,7 @@ def status(as_json: bool, **options: Any) -> None:
 @main.command()
 @study_options
 def report(**options: Any) -> None:
-    """Make the report of a study's finished steps, to open in a browser, and print where it is."""
+    """Make the HTML report of a study's finished steps and print its path."""
     from . import study
 
     click.echo(study.make_report(open_plan(**options)) / "index.html")
@@ -176,26 +176,31 @@ def report(**options: Any) -> None:
 @click.argument("image")
 @click.argument("prompt", required=False)
 @click.option("--llava", required=True, metavar="DIR_OR_ID", help="The LLaVA: a directory or a model id on the hub.")
-@click.option("--sae", required=True, metavar="DIR", help="The SAE, trained where that LLaVA reads its vision tower.")
+@click.option(
+    "--sae",
+    required=True,
+    metavar="DIR",
+    help="The SAE's directory. It must be trained on the layer that the LLaVA reads.",
+)
 @click.option(
     "--latent",
     "latents",
     multiple=True,
     metavar="LATENT[=STRENGTH]",
-    help="39=40, or 39=4x for 4 times the largest value of latent 39 on a token; 39 alone with --sweep and for ablate. "
+    help="39=40, or 39=4x for 4 times the largest value of latent 39 on a token; 39 alone with --sweep or --mode ablate. "
     "May be repeated.",
 )
 @click.option("--mode", help="Edit: set (default), add, scale or ablate.")
-@click.option("--error", help="The part that the SAE does not reconstruct: drop (default) or keep.")
+@click.option("--error", help="Drop (default) or keep the part that the SAE does not reconstruct.")
 @click.option("--isolate", is_flag=True, help="Zero all other latents.")
 @click.option(
     "--token", "tokens", multiple=True, type=int, metavar="N", help="Edit this token, not all. May be repeated."
 )
-@click.option("--intervention", "file", metavar="FILE", help="JSON file with all of this; may mix modes.")
+@click.option("--intervention", "file", metavar="FILE", help="JSON file with these settings instead; it may mix modes.")
 @click.option("--sweep", metavar="STRENGTHS", help='Several strengths, as in "0x,1x,2x,4x"; one answer for each.')
 @click.option("--max-new-tokens", type=int, help="Length of the answers in tokens; 32 by default.")
 @click.option("--device", default="cpu", show_default=True, help="A torch device.")
-@click.option("--dtype", default="float32", show_default=True, help="What the LLaVA computes in.")
+@click.option("--dtype", default="float32", show_default=True, help="Dtype of the LLaVA.")
 @_json_option
 def ask(
     as_json: bool,
@@ -229,16 +234,20 @@ def ask(
 @click.option("--root", metavar="DIR", help="The study whose SAEs steer: its directory or URI.")
 @click.option("--llava", metavar="DIR_OR_ID", help="The LLaVA; the study's by default.")
 @click.option("--sae", "saes", multiple=True, metavar="CELL", help="Only this SAE of the study. May be repeated.")
-@click.option("--engine", type=click.Choice(["transformers", "vllm"]), help="Who generates; transformers by default.")
+@click.option(
+    "--engine", type=click.Choice(["transformers", "vllm"]), help="What generates answers; transformers by default."
+)
 @click.option("--device", help="A torch device; cpu by default.")
-@click.option("--dtype", help="What the LLaVA computes in; float32 by default.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Others than this machine's need an API key.")
+@click.option("--dtype", help="Dtype of the LLaVA; float32 by default.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Addresses that other machines can reach need an API key."
+)
 @click.option("--port", default=8000, show_default=True)
-@click.option("--config", metavar="FILE", help="YAML with any of the application's arguments; options override it.")
+@click.option("--config", metavar="FILE", help="YAML file with any argument of the application; options override it.")
 def serve(host: str, port: int, config: str | None, engine: str | None, **options: Any) -> None:
     """Serve the steered LLaVA of a study: an OpenAI-compatible API, and a playground to open in a browser.
 
-    Clients must send the API key that the environment variable SAE_RAY_API_KEY holds, where it holds one.
+    If the environment variable SAE_RAY_API_KEY is set, clients must send its value as their API key.
     """
     from sae_ray.serve.local import read_config, run  # pyright: ignore[reportMissingImports]  # see pyproject.toml
 

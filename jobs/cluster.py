@@ -83,17 +83,17 @@ def gpus_or_default(gpus: float | None) -> float:
 
 
 def require(field: str, workers: int, cpus: float, gpus: float, beside: float = 0) -> None:
-    """Refuses workers that would wait for machines for ever; of a cluster that may grow (`RAY_ADDRESS`) it only warns.
+    """Refuses workers that the cluster has no room for; on a cluster that may grow (`RAY_ADDRESS`) it only warns.
 
     Args:
         field: the table of the study that asks for them, such as `resources.steering`.
-        workers: that must run at once.
-        cpus: of a worker.
-        gpus: of a worker.
-        beside: CPUs that must be left for others meanwhile.
+        workers: number that must run at once.
+        cpus: per worker.
+        gpus: per worker.
+        beside: CPUs needed for other tasks at the same time.
 
     Raises:
-        UsageError: the cluster, which is this driver's own, has no room for them.
+        UsageError: this driver's own cluster has no room for them.
     """
     import ray
 
@@ -110,16 +110,16 @@ def require(field: str, workers: int, cpus: float, gpus: float, beside: float = 
         + f" do not fit in the cluster of {n_cpus()} CPUs and {n_gpus()} GPUs"
     )
     if os.environ.get("RAY_ADDRESS"):
-        say(f"{problem}; they wait until it has grown")
+        say(f"{problem}; they wait until it grows")
     else:
         raise UsageError(f"{problem}; lower workers, cpus or gpus there")
 
 
 def user_error(error: BaseException | None) -> SaeRayError | None:
-    """The error that a user can mend, if one lies beneath what Ray raised."""
+    """The error that a user can fix, if there is one among the causes of what Ray raised."""
     while error is not None:
         if isinstance(error, SaeRayError):
-            # Ray raises a subclass of both whose text carries a remote traceback; its cause says it better.
+            # Ray raises a subclass of both whose text includes a remote traceback; its cause has the plain message.
             cause = getattr(error, "cause", None)
             return cause if isinstance(cause, SaeRayError) else error
         failed_workers = getattr(error, "worker_failures", {})

@@ -1,12 +1,9 @@
-"""The evaluation stage: Ray tasks measure every SAE on held-out activations, one SAE a task."""
+"""The evaluation stage: Ray tasks measure every SAE on held-out activations, one SAE per task."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
 
 from sae_ray.store.steps import Step
 from sae_ray.study.plan import EvaluatePlan, StudyPlan
@@ -52,15 +49,13 @@ def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
 
 def evaluated(sae: Any, activations: Any, step: Step, device: str) -> None:
     """The task: measures one SAE and finishes its step."""
-    from sae_ray.sae import load_sae
+    from sae_ray.sae import load_sae, save_latents
     from sae_ray.sae.metrics import evaluate_store
     from sae_ray.store import ActivationStore
 
     started = time.monotonic()
     fidelity = evaluate_store(load_sae(sae).to(device), ActivationStore(activations))
-    latents = fidelity.latents()
-    columns = {name: getattr(latents, name).numpy() for name in latents._fields}
-    step.folder.write_parquet("latents.parquet", pa.table({"latent": np.arange(len(latents.max_token)), **columns}))
+    save_latents(fidelity.latents(), step.folder)
     step.finish(time.monotonic() - started, fidelity.summary()._asdict())
 
 

@@ -1,9 +1,9 @@
 """The extraction stage: Ray Data streams images through encoder actors into the activation store.
 
-One row of the dataset is one part, a fixed range of `image_index`. Its images are decoded: where encoders have GPUs in
-a task, else in the encoder's own actor. That actor encodes them batch by batch and writes the part of every site, the
-judge's embeddings included, while it encodes the next one. Thus a part is a function of its images alone, and what a
-killed run finished is not done again.
+One row of the dataset is one part, a fixed range of `image_index`. If encoders have GPUs, a task decodes its images,
+otherwise the encoder's own actor. The actor encodes them batch by batch, and writes the part of every site (and of the
+judge's embeddings) while it encodes the next one. A part depends on its images alone, so what a killed run finished is
+not repeated.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _write_lists(images: ImagePlan) -> None:
 
 @dataclass(frozen=True)
 class SitePart:
-    """What an encoder actor needs to know of one step."""
+    """What an encoder actor needs to know about one step."""
 
     folder: Folder
     site: Site
@@ -90,7 +90,7 @@ class EncoderJob:
     revision: str | None
     dtype: str
     at_least: int | None
-    """Of fast pixels: how many per side a JPEG must have that is decoded at reduced size. None makes exact ones."""
+    """For fast pixels: a JPEG decoded at reduced size keeps at least this many pixels per side. None: exact."""
     steps: tuple[SitePart, ...]
 
 
@@ -178,7 +178,7 @@ def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
     by_encoder: dict[tuple[str, str | None, str, int | None], list[SitePart]] = {}
     for extract in todo:
         at_least = 2 * max(extract.info.image_size) if extract.step.config["pixels"] == "fast" else None
-        # The revision that was resolved for the step, whatever its name means by now.
+        # The revision resolved for the step: a branch may have moved since.
         key = (extract.info.model, extract.info.revision, extract.encoder.dtype, at_least)
         part = SitePart(extract.step.folder, extract.site, extract.step.config["store_dtype"])
         by_encoder.setdefault(key, []).append(part)
@@ -223,7 +223,7 @@ class PartEncoder:
         self.batch_size = batch_size
         self.seed = seed
         self.encoding = Lock()
-        # The pixels are only read, and copied to nowhere but the device.
+        # The pixels are only read.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -231,7 +231,7 @@ class PartEncoder:
         try:
             self._write(part, batch)
             problem = ""
-        except SaeRayError as error:  # as a row: raised, it would reach the driver without its type
+        except SaeRayError as error:  # as a row: an exception would reach the driver without its type
             problem = str(error)
         return pa.table({"part": [part], "problem": [problem]})
 

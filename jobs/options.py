@@ -1,4 +1,4 @@
-"""How the command line names a study: a file, what overrides it, and where its results lie."""
+"""How the command line names a study: its file, the options that override it, and its root."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def study_options(command: Callable) -> Callable:
     root = click.option(
         "--root",
         metavar="DIR",
-        help="Where results lie: a directory or a URI. By default runs/<name of the study>, in a Ray job (whose "
-        "directory is a temporary copy) ~/sae-ray/<name of the study>.",
+        help="Where results are written: a directory or a URI. Default: runs/<name of the study>, or "
+        "~/sae-ray/<name of the study> in a Ray job, whose own directory is deleted after it.",
     )
     study = click.argument("study", required=False, type=click.Path(dir_okay=False))
     return study(root(settings(command)))
@@ -78,11 +78,11 @@ def open_plan(
 ) -> StudyPlan:
     """The plan of the study that the options name.
 
-    Without a study file it is what the root remembers from the command before, or what the flags alone say.
+    Without a study file, the study is the one that the root remembers, or what the flags alone describe.
 
     Args:
-        list_again: list the image folders even where the root remembers them, and report what has changed.
-        describe_again: look at the models even where the root remembers them.
+        list_again: list the image folders even if the root remembers them, and report changes.
+        describe_again: describe the models even if the root remembers them.
 
     Raises:
         UsageError: there is no study, something in it is invalid, or the root cannot be read or would be lost.
@@ -93,7 +93,7 @@ def open_plan(
 
     if root is not None and _in_job() and "://" not in root and not Path(root).expanduser().is_absolute():
         raise UsageError(
-            f"--root {root} would lie in the directory of this Ray job, a temporary copy that is deleted after it; "
+            f"--root {root} is relative to the directory of this Ray job, which is deleted after the job; "
             "give an absolute path or a URI"
         )
     overrides = _overrides(settings, flags)
@@ -104,7 +104,9 @@ def open_plan(
     elif overrides:
         loaded = Study.from_dict({"name": "study"}, overrides)
     else:
-        raise UsageError("no study: name a study file, or --images, --encoder and --site, or a --root that has one")
+        raise UsageError(
+            "no study: give a study file, or --images, --encoder and --site, or the --root of an earlier study"
+        )
     plan = plan_study(loaded, Folder(root or _default_root(loaded.name)), list_again, describe_again)
     if list_again:
         for line in changed_folders(plan):
@@ -113,7 +115,7 @@ def open_plan(
 
 
 def plan_to_work_on(**options: Any) -> StudyPlan:
-    """As `open_plan`; the root remembers it. Raises UsageError when the root cannot be written."""
+    """As `open_plan`, and saves the study in the root. Raises UsageError when the root cannot be written."""
     from sae_ray.study.root import remember
 
     plan = open_plan(**options)
@@ -141,7 +143,7 @@ def _parameter(field: str) -> str:
 
 
 def _value(text: str) -> Any:
-    """A TOML value; what is none is taken as a string, so that paths need no quotes."""
+    """A TOML value. Anything else is taken as a string, so that paths need no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,8 +1,8 @@
 """The scoring stage: one pass over (SAE, image set) in Ray tasks gives scores and top images of every neuron.
 
 A task prepares one block of images; chains of folds, one per range of neurons, add the blocks to a `NeuronStats` in the
-order of the images. Blocks are fixed by the format, so the result is the same to the bit for any number of workers and
-any order of completion.
+order of the images. Blocks are fixed by the format, so the result is bit-identical for any number of workers and any
+order of completion.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def block_entries(
     """The task: one block of images, then its entries for every range of neurons."""
     import torch
 
-    torch.set_num_threads(1)  # the number of threads would show in the last bits
+    torch.set_num_threads(1)  # the last bits depend on the number of threads
     judged = ActivationStore(embeddings) if embeddings else None
     images, entries = read_block(_sae(sae, device) if sae else None, ActivationStore(activations), judged, parts)
     return images, *entries
@@ -134,12 +134,12 @@ def folded(stats: NeuronStats | None, shape: tuple[int, int, int], *blocks: Bloc
     Args:
         stats: None at the start.
         shape: of empty statistics.
-        blocks: the images of each, then the entries of each: Ray sees what is to be handed over only on this level.
+        blocks: the images of each block, then the entries of each: Ray only resolves arguments at the top level.
     """
     import torch
 
     torch.set_num_threads(1)
-    # A copy, since what Ray hands over cannot be written to.
+    # A copy: objects from Ray's store are read-only.
     stats = NeuronStats(*shape) if stats is None else deepcopy(stats)
     n_blocks = len(blocks) // 2
     for images, entries in zip(blocks[:n_blocks], blocks[n_blocks:], strict=True):

@@ -28,7 +28,7 @@ class Planned(Protocol):
 
     @property
     def bytes(self) -> int:
-        """About what it takes on disk."""
+        """Its approximate size on disk."""
         ...
 
 
@@ -36,7 +36,7 @@ P = TypeVar("P", bound=Planned)
 
 
 def unfinished(plans: Sequence[P]) -> list[P]:
-    """Those that are left to do: neither finished nor reading a step that failed for good."""
+    """The plans that are left to do: not finished, and reading no step that failed permanently."""
     return [one for one in plans if not one.step.finished and not any(step.failure for step in one.inputs)]
 
 
@@ -46,7 +46,7 @@ def at_work(root: Folder, stage: str, todo: Sequence[Planned]) -> Iterator[None]
 
     Raises:
         SaeRayError: a step that is read is missing, the disk is too full, another driver is at work on one of the
-            steps; or what a worker raised that a user can fix, as it was raised there.
+            steps, or a worker raised an error that a user can fix.
     """
     for step in (step for one in todo for step in one.inputs):
         if not step.finished:

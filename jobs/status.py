@@ -1,4 +1,4 @@
-"""What a study amounts to, and how much of it is done."""
+"""The steps of a study, and how much of them is done."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def status(plan: StudyPlan) -> list[dict[str, Any]]:
 
 
 def status_lines(entries: list[dict[str, Any]]) -> list[str]:
-    """The entries as people read them."""
+    """The entries as text."""
     width = max(len(entry["step"]) for entry in entries)
     lines = []
     for entry in entries:
@@ -85,7 +85,7 @@ def _is_left(plan: StudyPlan, images: str) -> bool:
 
 
 def dry_run_lines(report: dict[str, Any]) -> list[str]:
-    """The report as people read it."""
+    """The report as text."""
     width = max(len(entry["step"]) for entry in report["steps"])
     lines = [f"Study {report['study']} under {report['root']}", ""]
     for entry in report["steps"]:

@@ -29,7 +29,7 @@ NAME = "sae-ray"
 def read_config(file: str | None, engine: str | None, options: Mapping[str, Any]) -> ServeConfig:
     """The configuration in a YAML file, overridden by the options that are given.
 
-    Raises UsageError when the file cannot be read, or for a field that cannot be.
+    Raises UsageError when the file cannot be read, or a field is invalid.
     """
     values = {} if file is None else _read_yaml(file)
     values |= {name: value for name, value in options.items() if value}
@@ -42,7 +42,7 @@ def read_config(file: str | None, engine: str | None, options: Mapping[str, Any]
         first = error.errors()[0]
         field, value = ".".join(map(str, first["loc"])), first["input"]
         problem = "is missing" if first["type"] == "missing" else f"is {value!r}: {first['msg']}"
-        raise UsageError(f"{field} {problem}; --help tells of the options, serve/config.py of all fields") from error
+        raise UsageError(f"{field} {problem}; see --help for the options, serve/config.py for all fields") from error
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
@@ -51,20 +51,22 @@ def _read_yaml(file: str) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"--config {file} cannot be read ({error})") from error
     if not isinstance(values, dict):
-        raise UsageError(f"--config {file} holds no table of fields; {', '.join(ServeConfig.model_fields)} are known")
+        raise UsageError(
+            f"--config {file} is not a table of fields; known fields: {', '.join(ServeConfig.model_fields)}"
+        )
     return values
 
 
 def run(config: ServeConfig, host: str, port: int, connect: Callable[[], None], say: Callable[[str], None]) -> None:
     """Serves until it is interrupted, on the Ray that `connect` starts.
 
-    Raises UsageError when the study or its LLaVA is not there, everybody could reach the server without a key, or
+    Raises UsageError when the study or its LLaVA is missing, other machines could reach the server without a key, or
     RAY_ADDRESS names a cluster.
     """
     if address := os.environ.get("RAY_ADDRESS"):
         raise UsageError(
-            f"RAY_ADDRESS is {address}, but sae-ray serve starts a Ray of its own on this machine; unset it, or bring "
-            "the application to that cluster with serve deploy (cluster/serve has configurations)"
+            f"RAY_ADDRESS is {address}, but sae-ray serve starts a Ray of its own on this machine; unset it, or deploy "
+            "to that cluster with serve deploy (cluster/serve has configurations)"
         )
     has_key = bool(os.environ.get(API_KEY))
     if not has_key and not _is_loopback(host):
@@ -101,7 +103,7 @@ def run(config: ServeConfig, host: str, port: int, connect: Callable[[], None], 
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
-        say("Stopping: requests that are being answered come to their end.")
+        say("Stopping after the requests that are being answered.")
     finally:
         _stop()
 
@@ -116,7 +118,7 @@ def _stop() -> None:
 
 
 def _why_not_deployed() -> str:
-    """What the replicas that failed said last, and where they said more."""
+    """The last error of the replicas that failed, and where to find more."""
     import ray
     from ray import serve
 
@@ -127,7 +129,7 @@ def _why_not_deployed() -> str:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Ray would share the port with a server that is there already."""
+    """Raises UsageError for a port in use, which Ray would share with the other server."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -52,7 +52,7 @@ class Tower(NamedTuple):
     blocks: Sequence[nn.Module]
     """The output of `blocks[i]` is the residual stream after block i: `[n, tokens, d]`, CLS and registers first."""
     embed: Callable[[Tensor], dict[str, Tensor]]
-    """The whole forward: normalised pixels to `projection` and `pooled`, whichever there are, `[n, d]` each."""
+    """The whole forward: normalised pixels to `projection` and `pooled`, whichever exist, `[n, d]` each."""
     rescale: float
     """Factor that brings uint8 pixels to the scale of `mean` and `std`."""
     mean: Sequence[float]
@@ -80,12 +80,12 @@ class Encoder:
     ) -> dict[Site, Tapped]:
         """Runs a batch and takes its activations at the sites.
 
-        The pass stops behind the deepest residual site, unless a `projection` or `pooled` site needs the whole of it.
+        The pass stops after the deepest residual site, unless a `projection` or `pooled` site needs all of it.
 
         Args:
-            pixels: What `load_preprocess` gives, stacked.
+            pixels: The output of `load_preprocess`, stacked.
             sites: Where to tap; all of them must exist (`check_site`).
-            image_ids: One per image; `random:n` draws by them.
+            image_ids: One per image; the draw of `random:n` depends on them.
             seed: The study's, for `random:n`.
 
         Raises:
@@ -127,7 +127,7 @@ class Encoder:
     def _normalise(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
         mean = torch.tensor(self.tower.mean, device=self.device).view(3, 1, 1)
         std = torch.tensor(self.tower.std, device=self.device).view(3, 1, 1)
-        # In place: making room anew for each of these took as long as the arithmetic.
+        # In place: allocating memory for each of these took as long as the arithmetic.
         return pixels.to(self.device).float().mul_(self.tower.rescale).sub_(mean).div_(std).to(self.dtype)
 
     def _select(self, site: Site, stream: Float[Tensor, "n t d"], image_ids: Sequence[str], seed: int) -> Tapped:

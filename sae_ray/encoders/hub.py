@@ -1,4 +1,4 @@
-"""Models in the transformers format, on the Hugging Face hub or in a directory: finding, loading and refusing them."""
+"""Models in the transformers format, on the Hugging Face hub or in a directory: how they are found and loaded."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Source(NamedTuple):
     """Where `from_pretrained` finds everything of a model."""
 
     model: str
-    """What it was asked for by."""
+    """As it was named by the user."""
     path: str
     revision: str | None
-    """What pins the files, for the record."""
+    """What pins the files; it is recorded."""
     commit: str | None
     """What `from_pretrained` takes as its revision; None for a directory."""
     config: Any
@@ -37,7 +37,7 @@ def find(model: str, revision: str | None, forms: str) -> Source:
     Args:
         model: A directory or a hub id.
         revision: Pins it; the files found must be of that revision.
-        forms: Closes every refusal: how such a model is named.
+        forms: How such a model is named; ends every error message.
 
     Raises:
         UsageError: It does not exist, cannot be read or is not of the given revision; or the hub cannot be reached and
@@ -82,10 +82,10 @@ def load_weights(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # transformers would name them in a log message alone
+            ignore_mismatched_sizes=True,  # otherwise transformers names them only in a log message
             **settings,
         )
-    # transformers fills in at random what a checkpoint lacks.
+    # transformers initialises weights that a checkpoint lacks at random.
     problems = [f"{name} is missing" for name in sorted(loading["missing_keys"])]
     problems += [
         f"{name} has the shape {list(found)}, not {list(wanted)}"
@@ -104,7 +104,7 @@ def refusing(model: str, forms: str, of_hub: bool = False) -> Iterator[None]:
     """Turns what transformers raises on bad files into a UsageError, and keeps its reports of unused weights quiet.
 
     Args:
-        of_hub: Whether files of the hub are read, which are those in the cache when the hub cannot be reached.
+        of_hub: Whether files of the hub are read; only those in the cache if the hub cannot be reached.
     """
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -142,11 +142,11 @@ def refusal(model: str, error: Exception, remedy: str) -> UsageError:
 
 @functools.cache
 def hub_unreachable() -> str | None:
-    """Why the Hugging Face hub cannot be asked, and what to do; None if it can.
+    """Why the Hugging Face hub cannot be reached, and what to do; None if it can.
 
     The hub is tried once in a process. If it does not answer, huggingface_hub is switched offline, as by
-    HF_HUB_OFFLINE=1: models in its cache still load, and others are refused at once. Left alone it would retry for half
-    a minute for every file.
+    HF_HUB_OFFLINE=1: models in its cache still load, and others are refused at once. Otherwise it would retry every
+    file for half a minute.
     """
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import httpx
@@ -158,7 +158,7 @@ def hub_unreachable() -> str | None:
             return None
         except httpx.HTTPError as error:
             problem = f"{constants.ENDPOINT} cannot be reached: {str(error) or type(error).__name__}"
-            # What huggingface_hub 2.4 makes of its environment variable; read at every use.
+            # What huggingface_hub 2.4 sets from its environment variable; read at every use.
             constants.HF_HUB_OFFLINE = True
     return (
         f"{problem}; only the cache {constants.HF_HUB_CACHE} is read. Name a local directory, or fill the cache where "

@@ -1,4 +1,4 @@
-"""What is known of an encoder without its weights, and which sites it has."""
+"""What is known about an encoder without its weights, and which sites it has."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sae_ray.errors import UsageError
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What is known of an encoder without its weights; `dataclasses.asdict` and `from_dict` store it as JSON."""
+    """What is known about an encoder without its weights; `dataclasses.asdict` and `from_dict` store it as JSON."""
 
     model: str
-    """The specification it was asked for by."""
+    """Its specification, as the user gave it."""
     revision: str | None
     """What pins the weights: the commit on the hub, the SHA-256 of a local directory's files, or open_clip's tag."""
     family: str
-    """`clip`, `siglip`, `dinov2`, `dinov2_with_registers`, `llava` or `open_clip`."""
+    """Such as `clip`, `llava` or `open_clip`."""
     n_layers: int
     """Blocks that have a residual stream; 0 for a convolutional tower."""
     residual_width: int | None
@@ -47,7 +47,7 @@ class EncoderInfo:
 
     @property
     def patch_grid(self) -> tuple[int, int]:
-        """Rows and columns of the patches, as the image's sides have them; of towers that have patches."""
+        """Rows and columns of the patches, in proportion to the image's sides; for towers that have patches."""
         n_patches = self.n_tokens - self.has_cls
         rows = round((n_patches * self.image_size[0] / self.image_size[1]) ** 0.5)
         return rows, n_patches // rows
@@ -68,7 +68,7 @@ def check_site(info: EncoderInfo, site: Site) -> None:
     """Refuses a site that the encoder does not have.
 
     Raises:
-        UsageError: It names what there is instead.
+        UsageError: The site does not exist; the message names those that do.
     """
     if info.width(site.point) is None:
         there = [point for point in ("residual", "projection", "pooled") if info.width(point) is not None]
@@ -82,7 +82,8 @@ def check_site(info: EncoderInfo, site: Site) -> None:
         raise UsageError(f"tokens is 'cls', but {info.model} has no CLS token; take mean, all or random:n")
     if site.n_random is not None and site.n_random > info.n_tokens:
         raise UsageError(
-            f"tokens is {site.tokens!r}, but {info.model} has {info.n_tokens} tokens per image; ask for at most those"
+            f"tokens is {site.tokens!r}, but {info.model} has {info.n_tokens} tokens per image; ask for at most "
+            f"{info.n_tokens}"
         )
 
 

@@ -34,7 +34,7 @@ def describe_encoder(model: str, revision: str | None = None) -> EncoderInfo:
     """What an encoder is, from its configuration alone; no weights are loaded, though those of a directory are hashed.
 
     Raises:
-        UsageError: The encoder is unknown or out of reach, its family is not supported, or its revision differs.
+        UsageError: The encoder is unknown, cannot be reached, is of an unsupported family or has another revision.
     """
     return _backend(model).describe(model, revision)
 
@@ -45,7 +45,7 @@ def load_preprocess(
     """The encoder's own resizing and cropping of an RGB image; it pickles, and needs no weights.
 
     Rescaling and normalisation follow on the device, in `Encoder.tap`. With `fast` images are resized by `fast_resize`,
-    unless the encoder wants more done to them than resizing and cropping.
+    unless the encoder's own processor does more than resizing and cropping.
 
     Raises:
         UsageError: As `describe_encoder`.
@@ -59,8 +59,8 @@ def load_encoder(model: str, revision: str | None = None, device: str = "cpu", d
     Args:
         model: Its specification, as above.
         revision: Pins the weights: give `EncoderInfo.revision` to get what was described, or an error.
-        device: A torch device. `meta` checks all files as loading does, but of the weights reads the headers alone.
-        dtype: What it computes in: `float32`, `bfloat16` or `float16`. Activations come as float32 in any case.
+        device: A torch device. `meta` checks all files as loading does, but reads only the headers of the weights.
+        dtype: Dtype of the forward pass: `float32`, `bfloat16` or `float16`. Activations are always float32.
 
     Raises:
         UsageError: As `describe_encoder`; or the weights are missing, do not fit the configuration or are not

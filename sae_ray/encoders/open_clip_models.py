@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class _Source(NamedTuple):
-    """What names a model to open_clip, and what it says of it."""
+    """How open_clip names a model, and its configuration."""
 
     name: str
     """Architecture, or `local-dir:<path>`."""
@@ -38,7 +38,7 @@ class _Source(NamedTuple):
     revision: str
     model_config: dict[str, Any]
     preprocess_config: dict[str, Any]
-    """Of a tag it also says whether its weights want QuickGELU."""
+    """For a tag, also whether its weights need QuickGELU."""
 
 
 class _Trunk(NamedTuple):

@@ -34,13 +34,13 @@ def encode_part(
     seed: int,
     batch_size: int,
 ) -> list[SiteRows]:
-    """Runs the images batch by batch; batches are formed within the part, so that it depends on nothing else.
+    """Runs the images batch by batch; batches are formed within the part, so that the result depends on nothing else.
 
     Args:
         sites: where to tap.
-        pixels: what `load_preprocess` gives, stacked.
+        pixels: the output of `load_preprocess`, stacked.
         image_index: of every image, ascending.
-        image_ids: of every image; `random:n` draws by them.
+        image_ids: of every image; the draw of `random:n` depends on them.
         seed: the study's, for `random:n`.
         batch_size: images per forward pass.
 

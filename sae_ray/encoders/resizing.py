@@ -1,4 +1,4 @@
-"""Resizing as vision models' processors do it: to which size, and faster than they do."""
+"""Resizing as vision models' processors do it, and a faster version of it."""
 
 from __future__ import annotations
 

@@ -44,10 +44,10 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def check_revision(model: str, wanted: str | None, found: str) -> None:
-    """Refuses a pinned revision that is not what lies there.
+    """Refuses files of another revision than the pinned one.
 
     Raises:
-        UsageError: It names both.
+        UsageError: The revisions differ; the message names both.
     """
     if wanted is not None and wanted != found:
         raise UsageError(f"revision is {wanted!r}, but that of {model} is {found!r}; name that one or leave it out")

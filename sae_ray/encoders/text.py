@@ -1,4 +1,4 @@
-"""Texts in the space that a model of images and texts shares: CLIP and SigLIP of transformers, and open_clip."""
+"""Text embeddings, in a space shared with images: CLIP and SigLIP of transformers, and open_clip."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def load_text_encoder(model: str, revision: str | None = None, device: str = "cp
         device: A torch device; `meta` checks the files without reading the weights.
 
     Raises:
-        UsageError: The encoder is unknown or out of reach, has no text side or no tokenizer, or its weights do not fit.
+        UsageError: The encoder is unknown or cannot be reached, has no text side or tokenizer, or its weights do not
+            fit.
     """
     place, dtype = placement(device, "float32")
     if model.startswith("open_clip:"):

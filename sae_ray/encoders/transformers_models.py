@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 FAMILIES = "CLIP, SigLIP (fixed resolution), DINOv2 (with or without registers) and LLaVA with a CLIP or SigLIP tower"
 TEXT_TYPES = ("clip", "siglip")
-"""Model types that embed texts too."""
+"""Model types that also embed texts."""
 _LLAVA_TOWER = r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"
-"""How the tower's weights begin in a LLaVA: on the hub, and as the several versions of transformers save them."""
+"""Prefixes of the tower's weights in a LLaVA: on the hub, and as various versions of transformers save them."""
 
 
 class _Plan(NamedTuple):
@@ -95,7 +95,7 @@ class Preprocess:
         """Height and width of what comes out.
 
         Raises:
-            UsageError: They depend on the image.
+            UsageError: The size depends on the image.
         """
         from PIL import Image
 

@@ -1,4 +1,4 @@
-"""AuxK: dead latents learn to explain what the living ones leave over."""
+"""AuxK: dead latents learn to explain the residual of the living ones."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def auxk_loss(
     """Squared error with which each sample's `d_in // 2` strongest dead latents explain the residual, without `b_dec`.
 
     It is relative to the residual's variance over the batch of all ranks (Gao et al. 2024, arXiv 2406.04093, A.2), and
-    0 while no latent is dead or where the residual does not vary. With "post" latents with a negative pre-activation
-    are left out; with "pre" they take part with that negative value.
+    0 if no latent is dead or the residual does not vary. With "post", latents with a negative pre-activation are left
+    out; with "pre" they take part with that negative value.
     """
     dead_latents = dead.nonzero().squeeze(1)
     k_aux = min(x.shape[1] // 2, len(dead_latents))

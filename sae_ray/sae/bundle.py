@@ -1,7 +1,7 @@
 """Training a bundle: cells that read the same activations share one stream and resume from their newest checkpoints.
 
-A cell keeps its own optimizer, counters, checkpoints and failure, and is the same SAE whatever bundle it is trained in
-and, up to rounding, on however many ranks.
+A cell keeps its own optimizer, counters, checkpoints and failure. Its SAE does not depend on the bundle nor, up to
+rounding, on the number of ranks.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Run(NamedTuple):
     job: CellJob
     trainer: CellTrainer
     attempts: list[dict[str, Any]]
-    """What trained the cell from which step on, this attempt last."""
+    """First step, workers and device of every attempt; this attempt is the last."""
 
 
 def train_cells(
@@ -83,7 +83,7 @@ def train_cells(
 
     A step holds the SAE, `latents.parquet` (statistics of its latents on the training activations, see
     `measure_latents`) and a record of the attempts that led to it. A cell whose loss stops being finite is recorded as
-    failed; the others go on.
+    failed; the others continue.
 
     Args:
         process_group: every rank of it makes this call, the first one writes. Its size may change between attempts.
@@ -116,7 +116,7 @@ def train_cells(
         batch = rows[share].float() / scale
         for run in list(running):
             if run.trainer.n_steps > step:
-                continue  # its checkpoint is newer than that of the others
+                continue  # it resumed from a newer checkpoint than the others
             try:
                 run.trainer.step(batch)
             except NonFiniteLoss as error:
@@ -154,11 +154,11 @@ def _fail(run: _Run, error: SaeRayError, seconds: float) -> None:
 
 
 def _write(running: list[_Run], store: ActivationStore, scale: float, started: float, waited: float) -> None:
-    """`waited`: seconds of training in which the data was not there yet."""
+    """`waited`: seconds of training spent waiting for data."""
     trained = time.monotonic() - started
     saes = []
     while running:
-        run = running.pop(0)  # its moments are let go before the next SAE is made
+        run = running.pop(0)  # frees its moments before the next SAE is made
         try:
             saes.append((run.job.step, run.attempts, run.trainer.export(scale)))
         except SaeRayError as error:

@@ -1,4 +1,4 @@
-"""What decides one autoencoder of a grid: its architecture, its size, its sparsity and how it is trained."""
+"""The configuration of one autoencoder of a grid: its architecture, size, sparsity and training."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class TrainingConfig:
     steps: int = 100_000
     """Optimiser steps."""
     learning_rate: float | None = None
-    """Peak learning rate of Adam; unset: 2e-4 / sqrt(d_sae / 2**14)."""
+    """Peak learning rate of Adam. Default: 2e-4 / sqrt(d_sae / 2**14)."""
     warmup_steps: int | None = None
-    """Steps over which the learning rate rises linearly from 0; unset: a tenth of `steps`, at most 1000."""
+    """Steps over which the learning rate rises linearly from 0. Default: a tenth of `steps`, at most 1000."""
     decay_start: int | None = None
-    """Step from which the learning rate falls linearly to 0 at the end; unset: no decay."""
+    """Step from which the learning rate falls linearly to 0 at the end. Default: no decay."""
     gradient_clip: float = 1.0
     """Largest norm of the whole gradient of one SAE."""
     auxk_weight: float = 0.03
@@ -47,10 +47,10 @@ class TrainingConfig:
     threshold_beta: float = 0.999
     """Decay of the moving average of the smallest kept value: the inference threshold (batch top-k architectures)."""
     threshold_start_step: int | None = None
-    """The threshold is averaged over the steps after this one (batch top-k architectures); unset: a tenth of `steps`,
-    at most 1000."""
+    """The threshold is averaged over the steps after this one (batch top-k architectures). Default: a tenth of
+    `steps`, at most 1000."""
     sparsity_warmup_steps: int | None = None
-    """Steps over which the coefficient of a sparsity penalty rises linearly from 0; unset: a tenth of `steps`."""
+    """Steps over which the coefficient of a sparsity penalty rises linearly from 0. Default: a tenth of `steps`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the encoder's product; weights, Adam moments and everything else stay float32."""
 
@@ -72,7 +72,7 @@ class TrainingConfig:
 
     @property
     def derived(self) -> dict[str, int]:
-        """What stands for the settings that follow `steps` where they are unset."""
+        """The values of unset settings that follow from `steps`."""
         tenth = self.steps // 10
         return {
             "warmup_steps": min(1000, tenth),
@@ -81,7 +81,7 @@ class TrainingConfig:
         }
 
     def effective(self, name: str) -> int:
-        """The value in force of a setting that follows `steps` where it is unset."""
+        """The value of a setting, or its derived value if it is unset."""
         value = getattr(self, name)
         return self.derived[name] if value is None else value
 
@@ -94,7 +94,7 @@ class TrainingConfig:
         return peak * warmup * (self.steps - step) / (self.steps - self.decay_start)
 
     def sparsity_warmup_at(self, step: int) -> float:
-        """The share of the sparsity coefficient in force at step `step`."""
+        """The factor on the sparsity coefficient at step `step`."""
         return _rise(step, self.effective("sparsity_warmup_steps"))
 
     def _check(self, name: str, fits: bool, remedy: str) -> None:
@@ -118,7 +118,7 @@ class Cell:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How it is trained."""
     settings: Any = None
-    """The architecture's own settings; its defaults where None is given."""
+    """The architecture's own settings; None stands for its defaults."""
 
     def __post_init__(self):
         kind, name = self.kind, self.architecture
@@ -128,11 +128,11 @@ class Cell:
         self._check("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         if kind.tuned_by == "k":
             self._check("k", self.k is not None and self.k >= 1, f"at least 1 for {name}")
-            self._check("sparsity", self.sparsity is None, f"unset for {name}, whose sparsity is `k`")
+            check(self.sparsity is None, "cell.sparsity", self.sparsity, f"leave it out: {name} is tuned by k")
         else:
             sparsity_fits = self.sparsity is not None and 0 <= self.sparsity < math.inf
             self._check("sparsity", sparsity_fits, f"0 or more for {name}")
-            self._check("k", self.k is None, f"unset for {name}, which is tuned by `sparsity`")
+            check(self.k is None, "cell.k", self.k, f"leave it out: {name} is tuned by sparsity")
         self._check(
             "settings", type(self.settings) is kind.Settings, f"the {kind.Settings.__name__} of {name}, or unset"
         )
@@ -149,10 +149,10 @@ class Cell:
         return architecture(self.architecture, "cell.architecture")
 
     def identity(self) -> dict[str, Any]:
-        """What decides the SAE, as plain JSON values: equal for two cells that train to the same weights.
+        """What determines the SAE, as plain JSON values: equal for two cells that train to the same weights.
 
-        Of the settings only those stand here that the architecture uses and that differ from their defaults; a value
-        that is written out and equals what would stand for it counts as a default.
+        Only settings that the architecture uses and that differ from their defaults are included. A value that equals
+        the derived one counts as a default.
         """
         training = {
             name: value

@@ -1,7 +1,7 @@
 """SAEs on disk: SAELens v6 directories, ours and others', and the checkpoints of the paper's reference code.
 
 The native format is a directory of `cfg.json` and `sae_weights.safetensors` that SAELens 6 opens as it is. Facts that
-SAELens does not know stand in `cfg.json` under `metadata.sae_ray`, those per latent in `latents.parquet` beside it.
+SAELens does not know are in `cfg.json` under `metadata.sae_ray`, those per latent in `latents.parquet` beside it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 LATENTS_FILE = "latents.parquet"
 _COPY_AGAIN = "copy the SAE again"
-# Without a version in the metadata SAELens takes the directory for one of its older formats.
+# Without a version in the metadata, SAELens reads the directory as one of its older formats.
 _SAE_LENS_VERSION = "6.54.0"
 _SCHEMA = 1
-"""Of what stands under `metadata.sae_ray`."""
+"""Schema version of `metadata.sae_ray`."""
 
 
 def save_sae(sae: SAE, folder: Folder) -> None:
@@ -70,8 +70,8 @@ def load_sae(path: str | Path | Folder) -> SAE:
     """Opens an SAE: a directory of ours or of SAELens v6 (standard, topk or jumprelu), or a reference `.pt` file.
 
     Raises:
-        UsageError: nothing is there, `cfg.json` is malformed, or it uses a convention that cannot be expressed; the
-            message names it.
+        UsageError: the path does not exist, `cfg.json` is malformed, or it uses a convention that cannot be expressed;
+            the message names it.
         SaeRayError: the files are damaged.
     """
     text = str(path)
@@ -104,8 +104,8 @@ def _from_sae_lens(folder: Folder) -> SAE:
     version = str(metadata.get("sae_lens_version") or config.get("sae_lens_version") or "")
     if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
         raise UsageError(
-            f"{folder}: sae_lens_version = {version or None!r} is older than 6, whose files mean other things; open "
-            "and save it with SAELens 6"
+            f"{folder}: sae_lens_version = {version or None!r} is older than 6, whose format differs; open it "
+            "and save it again with SAELens 6"
         )
     kind, k, facts = _ours(config, where) if "sae_ray" in metadata else _foreign(config, where)
     refused = {
@@ -167,7 +167,7 @@ def _read_weights(folder: Folder, names: list[str]) -> dict[str, Tensor]:
     except safetensors.SafetensorError as error:
         raise SaeRayError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy it again") from error
     if set(tensors) != set(names):
-        raise UsageError(f"{folder / WEIGHTS_FILE} holds the tensors {sorted(tensors)}; needed are exactly {names}")
+        raise UsageError(f"{folder / WEIGHTS_FILE} holds the tensors {sorted(tensors)}, but must hold exactly {names}")
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 

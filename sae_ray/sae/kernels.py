@@ -1,4 +1,4 @@
-"""Where Triton kernels take the place of the plain torch formulation."""
+"""Where Triton kernels replace the plain torch formulation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained sparse autoencoder, as it is used: encode, decode."""
+"""A trained sparse autoencoder: encoding and decoding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sae_ray.sae.architectures.base import Architecture
 
-# Pre-activations held at once by `encode_sparse`: 64 MiB of float32. The cut depends on nothing but the SAE.
+# Pre-activations held at once by `encode_sparse`: 64 MiB of float32. The size of a chunk depends only on the SAE.
 _PRE_ENTRIES = 2**24
 
 
@@ -72,7 +72,7 @@ class SAE:
         return self.W_enc.device
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
-        """The same SAE elsewhere, or with weights of another dtype; the threshold stays float32."""
+        """The same SAE on another device or with weights of another dtype; the threshold stays float32."""
         weights = {name: getattr(self, name).to(device, dtype) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
         threshold = None if self.threshold is None else self.threshold.to(device)
         return dataclasses.replace(self, **weights, threshold=threshold)
@@ -83,7 +83,7 @@ class SAE:
 
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
-        """The active latents of each row. Memory follows their number: the dense codes of all rows never exist.
+        """The active latents of each row. Memory grows with their number: the dense codes of all rows are never formed.
 
         Raises UsageError when x is not [n, d_in]: tokens of several images are flattened into rows first.
         """

@@ -22,7 +22,7 @@ _BLOCK_ENTRIES = 2**19
 
 
 class RowGradient(NamedTuple):
-    """The gradient of a parameter, of which all other rows are 0."""
+    """The gradient of a parameter; rows that are not listed are 0."""
 
     rows: Int[Tensor, " n"]
     """Ascending."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-# Latents whose product is made at once on a CPU: what is not in the cache then is read once.
+# Latents per block of the product on a CPU, so that each block is read into the cache once.
 _LATENTS = 2048
 _kept = threading.local()
 

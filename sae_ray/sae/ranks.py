@@ -1,4 +1,4 @@
-"""The ranks of a data-parallel training, of which there may be only one."""
+"""The ranks of data-parallel training; there may be only one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Ranks:
         return self._reduce(tensor, dist.ReduceOp.MIN)
 
     def total(self, number: int, device: torch.device) -> int:
-        """The sum of a number that each rank has; it travels by way of a tensor on `device`."""
+        """The sum of one number per rank, reduced as a tensor on `device`."""
         return number if self.size == 1 else int(self.sum(torch.tensor(number, device=device)))
 
     def sum_before(self, tensor: Tensor) -> Tensor:
@@ -52,4 +52,4 @@ class Ranks:
 
 
 ALONE = Ranks(None)
-"""A process that trains by itself."""
+"""A single process."""

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-# Entries that a GPU kernel may find per entry that is wanted; beyond that the plain search takes over.
+# Entries that a GPU kernel may find per wanted entry; beyond that, the plain search takes over.
 _CAPACITY = 4
-# Bits of a value that one round of the search for the smallest kept value settles.
+# Bits of the smallest kept value that one round of the search determines.
 _DIGIT_BITS = 11
 
 
@@ -26,7 +26,7 @@ class BatchSelection:
     def __init__(self, k: int, ranks: Ranks):
         self.k, self.ranks = k, ranks
         self._guess = 0.0
-        """Somewhat below the smallest value of the last selection: where the next one starts to look."""
+        """Slightly below the smallest value of the last selection; the next search starts here."""
 
     def __call__(self, pre: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " nnz"]:
         """Ascending flat indices into this rank's equal share of the batch."""
@@ -45,8 +45,8 @@ def largest_positive(
     With several ranks the matrix is split over them by rows, in rank order: each gets the indices of its own part.
 
     Args:
-        guess: About the smallest of these values, from below, the same on all ranks; a bad one costs time, the result
-            does not depend on it.
+        guess: A value slightly below the smallest of these, the same on all ranks. It affects the speed, but never the
+            result.
     """
     flat = matrix.flatten()
     found, n_found = _candidates(flat, count, guess, ranks)

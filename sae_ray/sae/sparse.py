@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 with warnings.catch_warnings():
-    # Torch says once per process that CSR is in beta; this is that once.
+    # Torch warns once per process that CSR is in beta; this is that warning, hidden.
     warnings.simplefilter("ignore")
     torch.zeros(1, 1).to_sparse_csr()
 

@@ -1,4 +1,4 @@
-"""The gradients of a threshold that is learned."""
+"""The gradients of a learned threshold."""
 
 from __future__ import annotations
 

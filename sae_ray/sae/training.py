@@ -1,4 +1,4 @@
-"""Training one cell, step by step: any number of cells may share a stream, none knows of the others."""
+"""Training one cell, step by step. Cells may share a stream, but are independent of each other."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class NonFiniteLoss(SaeRayError):
 
 
 class StepMetrics(NamedTuple):
-    """What one step showed, over the batch of all ranks."""
+    """Metrics of one step, over the batch of all ranks."""
 
     step: int
     """Index of the step, from 0."""
@@ -89,9 +89,9 @@ class CellTrainer:
         """One optimiser step.
 
         Raises:
-            UsageError: the batch is not [batch, d_in], or of several ranks one has no equal share of
-                `training.batch_size`.
-            NonFiniteLoss: see there; `failed` then holds the reason, and every later step raises it again.
+            UsageError: the batch is not [batch, d_in], or the share of a rank is not `training.batch_size` divided by
+                the number of ranks.
+            NonFiniteLoss: `failed` then holds the reason, and every later step raises it again.
         """
         if self.failed is not None:
             raise NonFiniteLoss(self.failed)
@@ -130,7 +130,7 @@ class CellTrainer:
         return metrics
 
     def export(self, norm_scale: float) -> SAE:
-        """The SAE for inputs that are not normalised; training goes on unchanged.
+        """The SAE for inputs that are not normalised; training can continue.
 
         Args:
             norm_scale: what the batches were divided by. `b_enc`, `b_dec` and the threshold are multiplied by it.
@@ -161,7 +161,7 @@ class CellTrainer:
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that `restore` needs to go on bit by bit: tensors, and plain JSON values."""
+        """Everything that `restore` needs to continue bit-identically: tensors, and plain JSON values."""
         tensors = {name: parameter.detach().clone() for name, parameter in self.weights.named().items()}
         for name, parameter in self.weights.named().items():
             if self.n_steps:
@@ -173,7 +173,7 @@ class CellTrainer:
         return tensors, facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Goes back to a state. Raises UsageError when it belongs to another cell."""
+        """Restores a state. Raises UsageError when it belongs to another cell."""
         own = {"d_in": self.d_in, "cell": self.cell.identity()}
         if own != {name: facts.get(name) for name in own}:
             raise UsageError(f"the checkpoint belongs to another cell: it holds {facts}, this one is {own}; delete it")
@@ -195,7 +195,7 @@ class CellTrainer:
         self.samples_since_fired[fired] = 0
 
     def _gradients(self, loss: Tensor) -> tuple[dict[str, RowGradient], Float[Tensor, ""]]:
-        """Averaged over ranks, of the decoder rows only what turns them, clipped; and the norm before clipping."""
+        """Averaged over ranks, without what only scales decoder rows, clipped; and the norm before clipping."""
         named = self.weights.named()
         gradients = {
             name: RowGradient.of(gradient, self.ranks)
@@ -247,5 +247,5 @@ def geometric_median(points: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
 
 
 def _plain(cell: Cell) -> dict[str, Any]:
-    """The cell as JSON gives it back, with its defaults: the file travels without the program that knows them."""
+    """The cell as plain JSON values, including its defaults, so that the file is complete by itself."""
     return json.loads(json.dumps(dataclasses.asdict(cell)))

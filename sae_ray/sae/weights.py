@@ -19,14 +19,14 @@ class Weights:
         self.b_enc = Parameter(torch.zeros(d_sae, device=device))
         self.b_dec = Parameter(torch.zeros(d_in, device=device))
         self.threshold = None if threshold is None else Parameter(torch.full_like(self.b_enc, threshold))
-        """Only of architectures that learn it."""
+        """None unless the architecture learns it."""
 
     def named(self) -> dict[str, Parameter]:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @torch.no_grad()
     def constrain(self, name: str, part: slice) -> None:
-        """Some rows of a weight: those of the decoder back to unit norm, a learned threshold back to 0 or more."""
+        """Constrains some rows of a weight: decoder rows to unit norm, a learned threshold to 0 or more."""
         rows = self.named()[name][part]
         if name == "W_dec":
             rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo().tiny)

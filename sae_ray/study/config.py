@@ -192,16 +192,16 @@ class TrainResources:
 
 @dataclass(frozen=True)
 class EvaluateResources:
-    """What the evaluation of SAEs may use."""
+    """Resources for evaluation."""
 
     __pydantic_config__ = STRICT
 
     workers: Count | None = None
-    """SAEs evaluated at once; as many as the CPUs (or GPUs) allow by default."""
+    """Number of tasks at the same time, each with one SAE. Default: as many as the CPUs (or GPUs) allow."""
     cpus: Amount = 1
-    """CPUs of a task."""
+    """CPUs per task."""
     gpus: Amount = 0
-    """GPUs of a task."""
+    """GPUs per task."""
 
 
 @dataclass(frozen=True)

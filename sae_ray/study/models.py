@@ -22,7 +22,7 @@ class ModelUse(NamedTuple):
 
 
 def models_needed(extracts: Sequence[ExtractPlan], steerings: Sequence[SteeringPlan] = ()) -> Iterator[ModelUse]:
-    """The models that steps still need which are not finished."""
+    """The models that unfinished steps need."""
     for extract in extracts:
         if not extract.step.finished:
             info = extract.info
@@ -35,10 +35,10 @@ def models_needed(extracts: Sequence[ExtractPlan], steerings: Sequence[SteeringP
 
 
 def check_models(uses: Iterable[ModelUse]) -> None:
-    """Loads each model onto the meta device: everything as for the work itself, but the weights' values are not read.
+    """Loads each model onto the meta device: as for the work itself, but without reading the weights' values.
 
-    That covers missing and torn files, tensors that the configuration does not expect or whose shapes differ, the
-    preprocessing, the tokenizer, the processor and the connection to the hub. Weights of the hub are downloaded.
+    This covers missing and torn files, tensors that the configuration does not expect or whose shapes differ, the
+    preprocessing, the tokenizer, the processor and the connection to the hub. Weights on the hub are downloaded.
 
     Raises:
         UsageError: A model cannot be loaded. The message begins with the field.

@@ -1,4 +1,4 @@
-"""What a study amounts to: its steps, what they read, what they need. Nothing is computed here and nothing written."""
+"""The plan of a study: its steps, what they read and what they need. Nothing is computed or written here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sae_ray.study.config import EncoderConfig, Extraction, GridCell, JudgeConfi
 from sae_ray.study.survey import Survey, SurveyedImages, survey
 
 MODELS = ("llava", "revision", "scorer", "scorer_revision")
-"""Fields of `[steering]` that name models; what decides is what they resolve to."""
+"""Fields of `[steering]` that name models. Steps are named by what these resolve to."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ExtractPlan:
 
     @property
     def inputs(self) -> list[Step]:
-        """The steps that are read: the images are listed by the stage itself."""
+        """The steps that are read: none, since the stage lists the images itself."""
         return []
 
     @property
@@ -81,7 +81,7 @@ class ExtractPlan:
 
     @property
     def bytes(self) -> int:
-        """About what the step takes on disk."""
+        """Approximate size on disk."""
         return self.rows * (self.width * {"float16": 2, "float32": 4}[self.step.config["store_dtype"]] + 10)
 
 
@@ -105,13 +105,13 @@ class TrainPlan:
 
     @property
     def bytes(self) -> int:
-        """About what training takes on disk at most: two checkpoints of weights and Adam's moments, and the SAE."""
+        """Approximate size on disk at most: two checkpoints of weights and Adam's moments, and the SAE."""
         parameters = 2 * self.activations.width * self.d_sae
         return 4 * parameters * (2 * 3 + 1)
 
     @property
     def flops(self) -> float:
-        """Of the encoder's products, which bound the work from below."""
+        """FLOPs of the encoder's products, a lower bound of the work."""
         training = self.grid_cell.cell.training
         return 2.0 * self.activations.width * self.d_sae * training.batch_size * training.steps
 
@@ -131,12 +131,12 @@ class EvaluatePlan:
 
     @property
     def bytes(self) -> int:
-        """About what the table of latents takes on disk."""
+        """Approximate size on disk of the table of latents."""
         return 32 * self.sae.d_sae
 
     @property
     def flops(self) -> float:
-        """Of the encoder's product."""
+        """FLOPs of the encoder's product."""
         return 2.0 * self.activations.rows * self.activations.width * self.sae.d_sae
 
 
@@ -164,12 +164,12 @@ class ScorePlan:
 
     @property
     def bytes(self) -> int:
-        """About what the tables take on disk at most."""
+        """Approximate size on disk of the tables, at most."""
         return self.neurons * (72 + 22 * self.step.config["top_images"] + 8 * 32)
 
     @property
     def flops(self) -> float:
-        """Of the encoder's product."""
+        """FLOPs of the encoder's product."""
         return 2.0 * self.activations.rows * self.activations.width * self.neurons if self.sae else 0.0
 
 
@@ -212,9 +212,9 @@ class SteeringPlan:
 
     @property
     def answers(self) -> int:
-        """About how many answers are kept at most: the same latents and directions are asked every question.
+        """Approximate number of answers kept, at most: the same latents and directions are tried with every question.
 
-        Those that the scales of the directions are chosen by come on top.
+        Answers that only serve to choose the scales of directions are not counted.
         """
         images = min(self.steering.n_images, self.heldout.n_images)
         prompts = 1 + len(self.steering.other_prompts)
@@ -222,7 +222,7 @@ class SteeringPlan:
 
     @property
     def bytes(self) -> int:
-        """About what the answers take on disk, with the parts that they are gathered in."""
+        """Approximate size on disk, including the intermediate parts."""
         return 200 * self.answers
 
 
@@ -231,8 +231,8 @@ class StudyPlan:
 
     Args:
         study: the experiment.
-        root: where its results lie.
-        surveyed: what is known of its images and models; they are surveyed where it is not given.
+        root: where its results are written.
+        surveyed: what is known about its images and models; without it they are surveyed.
 
     Raises:
         UsageError: a folder, model, site or cell is invalid.
@@ -256,7 +256,7 @@ class StudyPlan:
 
     @property
     def steps(self) -> Iterator[Step]:
-        """All steps, in the order in which they are done."""
+        """All steps, in the order of work."""
         for images in self.images.values():
             yield from (images.step, images.labels_step)
         for plan in (*self.extracts, *self.trains, *self.evaluations, *self.scores, *self.steerings):
@@ -305,7 +305,7 @@ class StudyPlan:
         return list(scores.values())
 
     def _steerings(self) -> list[SteeringPlan]:
-        """Every SAE of the layer that the study's LLaVA reads, but for those that know one vector per image alone."""
+        """Every SAE of the layer that the study's LLaVA reads, except those trained on one vector per image."""
         steering = self.study.steering
         if steering is None:
             return []
@@ -316,7 +316,7 @@ class StudyPlan:
             raise UsageError(
                 f"steering.llava = {steering.llava!r}: its vision tower has {tower.n_tokens} tokens of width "
                 f"{tower.residual_width}, the encoder {self.encoder.model} {self.encoder.n_tokens} of width "
-                f"{self.encoder.residual_width}; take the encoder that is its tower"
+                f"{self.encoder.residual_width}; use that tower as the encoder"
             )
         steered = [
             train
@@ -325,19 +325,19 @@ class StudyPlan:
         ]
         if not steered:
             raise UsageError(
-                f"steering.llava = {steering.llava!r}: its language model reads layer {layer}, where no SAE is "
-                f'trained on its tokens; add a [[grid]] with sites = ["layer{layer}:random:2"]'
+                f"steering.llava = {steering.llava!r}: its language model reads layer {layer}, but no SAE is "
+                f'trained on tokens of it; add a [[grid]] with sites = ["layer{layer}:random:2"]'
             )
         return [self._steering(steering, train, llava) for train in steered]
 
     def passes(self, name: str) -> tuple[ScorePlan, ScorePlan]:
-        """The scoring passes of a cell (`ScorePlan.name`) over held-out images and over those that pictures are of."""
+        """The scoring passes of a cell (`ScorePlan.name`) over held-out images and over those of the pictures."""
         by_images = {one.activations.images.name: one for one in self.scores if one.name == name}
         return by_images["heldout"], by_images[self.study.scoring.pictures]
 
     @cached_property
     def text_space(self) -> ExtractPlan:
-        """The images of `pictures` as texts are compared with them: by the scorer, or without one by the encoder."""
+        """The `pictures` images in a space shared with text: the scorer's, or without a scorer the encoder's."""
         pictures, site, steering = self.images[self.study.scoring.pictures], Site("projection"), self.study.steering
         config = EncoderConfig(steering.scorer, steering.scorer_revision) if steering else self.study.encoder
         info = self.survey.models.scorer or self.encoder
@@ -436,7 +436,7 @@ class StudyPlan:
             "seed": self.study.seed,
         }
         step = Step(self.root, "steering", f"steering-{train.grid_cell.name}", config)
-        # As in the hash: what is loaded is what was described, whatever becomes of a branch or a directory meanwhile.
+        # As in the hash: what is loaded is what was described, even if a branch or directory has changed since.
         revisions = {"revision": llava.tower.revision, "scorer_revision": self.text_space.info.revision}
         pinned = dataclasses.replace(steering, **revisions)
         return SteeringPlan(pinned, scores, raw_scores, self.text_space, heldout, heldout_activations, step)
@@ -449,6 +449,6 @@ def _table(step: Step, name: str) -> pa.Table:
 
 
 def _identity(info: EncoderInfo) -> list[str | None]:
-    """What makes an encoder the same: the digest of a local directory wherever it lies, else name and revision."""
+    """What identifies an encoder: the digest of a local directory, wherever it is, or else name and revision."""
     is_digest = info.revision is not None and len(info.revision) == 64
     return [info.revision] if is_digest else [info.model, info.revision]

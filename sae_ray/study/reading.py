@@ -71,7 +71,7 @@ def _override(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _descend(values: Any, part: str, dotted: str) -> Any:
-    """The table `part` of `values`, made where it is missing; of `grid` a list of them."""
+    """The table `part` of `values`, created if missing; for `grid` a list of tables."""
     below = values.get(part) if isinstance(values, dict) else 0
     if below is None:
         below = values[part] = [{}] if part == "grid" else {}

@@ -1,4 +1,4 @@
-"""What a root remembers of its study, so that later commands need the root alone, and neither folders nor models."""
+"""What a root remembers about its study, so that later commands need only the root, and neither folders nor models."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sae_ray.study.survey import Survey, survey_images, survey_models
 
 FILE = "study.json"
 LAYOUT = 3
-"""Of a root as a whole; the stages have schema versions of their own."""
+"""Version of a root as a whole; each stage has a schema version of its own."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the last command that worked under a root knew."""
+    """The study and survey of the last command that worked under a root."""
 
     study: Study
     survey: Survey
@@ -59,11 +59,11 @@ def recall(root: Folder) -> Memory | None:
 
 
 def plan_study(study: Study, root: Folder, list_again: bool = False, describe_again: bool = False) -> StudyPlan:
-    """The plan of a study, by what its root remembers where that is of the same images and models.
+    """The plan of a study. It uses the survey that its root remembers, if that is of the same images and models.
 
     Args:
-        list_again: list the image folders whatever the root remembers.
-        describe_again: look at the models whatever the root remembers.
+        list_again: list the image folders even if the root remembers them.
+        describe_again: describe the models even if the root remembers them.
 
     Raises:
         UsageError: a folder, model, site or cell is invalid; or as `recall`.
@@ -90,7 +90,7 @@ def recalled_plan(root: str) -> StudyPlan:
 
 
 def changed_folders(plan: StudyPlan) -> list[str]:
-    """One line for every image set that is not as its root remembers it."""
+    """One line for every image set that has changed since the last command that worked under its root."""
     memory = recall(plan.root)
     if memory is None or _images(memory.study) != _images(plan.study):
         return []

@@ -1,7 +1,7 @@
-"""A survey: what a plan must know of the world outside its root, the image folders and the models.
+"""A survey: what a plan needs to know about its image folders and models.
 
-Taking it lists folders and reads models' configurations, which needs their libraries. A root remembers the last one, so
-that commands which only look at a study are quick.
+It lists folders and reads models' configurations, which needs their libraries. A root remembers the last survey, so
+that commands that only read a study are quick.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SurveyedImages:
     manifest_digest: str
     labels_digest: str
     found: ImageList | None = dataclasses.field(default=None, compare=False, repr=False)
-    """The images themselves; None where the survey is remembered: they are read from the root then."""
+    """The images themselves. None in a remembered survey: they are then read from the root."""
 
     @classmethod
     def of(cls, found: ImageList) -> SurveyedImages:
@@ -96,7 +96,7 @@ def survey_models(study: Study) -> SurveyedModels:
     """Describes the models of a study, without loading their weights.
 
     Raises:
-        UsageError: a model is unknown, out of reach or of no supported family; the message names its field.
+        UsageError: a model is unknown, cannot be reached or is not supported; the message names its field.
     """
     from sae_ray.encoders.loading import describe_encoder
     from sae_ray.steering.llava import describe_llava

@@ -149,7 +149,7 @@ def test_no_study(tmp_path):
 def test_a_relative_root_is_refused_in_a_job(study_file, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     monkeypatch.chdir(tmp_path)
-    refused(call("run", study_file, "--root", "here"), 2, "--root here", "temporary copy", "absolute path")
+    refused(call("run", study_file, "--root", "here"), 2, "--root here", "deleted after the job", "absolute path")
     for root in (tmp_path / "root", (tmp_path / "root").as_uri(), "~/root"):
         assert call("status", study_file, "--root", root).exit_code == 0, root
 

@@ -214,7 +214,7 @@ def test_a_llava_that_cannot_be_loaded_is_named(ray_cluster, scored, make_steere
 def test_more_actors_than_the_cluster_holds_are_refused(ray_cluster, scored, make_steered, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(scored, root)
-    with pytest.raises(UsageError, match=r"resources\.steer: 5 at once with cpus = 1 and gpus = 0 each do not fit"):
+    with pytest.raises(UsageError, match=r"resources\.steering: 5 at once with cpus = 1 and gpus = 0 each do not fit"):
         steering.run(make_steered(root, **{"resources.steering.workers": 5}))
 
 

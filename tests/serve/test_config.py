@@ -38,7 +38,7 @@ def test_options_override_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[1]", "no table of fields"),
+        ("[1]", "is not a table of fields"),
         ("root: x\nlanguag: {}", "languag"),
         ("root: x\nlimits: {images: 0}", "limits.images"),
         ("{}", "root is missing"),

@@ -56,7 +56,7 @@ def checkout(served_study, tmp_path) -> tuple[Path, str]:
     (folder / "runs" / "demo").symlink_to(served_study)
     (folder / "studies").mkdir()
     values = json.loads((served_study / "study.json").read_text())
-    world = Path(values["images"]["train"]["path"]).parent
+    world = Path(values["study"]["images"]["train"]["path"]).parent
     (folder / "studies" / "demo.toml").write_text(STUDY.format(world=world))
     file = folder / "cluster" / "serve" / "local.yaml"
     config, port = yaml.safe_load(file.read_text()), free_port()

@@ -492,7 +492,7 @@ def test_a_study_that_was_remembered_is_the_same_steps(make_plan: MakePlan):
         ({"grid.k": [4, 33]}, "cell.k = 33: make it at most d_sae = 32"),
         ({"grid.expansions": [0.01]}, "cell.expansion = 0.01: make it at least 1/16: the input is 16 wide"),
         ({"grid.sites": ["projection", "layer2:cls"]}, "layer is 2, but .*clip has 2 layers; name one from 0 to 1"),
-        ({"grid.sites": ["layer0:random:6"]}, "clip has 5 tokens per image; ask for at most those"),
+        ({"grid.sites": ["layer0:random:6"]}, "clip has 5 tokens per image; ask for at most 5"),
         ({"encoder.model": "/nowhere"}, "there is no directory /nowhere; an encoder is named by a local directory"),
         ({"encoder.revision": "main"}, "revision is 'main', but that of .*clip is "),
         ({"images.train.path": "/nowhere"}, "images.train: .*image folder /nowhere"),
@@ -636,7 +636,7 @@ def test_what_cannot_be_steered_is_refused_before_any_work(
 
     elsewhere = {"grid.sites": ["layer1:cls", "layer2:all"]}
     assert (
-        'reads layer 1, where no SAE is trained on its tokens; add a [[grid]] with sites = ["layer1:random:2"]'
+        'reads layer 1, but no SAE is trained on tokens of it; add a [[grid]] with sites = ["layer1:random:2"]'
         in refused(elsewhere)
     )
     assert "clip is of the model type clip, not llava" in refused({"steering.llava": tiny_clip})

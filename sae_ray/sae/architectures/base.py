@@ -1,6 +1,6 @@
-"""What an architecture is: everything that tells one kind of autoencoder from another.
+"""The base classes of architectures: everything in which one kind of autoencoder differs from another.
 
-Plans read the registry, so nothing here imports torch before something is computed.
+Plans read the registry, so torch is imported only inside methods.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Architecture(ABC):
         return [d_sae]
 
     def pre_activations(self, weights: Weights, x: Tensor) -> Tensor:
-        """With gradients, where they are asked for."""
+        """With gradients if they are enabled."""
         import torch
 
         from sae_ray.sae.product import affine
@@ -122,7 +122,7 @@ class Architecture(ABC):
 
     @classmethod
     def check_sae(cls, sae: SAE) -> None:
-        """Raises UsageError when the SAE lacks something that inference needs, or has too much."""
+        """Raises UsageError when the SAE lacks what inference needs, or has a threshold that it does not use."""
         if cls.has_threshold != (sae.threshold is not None):
             raise UsageError(f"a {cls.name} SAE {'needs a' if cls.has_threshold else 'has no'} threshold")
 
