@@ -187,8 +187,8 @@ def report(**options: Any) -> None:
     "latents",
     multiple=True,
     metavar="LATENT[=STRENGTH]",
-    help="39=40, or 39=4x for 4 times the largest value of latent 39 on a token; 39 alone with --sweep or --mode ablate. "
-    "May be repeated.",
+    help="39=40, or 39=4x for 4 times the largest value of latent 39 on a token; 39 alone with --sweep or "
+    "--mode ablate. May be repeated.",
 )
 @click.option("--mode", help="Edit: set (default), add, scale or ablate.")
 @click.option("--error", help="Drop (default) or keep the part that the SAE does not reconstruct.")
