@@ -1,4 +1,3 @@
-import json
 import shutil
 
 import numpy as np
@@ -14,6 +13,7 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import decode_image
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
+from sae_ray.study.root import remember
 
 
 def rows(folder: Folder) -> list[tuple[int, int, bytes]]:
@@ -42,12 +42,11 @@ def test_activations_are_those_of_the_encoder(extracted, make_plan, world):
     np.testing.assert_allclose(activation.astype(np.float32), expected.numpy(), rtol=2e-3, atol=2e-3)
 
 
-def test_a_killed_run_resumes_with_identical_values(extracted, make_plan, study_values, kill_driver_when, tmp_path):
+def test_a_killed_run_resumes_with_identical_values(extracted, make_plan, kill_driver_when, tmp_path):
     root = tmp_path / "root"
     plan = make_plan(root)
     train = next(e for e in plan.extracts if e.images.name == "train")
-    root.mkdir()
-    (root / "study.json").write_text(json.dumps(study_values))
+    remember(plan)
 
     parts = root / train.step.name / "parts"
     kill_driver_when(["extract", "--root", str(root)], lambda: len(list(parts.glob("*.json"))) >= 2)
