@@ -11,6 +11,7 @@ from sae_ray.jobs import extract
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import decode_image
+from sae_ray.images.part import Preparation
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.study.root import remember
@@ -119,7 +120,7 @@ def test_a_file_that_may_not_be_read_is_a_reject(world):
             return super().read_bytes(name)
 
     names = [str(path.relative_to(world)) for path in sorted((world / "heldout").rglob("*.png"))[:12]]
-    decode = extract.PartDecoder(Locked(str(world)), ((load_preprocess(f"{world}/clip"), None),))
+    decode = extract.PartDecoder(Locked(str(world)), (Preparation(load_preprocess(f"{world}/clip")),))
     batch = decode(pa.table({"part": [0], "image_ids": [names]}))
     locked = [name for name in names if name.endswith("0.png")]
     assert batch["rejects"][0].as_py() == [{"image_id": name, "reason": "no permission to read it"} for name in locked]
