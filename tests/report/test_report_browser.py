@@ -193,7 +193,7 @@ def test_a_steered_neuron_shows_the_answers(reader: Reader):
         ("#/neuron/nonsense/0", "There is no such neuron"),
         ("#/neuron/pooled-batch_topk-x2-k2/1", "one vector per image"),
         ("#/neuron/layer0.cls-topk-x2-k4/1", "Out of distribution"),
-        ("#/neuron/raw-layer1.all/1", "not for raw neurons"),
+        ("#/neuron/raw-layer1.all/1", "no heat maps for raw neurons"),
     ],
 )
 def test_what_there_is_not_is_said(reader: Reader, place: str, words: str):
