@@ -97,6 +97,7 @@ def open_plan(
             "give an absolute path or a URI"
         )
     overrides = _overrides(settings, flags)
+    memory = None
     if study is not None:
         loaded = Study.load(study, overrides)
     elif root is not None and (memory := recall(Folder(root))) is not None:
@@ -107,9 +108,11 @@ def open_plan(
         raise UsageError(
             "no study: give a study file, or --images, --encoder and --site, or the --root of an earlier study"
         )
-    plan = plan_study(loaded, Folder(root or _default_root(loaded.name)), list_again, describe_again)
+    folder = Folder(root or _default_root(loaded.name))
+    memory = memory or recall(folder)
+    plan = plan_study(loaded, folder, memory, list_again, describe_again)
     if list_again:
-        for line in changed_folders(plan):
+        for line in changed_folders(plan, memory):
             click.echo(line, err=True)
     return plan
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from sae_ray.config import STRICT
 from sae_ray.errors import check
 from sae_ray.sae.architectures import architecture
-from sae_ray.sae.architectures.base import STRICT
 from sae_ray.store.identity import changed
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ class Cell:
             for name, value in changed(self.training).items()
             if name in self.kind.uses and value != self.training.derived.get(name)
         }
-        found = {
+        return {
             "architecture": self.architecture,
             "expansion": self.expansion,
             self.kind.tuned_by: getattr(self, self.kind.tuned_by),
@@ -167,7 +166,6 @@ class Cell:
             "training": training,
             "settings": changed(self.settings),
         }
-        return json.loads(json.dumps(found))  # a checkpoint holds lists where we hold tuples
 
     def check(self, d_in: int) -> None:
         """Raises UsageError when this cell cannot be trained on activations `d_in` wide."""

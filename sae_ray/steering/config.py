@@ -6,14 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Gt, Le
 
-from sae_ray.errors import UsageError
-
-# Read by pydantic when a study file is opened; nothing here imports pydantic.
-_PYDANTIC = {"extra": "forbid", "use_attribute_docstrings": True}
-Dtype = Literal["float32", "bfloat16", "float16"]
-Count = Annotated[int, Ge(1)]
+from sae_ray.config import STRICT, Count, Dtype
+from sae_ray.errors import check
 
 ONE_WORD = "What is shown in this image? Use exactly one word!"
 """The question of Pach et al. (arXiv 2504.02821, sec. 3.3)."""
@@ -25,7 +21,7 @@ MAX_NEW_TOKENS = 32
 class Steering:
     """How a LLaVA is steered with SAEs of the layer that it reads, and how its answers are evaluated."""
 
-    __pydantic_config__ = _PYDANTIC
+    __pydantic_config__ = STRICT
 
     llava: str
     """The LLaVA whose vision tower is the encoder: a hub id or a directory."""
@@ -65,11 +61,6 @@ class Steering:
     that fire on most images."""
 
     def __post_init__(self):
-        _check(math.isfinite(self.strength), "steering.strength", self.strength, "choose a finite number")
-        _check(self.prompt not in self.other_prompts, "steering.other_prompts", self.prompt,
-               "this is already steering.prompt; remove it")  # fmt: skip
-
-
-def _check(holds: bool, name: str, value: object, remedy: str) -> None:
-    if not holds:
-        raise UsageError(f"{name} = {value!r}: {remedy}")
+        check(math.isfinite(self.strength), "steering.strength", self.strength, "choose a finite number")
+        check(self.prompt not in self.other_prompts, "steering.other_prompts", self.prompt,
+              "this is already steering.prompt; remove it")  # fmt: skip

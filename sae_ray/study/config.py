@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -12,18 +11,13 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from sae_ray.config import STRICT, Amount, Count, Dtype
 from sae_ray.encoders.sites import Site
-from sae_ray.errors import UsageError
+from sae_ray.errors import check
 from sae_ray.sae.architectures import ArchitectureSettings, architecture
 from sae_ray.sae.config import Cell, TrainingConfig
 from sae_ray.seeds import derived_seed
 from sae_ray.steering.config import Steering
-
-# Read by pydantic when a study file is opened; nothing here imports pydantic.
-STRICT = {"extra": "forbid", "use_attribute_docstrings": True}
-Dtype = Literal["float32", "bfloat16", "float16"]
-Count = Annotated[int, Ge(1)]
-Amount = Annotated[float, Ge(0), Lt(math.inf)]
 
 
 @dataclass(frozen=True)
@@ -110,12 +104,12 @@ class Grid:
         by_k = [kind.name for kind in kinds if kind.tuned_by == "k"]
         by_sparsity = [kind.name for kind in kinds if kind.tuned_by == "sparsity"]
         for name in ("sites", "architectures", "expansions"):
-            _check(bool(getattr(self, name)), f"grid.{name}", [], "name at least one")
-        _check(bool(self.k) or not by_k, "grid.k", [], f"{', '.join(by_k)}: name at least one")
-        _check(bool(self.sparsity) or not by_sparsity, "grid.sparsity", [],
-               f"{', '.join(by_sparsity)}: name at least one coefficient")  # fmt: skip
-        _check(bool(by_sparsity) or not self.sparsity, "grid.sparsity", list(self.sparsity),
-               f"{', '.join(by_k)} has no sparsity coefficient; leave it out")  # fmt: skip
+            check(bool(getattr(self, name)), f"grid.{name}", [], "name at least one")
+        check(bool(self.k) or not by_k, "grid.k", [], f"{', '.join(by_k)}: name at least one")
+        check(bool(self.sparsity) or not by_sparsity, "grid.sparsity", [],
+              f"{', '.join(by_sparsity)}: name at least one coefficient")  # fmt: skip
+        check(bool(by_sparsity) or not self.sparsity, "grid.sparsity", list(self.sparsity),
+              f"{', '.join(by_k)} has no sparsity coefficient; leave it out")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -305,13 +299,13 @@ class Study:
     """The seed from which all others are derived."""
 
     def __post_init__(self):
-        _check(self.name != "" and "/" not in self.name, "name", self.name, "give a name without slashes")
-        _check(bool(self.grid), "grid", [], "add a [[grid]] with at least one site")
-        _check(self.steering is None or self.scoring.pictures == "train", "scoring.pictures", self.scoring.pictures,
-               'steering takes its concepts from training images; choose "train"')  # fmt: skip
-        _check(self.training.batch_size % self.resources.train.workers == 0, "resources.train.workers",
-               self.resources.train.workers,
-               f"choose a divisor of training.batch_size = {self.training.batch_size}")  # fmt: skip
+        check(self.name != "" and "/" not in self.name, "name", self.name, "give a name without slashes")
+        check(bool(self.grid), "grid", [], "add a [[grid]] with at least one site")
+        check(self.steering is None or self.scoring.pictures == "train", "scoring.pictures", self.scoring.pictures,
+              'steering takes its concepts from training images; choose "train"')  # fmt: skip
+        check(self.training.batch_size % self.resources.train.workers == 0, "resources.train.workers",
+              self.resources.train.workers,
+              f"choose a divisor of training.batch_size = {self.training.batch_size}")  # fmt: skip
         self.cells()  # raises for invalid cells
 
     def cells(self) -> list[GridCell]:
@@ -336,8 +330,8 @@ class Study:
                     # The seed comes from the name, not the position in the grid: adding cells changes no other cell.
                     seeded = dataclasses.replace(cell, seed=derived_seed(self.seed, grid_cell.name))
                     named = dataclasses.replace(grid_cell, cell=seeded)
-                    _check(cells.setdefault(named.name, named) == named, "grid", named.name,
-                           "two cells of this name differ in score_tokens or in late digits; keep one")  # fmt: skip
+                    check(cells.setdefault(named.name, named) == named, "grid", named.name,
+                          "two cells of this name differ in score_tokens or in late digits; keep one")  # fmt: skip
         return list(cells.values())
 
     @classmethod
@@ -365,8 +359,3 @@ class Study:
     def to_dict(self) -> dict[str, Any]:
         """As nested dictionaries of plain values; `from_dict` reads it back."""
         return dataclasses.asdict(self)
-
-
-def _check(holds: bool, name: str, value: Any, remedy: str) -> None:
-    if not holds:
-        raise UsageError(f"{name} = {value!r}: {remedy}")

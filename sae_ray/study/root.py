@@ -58,18 +58,20 @@ def recall(root: Folder) -> Memory | None:
     return Memory(Study.from_dict(values["study"]), Survey.from_dict(values["survey"]))
 
 
-def plan_study(study: Study, root: Folder, list_again: bool = False, describe_again: bool = False) -> StudyPlan:
+def plan_study(
+    study: Study, root: Folder, memory: Memory | None, list_again: bool = False, describe_again: bool = False
+) -> StudyPlan:
     """The plan of a study. It uses the survey that its root remembers, if that is of the same images and models.
 
     Args:
+        memory: what the root remembers (`recall`).
         list_again: list the image folders even if the root remembers them.
         describe_again: describe the models even if the root remembers them.
 
     Raises:
-        UsageError: a folder, model, site or cell is invalid; or as `recall`.
+        UsageError: a folder, model, site or cell is invalid.
         SaeRayError: there are no images.
     """
-    memory = recall(root)
     same_images = memory is not None and _images(memory.study) == _images(study)
     same_models = memory is not None and _models(memory.study) == _models(study)
     images = memory.survey.images if memory and same_images and not list_again else survey_images(study.images)
@@ -89,9 +91,8 @@ def recalled_plan(root: str) -> StudyPlan:
     return StudyPlan(memory.study, folder, memory.survey)
 
 
-def changed_folders(plan: StudyPlan) -> list[str]:
+def changed_folders(plan: StudyPlan, memory: Memory | None) -> list[str]:
     """One line for every image set that has changed since the last command that worked under its root."""
-    memory = recall(plan.root)
     if memory is None or _images(memory.study) != _images(plan.study):
         return []
     lines = []

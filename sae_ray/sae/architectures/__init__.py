@@ -6,8 +6,9 @@ import difflib
 from dataclasses import field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any
 
+from sae_ray.config import STRICT
 from sae_ray.errors import check
-from sae_ray.sae.architectures.base import STRICT, Architecture
+from sae_ray.sae.architectures.base import Architecture
 from sae_ray.sae.architectures.batch_topk import BatchTopK
 from sae_ray.sae.architectures.jumprelu import JumpReLU
 from sae_ray.sae.architectures.matryoshka_batch_topk import MatryoshkaBatchTopK

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from sae_ray.config import STRICT
 from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from sae_ray.sae.ranks import Ranks
     from sae_ray.sae.sparse import Pattern
     from sae_ray.sae.weights import Weights
-
-# Read by pydantic when a study file is opened; nothing here imports pydantic.
-STRICT = {"extra": "forbid", "use_attribute_docstrings": True}
 
 
 class Forward(NamedTuple):
