@@ -6,6 +6,7 @@ from typing import Any
 
 from sae_ray.store.activations import finished_parts
 from sae_ray.study.plan import StudyPlan
+from sae_ray.text_table import table_lines
 
 from .stage import readable
 
@@ -33,41 +34,36 @@ def status(plan: StudyPlan) -> list[dict[str, Any]]:
 
 def status_lines(entries: list[dict[str, Any]]) -> list[str]:
     """The entries as text."""
-    width = max(len(entry["step"]) for entry in entries)
+    table = table_lines([_status_cells(entry) for entry in entries], "<<>>>")
     lines = []
-    for entry in entries:
-        rows = "" if entry["rows"] is None else f"{entry['rows']:,} rows"
-        if entry["parts"]:
-            rows = f"{entry['parts']:,} parts"
-        seconds = "" if entry["seconds"] is None else f"{entry['seconds']:.1f} s"
-        size = readable(entry["bytes"]) if entry["bytes"] else ""
-        lines.append(f"{entry['status']:8} {entry['step']:{width}}  {rows:>16}  {size:>8}  {seconds:>9}".rstrip())
+    for entry, line in zip(entries, table, strict=True):
+        lines.append(line)
         if entry["reason"]:
-            lines.append(f"         {entry['reason']}")
+            lines.append(f"    {entry['reason']}")
     return lines
+
+
+def _status_cells(entry: dict[str, Any]) -> list[str]:
+    rows = "" if entry["rows"] is None else f"{entry['rows']:,} rows"
+    if entry["parts"]:
+        rows = f"{entry['parts']:,} parts"
+    seconds = "" if entry["seconds"] is None else f"{entry['seconds']:.1f} s"
+    return [entry["status"], entry["step"], rows, readable(entry["bytes"]) if entry["bytes"] else "", seconds]
 
 
 def dry_run(plan: StudyPlan) -> dict[str, Any]:
     """The steps of a study with rows, bytes on disk and work, before anything is done."""
-    steps: list[dict[str, Any]] = []
-    for images in plan.images.values():
-        for step in (images.step, images.labels_step):
-            steps.append({"step": step.name, "rows": images.n_images, "bytes": 60 * images.n_images})
-    for extract in plan.extracts:
-        steps.append({"step": extract.step.name, "rows": extract.rows, "bytes": extract.bytes})
-    for train in plan.trains:
-        training = train.grid_cell.cell.training
-        rows = training.batch_size * training.steps
-        steps.append({"step": train.step.name, "rows": rows, "bytes": train.bytes, "flops": train.flops})
-    for one in plan.evaluations:
-        steps.append({"step": one.step.name, "rows": one.activations.rows, "bytes": one.bytes, "flops": one.flops})
-    for score in plan.scores:
-        rows = score.activations.rows
-        steps.append({"step": score.step.name, "rows": rows, "bytes": score.bytes, "flops": score.flops})
-    for steering in plan.steerings:
-        steps.append({"step": steering.step.name, "rows": steering.answers, "bytes": steering.bytes})
-    for entry, step in zip(steps, plan.steps, strict=True):
-        entry |= {"stage": step.stage, "status": step.status()}
+    steps: list[dict[str, Any]] = [
+        {
+            "step": one.step.name,
+            "stage": one.step.stage,
+            "status": one.step.status(),
+            "rows": one.rows,
+            "bytes": one.bytes,
+            "flops": one.flops,
+        }
+        for one in plan.plans
+    ]
     left = [entry for entry in steps if entry["status"] not in ("done", "failed")]
     return {
         "study": plan.study.name,
@@ -75,7 +71,7 @@ def dry_run(plan: StudyPlan) -> dict[str, Any]:
         "steps": steps,
         "images_to_encode": sum(images.n_images for images in plan.images.values() if _is_left(plan, images.name)),
         "bytes": sum(entry["bytes"] for entry in left),
-        "flops": sum(entry.get("flops", 0.0) for entry in left),
+        "flops": sum(entry["flops"] for entry in left),
         "free_bytes": plan.root.free_bytes(),
     }
 
@@ -86,14 +82,11 @@ def _is_left(plan: StudyPlan, images: str) -> bool:
 
 def dry_run_lines(report: dict[str, Any]) -> list[str]:
     """The report as text."""
-    width = max(len(entry["step"]) for entry in report["steps"])
-    lines = [f"Study {report['study']} under {report['root']}", ""]
+    rows = []
     for entry in report["steps"]:
-        work = f"{entry['flops'] / 1e12:,.3g} TFLOP" if entry.get("flops") else ""
-        size = readable(entry["bytes"])
-        lines.append(
-            f"{entry['status']:8} {entry['step']:{width}}  {entry['rows']:>15,} rows  {size:>8}  {work}".rstrip()
-        )
+        work = f"{entry['flops'] / 1e12:,.3g} TFLOP" if entry["flops"] else ""
+        rows.append([entry["status"], entry["step"], f"{entry['rows']:,} rows", readable(entry["bytes"]), work])
+    lines = [f"Study {report['study']} under {report['root']}", "", *table_lines(rows, "<<>>>")]
     free = report["free_bytes"]
     lines += [
         "",

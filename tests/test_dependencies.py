@@ -6,13 +6,12 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
-from tests.test_imports import imports_of
+from tests.test_imports import imports_of, that_run
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("sae_ray", "jobs", "serve", "tests", "bench")
@@ -40,24 +39,12 @@ def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def without_type_checking(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes, those in functions too, but for what only type checkers read."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            for other in node.orelse:
-                yield other
-                yield from without_type_checking(other)
-            continue
-        yield node
-        yield from without_type_checking(node)
-
-
 def undeclared(files: list[Path], known: set[str]) -> list[str]:
     """`file: module` of every import of a package that is not among the known distributions."""
     distributions = packages_distributions()
     found = []
     for file in files:
-        nodes = list(without_type_checking(ast.parse(file.read_text(encoding="utf-8"))))
+        nodes = list(that_run(ast.parse(file.read_text(encoding="utf-8")), functions=True))
         for level, name in imports_of(nodes):
             top = name.split(".")[0]
             if level or top in sys.stdlib_module_names or top in OURS:

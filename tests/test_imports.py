@@ -85,18 +85,18 @@ def violations(room: Path) -> list[str]:
     return found
 
 
-def when_imported(tree: ast.AST) -> Iterator[ast.AST]:
-    """The statements that run when a module is imported: neither those in functions nor those for type checkers."""
+def that_run(tree: ast.AST, functions: bool) -> Iterator[ast.AST]:
+    """All nodes but those for type checkers; those in functions only if wanted, since these run later."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if not functions and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             for other in node.orelse:
                 yield other
-                yield from when_imported(other)
+                yield from that_run(other, functions)
             continue
         yield node
-        yield from when_imported(node)
+        yield from that_run(node, functions)
 
 
 def ancestors(module: str) -> list[str]:
@@ -111,7 +111,7 @@ def import_graph(room: Path) -> dict[str, set[str]]:
     for module, file in modules.items():
         package = module if file.name == "__init__.py" else module.rpartition(".")[0]
         graph[module] = set()
-        for level, name in imports_of(list(when_imported(ast.parse(file.read_text(encoding="utf-8"))))):
+        for level, name in imports_of(list(that_run(ast.parse(file.read_text(encoding="utf-8")), functions=False))):
             base = package.split(".")[: len(package.split(".")) - level + 1] if level else []
             reached = [part for part in ancestors(".".join([*base, name])) if part in modules]
             # A package whose `__init__` is running is there already.

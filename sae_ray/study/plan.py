@@ -54,6 +54,23 @@ class ImagePlan:
 
 
 @dataclass(frozen=True)
+class ListPlan:
+    """The manifest or the labels of an image set."""
+
+    step: Step
+    rows: int
+
+    @property
+    def bytes(self) -> int:
+        """Approximate size on disk."""
+        return 60 * self.rows
+
+    @property
+    def flops(self) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
 class ExtractPlan:
     """The activations of one site, or the judge's embeddings, on one image set."""
 
@@ -84,6 +101,11 @@ class ExtractPlan:
         """Approximate size on disk."""
         return self.rows * (self.width * {"float16": 2, "float32": 4}[self.step.config["store_dtype"]] + 10)
 
+    @property
+    def flops(self) -> float:
+        """Not known: it depends on the encoder."""
+        return 0.0
+
 
 @dataclass(frozen=True)
 class TrainPlan:
@@ -104,6 +126,12 @@ class TrainPlan:
         return self.grid_cell.cell.d_sae(self.activations.width)
 
     @property
+    def rows(self) -> int:
+        """Rows that are trained on, each as often as it is used."""
+        training = self.grid_cell.cell.training
+        return training.batch_size * training.steps
+
+    @property
     def bytes(self) -> int:
         """Approximate size on disk at most: two checkpoints of weights and Adam's moments, and the SAE."""
         parameters = 2 * self.activations.width * self.d_sae
@@ -112,8 +140,7 @@ class TrainPlan:
     @property
     def flops(self) -> float:
         """FLOPs of the encoder's products, a lower bound of the work."""
-        training = self.grid_cell.cell.training
-        return 2.0 * self.activations.width * self.d_sae * training.batch_size * training.steps
+        return 2.0 * self.activations.width * self.d_sae * self.rows
 
 
 @dataclass(frozen=True)
@@ -130,6 +157,10 @@ class EvaluatePlan:
         return [self.activations.step, self.sae.step]
 
     @property
+    def rows(self) -> int:
+        return self.activations.rows
+
+    @property
     def bytes(self) -> int:
         """Approximate size on disk of the table of latents."""
         return 32 * self.sae.d_sae
@@ -137,7 +168,7 @@ class EvaluatePlan:
     @property
     def flops(self) -> float:
         """FLOPs of the encoder's product."""
-        return 2.0 * self.activations.rows * self.activations.width * self.sae.d_sae
+        return 2.0 * self.rows * self.activations.width * self.sae.d_sae
 
 
 @dataclass(frozen=True)
@@ -163,6 +194,10 @@ class ScorePlan:
         return self.sae.d_sae if self.sae else self.activations.width
 
     @property
+    def rows(self) -> int:
+        return self.activations.rows
+
+    @property
     def bytes(self) -> int:
         """Approximate size on disk of the tables, at most."""
         return self.neurons * (72 + 22 * self.step.config["top_images"] + 8 * 32)
@@ -170,7 +205,7 @@ class ScorePlan:
     @property
     def flops(self) -> float:
         """FLOPs of the encoder's product."""
-        return 2.0 * self.activations.rows * self.activations.width * self.neurons if self.sae else 0.0
+        return 2.0 * self.rows * self.activations.width * self.neurons if self.sae else 0.0
 
 
 @dataclass(frozen=True)
@@ -211,7 +246,7 @@ class SteeringPlan:
         return [*(plan.step for plan in read), self.raw_scores.step, self.train.labels_step, self.heldout.labels_step]
 
     @property
-    def answers(self) -> int:
+    def rows(self) -> int:
         """Approximate number of answers kept, at most: the same latents and directions are tried with every question.
 
         Answers that only serve to choose the scales of directions are not counted.
@@ -223,7 +258,15 @@ class SteeringPlan:
     @property
     def bytes(self) -> int:
         """Approximate size on disk, including the intermediate parts."""
-        return 200 * self.answers
+        return 200 * self.rows
+
+    @property
+    def flops(self) -> float:
+        """Not known: it depends on the LLaVA."""
+        return 0.0
+
+
+AnyPlan = ListPlan | ExtractPlan | TrainPlan | EvaluatePlan | ScorePlan | SteeringPlan
 
 
 class StudyPlan:
@@ -255,12 +298,16 @@ class StudyPlan:
         self.steerings = self._steerings()
 
     @property
+    def plans(self) -> Iterator[AnyPlan]:
+        """The plan of every step, in the order of work."""
+        for images in self.images.values():
+            yield from (ListPlan(step, images.n_images) for step in (images.step, images.labels_step))
+        yield from (*self.extracts, *self.trains, *self.evaluations, *self.scores, *self.steerings)
+
+    @property
     def steps(self) -> Iterator[Step]:
         """All steps, in the order of work."""
-        for images in self.images.values():
-            yield from (images.step, images.labels_step)
-        for plan in (*self.extracts, *self.trains, *self.evaluations, *self.scores, *self.steerings):
-            yield plan.step
+        return (plan.step for plan in self.plans)
 
     @cached_property
     def extracts(self) -> list[ExtractPlan]:

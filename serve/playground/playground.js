@@ -11,7 +11,8 @@ const FRESH = {
 };
 let state = { ...FRESH };
 let known = {}; // features of the selected SAE, by index
-let running = null;
+let running = null; // what stops the answer that is being written
+let latest = null; // the last request for features
 const pictures = new Map(); // address -> object URL
 
 function white() {
@@ -114,16 +115,21 @@ async function loadSaes() {
 
 async function search() {
   const text = $("search").value.trim();
-  const { data, total } = await json(ofSae(`?limit=12${text ? `&search=${encodeURIComponent(text)}` : ""}`));
-  showFound(data, text ? `${total} features, most similar to “${text}” first` : `${total} features, highest score first`);
+  const answer = json(ofSae(`?limit=12${text ? `&search=${encodeURIComponent(text)}` : ""}`));
+  await showFound(answer, ({ total }) => (text ? `${total} features, most similar to “${text}” first` : `${total} features, highest score first`));
 }
 
 async function inspect() {
-  const { data } = await json("/v1/features/inspect", { image: state.image, sae: state.sae, limit: 12 });
-  showFound(data, "Active on this image, strongest first");
+  const answer = json("/v1/features/inspect", { image: state.image, sae: state.sae, limit: 12 });
+  await showFound(answer, () => "Active on this image, strongest first");
 }
 
-function showFound(data, title) {
+async function showFound(answer, headline) {
+  latest = answer;
+  const body = await answer;
+  if (latest !== answer) return; // something else was asked for meanwhile
+  const { data } = body;
+  const title = headline(body);
   for (const feature of data) known[feature.index] = feature;
   $("found-title").textContent = data.length ? title : `${title}: none`;
   $("found").replaceChildren(...data.map(card));

@@ -8,7 +8,7 @@ import pytest
 
 from tests.machine import PATIENCE_S
 
-from .conftest import KEY
+from .conftest import KEY, STEERS
 
 CHROMIUM = shutil.which("chromium")
 
@@ -46,6 +46,7 @@ def page(browser, server, request):
 
 @pytest.mark.parametrize("page", [(1400, 1000), (390, 844)], ids=["desktop", "phone"], indirect=True)
 def test_a_feature_is_searched_for_and_steers(page):
+    page.select_option("#sae", STEERS)
     page.fill("#search", "star")
     page.press("#search", "Enter")
     page.locator("#found-title", has_text="star").wait_for()

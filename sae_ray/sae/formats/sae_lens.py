@@ -1,24 +1,20 @@
-"""SAEs on disk: SAELens v6 directories, ours and others', and the checkpoints of the paper's reference code.
+"""SAELens v6 directories, ours and others': the native format.
 
-The native format is a directory of `cfg.json` and `sae_weights.safetensors` that SAELens 6 opens as it is. Facts that
-SAELens does not know are in `cfg.json` under `metadata.sae_ray`, those per latent in `latents.parquet` beside it.
+A directory of `cfg.json` and `sae_weights.safetensors` that SAELens 6 opens as it is. Facts that SAELens does not know
+are in `cfg.json` under `metadata.sae_ray`, those per latent in `latents.parquet` beside it.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import safetensors
 import safetensors.torch
-import torch
 
 from sae_ray.errors import SaeRayError, UsageError, check
-from sae_ray.sae.architectures import ARCHITECTURES, BatchTopK, MatryoshkaBatchTopK, architecture
+from sae_ray.sae.architectures import ARCHITECTURES, architecture
 from sae_ray.sae.model import SAE
 from sae_ray.store.files import Folder
 
@@ -31,6 +27,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 LATENTS_FILE = "latents.parquet"
+FORM = "a SAELens v6 directory"
 _COPY_AGAIN = "copy the SAE again"
 # Without a version in the metadata, SAELens reads the directory as one of its older formats.
 _SAE_LENS_VERSION = "6.54.0"
@@ -66,33 +63,17 @@ def save_latents(latents: LatentStatistics, folder: Folder) -> None:
     folder.write_parquet(LATENTS_FILE, pa.table({"latent": np.arange(len(latents.frequency)), **columns}))
 
 
-def load_sae(path: str | Path | Folder) -> SAE:
-    """Opens an SAE: a directory of ours or of SAELens v6 (standard, topk or jumprelu), or a reference `.pt` file.
-
-    Raises:
-        UsageError: the path does not exist, `cfg.json` is malformed, or it uses a convention that cannot be expressed;
-            the message names it.
-        SaeRayError: the files are damaged.
-    """
-    text = str(path)
-    if text.endswith(".pt"):
-        parent, _, name = text.rpartition("/")
-        folder = Folder(parent or ".")
-        if not folder.exists(name):
-            raise UsageError(f"{text} does not exist")
-        return _from_reference(folder.read_bytes(name), text)
-    folder = path if isinstance(path, Folder) else Folder(path)
-    if not folder.exists(CONFIG_FILE):
-        raise UsageError(f"{folder} is not an SAE: it has no {CONFIG_FILE}; give a SAELens v6 directory or a .pt file")
-    return _from_sae_lens(folder)
-
-
 def _names(kind: type[Architecture]) -> list[str]:
     names = ["W_enc", "W_dec", "b_enc", "b_dec"]
     return [*names, "threshold"] if kind.has_threshold else names
 
 
-def _from_sae_lens(folder: Folder) -> SAE:
+def recognises(path: str | Folder) -> bool:
+    return (path if isinstance(path, Folder) else Folder(path)).exists(CONFIG_FILE)
+
+
+def read(path: str | Folder) -> SAE:
+    folder = path if isinstance(path, Folder) else Folder(path)
     config = folder.read_json(CONFIG_FILE)
     where = str(folder / CONFIG_FILE)
     if not isinstance(config, dict):
@@ -169,43 +150,3 @@ def _read_weights(folder: Folder, names: list[str]) -> dict[str, Tensor]:
     if set(tensors) != set(names):
         raise UsageError(f"{folder / WEIGHTS_FILE} holds the tensors {sorted(tensors)}, but must hold exactly {names}")
     return {name: tensor.float() for name, tensor in tensors.items()}
-
-
-def _from_reference(data: bytes, where: str) -> SAE:
-    """A checkpoint of ExplainableML/sae-for-vlm: BatchTopK (torch Linear layers) or Matryoshka (plain matrices)."""
-    try:
-        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise SaeRayError(f"{where} is not a file of tensors that can be opened safely: {error}") from error
-    linear = {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k", "threshold"}
-    plain = {"W_enc", "W_dec", "b_enc", "b_dec", "k", "threshold", "group_sizes"}
-    facts: dict[str, Any] = {"reference_file": where.rpartition("/")[2]}
-    if isinstance(saved, dict) and linear <= set(saved):
-        kind = BatchTopK
-        W_enc, b_enc, W_dec = saved["encoder.weight"].T, saved["encoder.bias"], saved["decoder.weight"].T
-    elif isinstance(saved, dict) and plain <= set(saved):
-        kind = MatryoshkaBatchTopK
-        W_enc, b_enc, W_dec = saved["W_enc"], saved["b_enc"], saved["W_dec"]
-        facts["group_sizes"] = saved["group_sizes"].tolist()
-    else:
-        held = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
-        raise UsageError(
-            f"{where} holds {held}; a reference checkpoint holds {sorted(linear)} (BatchTopK) or {sorted(plain)} "
-            "(Matryoshka)"
-        )
-    threshold = saved["threshold"].float()
-    if threshold < 0:
-        raise UsageError(
-            f"{where}: threshold = {threshold.item():g} means that it was never set: the SAE was saved before the "
-            "reference's threshold_start_step, and without a threshold it would keep every positive value; train longer"
-        )
-    return SAE(
-        architecture=kind.name,
-        W_enc=W_enc.float().contiguous(),
-        W_dec=W_dec.float().contiguous(),
-        b_enc=b_enc.float(),
-        b_dec=saved["b_dec"].float(),
-        threshold=threshold.expand(len(b_enc)).clone(),
-        k=int(saved["k"]),
-        metadata=facts,
-    )
