@@ -4,6 +4,9 @@ BIN := .venv/bin
 ROOT ?= runs/demo
 INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
+# Tests of a cluster mostly wait for processes to start: two at a time fill two cores.
+TWO := -n 2 --no-loadscope-reorder
+
 .PHONY: demo test test-fast test-slow test-gpu soak bench bench-serve bench-gpu lint format clean
 
 demo: .venv/.demo
@@ -11,10 +14,10 @@ demo: .venv/.demo
 	$(BIN)/sae-ray run studies/demo.toml --root $(ROOT)
 
 test: .venv/.test
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest $(TWO) -m "not slow and not gpu"
 
 test-fast: .venv/.test
-	$(BIN)/pytest -m "not slow and not gpu and not ray and not serve and not browser"
+	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not ray and not serve and not browser"
 
 test-slow: .venv/.test
 	$(BIN)/pytest -m slow

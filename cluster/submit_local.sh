@@ -25,6 +25,12 @@ setsid ray start --head --block --disable-usage-stats --num-cpus "${NUM_CPUS:-4}
 head=$!
 stop() {
     kill -TERM -- "-$head" 2>/dev/null || true
+    # Left alone, Ray waits half a minute for processes that have nothing left to do.
+    for _ in $(seq 5); do
+        kill -0 "$head" 2>/dev/null || break
+        sleep 1
+    done
+    kill -KILL -- "-$head" 2>/dev/null || true
     wait "$head" 2>/dev/null || true
     rm -rf "$scratch"
 }

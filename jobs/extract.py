@@ -1,9 +1,9 @@
 """The extraction stage: Ray Data streams images through encoder actors into the activation store.
 
-One row of the dataset is one part, a fixed range of `image_index`. If encoders have GPUs, a task decodes its images,
-otherwise the encoder's own actor. The actor encodes them batch by batch, and writes the part of every site (and of the
-judge's embeddings) while it encodes the next one. A part depends on its images alone, so what a killed run finished is
-not repeated.
+One dataset covers both image sets. One row is one part, a fixed range of `image_index`. If encoders have GPUs, a task
+decodes its images, otherwise the encoder's own actor. The actor encodes them batch by batch, and writes the part of
+every site (and of the judge's embeddings) while it encodes the next one. A part depends on its images alone, so what a
+killed run finished is not repeated.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -56,10 +56,10 @@ def run_only(plan: StudyPlan, wanted: Sequence[ExtractPlan]) -> None:
     """As `run`, for some of the sites or for one that the study itself does not need."""
     for images in plan.images.values():
         _write_lists(images)
-        todo = unfinished([extract for extract in wanted if extract.images is images])
-        if todo:
-            with at_work(plan.root, "extract", todo):
-                _extract(images, todo, plan)
+    todo = unfinished(wanted)
+    if todo:
+        with at_work(plan.root, "extract", todo):
+            _extract(plan, todo)
 
 
 def _write_lists(images: ImagePlan) -> None:
@@ -91,32 +91,68 @@ class EncoderJob:
     dtype: str
     at_least: int | None
     """For fast pixels: a JPEG decoded at reduced size keeps at least this many pixels per side. None: exact."""
-    steps: tuple[SitePart, ...]
+    steps: dict[str, list[SitePart]]
+    """Name of the image set -> its steps."""
 
 
-def _extract(images: ImagePlan, todo: Sequence[ExtractPlan], plan: StudyPlan) -> None:
+class PartsOf:
+    """The parts of one image set, and which of them some of its steps still lack."""
+
+    def __init__(self, images: ImagePlan, todo: Sequence[ExtractPlan], per_part: int):
+        self.images = images
+        self.todo = todo
+        self.per_part = per_part
+        present = [finished_parts(extract.step.folder) for extract in todo]
+        numbers = range(-(-images.n_images // per_part))
+        self.missing = [number for number in numbers if any(number not in parts for parts in present)]
+
+    def n_images(self, number: int) -> int:
+        return min(self.per_part, self.images.n_images - number * self.per_part)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The missing parts as rows of the dataset."""
+        ids = self.images.manifest["image_id"]
+        return [
+            {
+                "images": self.images.name,
+                "part": number,
+                "image_ids": ids.slice(number * self.per_part, self.per_part).to_pylist(),
+            }
+            for number in self.missing
+        ]
+
+
+def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
     started = time.monotonic()
-    per_part = plan.study.extraction.images_per_part
-    n_images = images.n_images
-    n_parts = -(-n_images // per_part)
-    present = {extract.step.name: finished_parts(extract.step.folder) for extract in todo}
-    missing = [number for number in range(n_parts) if any(number not in parts for parts in present.values())]
-    sizes = {number: min(per_part, n_images - number * per_part) for number in range(n_parts)}
+    sets = {
+        images.name: PartsOf(images, wanted, plan.study.extraction.images_per_part)
+        for images in plan.images.values()
+        if (wanted := [extract for extract in todo if extract.images is images])
+    }
 
-    label = f"extract {images.name} ({', '.join(extract.site.name for extract in todo)})"
-    done = n_images - sum(sizes[number] for number in missing)
-    with Progress(label, n_images, "images", done) as progress:
-        if missing:
-            for number in _encoded(images, todo, missing, plan):
-                progress.advance(sizes[number])
+    def finish(parts: PartsOf) -> None:
+        for extract in parts.todo:
+            _finish(extract, time.monotonic() - started, plan.study.images.max_bad_fraction)
 
-    seconds = time.monotonic() - started
-    for extract in todo:
-        _finish(extract, seconds, plan.study.images.max_bad_fraction)
+    sites = dict.fromkeys(extract.site.name for extract in todo)
+    total = sum(parts.images.n_images for parts in sets.values())
+    left = sum(parts.n_images(number) for parts in sets.values() for number in parts.missing)
+    with Progress(f"extract {' and '.join(sets)} ({', '.join(sites)})", total, "images", total - left) as progress:
+        for parts in sets.values():
+            if not parts.missing:
+                finish(parts)
+        if left:
+            for name, number in _encoded(list(sets.values()), plan):
+                parts = sets[name]
+                parts.missing.remove(number)
+                progress.advance(parts.n_images(number))
+                if not parts.missing:
+                    finish(parts)
 
 
-def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[int], plan: StudyPlan) -> Iterator[int]:
-    """Runs the dataset over the missing parts; yields the number of each part as it is written."""
+def _encoded(sets: Sequence[PartsOf], plan: StudyPlan) -> Iterator[tuple[str, int]]:
+    """Runs the dataset over the missing parts; yields the image set and the number of each part as it is written."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
@@ -125,16 +161,11 @@ def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[i
     context.enable_progress_bars = False
     context.print_on_execution_start = False
 
-    jobs = _encoder_jobs(todo)
+    jobs = _encoder_jobs([extract for parts in sets for extract in parts.todo])
     resources = plan.study.resources.extract
     workers, gpus, decoders = _shares(resources)
-    per_part = plan.study.extraction.images_per_part
-    ids = images.manifest["image_id"]
-    rows = [{"part": number, "image_ids": ids.slice(number * per_part, per_part).to_pylist()} for number in missing]
-    decode = PartDecoder(
-        images.folder,
-        tuple(_preparation(job) for job in jobs),
-    )
+    rows = [row for parts in sets for row in parts.rows]
+    decode = PartDecoder({parts.images.name: parts.images.folder for parts in sets}, jobs)
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
@@ -145,7 +176,13 @@ def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[i
         )
         .map_batches(
             PartEncoder,
-            fn_constructor_args=(jobs, "cuda" if gpus else "cpu", per_part, resources.batch_size, plan.study.seed),
+            fn_constructor_args=(
+                jobs,
+                "cuda" if gpus else "cpu",
+                plan.study.extraction.images_per_part,
+                resources.batch_size,
+                plan.study.seed,
+            ),
             batch_size=1,
             batch_format="pyarrow",
             # Two parts at a time, so that one is written while the other is encoded.
@@ -159,7 +196,7 @@ def _encoded(images: ImagePlan, todo: Sequence[ExtractPlan], missing: Sequence[i
     for row in dataset.iter_rows():
         if row["problem"]:
             raise SaeRayError(row["problem"])
-        yield row["part"]
+        yield row["images"], row["part"]
 
 
 def _shares(resources: ExtractResources) -> tuple[int, float, int]:
@@ -175,35 +212,42 @@ def _shares(resources: ExtractResources) -> tuple[int, float, int]:
 
 
 def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
-    by_encoder: dict[tuple[str, str | None, str, int | None], list[SitePart]] = {}
+    jobs: dict[tuple[str, str | None, str, int | None], EncoderJob] = {}
     for extract in todo:
         at_least = 2 * max(extract.info.image_size) if extract.step.config["pixels"] == "fast" else None
         # The revision resolved for the step: a branch may have moved since.
         key = (extract.info.model, extract.info.revision, extract.encoder.dtype, at_least)
+        job = jobs.setdefault(key, EncoderJob(*key, {}))
         part = SitePart(extract.step.folder, extract.site, extract.step.config["store_dtype"])
-        by_encoder.setdefault(key, []).append(part)
-    return tuple(EncoderJob(*key, tuple(steps)) for key, steps in by_encoder.items())
-
-
-def _preparation(job: EncoderJob) -> Preparation:
-    return Preparation(load_preprocess(job.model, job.revision, job.at_least is not None), job.at_least)
+        job.steps.setdefault(extract.images.name, []).append(part)
+    return tuple(jobs.values())
 
 
 class PartDecoder:
-    """The task that decodes: {part, image_ids} -> the same with pixels for every encoder, and the rejects."""
+    """The task that decodes: {images, part, image_ids} -> the same with pixels for every encoder, and the rejects."""
 
-    def __init__(self, folder: Folder, preparations: tuple[Preparation, ...]):
-        """`preparations`: of every encoder."""
-        self.folder = folder
-        self.preparations = preparations
+    def __init__(self, folders: dict[str, Folder], jobs: Sequence[EncoderJob]):
+        """`folders`: of every image set, by name."""
+        self.folders = folders
+        self.sets = [set(job.steps) for job in jobs]
+        self.preparations = [
+            Preparation(load_preprocess(job.model, job.revision, job.at_least is not None), job.at_least)
+            for job in jobs
+        ]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        decoded = decode_part(self.folder, batch["image_ids"][0].as_py(), self.preparations)
+        name = batch["images"][0].as_py()
+        used = [number for number, names in enumerate(self.sets) if name in names]
+        preparations = [self.preparations[number] for number in used]
+        decoded = decode_part(self.folders[name], batch["image_ids"][0].as_py(), preparations)
         batch = batch.append_column("accepted", pa.array([decoded.accepted], pa.list_(pa.int64())))
         batch = batch.append_column("rejects", pa.array([decoded.rejects], pa.list_(pa.struct(REJECTS_SCHEMA))))
-        for number, pixels in enumerate(decoded.pixels):
-            batch = batch.append_column(f"pixels_{number}", _one_value(pixels))
-            batch = batch.append_column(f"shape_{number}", pa.array([pixels.shape]))
+        pixels = dict(zip(used, decoded.pixels, strict=True))
+        for number in range(len(self.sets)):
+            of_encoder = pixels.get(number)
+            value = pa.nulls(1, pa.large_binary()) if of_encoder is None else _one_value(of_encoder)
+            shape = pa.array([None if of_encoder is None else of_encoder.shape], pa.list_(pa.int64()))
+            batch = batch.append_column(f"pixels_{number}", value).append_column(f"shape_{number}", shape)
         return batch
 
 
@@ -223,38 +267,44 @@ class PartEncoder:
         self.batch_size = batch_size
         self.seed = seed
         self.encoding = Lock()
+        self.encoders: dict[int, Encoder] = {}
         # The pixels are only read.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        part = batch["part"][0].as_py()
+        images, part = batch["images"][0].as_py(), batch["part"][0].as_py()
         try:
-            self._write(part, batch)
+            self._write(images, part, batch)
             problem = ""
         except SaeRayError as error:  # as a row: an exception would reach the driver without its type
             problem = str(error)
-        return pa.table({"part": [part], "problem": [problem]})
+        return pa.table({"images": [images], "part": [part], "problem": [problem]})
 
-    @cached_property
-    def encoders(self) -> list[Encoder]:
-        """Loaded when they are first needed: an actor whose start fails cannot tell the driver why."""
-        return [load_encoder(job.model, job.revision, self.device, job.dtype) for job in self.jobs]
+    def _encoder(self, number: int) -> Encoder:
+        """Loaded when it is first needed: an actor whose start fails cannot tell the driver why."""
+        if number not in self.encoders:
+            job = self.jobs[number]
+            self.encoders[number] = load_encoder(job.model, job.revision, self.device, job.dtype)
+        return self.encoders[number]
 
-    def _write(self, part: int, batch: pa.Table) -> None:
+    def _write(self, images: str, part: int, batch: pa.Table) -> None:
         ids = batch["image_ids"][0].as_py()
         accepted = batch["accepted"][0].as_py()
         rejects = [(reject["image_id"], reject["reason"]) for reject in batch["rejects"][0].as_py()]
         image_index = part * self.per_part + np.asarray(accepted, dtype=np.int64)
         image_ids = [ids[position] for position in accepted]
         for number, job in enumerate(self.jobs):
+            steps = job.steps.get(images)
+            if not steps:
+                continue
             pixels = np.frombuffer(batch[f"pixels_{number}"][0].as_buffer(), dtype=np.uint8)
             pixels = pixels.reshape(batch[f"shape_{number}"][0].as_py())
-            sites = [step.site for step in job.steps]
+            sites = [step.site for step in steps]
             with self.encoding:
                 found = encode_part(
-                    self.encoders[number], sites, pixels, image_index, image_ids, self.seed, self.batch_size
+                    self._encoder(number), sites, pixels, image_index, image_ids, self.seed, self.batch_size
                 )
-            for step, rows in zip(job.steps, found, strict=True):
+            for step, rows in zip(steps, found, strict=True):
                 write_part(step.folder, part, activation_table(*rows, step.store_dtype), rejects)
 
 

@@ -8,6 +8,7 @@ order of completion.
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from copy import deepcopy
@@ -139,6 +140,7 @@ def folded(stats: NeuronStats | None, shape: tuple[int, int, int], *blocks: Bloc
     import torch
 
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # blocks are only read
     # A copy: objects from Ray's store are read-only.
     stats = NeuronStats(*shape) if stats is None else deepcopy(stats)
     n_blocks = len(blocks) // 2

@@ -40,6 +40,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for fixture, mark in MARKS_BY_FIXTURE.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(mark)
+    items.sort(key=lambda item: not item.nodeid.startswith(ON_A_CLUSTER))
+
+
+ON_A_CLUSTER = ("tests/jobs", "tests/serve")
+"""Folders whose tests share a cluster. They take longest, so they begin first."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of several processes (`make test` starts two), one gets all tests of such a folder, or of a file elsewhere."""
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class ByCluster(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folders = (folder for folder in ON_A_CLUSTER if nodeid.startswith(folder))
+            return next(folders, super()._split_scope(nodeid))
+
+    return ByCluster(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import socket
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from typing import NamedTuple
 
 PATIENCE_S = 300
@@ -26,6 +28,13 @@ def actors() -> list[Actor]:
 
     table = state.actor_table(None, actor_state_name="ALIVE").values()
     return [Actor(entry["ActorClassName"], entry["Pid"]) for entry in table]
+
+
+def processes_with_torch() -> ForkServerContext:
+    """Starts processes as copies of one that has imported torch, which takes each of them seconds otherwise."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "sae_ray.sae.bundle"])
+    return context
 
 
 def free_port() -> int:

@@ -1,5 +1,6 @@
 """One small world for all tests of the drivers."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -52,7 +54,7 @@ def study_values(world) -> dict:
             "dead_after_samples": 2000,
         },
         "extraction": {"images_per_part": 50},
-        "resources": {"extract": {"batch_size": 16}, "train": {"checkpoint_every": 20}},
+        "resources": {"extract": {"batch_size": 16, "workers": 1}, "train": {"checkpoint_every": 20}},
     }
 
 
@@ -66,24 +68,51 @@ def make_plan(study_values) -> Callable[..., StudyPlan]:
     return make
 
 
-@pytest.fixture(scope="session")
-def extracted(ray_cluster, make_plan, tmp_path_factory) -> Path:
-    """A root with all activations of the study; copy it before writing to it."""
-    from sae_ray.jobs import extract
+def to_toml(values: dict) -> str:
+    def inline(value) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key} = {inline(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, list):
+            return "[" + ", ".join(inline(item) for item in value) + "]"
+        return json.dumps(value)
 
+    return "\n".join(f"{key} = {inline(value)}" for key, value in values.items())
+
+
+class Ran(NamedTuple):
+    study: Path
+    root: Path
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def ran(study_values, tmp_path_factory) -> Ran:
+    """The whole study by `sae-ray run`, as a user runs it: with a cluster of its own, and a new home."""
+    home = tmp_path_factory.mktemp("home")
+    study, root = home / "small.toml", home / "root"
+    study.write_text(to_toml(study_values))
+    command = [sys.executable, "-m", "sae_ray.jobs.cli", "run", str(study), "--root", str(root)]
+    command += ["--set", "resources.extract.workers=2"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(command, env=environment | {"HOME": str(home)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (home / ".ray").exists(), "a token there would lock the user out of heads that ask for one"
+    return Ran(study, root, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def finished(ray_cluster, ran) -> Path:
+    """A root with the whole study done; copy it before writing to it."""
+    return ran.root
+
+
+@pytest.fixture(scope="session")
+def extracted(finished, make_plan, tmp_path_factory) -> Path:
+    """A root with all activations of the study and no more; copy it before writing to it."""
     root = tmp_path_factory.mktemp("extracted")
-    extract.run(make_plan(root))
-    return root
-
-
-@pytest.fixture(scope="session")
-def finished(extracted, make_plan, tmp_path_factory) -> Path:
-    """A root with the whole study done."""
-    from sae_ray.jobs import study
-
-    root = tmp_path_factory.mktemp("finished") / "root"
-    shutil.copytree(extracted, root)
-    study.run(make_plan(root))
+    for step in make_plan(finished).steps:
+        if step.stage in ("manifest", "labels", "extract"):
+            shutil.copytree(finished / step.name, root / step.name)
     return root
 
 

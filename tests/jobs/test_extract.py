@@ -11,7 +11,6 @@ from sae_ray.jobs import extract
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import decode_image
-from sae_ray.images.part import Preparation
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.study.root import remember
@@ -50,7 +49,8 @@ def test_a_killed_run_resumes_with_identical_values(extracted, make_plan, kill_d
     remember(plan)
 
     parts = root / train.step.name / "parts"
-    kill_driver_when(["extract", "--root", str(root)], lambda: len(list(parts.glob("*.json"))) >= 2)
+    two = ["--set", "resources.extract.workers=2"]
+    kill_driver_when(["extract", "--root", str(root), *two], lambda: len(list(parts.glob("*.json"))) >= 2)
     survived = {path.name: path.read_bytes() for path in parts.glob("*.json")}
     assert 2 <= len(survived) < 10
     assert train.step.status() == "partial"
@@ -120,8 +120,9 @@ def test_a_file_that_may_not_be_read_is_a_reject(world):
             return super().read_bytes(name)
 
     names = [str(path.relative_to(world)) for path in sorted((world / "heldout").rglob("*.png"))[:12]]
-    decode = extract.PartDecoder(Locked(str(world)), (Preparation(load_preprocess(f"{world}/clip")),))
-    batch = decode(pa.table({"part": [0], "image_ids": [names]}))
+    job = extract.EncoderJob(f"{world}/clip", None, "float32", None, {"train": []})
+    decode = extract.PartDecoder({"train": Locked(str(world))}, [job])
+    batch = decode(pa.table({"images": ["train"], "part": [0], "image_ids": [names]}))
     locked = [name for name in names if name.endswith("0.png")]
     assert batch["rejects"][0].as_py() == [{"image_id": name, "reason": "no permission to read it"} for name in locked]
     assert len(batch["accepted"][0]) == batch["shape_0"][0].as_py()[0] == len(names) - len(locked) > 0

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -37,22 +38,16 @@ def test_the_summary_shows_where_everything_lies(finished, make_plan):
 
 
 @pytest.mark.ray
-def test_a_study_runs_as_a_submitted_job(world, study_values, tmp_path):
-    """`ray start --head` and `ray job submit` for real, by the script that users have."""
-    root = tmp_path / "root"
-    settings = [
-        f"images.train.path={world}/train",
-        f"images.heldout.path={world}/heldout",
-        f"encoder.model={world}/clip",
-        f"judge.model=open_clip:local-dir:{world}/judge",
-    ]
-    command = ["cluster/submit_local.sh", "tests/data/two_cells.toml", "--root", str(root)]
-    for setting in settings:
-        command += ["--set", setting]
+def test_a_study_is_submitted_by_the_script_that_users_have(ran, tmp_path):
+    """`ray start --head` and `ray job submit` for real. What is done already is not done again."""
+    root = shutil.copytree(ran.root, tmp_path / "root")
+    command = ["cluster/submit_local.sh", str(ran.study), "--root", str(root)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing left to do" in done.stdout
     assert "comparisons hold" in done.stdout
     summary = json.loads((root / "summary.json").read_text())
+    assert summary["root"] == str(root)
     assert len(summary["cells"]) == 3
     assert not summary["failed"]

@@ -15,7 +15,7 @@ from sae_ray.store.stream import TrainingStream
 from sae_ray.study.root import remember
 from tests.machine import actors
 
-SLOW = {"training.steps": 1200, "resources.train.checkpoint_every": 50}
+SLOW = {"training.steps": 600, "resources.train.checkpoint_every": 25}
 """Long enough to be killed in the middle."""
 
 

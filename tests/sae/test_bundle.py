@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -28,6 +27,7 @@ from sae_ray.steering import load_max_token
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
+from tests.machine import processes_with_torch
 
 D_IN, STEPS, EVERY = 12, 36, 6
 TRAINING = TrainingConfig(
@@ -82,9 +82,9 @@ def rank_main(bundle: BundleJob, rank: int, size: int, rendezvous: str, killed_a
 
 def attempt(bundle: BundleJob, size: int, scratch: Path, killed_at: int | None = None) -> list[int | None]:
     """Exit codes of the ranks."""
-    spawn = multiprocessing.get_context("spawn")
+    context = processes_with_torch()
     rendezvous = str(scratch / f"rendezvous-{size}-{killed_at}")
-    ranks = [spawn.Process(target=rank_main, args=(bundle, n, size, rendezvous, killed_at)) for n in range(size)]
+    ranks = [context.Process(target=rank_main, args=(bundle, n, size, rendezvous, killed_at)) for n in range(size)]
     for process in ranks:
         process.start()
     for process in ranks:

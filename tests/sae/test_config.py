@@ -170,7 +170,7 @@ SELECTING = {"batch_topk", "matryoshka_batch_topk", "topk"}
         ({"group_fractions": (0.0625, 0.125, 0.25, 0.5625)}, set()),
         ({"warmup_steps": 1000, "threshold_start_step": 1000, "sparsity_warmup_steps": 10_000}, set()),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_a_setting_renames_the_architectures_that_use_it(settings: dict, architectures: set[str]):
     assert renamed(**settings) == architectures

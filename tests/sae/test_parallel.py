@@ -19,6 +19,7 @@ from sae_ray.sae.architectures.jumprelu import JumpReLUSettings
 from sae_ray.sae.weights import Weights
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
+from tests.machine import processes_with_torch
 
 D_IN, BATCH, STEPS, STEPS_PER_SIZE = 16, 32, 24, 8
 SIZES = (1, 2, 4)
@@ -125,7 +126,8 @@ def rank_main(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(rank_main, args=(str(folder),), nprocs=SIZES[-1])
+    method = processes_with_torch().get_start_method()
+    torch.multiprocessing.start_processes(rank_main, (str(folder),), SIZES[-1], start_method=method)
     return folder
 
 

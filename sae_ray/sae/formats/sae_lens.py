@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 LATENTS_FILE = "latents.parquet"
-FORM = "a SAELens v6 directory"
+FORM = f"a SAELens v6 directory ({CONFIG_FILE} and {WEIGHTS_FILE})"
 _COPY_AGAIN = "copy the SAE again"
 # Without a version in the metadata, SAELens reads the directory as one of its older formats.
 _SAE_LENS_VERSION = "6.54.0"
