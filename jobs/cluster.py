@@ -31,18 +31,31 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
         with _held_back_stderr():
             ray.init(logging_level=logging.WARNING)
-        return
-    # Without one, Ray would write a token to ~/.ray, and every later `ray start` of this user would ask for it.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with _held_back_stderr():
-        # Logical CPUs: readers and actors that mostly wait need more than two of them to run at once.
-        ray.init(
-            address="local",
-            num_cpus=max(4, os.cpu_count() or 1),
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
+    else:
+        # Without one, Ray would write a token to ~/.ray, and every later `ray start` of this user would ask for it.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        with _held_back_stderr():
+            # Logical CPUs: readers and actors that mostly wait need more than two of them to run at once.
+            ray.init(
+                address="local",
+                num_cpus=max(4, os.cpu_count() or 1),
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+            )
+    _show_messages_of_ray_on_stderr()
+
+
+def _show_messages_of_ray_on_stderr() -> None:
+    """Ray 2.60 prints what its raylets and controller report to standard output, where it would spoil `--json`."""
+    from ray._private import worker
+
+    def show(data: dict, ignore_prefix: bool) -> None:
+        for message in data["lines"]:
+            if "worker processes have been started" not in message:  # usual where processes are slow to start
+                say(f"Ray: {message}")
+
+    worker.print_to_stdstream = show
 
 
 @contextmanager

@@ -1,9 +1,13 @@
-"""What of a study's resources a cluster can never have is said, not waited for."""
+"""The cluster that a driver works on: what it can never have room for is said, and so is what goes wrong."""
+
+import subprocess
+import sys
 
 import pytest
 from sae_ray.jobs.cluster import require
 
 from sae_ray.errors import UsageError
+from tests.machine import PATIENCE_S
 
 
 @pytest.mark.parametrize(
@@ -32,3 +36,30 @@ def test_what_it_does_not_hold_is_refused(ray_cluster, resources, words, monkeyp
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster that may grow
     require("resources.steering", *resources)
     assert f"resources.steering: {words.removesuffix('; lower')}" in capsys.readouterr().err
+
+
+MESSAGES = """
+import time
+from sae_ray.jobs.cluster import connect
+
+connect()
+import ray
+from ray._private.utils import publish_error_to_driver
+
+for message in ("WARNING: 8 PYTHON worker processes have been started on node: x", "a node is lost", "the end"):
+    publish_error_to_driver("worker_pool_large", message, ray._private.worker.global_worker.gcs_client)
+time.sleep({patience})
+"""
+
+
+@pytest.mark.ray
+def test_messages_of_ray_go_to_standard_error():
+    """But for one that is usual on slow machines. Standard output is for results."""
+    command = [sys.executable, "-c", MESSAGES.format(patience=PATIENCE_S)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        shown = [process.stderr.readline() for _ in range(2)]
+        process.terminate()
+        output, _ = process.communicate()
+    assert shown == ["Ray: a node is lost\n", "Ray: the end\n"]
+    assert output == ""
