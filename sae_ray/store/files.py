@@ -117,7 +117,7 @@ class Folder:
 
     def read_parquet(self, name: str) -> pa.Table:
         with self.filesystem.open_input_file(self.path_of(name)) as source:
-            return pq.read_table(source)
+            return pq.ParquetFile(source).read()  # read_table would import pandas
 
     def delete(self, name: str) -> None:
         """Removes a file or a whole sub-folder; does nothing if it does not exist."""

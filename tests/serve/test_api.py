@@ -200,10 +200,10 @@ def test_inspection_agrees_with_the_sae(http, llava, sae_folder, shapes):
 
 def test_operations(server, http):
     for path in ("/health", "/ready", "/metrics", "/openapi.json", "/docs", "/"):
-        assert httpx.get(f"{server.url}{path}").status_code == 200, path
+        assert httpx.get(f"{server.url}{path}", timeout=PATIENCE_S).status_code == 200, path
     http.post("/v1/chat/completions", json=chat())
-    until(lambda: "sae_ray_requests_present 0.0" in httpx.get(f"{server.url}/metrics").text)
-    metrics = httpx.get(f"{server.url}/metrics").text
+    until(lambda: "sae_ray_requests_present 0.0" in httpx.get(f"{server.url}/metrics", timeout=PATIENCE_S).text)
+    metrics = httpx.get(f"{server.url}/metrics", timeout=PATIENCE_S).text
     assert 'sae_ray_requests_total{route="/v1/chat/completions",status="200"}' in metrics
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.machine import PATIENCE_S
+
 from .conftest import KEY, STEERS, chat, data_url, white
 
 
@@ -119,7 +121,7 @@ def test_a_body_too_large_is_not_read(server, http):
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}])
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/saes", "/v1/nothing"])
 def test_without_the_key_nothing_is_served(server, headers, path):
-    answer = httpx.get(f"{server.url}{path}", headers=headers)
+    answer = httpx.get(f"{server.url}{path}", headers=headers, timeout=PATIENCE_S)
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
     assert answer.json()["error"]["code"] == "invalid_api_key"

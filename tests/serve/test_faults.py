@@ -51,7 +51,7 @@ def running() -> int:
 
 
 def metric(server: Server, name: str) -> float:
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    lines = httpx.get(f"{server.url}/metrics", timeout=PATIENCE_S).text.splitlines()
     return next(float(line.split()[-1]) for line in lines if line.startswith(f"sae_ray_{name} "))
 
 
