@@ -64,6 +64,14 @@ def test_a_killed_run_resumes_with_identical_values(extracted, make_plan, kill_d
     assert {f"data/{path.name}" for path in (root / train.step.name / "data").iterdir()} == listed
 
 
+def test_images_decoded_in_tasks_of_their_own_give_identical_values(ray_cluster, extracted, make_plan, tmp_path):
+    """As where encoders have GPUs: an actor that asks for more than one CPU does not decode itself."""
+    plan = make_plan(tmp_path / "root", **{"resources.extract.cpus": 2})
+    extract.run(plan)
+    for one, reference in zip(plan.extracts, make_plan(extracted).extracts, strict=True):
+        assert rows(one.step.folder) == rows(reference.step.folder)
+
+
 def test_another_site_extracts_only_that_site(ray_cluster, extracted, make_plan, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(extracted, root)
