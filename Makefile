@@ -4,7 +4,7 @@ BIN := .venv/bin
 ROOT ?= runs/demo
 INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
-# Tests of a cluster mostly wait for processes to start: two at a time fill two cores.
+# Tests of the cluster mostly wait for processes to start; meanwhile another process of pytest runs the others.
 TWO := -n 2 --no-loadscope-reorder
 
 .PHONY: demo test test-fast test-slow test-gpu soak bench bench-serve bench-gpu lint format clean

@@ -12,6 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 # Ray would leave one in the home of whoever runs the tests.
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+# By default Ray's workers give way to whatever else runs, so that beside other work some tests would wait for minutes.
+os.environ["RAY_worker_niceness"] = "0"
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,18 +46,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 ON_A_CLUSTER = ("tests/jobs", "tests/serve")
-"""Folders whose tests share a cluster. They take longest, so they begin first."""
+"""Folders whose tests share the cluster. They take longest, so they begin first."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Of several processes (`make test` starts two), one gets all tests of such a folder, or of a file elsewhere."""
+    """Of several processes (`make test` starts two), one gets all tests of the cluster; others get a file at a time."""
     from xdist.scheduler.loadscope import LoadScopeScheduling
 
     class ByCluster(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            folders = (folder for folder in ON_A_CLUSTER if nodeid.startswith(folder))
-            return next(folders, super()._split_scope(nodeid))
+            return "cluster" if nodeid.startswith(ON_A_CLUSTER) else super()._split_scope(nodeid)
 
     return ByCluster(config, log)
 
