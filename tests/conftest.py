@@ -13,7 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Ray would leave one in the home of whoever runs the tests.
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 # By default Ray's workers give way to whatever else runs, so that beside other work some tests would wait for minutes.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray reads it in this spelling
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
