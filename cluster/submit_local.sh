@@ -32,7 +32,7 @@ stop() {
     done
     kill -KILL -- "-$head" 2>/dev/null || true
     wait "$head" 2>/dev/null || true
-    rm -rf "$scratch"
+    rm -rf "$scratch" 2>/dev/null || { sleep 1; rm -rf "$scratch"; } || true
 }
 trap stop EXIT
 

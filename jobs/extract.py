@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -132,8 +133,11 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
     }
 
     def finish(parts: PartsOf) -> None:
+        nonlocal started
+        seconds = time.monotonic() - started
         for extract in parts.todo:
-            _finish(extract, time.monotonic() - started, plan.study.images.max_bad_fraction)
+            _finish(extract, seconds, plan.study.images.max_bad_fraction)
+        started = time.monotonic()
 
     sites = dict.fromkeys(extract.site.name for extract in todo)
     total = sum(parts.images.n_images for parts in sets.values())
@@ -142,8 +146,9 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
         for parts in sets.values():
             if not parts.missing:
                 finish(parts)
-        if left:
-            for name, number in _encoded(list(sets.values()), plan):
+        # Closed, so that nothing is written any more once the locks are released.
+        with closing(_encoded([parts for parts in sets.values() if parts.missing], plan)) as encoded:
+            for name, number in encoded:
                 parts = sets[name]
                 parts.missing.remove(number)
                 progress.advance(parts.n_images(number))
@@ -151,8 +156,10 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
                     finish(parts)
 
 
-def _encoded(sets: Sequence[PartsOf], plan: StudyPlan) -> Iterator[tuple[str, int]]:
+def _encoded(sets: Sequence[PartsOf], plan: StudyPlan) -> Generator[tuple[str, int]]:
     """Runs the dataset over the missing parts; yields the image set and the number of each part as it is written."""
+    if not sets:
+        return
     import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
@@ -293,17 +300,15 @@ class PartEncoder:
         rejects = [(reject["image_id"], reject["reason"]) for reject in batch["rejects"][0].as_py()]
         image_index = part * self.per_part + np.asarray(accepted, dtype=np.int64)
         image_ids = [ids[position] for position in accepted]
-        for number, job in enumerate(self.jobs):
-            steps = job.steps.get(images)
-            if not steps:
-                continue
+        wanted = {number: job.steps[images] for number, job in enumerate(self.jobs) if images in job.steps}
+        with self.encoding:
+            encoders = {number: self._encoder(number) for number in wanted}
+        for number, steps in wanted.items():
             pixels = np.frombuffer(batch[f"pixels_{number}"][0].as_buffer(), dtype=np.uint8)
             pixels = pixels.reshape(batch[f"shape_{number}"][0].as_py())
             sites = [step.site for step in steps]
             with self.encoding:
-                found = encode_part(
-                    self._encoder(number), sites, pixels, image_index, image_ids, self.seed, self.batch_size
-                )
+                found = encode_part(encoders[number], sites, pixels, image_index, image_ids, self.seed, self.batch_size)
             for step, rows in zip(steps, found, strict=True):
                 write_part(step.folder, part, activation_table(*rows, step.store_dtype), rejects)
 

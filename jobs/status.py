@@ -71,7 +71,7 @@ def dry_run(plan: StudyPlan) -> dict[str, Any]:
         "steps": steps,
         "images_to_encode": sum(images.n_images for images in plan.images.values() if _is_left(plan, images.name)),
         "bytes": sum(entry["bytes"] for entry in left),
-        "flops": sum(entry["flops"] for entry in left),
+        "flops": sum(entry["flops"] or 0 for entry in left),
         "free_bytes": plan.root.free_bytes(),
     }
 

@@ -36,6 +36,10 @@ settings.load_profile("sae-ray")
 MARKS_BY_FIXTURE = {"ray_cluster": "ray", "server": "serve", "browser": "browser"}
 
 
+ON_A_CLUSTER = ("tests/jobs/", "tests/serve/")
+"""Folders whose tests share the cluster. They take longest, so they begin first."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks tests by what they use; those that start Ray or a server in processes of their own say so themselves."""
     for item in items:
@@ -43,10 +47,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(mark)
     items.sort(key=lambda item: not item.nodeid.startswith(ON_A_CLUSTER))
-
-
-ON_A_CLUSTER = ("tests/jobs", "tests/serve")
-"""Folders whose tests share the cluster. They take longest, so they begin first."""
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -66,8 +66,8 @@ class ListPlan:
         return 60 * self.rows
 
     @property
-    def flops(self) -> float:
-        return 0.0
+    def flops(self) -> None:
+        """Nothing to speak of."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,8 @@ class ExtractPlan:
         return self.rows * (self.width * {"float16": 2, "float32": 4}[self.step.config["store_dtype"]] + 10)
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> None:
         """Not known: it depends on the encoder."""
-        return 0.0
 
 
 @dataclass(frozen=True)
@@ -261,9 +260,8 @@ class SteeringPlan:
         return 200 * self.rows
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> None:
         """Not known: it depends on the LLaVA."""
-        return 0.0
 
 
 AnyPlan = ListPlan | ExtractPlan | TrainPlan | EvaluatePlan | ScorePlan | SteeringPlan

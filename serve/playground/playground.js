@@ -126,7 +126,7 @@ async function inspect() {
 
 async function showFound(answer, headline) {
   latest = answer;
-  const body = await answer;
+  const body = await answer.catch((error) => { if (latest === answer) throw error; });
   if (latest !== answer) return; // something else was asked for meanwhile
   const { data } = body;
   const title = headline(body);
@@ -260,12 +260,17 @@ async function learnChosen() {
 
 async function takeFile(file) {
   if (!file?.type.startsWith("image/")) throw new Error("not an image; choose a PNG, JPEG or WebP file");
-  state.image = await new Promise((resolve, reject) => {
+  takeImage(await new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
     reader.onerror = () => reject(reader.error);
     reader.readAsDataURL(file);
-  });
+  }));
+}
+
+function takeImage(image) {
+  state.image = image;
+  latest = null; // what was asked about the other image
   showHeat(null);
   change();
 }
@@ -313,7 +318,7 @@ function listen() {
   submit("find", search);
   $("how").onsubmit = (event) => event.preventDefault();
   $("stop").onclick = () => { running?.abort(); $("stop").hidden = true; };
-  $("blank").onclick = () => { state.image = WHITE; showHeat(null); change(); };
+  $("blank").onclick = () => takeImage(WHITE);
   $("inspect").onclick = () => tell(inspect);
   $("file").onchange = () => tell(() => takeFile($("file").files[0]));
   $("curl").onclick = () => tell(() => copy(asCurl()));
@@ -336,6 +341,8 @@ function listen() {
 
 async function start() {
   restore();
+  known = {};
+  latest = null;
   showSettings();
   await loadSaes();
   await learnChosen();

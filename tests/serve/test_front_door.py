@@ -151,7 +151,7 @@ def test_an_application_is_deployed_and_a_study_submitted(checkout, home, shell,
         shutil.copytree(submitted, root)
     said = shell(lines_to_submit())
     assert "comparisons hold" in said
-    assert "Warning" not in said
+    assert "not writable" not in said
     assert ("nothing left to do" in said) == again
     summary = json.loads((root / "summary.json").read_text())
     assert len(summary["cells"]) == 2

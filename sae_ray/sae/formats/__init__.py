@@ -33,4 +33,4 @@ def load_sae(path: str | Path | Folder) -> SAE:
     for one in FORMATS:
         if one.recognises(given):
             return one.read(given)
-    raise UsageError(f"{given} does not exist or is not an SAE; give {' or '.join(one.FORM for one in FORMATS)}")
+    raise UsageError(f"{given} is not an SAE, or does not exist; give {' or '.join(one.FORM for one in FORMATS)}")

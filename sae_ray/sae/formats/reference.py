@@ -20,7 +20,7 @@ FORM = "a .pt file of the reference code"
 
 
 def recognises(path: str | Folder) -> bool:
-    return str(path).endswith(".pt")
+    return parent_and_name(str(path))[1].endswith(".pt")
 
 
 def read(path: str | Folder) -> SAE:
