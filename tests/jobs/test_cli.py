@@ -206,7 +206,10 @@ def test_a_root_remembers_its_study(finished, make_plan, tmp_path):
 
 @pytest.mark.ray
 def test_a_healthy_run_prints_only_its_own_lines(ran):
-    ours = re.compile(r"(extract .*|train \d+ SAEs|evaluate \d+ SAEs|score \d+ passes|report|small): (\d|done in \d)")
+    ours = re.compile(
+        r"(extract train and heldout \(projection\)|train \d+ SAEs|evaluate \d+ SAEs|score \d+ passes|report|small): "
+        r"(\d|done in \d)"
+    )
     assert [line for line in ran.stderr.splitlines() if not ours.match(line)] == []
     assert ran.stderr.splitlines()[-1].startswith("small: done in")
 

@@ -63,17 +63,21 @@ def save_latents(latents: LatentStatistics, folder: Folder) -> None:
     folder.write_parquet(LATENTS_FILE, pa.table({"latent": np.arange(len(latents.frequency)), **columns}))
 
 
+def _opened(path: str | Folder) -> Folder:
+    return path if isinstance(path, Folder) else Folder(path)
+
+
 def _names(kind: type[Architecture]) -> list[str]:
     names = ["W_enc", "W_dec", "b_enc", "b_dec"]
     return [*names, "threshold"] if kind.has_threshold else names
 
 
 def recognises(path: str | Folder) -> bool:
-    return (path if isinstance(path, Folder) else Folder(path)).exists(CONFIG_FILE)
+    return _opened(path).exists(CONFIG_FILE)
 
 
 def read(path: str | Folder) -> SAE:
-    folder = path if isinstance(path, Folder) else Folder(path)
+    folder = _opened(path)
     config = folder.read_json(CONFIG_FILE)
     where = str(folder / CONFIG_FILE)
     if not isinstance(config, dict):
