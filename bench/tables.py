@@ -23,13 +23,14 @@ def with_tables(page: str, results: Path = RESULTS) -> str:
 def section(results: Path, name: str) -> str:
     """All tables of one benchmark and the machine they are from."""
     file = results / f"{name}.json"
+    command = f"python -m bench.{name.replace('_', ' ')}"
     if not file.exists():
-        return table([f"`python -m bench.{name}`", ""], [["unmeasured", ""]])
+        return table([f"`{command}`", ""], [["unmeasured", ""]])
     result = json.loads(file.read_text(encoding="utf-8"))
     tables = [f"**{one['title']}**\n\n{table(one['columns'], one['rows'])}" for one in result["tables"]]
     facts = result["facts"]
     machine = ", ".join(f"{fact.replace('_', ' ')} {facts[fact]}" for fact in MACHINE if fact in facts)
-    return "\n\n".join([*tables, f"Measured by `python -m bench.{name}`: {machine}."])
+    return "\n\n".join([*tables, f"Measured by `{command}`: {machine}."])
 
 
 def table(columns: list[str], rows: list[list[Any]]) -> str:

@@ -1,6 +1,7 @@
 """One section of the benchmark, in this process: `python -m bench.gpu.section NAME [--small]`.
 
-A section is a module with `tables(sizes, device)`, which yields a table whenever it has one or an earlier one has grown.
+A section is a module with `tables(sizes, device)`, which yields a table whenever it has a new one, or an earlier one
+with another row.
 """
 
 from __future__ import annotations
