@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Sizes(NamedTuple):
@@ -24,8 +24,8 @@ class Sizes(NamedTuple):
     """Images per part of the scoring."""
     requests: tuple[int, ...]
     """At once, of the steering."""
-    vision: dict[str, int]
-    text: dict[str, int]
+    vision: dict[str, Any]
+    text: dict[str, Any]
     sites: tuple[str, ...]
     """The deepest of the residual ones last but for `projection`."""
     warmup: int

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.gpu.timing import in_a_row, wait
@@ -103,7 +102,7 @@ def busy_kernels(step: Step, device: torch.device) -> Counter[str]:
         for _ in range(PROFILED):
             step()
         wait(device)
-    on_device: Any = [one for one in profiler.key_averages() if one.device_type == DeviceType.CUDA]
+    on_device: Any = [one for one in profiler.key_averages() if one.device_type.name == "CUDA"]
     step.kernels = round(sum(one.count for one in on_device) / PROFILED)
     taken: Counter[str] = Counter()
     for one in on_device:
