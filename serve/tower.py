@@ -56,8 +56,9 @@ class Tower:
 
     def __init__(self, config: ServeConfig):
         self.llava = load_llava(config.model, config.revision, config.device, config.dtype)
-        # The language model has its own deployment.
+        # The language model has its own deployment. If that is on the same GPU, it needs the memory.
         del self.llava.model.model.language_model, self.llava.model.lm_head
+        torch.cuda.empty_cache()
         self._saes: OrderedDict[Folder, _Sae] = OrderedDict()
         self._most_saes = config.tower.saes_in_memory
         self._thread = ThreadPoolExecutor(1)  # slow work runs here, so that the event loop stays free
