@@ -61,6 +61,21 @@ def pytest_xdist_make_scheduler(config, log):
     return ByCluster(config, log)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the product computes what the test expects of a CPU.
+
+    A GPU convolves in float32 as it is: by default cuDNN first rounds the inputs to ten bits of mantissa (TF32). What
+    the product runs on a GPU wherever there is one, it runs on the CPU if that is the device.
+    """
+    import torch
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    if request.param == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One real Ray cluster for the drivers and for the server."""

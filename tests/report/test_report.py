@@ -182,7 +182,7 @@ def test_thumbnails_are_small_and_keep_their_shape(image_size: tuple[int, int], 
 
 
 @pytest.mark.parametrize("name", [MATRYOSHKA, "layer0.cls-topk-x2-k4"])
-def test_heat_maps_are_the_codes_of_the_patches(plan: StudyPlan, cells: dict[str, Neurons], name: str):
+def test_heat_maps_are_the_codes_of_the_patches(plan: StudyPlan, cells: dict[str, Neurons], name: str, device: str):
     cell = cells[name]
     late = int(cell.order[-1])
     found = heat_maps(plan, [cell], {name: [late]})[name]
@@ -223,7 +223,7 @@ def test_what_heat_maps_mean_is_said(cells: dict[str, Neurons]):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_codes_of_a_few_latents_are_those_of_all(architecture):
+def test_codes_of_a_few_latents_are_those_of_all(architecture, device: str):
     generator = torch.Generator().manual_seed(0)
     W_enc, b_enc, b_dec = (torch.randn(shape, generator=generator) for shape in ((6, 20), (20,), (6,)))
     sae = SAE(
@@ -237,10 +237,12 @@ def test_codes_of_a_few_latents_are_those_of_all(architecture):
     )
     x = torch.randn(40, 6, generator=generator)
     latents = np.array([7, 0, 19])
-    torch.testing.assert_close(codes_of(sae, x, latents), sae.encode(x)[:, latents])
+    found = codes_of(sae.to(device), x.to(device), latents)
+    assert found.device.type == device
+    torch.testing.assert_close(found.cpu(), sae.encode(x)[:, latents])
 
 
-def test_neighbours_are_the_nearest_decoder_rows(monkeypatch: pytest.MonkeyPatch):
+def test_neighbours_are_the_nearest_decoder_rows(monkeypatch: pytest.MonkeyPatch, device: str):
     generator = torch.Generator().manual_seed(0)
     W_dec = torch.randn(30, 6, generator=generator) * torch.rand(30, 1, generator=generator)
     sae = SAE("relu", W_dec.T.clone(), W_dec, torch.zeros(30), torch.zeros(6))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from sae_ray.sae import SAE, Fidelity, SparseCodes, evaluate
+from sae_ray.sae import SAE, Fidelity, SparseCodes, evaluate, evaluate_store, measure_latents
+from sae_ray.sae.architectures import ARCHITECTURES
 
 
 def make_sae() -> SAE:
@@ -28,25 +32,47 @@ def inputs() -> torch.Tensor:
     return torch.randn(100, 6, generator=torch.Generator().manual_seed(1)) + 2
 
 
-def test_equals_the_dense_formulas():
+def test_equals_the_dense_formulas(device: str):
     sae, x = make_sae(), inputs()
     sae.b_enc[:4] = -1e3
-    fidelity = evaluate(sae, x.split(13))
+    fidelity = evaluate(sae.to(device), x.split(13))
     codes = sae.encode(x).double()
     x_hat, x = sae.decode(sae.encode(x)).double(), x.double()
     error = (x - x_hat).square().sum()
     summary = fidelity.summary()
+    # Codes and reconstructions are float32; a GPU adds in another order.
+    rel = 1e-6 if device == "cpu" else 1e-5
     assert summary.n_samples == 100
     assert summary.l0 == pytest.approx(((codes > 0).sum() / 100).item())
-    assert summary.r2 == pytest.approx((1 - error / (x - x.mean(0)).square().sum()).item(), abs=1e-6)
-    assert summary.nmse == pytest.approx((error / x.square().sum()).item())
-    assert summary.cosine == pytest.approx(((x * x_hat).sum(1) / x.norm(dim=1) / x_hat.norm(dim=1)).mean().item())
+    assert summary.r2 == pytest.approx((1 - error / (x - x.mean(0)).square().sum()).item(), abs=rel)
+    assert summary.nmse == pytest.approx((error / x.square().sum()).item(), rel)
+    cosine = ((x * x_hat).sum(1) / x.norm(dim=1) / x_hat.norm(dim=1)).mean().item()
+    assert summary.cosine == pytest.approx(cosine, rel)
     assert summary.dead_fraction == pytest.approx((codes.amax(0) == 0).double().mean().item())
     assert summary.dead_fraction >= 0.2
     latents = fidelity.latents()
     torch.testing.assert_close(latents.frequency.double(), (codes > 0).double().mean(0))
-    torch.testing.assert_close(latents.mean_active, codes.sum(0) / (codes > 0).sum(0).clamp_min(1))
-    torch.testing.assert_close(latents.max_token, codes.amax(0))
+    near = {"rtol": 1e-7, "atol": 1e-7} if device == "cpu" else {"rtol": rel, "atol": rel}
+    torch.testing.assert_close(latents.mean_active, codes.sum(0) / (codes > 0).sum(0).clamp_min(1), **near)
+    torch.testing.assert_close(latents.max_token, codes.amax(0), **near)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_store_is_measured_on_a_gpu_as_on_a_cpu(write_store, tmp_path: Path, name: str):
+    """Its parts are float16 on the CPU. No value lies so near a threshold that rounding decides."""
+    x = inputs().numpy().astype(np.float16)
+    parts = [(rows, np.full(len(rows), -1), x[rows]) for rows in np.split(np.arange(100), [40, 70])]
+    store = write_store(tmp_path, parts, "float16")
+    sae = make_sae()
+    sae = replace(sae, architecture=name, threshold=sae.threshold if ARCHITECTURES[name].has_threshold else None)
+    on_gpu, on_cpu = (evaluate_store(sae.to(device), store) for device in ("cuda", "cpu"))
+    assert on_gpu.summary() == pytest.approx(on_cpu.summary(), rel=1e-5)
+    of_gpu, of_cpu = (measure_latents([sae.to(device)] * 2, store) for device in ("cuda", "cpu"))
+    for one, other in zip([on_gpu.latents(), *of_gpu], [on_cpu.latents(), *of_cpu], strict=True):
+        assert torch.equal(one.frequency, other.frequency)
+        torch.testing.assert_close(one.mean_active, other.mean_active, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one.max_token, other.max_token, rtol=1e-5, atol=1e-5)
 
 
 def test_parts_merge_into_the_whole():

@@ -32,17 +32,23 @@ def inputs(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_sparse_codes_are_the_dense_ones_whatever_the_chunks(monkeypatch, name):
+def test_sparse_codes_are_the_dense_ones_whatever_the_chunks(monkeypatch, name, device):
     sae, x = make_sae(name), inputs(50)
+    dense = sae.encode(x)
+    decoded = sae.decode(dense)
+    sae = sae.to(device)
     whole = sae.encode_sparse(x)
     monkeypatch.setattr(model, "_PRE_ENTRIES", 7 * D_SAE + 3)
     chunked = sae.encode_sparse(x)
     for codes in (whole, chunked):
-        torch.testing.assert_close(codes.to_dense(), sae.encode(x))
+        assert codes.values.device.type == device
+        torch.testing.assert_close(codes.to_dense().cpu(), dense)
         flat = codes.rows * D_SAE + codes.latents
         assert torch.equal(flat, flat.unique())
         assert (codes.values > 0).all()
-        torch.testing.assert_close(sae.decode(codes), sae.decode(sae.encode(x)))
+        torch.testing.assert_close(sae.decode(codes).cpu(), decoded)
+    torch.testing.assert_close(sae.encode(x).cpu(), dense)
+    torch.testing.assert_close(sae.decode(dense.to(device)).cpu(), decoded)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -54,8 +60,8 @@ def test_leading_axes_are_samples_like_any_other(name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_no_sample_gives_no_codes(name):
-    sae = make_sae(name)
+def test_no_sample_gives_no_codes(name, device):
+    sae = make_sae(name).to(device)
     codes = sae.encode_sparse(inputs(0))
     assert codes.values.numel() == 0
     assert sae.decode(codes).shape == (0, D_IN)
@@ -85,8 +91,8 @@ def test_topk_keeps_fewer_than_k_where_fewer_are_positive():
     assert torch.equal(sae.encode_sparse(inputs(30)).to_dense(), codes)
 
 
-def test_bfloat16_weights_keep_a_float32_threshold_and_float32_codes():
-    exact = make_sae("batch_topk")
+def test_bfloat16_weights_keep_a_float32_threshold_and_float32_codes(device):
+    exact = make_sae("batch_topk").to(device)
     sae = exact.to(dtype=torch.bfloat16)
     assert sae.W_enc.dtype == sae.b_dec.dtype == torch.bfloat16
     assert torch.equal(sae.threshold, exact.threshold)

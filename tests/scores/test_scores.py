@@ -201,7 +201,7 @@ def test_ties_go_to_the_lower_image_whichever_block_it_is_in():
 @pytest.mark.parametrize("n_tokens", [1, 3])
 @pytest.mark.parametrize("raw", [False, True], ids=["SAE", "raw neurons"])
 def test_a_store_is_scored_like_the_dense_computation(
-    tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch, raw: bool, n_tokens: int
+    tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch, device: str, raw: bool, n_tokens: int
 ):
     sizes, skipped = [8, 8, 8, 8, 5], (0, 9, *range(16, 24))  # the third part has rejects alone
     sae = None if raw else make_sae()
@@ -211,6 +211,7 @@ def test_a_store_is_scored_like_the_dense_computation(
     embeddings = write_store(tmp_path, judged, images_per_part=8, label="embeddings")
     dense = dense_values(sae, parts, n_tokens)
     expected = (*dense, np.concatenate([part[2] for part in judged]))
+    sae = sae and sae.to(device)
 
     [whole] = image_blocks(store)
     assert whole == range(5)
@@ -226,6 +227,22 @@ def test_a_store_is_scored_like_the_dense_computation(
     check_equal(several, *expected, n_top=4)
     assert top_images_table(several).equals(top_images_table(one_block))
     assert histogram_table(several).equals(histogram_table(one_block))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_a_gpu_scores_the_same_every_time(tmp_path: Path, write_store: WriteStore, architecture: str):
+    generator = torch.Generator().manual_seed(0)
+    W_enc = torch.randn(64, 512, generator=generator) / 8
+    threshold = torch.ones(512) if architecture == "jumprelu" else None
+    sae = SAE(architecture, W_enc, W_enc.T.contiguous(), torch.zeros(512), torch.zeros(64), threshold, k=8).to("cuda")
+    store = write_store(tmp_path, make_parts([64] * 4, 3, 64), "float16", images_per_part=64)
+    embeddings = write_store(tmp_path, make_parts([64] * 4, 1, JUDGE_WIDTH, seed=1), label="embeddings")
+    once, again = (score_store(sae, store, embeddings, n_top=4) for _ in range(2))
+    for table in (score_table, top_images_table, histogram_table):
+        for column, other in zip(table(once).columns, table(again).columns, strict=True):
+            np.testing.assert_array_equal(column.to_numpy(), other.to_numpy())
+    assert score_table(once)["n_firing"].to_numpy().sum() > 4000
 
 
 def test_every_firing_image_is_in_a_bin_however_far_out_it_lies():

@@ -100,10 +100,31 @@ def test_an_intervention_is_the_formula(intervention, seed, dtype):
     torch.testing.assert_close(result, written_out(intervention, x), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tower", ["cuda", "cpu"])
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("error", ["drop", "keep"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_intervention_on_a_gpu_is_the_formula(architecture, error, isolate, tower):
+    """With every mode, on all tokens and on some, and whichever device the tokens come from."""
+    sae = random_sae(architecture)
+    top = torch.linspace(0.5, 6, D_SAE, dtype=torch.float64)  # stays where `load_max_token` puts it
+    edits = (LatentEdit(0, "set", -3.0), LatentEdit(4, "set", 2.0, "max"), LatentEdit(5, "add", 0.5, "max"),
+             LatentEdit(7, "scale", 3.0), LatentEdit(11, "ablate"))  # fmt: skip
+    for tokens in (None, (4, 1)):
+        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
+            x = tokens_of(1).to(dtype)
+            settings = {"error": error, "isolate": isolate, "tokens": tokens, "max_token": top}
+            result = Intervention(sae.to("cuda"), edits, **settings)(x.to(tower))
+            assert (result.device.type, result.dtype) == (tower, dtype)
+            expected = written_out(Intervention(sae, edits, **settings), x)
+            torch.testing.assert_close(result.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_keeping_the_error_an_edit_that_changes_nothing_leaves_every_bit(architecture, dtype):
-    sae, x = random_sae(architecture), tokens_of(1).to(dtype)
+def test_keeping_the_error_an_edit_that_changes_nothing_leaves_every_bit(architecture, dtype, device):
+    sae, x = random_sae(architecture).to(device), tokens_of(1).to(device, dtype)
     nothing = [(), (LatentEdit(3, "add", 0.0),), (LatentEdit(3, "scale", 1.0), LatentEdit(7, "add"))]
     for edits in nothing:
         assert torch.equal(Intervention(sae, edits, "keep")(x), x)

@@ -58,7 +58,9 @@ def saved(make_llava, tiny_llava, tmp_path_factory) -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def loaded(saved) -> Callable[..., Llava]:
-    return functools.cache(lambda name="clip", dtype="float32": load_llava(saved(name), dtype=dtype))
+    return functools.cache(
+        lambda name="clip", dtype="float32", device="cpu": load_llava(saved(name), device=device, dtype=dtype)
+    )
 
 
 @pytest.fixture(params=VARIANTS)
@@ -73,7 +75,7 @@ def photos(n: int = 4) -> list[Image.Image]:
 
 
 def sae_for(llava: Llava, architecture: str = "batch_topk", seed: int = 0) -> SAE:
-    """A random SAE whose latents are as large as the tower's activations want them."""
+    """A random SAE whose latents are as large as the tower's activations want them, on its device."""
     generator = torch.Generator().manual_seed(seed)
     d_in, d_sae = llava.width, 64
     W_enc = torch.randn(d_in, d_sae, generator=generator) / d_in**0.5
@@ -86,7 +88,7 @@ def sae_for(llava: Llava, architecture: str = "batch_topk", seed: int = 0) -> SA
         torch.randn(d_in, generator=generator),
         threshold=threshold,
         k=6 if architecture == "topk" else None,
-    )
+    ).to(llava.device)
 
 
 def same(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
@@ -101,11 +103,11 @@ def inputs_of(llava: Llava, images: list[Image.Image], prompts: list[str]):
 
 
 def plain_embeddings(llava: Llava, images: list[Image.Image]) -> list[torch.Tensor]:
-    pixels = llava.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(llava.dtype)
+    pixels = llava.processor.image_processor(images, return_tensors="pt")["pixel_values"]
     config = llava.model.config
     with torch.no_grad():
         return llava.model.get_image_features(
-            pixels,
+            pixels.to(llava.device, llava.dtype),
             vision_feature_layer=config.vision_feature_layer,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
         ).pooler_output
@@ -117,7 +119,7 @@ def logits(llava: Llava, embeddings: Sequence[torch.Tensor], questions: Sequence
     found = []
     for embedding, question in zip(embeddings, questions, strict=True):
         text = llava.prompt(question).replace("<image>", "<image>" * len(embedding))
-        ids = llava.processor.tokenizer(text, return_tensors="pt")["input_ids"]
+        ids = llava.processor.tokenizer(text, return_tensors="pt")["input_ids"].to(llava.device)
         outputs = {"image": BaseModelOutputWithPooling(pooler_output=[embedding])}
         found.append(llava.model(input_ids=ids, mm_encoder_outputs=outputs).logits[0, -1])
     return found
@@ -164,8 +166,8 @@ def test_what_the_language_model_reads_is_resolved(loaded):
     }
 
 
-def test_without_edits_answers_are_those_of_transformers_token_for_token(variant, saved, loaded):
-    llava, images = loaded(variant), photos()
+def test_without_edits_answers_are_those_of_transformers_token_for_token(variant, saved, loaded, device):
+    llava, images = loaded(variant, device=device), photos()
     model = LlavaForConditionalGeneration.from_pretrained(saved(variant)).eval()
     processor = AutoProcessor.from_pretrained(saved(variant), backend="pil")
     expected = []
@@ -200,8 +202,8 @@ def test_several_images_in_one_prompt(loaded):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_edit_leaves_every_bit(variant, dtype, loaded):
-    llava, images = loaded(variant, dtype), photos()
+def test_no_edit_leaves_every_bit(variant, dtype, loaded, device):
+    llava, images = loaded(variant, dtype, device), photos()
     keep = Intervention(sae_for(llava), error="keep")
     plain = plain_embeddings(llava, images)
     assert same(llava.image_embeddings(images, [()] * 4), plain)
@@ -280,6 +282,32 @@ def test_each_image_of_a_batch_has_its_own_interventions(variant, loaded):
         llava.answer(image, question, chain, max_new_tokens=8)
         for image, question, chain in zip(images, QUESTIONS, chains, strict=True)
     ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("error", ["drop", "keep"])
+def test_a_llava_is_steered_as_on_a_cpu(variant, error, loaded, device):
+    """Each image of the batch in its own way; the edits run between the tower's blocks, on its device."""
+    images, found = photos(), []
+    for llava in (loaded(variant, device=device), loaded(variant)):
+        sae, topk = sae_for(llava), sae_for(llava, "topk", 1)
+        top = torch.linspace(1, 5, 64, dtype=torch.float64)
+        chains = [
+            [Intervention(sae, (LatentEdit(3, "set", 5.0, "max"), LatentEdit(5, "scale", 3.0)), error, max_token=top)],
+            [],
+            [Intervention(sae, error=error), Intervention(topk, (LatentEdit(7, "add", 4.0),), error, isolate=True)],
+            [Intervention(sae, (LatentEdit(9, "set", 25.0),), error, tokens=(2, 8))],
+        ]
+        embeddings = llava.image_embeddings(images, chains)
+        assert all(one.device.type == llava.device.type for one in embeddings)
+        after = [one.cpu() for one in logits(llava, embeddings, QUESTIONS)]
+        found.append([[one.cpu() for one in embeddings], after, llava.answers(images, QUESTIONS, chains, 8)])
+    (ours, our_logits, our_answers), (theirs, their_logits, their_answers) = found
+    # Float32 errs by 1e-7 of the terms of a sum; here large ones of both signs cancel out, block after block.
+    for one, other in zip([*ours, *our_logits], [*theirs, *their_logits], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-4 * other.abs().max().item())
+    assert our_answers == their_answers
 
 
 def test_only_the_chosen_tokens_are_edited(loaded):
@@ -423,9 +451,9 @@ def test_what_is_no_llava_is_refused(saved, tiny_clip, tmp_path):
     refused("lacking cannot be loaded: .*multi_modal_projector.linear_2.weight is missing", str(lacking))
 
 
-def test_the_worlds_llava_answers_as_in_transformers():
+def test_the_worlds_llava_answers_as_in_transformers(device):
     path = str(MODELS / "llava")
-    llava = sae_ray.load_llava(path)
+    llava = sae_ray.load_llava(path, device=device)
     model = LlavaForConditionalGeneration.from_pretrained(path, dtype="float32").eval()
     white = Image.new("RGB", llava.info.image_size, "white")
     questions = [ONE_WORD, "Describe the image.", "What colour is it?", "What is the background?"]

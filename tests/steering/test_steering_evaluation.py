@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -181,12 +183,18 @@ def test_the_best_scale_is_the_smallest_of_the_most_successful():
 
 
 @pytest.fixture(scope="module")
-def respondent() -> Respondent:
-    """The world's LLaVA with a random SAE, and a vector."""
+def respondent() -> Callable[..., Respondent]:
+    """The world's LLaVA with a random SAE, and a vector; on the CPU or another device."""
     torch.manual_seed(0)
     sae = SAE("relu", torch.randn(128, 32) / 11, torch.randn(32, 128), torch.randn(32), torch.randn(128))
+    directions = {"star": torch.randn(128).double()}
     config = Steering("", error="drop", max_new_tokens=5)
-    return Respondent(load_llava(str(MODELS / "llava")), sae, {"star": torch.randn(128).double()}, config)
+
+    @functools.cache
+    def on(device: str = "cpu") -> Respondent:
+        return Respondent(load_llava(str(MODELS / "llava"), device=device), sae.to(device), directions, config)
+
+    return on
 
 
 @pytest.mark.parametrize(
@@ -205,31 +213,35 @@ def respondent() -> Respondent:
     ],
     ids=lambda question: question.kind,
 )
-def test_an_edit_does_what_its_question_asks(respondent: Respondent, question: Question):
+def test_an_edit_does_what_its_question_asks(respondent: Callable[..., Respondent], question: Question, device: str):
     x = torch.randn(17, 128)
-    before = x.clone()
-    edited = x
-    for edit in respondent._edits(question):
+    seen = x.to(device, copy=True)
+    edited = seen
+    for edit in respondent(device)._edits(question):
         edited = edit(edited)
-    codes = respondent.sae.encode(x)
+    assert edited.device == seen.device
+    sae, directions = respondent().sae, respondent().directions
+    codes = sae.encode(x)
     match question.kind:
         case "unsteered":
             expected = x
         case "reconstruction":
-            expected = respondent.sae.decode(codes)
+            expected = sae.decode(codes)
         case "white" | "insertion" | "impure" | "suppression":
             codes[:, question.latent] = question.strength
-            expected = respondent.sae.decode(codes)
+            expected = sae.decode(codes)
         case "neuron":
             expected = x.clone()
             expected[:, question.latent] = question.strength
         case _:
-            expected = x + question.strength * respondent.directions["star"].float()
-    torch.testing.assert_close(edited, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(x, before)
+            expected = x + question.strength * directions["star"].float()
+    torch.testing.assert_close(edited.cpu(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(seen.cpu(), x)
 
 
-def test_answers_do_not_depend_on_what_is_asked_beside_them(respondent: Respondent):
+def test_answers_depend_neither_on_what_is_asked_beside_them_nor_on_the_device(
+    respondent: Callable[..., Respondent], device: str
+):
     from sae_ray.world.render import render
 
     asked = [
@@ -238,8 +250,8 @@ def test_answers_do_not_depend_on_what_is_asked_beside_them(respondent: Responde
         for kind, latent in (("unsteered", -1), ("insertion", 3), ("insertion", 4), ("neuron", 4))
         for prompt in ("What is shown in this image? Use exactly one word!", "What is the background?")
     ]
-    together = respondent.answers(asked, render, batch_size=7)
-    assert together == [respondent.answers([question], render, 1)[0] for question in asked]
+    together = respondent(device).answers(asked, render, batch_size=7)
+    assert together == [respondent().answers([question], render, 1)[0] for question in asked]
     assert len(set(together)) > 4  # they are not all the same
 
 
