@@ -193,6 +193,7 @@ def test_heat_maps_are_the_codes_of_the_patches(plan: StudyPlan, cells: dict[str
     encoder = load_encoder(plan.study.encoder.model)
     site = Site("residual", train.grid_cell.site.layer, "all")
     sae = load_sae(train.step.folder)
+    near = 1e-4 if device == "cpu" else 1e-3  # float32 in another order; this tower's weights are large
     for row in (0, len(found.latents) - 1):
         latent = found.latents[row]
         for rank, image in enumerate(cell.top_image[latent]):
@@ -203,7 +204,7 @@ def test_heat_maps_are_the_codes_of_the_patches(plan: StudyPlan, cells: dict[str
             assert pixels is not None
             tokens = encoder.tap(torch.tensor(pixels)[None], [site], [""], 0)[site].activation
             expected = sae.encode(tokens)[1:, latent].reshape(4, 4)
-            np.testing.assert_allclose(found.maps[row, rank], expected, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(found.maps[row, rank], expected, rtol=near, atol=near)
 
 
 def test_heat_maps_are_bounded(plan: StudyPlan, cells: dict[str, Neurons], monkeypatch: pytest.MonkeyPatch):
