@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bench.gpu.in_turn import in_turn
-from bench.gpu.models import make_clip
+from bench.gpu.models import info_of, make_clip
 from bench.gpu.photographs import SIZE, write_clip_config, write_photographs
 from bench.gpu.sizes import Sizes
 from bench.gpu.timing import milliseconds
@@ -103,12 +103,12 @@ def transfers(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     if device.type != "cuda":
         return
     table = Table(title="Copies between GPU and host", columns=["what", "MB", "ms", "GB/s"], rows=[])
-    tokens = (sizes.vision["image_size"] // sizes.vision["patch_size"]) ** 2 + 1
-    rows = torch.zeros(sizes.scored * tokens, sizes.d_in, dtype=torch.float16, device=device)
+    n_rows = sizes.scored * info_of(sizes, "clip").n_tokens
+    rows = torch.zeros(n_rows, sizes.d_in, dtype=torch.float16, device=device)
     pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-    ready = torch.zeros(rows.shape, dtype=rows.dtype)  # written, so that its pages exist
+    ready = torch.ones(rows.shape, dtype=rows.dtype)  # not zeros, whose pages would not exist yet
     edge = sizes.vision["image_size"]
-    pixels = torch.zeros(sizes.images[-1], 3, edge, edge, dtype=torch.uint8)
+    pixels = torch.ones(sizes.images[-1], 3, edge, edge, dtype=torch.uint8)
     part = f"all tokens of {sizes.scored} images in float16, to the host: "
     batch = f"pixels of {sizes.images[-1]} images, to the GPU: "
     pinned_pixels = pixels.pin_memory()
@@ -217,7 +217,7 @@ def compiled(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     tap = lambda wanted: encoder.tap(pixels, wanted, ids, 0)  # noqa: E731
 
     def row(what: str, run: Any) -> None:
-        ms = milliseconds(device, run, ROUNDS)
+        ms = milliseconds(device, run, 3)
         table["rows"].append([what, round(ms, 1), round(1000 * batch / ms)])
 
     row("as it is", bare)
@@ -246,7 +246,7 @@ def _bare(sizes: Sizes, encoder: Encoder, batch: int) -> Any:
 
 def _clip(sizes: Sizes) -> str:
     vision = sizes.vision
-    return f"CLIP with {vision['num_hidden_layers']} layers of {vision['hidden_size']} at {vision['image_size']} pixels"
+    return f"CLIP ({vision['num_hidden_layers']} layers, width {vision['hidden_size']}, {vision['image_size']} pixels)"
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -14,16 +15,15 @@ import pyarrow.parquet as pq
 import torch
 
 import sae_ray.sae.model
-from bench.gpu.in_turn import free, in_turn
-from bench.gpu.models import make_sae
+from bench.gpu.in_turn import in_turn
+from bench.gpu.models import info_of, make_sae
 from bench.gpu.sizes import Sizes
 from bench.gpu.timing import milliseconds, wait
 from bench.record import Table
-from sae_ray.sae import SAE
 from sae_ray.sae.sparse import SparseCodes
 from sae_ray.scores.scoring import read_block
 from sae_ray.scores.statistics import pool_tokens
-from sae_ray.store.activations import ActivationStore, activation_table, finish_store, write_part
+from sae_ray.store.activations import ROW_GROUP_BYTES, ActivationStore, activation_table, finish_store, write_part
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
 from sae_ray.store.stream import TrainingStream
@@ -76,7 +76,7 @@ def stored(sizes: Sizes, device: torch.device) -> Iterator[Table]:
             lambda: Path(scratch) / written[0].file,
         )
         path = Path(scratch) / "other.parquet"
-        group = made.num_rows // 3 + 1
+        group = ROW_GROUP_BYTES // (2 * sizes.d_in)
         without: dict[str, dict[str, Any]] = {
             "parquet without dictionary": {"use_dictionary": False, "compression": "zstd"},
             "parquet without dictionary and statistics": {
@@ -107,10 +107,14 @@ def streamed(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         )
         fits = TrainingStream(store, sizes.batch, seed=0, shuffle_rows=store.n_rows, device=device).batches()
         seconds = _seconds(lambda: next(fits), device)
-        table["rows"].append(["fits into shuffle_rows: all rows read, until the first batch", _rate(store.n_rows, seconds)])
+        table["rows"].append(
+            ["fits into shuffle_rows: all rows read, until the first batch", _rate(store.n_rows, seconds)]
+        )
         yield table
         seconds = _seconds(lambda: [next(fits) for _ in range(STREAMED_BATCHES)], device)
-        table["rows"].append(["fits into shuffle_rows: further batches", _rate(STREAMED_BATCHES * sizes.batch, seconds)])
+        table["rows"].append(
+            ["fits into shuffle_rows: further batches", _rate(STREAMED_BATCHES * sizes.batch, seconds)]
+        )
         yield table
         fits.close()
         larger = TrainingStream(store, sizes.batch, seed=0, shuffle_rows=store.n_rows - 1, device=device).batches()
@@ -151,8 +155,6 @@ def encoded(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         finally:
             torch.set_float32_matmul_precision("highest")
         yield row(f"the same with products in TF32; {_differing(codes, rough)}", ms, len(rough.values))
-    del x, rough
-    free(device)
 
     image = np.repeat(np.arange(sizes.scored), _tokens(sizes))
     host, ms = _timed(lambda: [one.cpu().numpy() for one in (codes.rows, codes.latents, codes.values)], device)
@@ -180,7 +182,7 @@ def blocks(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         sae = make_sae(x, sizes.d_sae, sizes.k)
         sae.encode_sparse(x)
         table = Table(
-            title=f"A scoring task's block of {store.n_images} images, all tokens, {sizes.d_sae:,} latents, stage by stage",
+            title=f"Scoring {store.n_images} images, all tokens, {sizes.d_sae:,} latents: the work of one task",
             columns=["work", "ms", "images/s"],
             rows=[],
         )
@@ -207,7 +209,11 @@ def bits(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     table = Table(
         title=f"Codes of {n_rows:,} rows, {sizes.d_sae:,} latents: the same bits?",
         columns=["compared", f"chunks of {2**24 // sizes.d_sae} rows, as it is", f"chunks of {CHUNK_ROWS:,} rows"],
-        rows=[["the same rows twice"], ["the first third alone"], ["the middle third alone, of which chunks start elsewhere"]],
+        rows=[
+            ["the same rows twice"],
+            ["the first third alone"],
+            ["the middle third alone, of which chunks start elsewhere"],
+        ],
     )
     third = n_rows // 3
     for rows_per_chunk in (2**24 // sizes.d_sae, CHUNK_ROWS):
@@ -235,7 +241,7 @@ def products(sizes: Sizes, device: torch.device) -> Iterator[Table]:
 
 
 def _tokens(sizes: Sizes) -> int:
-    return 1 + (sizes.vision["image_size"] // sizes.vision["patch_size"]) ** 2
+    return info_of(sizes, "clip").n_tokens
 
 
 def _random_rows(n: int, d: int, device: torch.device) -> Float[Tensor, "n d"]:
@@ -299,20 +305,12 @@ def _differing(one: SparseCodes, other: SparseCodes) -> str:
     if bool(equal.all()) and len(keys[0]) == len(keys[1]):
         return "yes"
     n = len(keys[0])
-    return f"no: {n - int(equal.sum()):,} of {n:,} entries differ, {n - int(found.sum()):,} of them in whether they are active"
+    return f"no: {n - int(equal.sum()):,} of {n:,} entries differ, {n - int(found.sum()):,} by not being active"
 
 
-class _chunks_of:
+def _chunks_of(rows: int, sizes: Sizes) -> Any:
     """While it lasts, `encode_sparse` takes chunks of so many rows."""
-
-    def __init__(self, rows: int, sizes: Sizes):
-        self._wanted = rows * sizes.d_sae
-
-    def __enter__(self) -> None:
-        self._before, sae_ray.sae.model._PRE_ENTRIES = sae_ray.sae.model._PRE_ENTRIES, self._wanted
-
-    def __exit__(self, *error: object) -> None:
-        sae_ray.sae.model._PRE_ENTRIES = self._before
+    return patch.object(sae_ray.sae.model, "_PRE_ENTRIES", rows * sizes.d_sae)
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
@@ -332,4 +330,4 @@ def _rate(rows: int, seconds: float) -> int:
     return round(rows / seconds)
 
 
-tables = in_turn(encoded, stored, streamed, blocks, bits, products)
+tables = in_turn(encoded, bits, products, stored, streamed, blocks)
