@@ -141,7 +141,7 @@ def decoding(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         )
         started = context.Barrier(counts[-1] + 1)
         with context.Pool(counts[-1], _start, (folder, edge, started)) as pool:
-            started.wait(timeout=60)
+            started.wait(timeout=40)
             for count in counts:
                 rates = []
                 for way in ("exact", "fast"):
@@ -161,7 +161,7 @@ def _start(folder: str, edge: int, started: Any) -> None:
     _worker.update(folder=Folder(folder), exact=Preparation(load_preprocess(folder)), fast=fast)
     for way in ("exact", "fast"):
         _decode((way, ["0000.jpg"]))
-    started.wait(timeout=60)
+    started.wait(timeout=40)
 
 
 def _decode(work: tuple[str, list[str]]) -> None:
@@ -186,8 +186,8 @@ def decoding_on_gpu(sizes: Sizes, device: torch.device) -> Iterator[Table]:
 
         data = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
         many = [data[number % len(data)] for number in range(DECODED_ON_GPU)]
-        ms = milliseconds(device, lambda: decode_jpeg(many, ImageReadMode.RGB, device=device), 3, warmup=1)
-        found = decode_jpeg(data, ImageReadMode.RGB, device=device)
+        ms = milliseconds(device, lambda: decode_jpeg(many, ImageReadMode.RGB, device="cuda"), 3, warmup=1)
+        found = decode_jpeg(data, ImageReadMode.RGB, device="cuda")
         exact = [torch.from_numpy(np.array(decode_image(file))).permute(2, 0, 1) for file in files]
         pairs = zip(found, exact, strict=True)
         difference = torch.stack([(one.cpu().int() - other.int()).abs() for one, other in pairs])
@@ -213,8 +213,11 @@ def compiled(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     pixels = torch.randint(0, 256, (batch, 3, edge, edge), dtype=torch.uint8)
     ids = [str(number) for number in range(batch)]
     sites = [Site.parse(f"layer{sizes.vision['num_hidden_layers'] - 1}:cls")]
-    bare, tapped = _bare(sizes, encoder, batch), lambda: [one.activation.cpu() for one in tap(sites).values()]
-    tap = lambda wanted: encoder.tap(pixels, wanted, ids, 0)  # noqa: E731
+    bare = _bare(sizes, encoder, batch)
+
+    def tapped() -> None:
+        for one in encoder.tap(pixels, sites, ids, 0).values():
+            one.activation.cpu()
 
     def row(what: str, run: Any) -> None:
         ms = milliseconds(device, run, 3)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -105,7 +105,7 @@ def streamed(sizes: Sizes, device: torch.device) -> Iterator[Table]:
             columns=["store", "rows/s"],
             rows=[],
         )
-        fits = TrainingStream(store, sizes.batch, seed=0, shuffle_rows=store.n_rows, device=device).batches()
+        fits = _batches(store, sizes, store.n_rows, device)
         seconds = _seconds(lambda: next(fits), device)
         table["rows"].append(
             ["fits into shuffle_rows: all rows read, until the first batch", _rate(store.n_rows, seconds)]
@@ -117,7 +117,7 @@ def streamed(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         )
         yield table
         fits.close()
-        larger = TrainingStream(store, sizes.batch, seed=0, shuffle_rows=store.n_rows - 1, device=device).batches()
+        larger = _batches(store, sizes, store.n_rows - 1, device)
         count = max(1, store.n_rows // sizes.batch)
         seconds = _seconds(lambda: [next(larger) for _ in range(count)], device)
         what = "larger than shuffle_rows: one epoch, each window read when it is due"
@@ -263,6 +263,13 @@ def _store(root: Folder, sizes: Sizes, parts: int) -> ActivationStore:
         write_part(step.folder, number, activation_table(number * n_images + image, token, activation, "float16"), [])
     finish_store(step, sizes.d_in, 0.0)
     return ActivationStore(step.folder)
+
+
+def _batches(
+    store: ActivationStore, sizes: Sizes, shuffle_rows: int, device: torch.device
+) -> Generator[Float[Tensor, "batch d"]]:
+    stream = TrainingStream(store, sizes.batch, seed=0, shuffle_rows=shuffle_rows, device=device)
+    return cast("Generator[Tensor]", stream.batches())  # closing it ends its reader
 
 
 def _vectors(table: pa.Table) -> np.ndarray:

@@ -33,21 +33,19 @@ CONTEXT = 650
 
 def tower(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     """The vision tower as the tower deployment holds it: without the language model."""
-    free(device)
     llava = _llava(sizes, device)
     billions = sum(parameter.numel() for parameter in llava.model.parameters()) / 1e9
+    memory = [["loaded", *_gigabytes(device)]]
+    del llava.model.model.language_model, llava.model.lm_head
+    memory.append(["language model deleted, as the tower deployment does", *_gigabytes(device)])
+    free(device)
+    memory.append(["and torch's cache emptied, which the tower deployment does not do", *_gigabytes(device)])
     if device.type == "cuda":
-        table = Table(
+        yield Table(
             title=f"GPU memory of a LLaVA with {billions:.1f} billion weights in bfloat16",
             columns=["when", "GB in use", "GB kept by torch"],
-            rows=[],
+            rows=memory,
         )
-        table["rows"].append(["loaded", *_gigabytes(device)])
-        del llava.model.model.language_model, llava.model.lm_head
-        table["rows"].append(["language model deleted, as the tower deployment does", *_gigabytes(device)])
-        free(device)
-        table["rows"].append(["and torch's cache emptied, as it does not", *_gigabytes(device)])
-        yield table
     pixels = _pixels(sizes, llava, sizes.requests[-1])
     table = Table(
         title=f"Image embeddings of a LLaVA's tower, 1 latent of {sizes.d_sae:,} set",
@@ -195,6 +193,8 @@ def _ways(sizes: Sizes, llava: Llava, pixels: Any) -> dict[str, Sequence[Interve
 
 
 def _gigabytes(device: torch.device) -> list[float]:
+    if device.type != "cuda":
+        return []
     return [round(of(device) / 1e9, 2) for of in (torch.cuda.memory_allocated, torch.cuda.memory_reserved)]
 
 
