@@ -39,7 +39,7 @@ def tower(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     del llava.model.model.language_model, llava.model.lm_head
     memory.append(["language model deleted, as the tower deployment does", *_gigabytes(device)])
     free(device)
-    memory.append(["and torch's cache emptied, which the tower deployment does not do", *_gigabytes(device)])
+    memory.append(["and torch's cache emptied, as it does too", *_gigabytes(device)])
     if device.type == "cuda":
         yield Table(
             title=f"GPU memory of a LLaVA with {billions:.1f} billion weights in bfloat16",
