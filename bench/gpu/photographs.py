@@ -24,7 +24,7 @@ def photograph(seed: int) -> Image.Image:
         coarse = rng.normal(0, amount, (height // edge + 2, width // edge + 2, 3))
         channels = [Image.fromarray(coarse[..., c].astype(np.float32)) for c in range(3)]
         total += np.stack([np.asarray(one.resize(SIZE, Image.Resampling.BICUBIC)) for one in channels], axis=-1)
-    total += rng.normal(0, 12, (height, width, 1))
+    total += rng.normal(0, 17, (height, width, 1))
     return Image.fromarray(total.round().clip(0, 255).astype(np.uint8))
 
 
