@@ -74,8 +74,10 @@ class RowAdam:
         n_rows = len(parameter)
         block = min(n_rows, max(1, _BLOCK_ENTRIES * n_rows // parameter.numel()))
         starts = range(0, n_rows, block)
-        ends = torch.searchsorted(rows, torch.tensor([*starts, n_rows], device=rows.device)).tolist()
-        steps_done = torch.tensor(number - 1.0, device=parameter.device)
+        ends = [0, len(rows)]
+        if len(starts) > 1:
+            ends = torch.searchsorted(rows, torch.tensor([*starts, n_rows], device=rows.device)).tolist()
+        steps_done = torch.full((), number - 1.0, device=parameter.device)
         scratch = torch.empty_like(parameter[:block], requires_grad=False)
         for place, start in enumerate(starts):
             part = slice(start, start + block)

@@ -111,7 +111,8 @@ def _smallest_kept(
         histogram = ranks.sum(own)
         at_least = histogram.flip(0).cumsum(0).flip(0)
         digit = (at_least >= left).sum() - 1
-        left = left - (at_least[digit] - histogram[digit])
+        # Not `[digit]`, for which the host would wait.
+        left = left - (at_least - histogram).gather(0, digit.unsqueeze(0)).squeeze(0)
         known = (known << _DIGIT_BITS) | digit.to(keys.dtype)
     return known.view(values.dtype), left
 

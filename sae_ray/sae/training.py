@@ -11,13 +11,14 @@ import torch
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae.auxk import auxk_loss
+from sae_ray.sae.kernels import kernels_for
 from sae_ray.sae.model import SAE
 from sae_ray.sae.optimizer import RowAdam, RowGradient
 from sae_ray.sae.ranks import Ranks
 from sae_ray.sae.weights import Weights
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
@@ -201,16 +202,23 @@ class CellTrainer:
             name: RowGradient.of(gradient, self.ranks)
             for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)
         }
-        # On a CPU in parts that stay in the cache.
-        at_once = 1024 if self.device.type == "cpu" else self.d_sae
-        for rows, values in zip(*(part.split(at_once) for part in gradients["W_dec"]), strict=True):
-            W_dec = self.weights.W_dec.detach().index_select(0, rows)
-            values.addcmul_(torch.linalg.vecdot(W_dec, values).unsqueeze(1), W_dec, value=-1)
+        self._orthogonalise(*gradients["W_dec"])
         norm = torch.nn.utils.get_total_norm([gradient.values for gradient in gradients.values()])
         factor = (self.cell.training.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients.values():
             gradient.values.mul_(factor)
         return gradients, norm
+
+    @torch.no_grad()
+    def _orthogonalise(self, rows: Int[Tensor, " n"], values: Float[Tensor, "n d_in"]) -> None:
+        """Takes from gradients of decoder rows, in place, what is parallel to the row."""
+        W_dec = self.weights.W_dec
+        if kernels := kernels_for(W_dec):
+            kernels.orthogonalise_rows(values, W_dec, rows)
+            return
+        for some, part in zip(rows.split(1024), values.split(1024), strict=True):  # parts that stay in the cache
+            directions = W_dec.index_select(0, some)
+            part.addcmul_(torch.linalg.vecdot(directions, part).unsqueeze(1), directions, value=-1)
 
     @torch.no_grad()
     def _update_threshold(self, forward: Forward) -> None:

@@ -61,12 +61,28 @@ def dots(
 
 def at_least(flat: Float[Tensor, " n"], bound: float, capacity: int) -> Int[Tensor, " found"] | None:
     """Ascending indices of the values that are not below `bound`; None if they are more than `capacity`."""
-    found = torch.empty(capacity, dtype=torch.int64, device=flat.device)
-    n_found = torch.zeros(1, dtype=torch.int64, device=flat.device)
+    n_programs = triton.cdiv(len(flat), _COMPACTED)
+    counts = torch.empty(n_programs, dtype=torch.int32, device=flat.device)
     with torch.cuda.device_of(flat):
-        _compact[(triton.cdiv(len(flat), _COMPACTED),)](flat, bound, found, n_found, len(flat), capacity, _COMPACTED)
-    total = int(n_found)
-    return found[:total].sort().values if total <= capacity else None
+        _count[(n_programs,)](flat, bound, counts, len(flat), _COMPACTED)
+    ends = counts.cumsum(0)
+    total = int(ends[-1])
+    if total > capacity:
+        return None
+    found = torch.empty(total, dtype=torch.int64, device=flat.device)
+    with torch.cuda.device_of(flat):
+        _compact[(n_programs,)](flat, bound, counts, ends, found, len(flat), _COMPACTED)
+    return found
+
+
+def orthogonalise_rows(
+    values: Float[Tensor, "n_used d"], directions: Float[Tensor, "n d"], rows: Int[Tensor, " n_used"]
+) -> None:
+    """Takes from each row of `values`, in place, what is parallel to its row of `directions`, which has unit norm."""
+    d = values.shape[1]
+    if len(rows):
+        with torch.cuda.device_of(values):
+            _orthogonalise[(len(rows),)](values, directions, rows, d, triton.next_power_of_2(d))
 
 
 def adam_rows(
@@ -129,15 +145,33 @@ def _dots(rows, latents, left, right, products, d, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _compact(flat, bound, found, n_found, n, capacity, SIZE: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+def _count(flat, bound, counts, n, SIZE: tl.constexpr):
+    program = tl.program_id(0)
+    places = program.to(tl.int64) * SIZE + tl.arange(0, SIZE)
     values = tl.load(flat + places, mask=places < n, other=float("-inf"))
-    wanted = values >= bound
-    here = tl.sum(wanted.to(tl.int64), axis=0)
+    tl.store(counts + program, tl.sum((values >= bound).to(tl.int32), axis=0))
+
+
+@triton.jit
+def _compact(flat, bound, counts, ends, found, n, SIZE: tl.constexpr):
+    program = tl.program_id(0)
+    here = tl.load(counts + program)
     if here > 0:
-        # Programs finish in any order; the caller sorts.
-        slots = tl.atomic_add(n_found, here) + tl.cumsum(wanted.to(tl.int64), axis=0) - 1
-        tl.store(found + slots, places, mask=wanted & (slots < capacity))
+        places = program.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+        wanted = tl.load(flat + places, mask=places < n, other=float("-inf")) >= bound
+        slots = tl.load(ends + program) - here + tl.cumsum(wanted.to(tl.int32), axis=0) - 1
+        tl.store(found + slots, places, mask=wanted)
+
+
+@triton.jit
+def _orthogonalise(values, directions, rows, d, WIDTH: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    inside = columns < d
+    value = tl.load(values + place * d + columns, mask=inside, other=0.0)
+    direction = tl.load(directions + tl.load(rows + place) * d + columns, mask=inside, other=0.0)
+    parallel = tl.sum(value * direction, axis=0)
+    tl.store(values + place * d + columns, value - parallel * direction, mask=inside)
 
 
 @triton.jit

@@ -11,9 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from sae_ray.sae import Cell, CellTrainer, TrainingConfig
-from sae_ray.sae import optimizer as optimizer_module
-from sae_ray.sae import sparse as sparse_module
+from sae_ray.sae import Cell, CellTrainer, TrainingConfig, optimizer, selection, sparse, training
 from sae_ray.sae.optimizer import RowAdam, RowGradient
 from sae_ray.sae.selection import largest_positive
 from sae_ray.sae.sparse import Pattern
@@ -29,7 +27,7 @@ def use_kernels(monkeypatch) -> Callable[[], None]:
     from sae_ray.sae import triton_kernels
 
     def choose(kernels: ModuleType | None) -> None:
-        for module in (sparse_module, optimizer_module):
+        for module in (optimizer, selection, sparse, training):
             monkeypatch.setattr(module, "kernels_for", lambda tensor: kernels)
 
     choose(None)
@@ -77,6 +75,33 @@ def test_selection(use_kernels, guess: float):
     plain = largest_positive(matrix, 300)
     use_kernels()
     assert torch.equal(largest_positive(matrix, 300, guess), plain)
+
+
+@pytest.mark.gpu
+def test_the_search_above_a_bound():
+    from sae_ray.sae.triton_kernels import at_least
+
+    flat = torch.randn(10_000, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    for bound in (-9.0, 0.0, 2.0, flat.max().item(), 9.0):
+        expected = (flat >= bound).nonzero().squeeze(1)
+        found = at_least(flat, bound, len(expected))
+        assert found is not None
+        assert torch.equal(found, expected)
+        assert at_least(flat, bound, len(expected) - 1) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [1, 12, 64])
+def test_rows_lose_what_is_parallel_to_their_directions(d: int):
+    from sae_ray.sae.triton_kernels import orthogonalise_rows
+
+    generator = torch.Generator().manual_seed(5)
+    directions = torch.nn.functional.normalize(torch.randn(30, d, generator=generator), dim=1).to(DEVICE)
+    values, rows = torch.randn(7, d, generator=generator).to(DEVICE), torch.arange(1, 29, 4, device=DEVICE)
+    used = directions[rows]
+    expected = values - (values * used).sum(1, keepdim=True) * used
+    orthogonalise_rows(values, directions, rows)
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -110,7 +110,8 @@ class Architecture(ABC):
         if self.cell.training.dtype == "bfloat16":
             rough, W_enc = centred.bfloat16(), weights.W_enc_t.bfloat16().T
             if x.is_cuda and not torch.is_grad_enabled():
-                return torch.addmm(weights.b_enc, rough, W_enc, out_dtype=torch.float32)
+                # Not addmm: it would write the bias into all of the result first.
+                return torch.mm(rough, W_enc, out_dtype=torch.float32).add_(weights.b_enc)
             return (rough @ W_enc).float() + weights.b_enc
         if torch.is_grad_enabled():
             return torch.addmm(weights.b_enc, centred, weights.W_enc_t.T)
@@ -172,8 +173,8 @@ class SelectingArchitecture(Architecture):
             residual=errors[-1].detach(),
             pre=pre,
             fired=pre.new_zeros(pre.shape[1], dtype=torch.bool).index_fill_(0, pattern.latents, True),
-            n_active=x.new_tensor(float(len(kept))),
-            smallest_active=torch.cat([kept, kept.new_tensor([torch.inf])]).amin(),
+            n_active=x.new_full((), len(kept)),
+            smallest_active=torch.cat([kept, kept.new_full((1,), torch.inf)]).amin(),
         )
 
     def _reconstruct_prefixes(
