@@ -9,6 +9,7 @@ import torch
 
 from bench.gpu.timing import in_a_row
 from bench.record import Table
+from sae_ray.sae.kernels import kernels_for
 
 if TYPE_CHECKING:
     from bench.gpu.sizes import Sizes
@@ -45,6 +46,12 @@ def encoder_products(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         forms["float32 result, float32 bias added by the product"] = lambda: torch.addmm(
             bias, x, W_enc, out_dtype=torch.float32
         )
+    if kernels := kernels_for(x):
+
+        def ours() -> None:
+            kernels.add_to_rows(torch.mm(x, W_enc, out_dtype=torch.float32), bias)
+
+        forms["float32 result, bias added by our kernel"] = ours
     forms["float32 result, bias added afterwards"] = lambda: (x @ W_enc).float().add_(bias)
     rows = []
     for name, run in forms.items():

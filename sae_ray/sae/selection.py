@@ -25,15 +25,24 @@ class BatchSelection:
 
     def __init__(self, k: int, ranks: Ranks):
         self.k, self.ranks = k, ranks
-        self._guess = 0.0
-        """Slightly below the smallest value of the last selection; the next search starts here."""
+        self._smallest = 0.0
+        """Smallest value of the last selection."""
+        self._margin = 0.1
+        """How far below it the next search starts, as a fraction. Only the speed depends on it."""
 
     def __call__(self, pre: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " nnz"]:
         """Ascending flat indices into this rank's equal share of the batch."""
-        chosen = largest_positive(pre, self.k * len(pre) * self.ranks.size, self._guess, self.ranks)
-        kept = pre.flatten()[chosen]
+        flat, count = pre.flatten(), self.k * len(pre) * self.ranks.size
+        guess = (1 - self._margin) * self._smallest
+        found, n_found = _candidates(flat, count, guess, self.ranks)
+        chosen = _largest(flat, found, n_found, count, self.ranks)
+        kept = flat[chosen]
         smallest = self.ranks.smallest(torch.cat([kept, kept.new_full((1,), torch.inf)]).amin())
-        self._guess = 0.9 * smallest.item()
+        self._smallest = smallest.item()
+        if self._smallest < guess or n_found < 1.1 * count:
+            self._margin = min(0.5, 1.5 * self._margin)
+        elif n_found > 1.5 * count:
+            self._margin *= 0.8
         return chosen
 
 
@@ -49,14 +58,7 @@ def largest_positive(
             result.
     """
     flat = matrix.flatten()
-    found, n_found = _candidates(flat, count, guess, ranks)
-    if n_found <= count:
-        return found
-    values = flat[found]
-    smallest, n_ties = _smallest_kept(values, count, ranks)
-    tied = values == smallest
-    own_ties = n_ties - ranks.sum_before(tied.sum())
-    return found[(values > smallest) | (tied & (tied.cumsum(0) <= own_ties))]
+    return _largest(flat, *_candidates(flat, count, guess, ranks), count, ranks)
 
 
 def largest_positive_per_row(matrix: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, " nnz"]:
@@ -90,6 +92,19 @@ def _candidates(flat: Float[Tensor, " n"], count: int, guess: float, ranks: Rank
         maxima = _block_maxima(flat.unsqueeze(0), per_rank)
     found = _at_least(flat, maxima, ranks.smallest(_bound(maxima, per_rank)))
     return found, ranks.total(len(found), flat.device)
+
+
+def _largest(
+    flat: Float[Tensor, " n"], found: Int[Tensor, " found"], n_found: int, count: int, ranks: Ranks
+) -> Int[Tensor, " nnz"]:
+    """Of these candidates the `count` largest of all ranks, this rank's part."""
+    if n_found <= count:
+        return found
+    values = flat[found]
+    smallest, n_ties = _smallest_kept(values, count, ranks)
+    tied = values == smallest
+    own_ties = n_ties - ranks.sum_before(tied.sum())
+    return found[(values > smallest) | (tied & (tied.cumsum(0) <= own_ties))]
 
 
 def _smallest_kept(

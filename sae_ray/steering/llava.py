@@ -268,7 +268,10 @@ class Llava:
         """
 
         def hook(module: nn.Module, args: object, stream: Float[Tensor, "n tokens d_in"]) -> Tensor:
-            return torch.stack([_applied(chain, x) for chain, x in zip(edits, stream, strict=True)])
+            edited = torch.empty_like(stream)  # the same layout in memory: without an edit, the same bits
+            for chain, x, place in zip(edits, stream, edited, strict=True):
+                place.copy_(_applied(chain, x))
+            return edited
 
         with self._tower_in_use, contextlib.ExitStack() as hooks:
             if any(edits):

@@ -91,6 +91,18 @@ def test_the_search_above_a_bound():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("d", [1, 64, 5000])
+def test_a_bias_is_added_to_rows(d: int):
+    from sae_ray.sae.triton_kernels import add_to_rows
+
+    matrix, bias = (torch.randn(*shape, generator=torch.Generator().manual_seed(6)) for shape in ((7, d), (d,)))
+    matrix, bias = matrix.to(DEVICE), bias.to(DEVICE)
+    expected = matrix + bias
+    add_to_rows(matrix, bias)
+    assert torch.equal(matrix, expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("d", [1, 12, 64])
 def test_rows_lose_what_is_parallel_to_their_directions(d: int):
     from sae_ray.sae.triton_kernels import orthogonalise_rows

@@ -104,14 +104,19 @@ class Architecture(ABC):
         """With gradients if they are enabled."""
         import torch
 
+        from sae_ray.sae.kernels import kernels_for
         from sae_ray.sae.product import affine
 
         centred = x - weights.b_dec
         if self.cell.training.dtype == "bfloat16":
             rough, W_enc = centred.bfloat16(), weights.W_enc_t.bfloat16().T
             if x.is_cuda and not torch.is_grad_enabled():
-                # Not addmm: it would write the bias into all of the result first.
-                return torch.mm(rough, W_enc, out_dtype=torch.float32).add_(weights.b_enc)
+                pre = torch.mm(rough, W_enc, out_dtype=torch.float32)
+                # Not addmm, nor broadcast: both take longer than the product.
+                if kernels := kernels_for(pre):
+                    kernels.add_to_rows(pre, weights.b_enc)
+                    return pre
+                return pre.add_(weights.b_enc)
             return (rough @ W_enc).float() + weights.b_enc
         if torch.is_grad_enabled():
             return torch.addmm(weights.b_enc, centred, weights.W_enc_t.T)
