@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.gpu.timing import in_a_row, wait
-from bench.gpu.training import make_data, make_trainer
+from bench.gpu.training import Steps, make_data, make_trainer
 from bench.record import Table
 
 if TYPE_CHECKING:
     from bench.gpu.sizes import Sizes
-    from sae_ray.sae import CellTrainer
 
 PROFILED = 5
 ARCHITECTURES = ("batch_topk", "matryoshka_batch_topk", "topk")
@@ -31,14 +29,13 @@ def tables(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         for architecture in ARCHITECTURES:
             for half_dead in (False, True):
                 trainer = make_trainer(sizes, architecture, d_sae, "bfloat16", device)
-                step = Step(trainer, data, half_dead)
+                step = Steps(trainer, data, half_dead)
                 ms = in_a_row(device, step, 2 * PROFILED, sizes.warmup)
                 places = host_waits(step) if device.type == "cuda" else Counter()
-                kernels = busy_kernels(step, device)
-                busy = sum(kernels.values()) / 1000 / PROFILED
+                n_kernels, kernels = busy_kernels(step, device)
                 rows.append(
-                    [f"{architecture}{', half dead' * half_dead}", d_sae, places.total(), step.kernels,
-                     f"{busy:.2f}", f"{ms:.2f}"]
+                    [f"{architecture}{', half dead' * half_dead}", d_sae, places.total(), n_kernels,
+                     f"{kernels.total():.2f}", f"{ms:.2f}"]
                 )  # fmt: skip
                 if d_sae == sizes.d_sae and architecture == "batch_topk":
                     (longest, waits) = (kernels, places) if not half_dead else (longest, waits)
@@ -50,7 +47,7 @@ def tables(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     yield Table(
         title=f"The longest kernels of a batch_topk step with {sizes.d_sae} latents",
         columns=["kernel", "ms per step"],
-        rows=[[name, f"{taken / 1000 / PROFILED:.3f}"] for name, taken in longest.most_common(15)],
+        rows=[[name, f"{taken:.3f}"] for name, taken in longest.most_common(15)],
     )
     yield Table(
         title="Where the host waits in that step",
@@ -59,24 +56,7 @@ def tables(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     )
 
 
-class Step:
-    """Calls take one step after another."""
-
-    def __init__(self, trainer: CellTrainer, data: torch.Tensor, half_dead: bool):
-        self.trainer, self.batches, self.half_dead = trainer, cycle(data), half_dead
-        self.kernels = 0
-        """Per step, as last profiled."""
-        if half_dead:
-            trainer.weights.W_enc_t.data[trainer.d_sae // 2 :] *= 0.01
-
-    def __call__(self) -> None:
-        if self.half_dead:
-            dead_after = self.trainer.cell.training.dead_after_samples
-            self.trainer.samples_since_fired[self.trainer.d_sae // 2 :] = dead_after
-        self.trainer.step(next(self.batches))
-
-
-def host_waits(step: Step) -> Counter[str]:
+def host_waits(step: Steps) -> Counter[str]:
     """How often each line made the host wait for the device in one step, as far as torch notices."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -95,16 +75,15 @@ def host_waits(step: Step) -> Counter[str]:
     )
 
 
-def busy_kernels(step: Step, device: torch.device) -> Counter[str]:
-    """Microseconds by kernel, of several steps."""
+def busy_kernels(step: Steps, device: torch.device) -> tuple[int, Counter[str]]:
+    """Number of kernels per step, and milliseconds per step by kernel."""
     activities = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
         for _ in range(PROFILED):
             step()
         wait(device)
     on_device: Any = [one for one in profiler.key_averages() if one.device_type.name == "CUDA"]
-    step.kernels = round(sum(one.count for one in on_device) / PROFILED)
-    taken: Counter[str] = Counter()
+    taken: Counter[Any] = Counter()
     for one in on_device:
-        taken[one.key[:80]] += one.self_device_time_total
-    return taken
+        taken[one.key[:80]] += one.self_device_time_total / 1000 / PROFILED
+    return round(sum(one.count for one in on_device) / PROFILED), taken

@@ -141,23 +141,32 @@ def step_ms(
     sizes: Sizes, architecture: str, d_sae: int, precision: str, data: Tensor, device: torch.device,
     half_dead: bool = False,
 ) -> float:  # fmt: skip
-    """Milliseconds of one step; with `half_dead` the last half of the latents count as dead before every step."""
+    """Milliseconds of one step."""
     dtype, of_float32 = PRECISIONS[precision]
-    trainer = make_trainer(sizes, architecture, d_sae, dtype, device)
-    batches = cycle(data)
-    if half_dead:
-        # Short encoder rows: they stay dead whatever the step selects.
-        trainer.weights.W_enc_t.data[d_sae // 2 :] *= 0.01
-
-    def step() -> None:
-        if half_dead:
-            trainer.samples_since_fired[d_sae // 2 :] = trainer.cell.training.dead_after_samples
-        trainer.step(next(batches))
-
+    steps = Steps(make_trainer(sizes, architecture, d_sae, dtype, device), data, half_dead)
     torch.set_float32_matmul_precision(of_float32)
-    taken = milliseconds(device, step, sizes.rounds, sizes.warmup)
+    taken = milliseconds(device, steps, sizes.rounds, sizes.warmup)
     torch.set_float32_matmul_precision("highest")
     return taken
+
+
+class Steps:
+    """Each call takes one step, on the next of batches that repeat.
+
+    With `half_dead` the last half of the latents count as dead before every step.
+    """
+
+    def __init__(self, trainer: CellTrainer, data: Float[Tensor, "n batch d_in"], half_dead: bool):
+        self.trainer, self.batches, self.half_dead = trainer, cycle(data), half_dead
+        if half_dead:
+            # Short encoder rows: they stay dead whatever the step selects.
+            trainer.weights.W_enc_t.data[trainer.d_sae // 2 :] *= 0.01
+
+    def __call__(self) -> None:
+        if self.half_dead:
+            dead_after = self.trainer.cell.training.dead_after_samples
+            self.trainer.samples_since_fired[self.trainer.d_sae // 2 :] = dead_after
+        self.trainer.step(next(self.batches))
 
 
 def floor_ms(sizes: Sizes, d_sae: int, precision: str, bytes_per_ms: float, device: torch.device) -> float:
