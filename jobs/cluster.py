@@ -14,6 +14,10 @@ from sae_ray.errors import SaeRayError, UsageError
 
 from .progress import say
 
+START_LIMITS = ("RAY_raylet_start_wait_time_s", "RAY_gcs_server_request_timeout_seconds")
+START_S = 300
+"""Seconds in which Ray's own processes must have started. It allows them 60, which can be too few on a busy machine."""
+
 
 def connect() -> None:
     """Joins the cluster of `RAY_ADDRESS` (a submitted job has one), else starts one on this machine.
@@ -23,6 +27,8 @@ def connect() -> None:
     # Ray Train polls its workers; at the default of two seconds short runs spend most of their time waiting.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are not about anything a user can change
+    for name in START_LIMITS:
+        os.environ.setdefault(name, str(START_S))
     import ray
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it reports its default at every start

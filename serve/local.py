@@ -77,11 +77,11 @@ def run(config: ServeConfig, host: str, port: int, connect: Callable[[], None], 
     _check_port(host, port)
     config = with_llava(config).model_copy(update={"without_key": not has_key})
     started = time.monotonic()
+    connect()
     from ray import serve
 
     from .app import build
 
-    connect()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what starts is said below
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -26,6 +26,7 @@ from sae_ray.store.activations import ActivationStore, activation_table, write_p
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
 from sae_ray.study.plan import StudyPlan
+from tests.machine import PATIENCE_S
 
 settings.register_profile(
     "sae-ray", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -79,9 +80,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One real Ray cluster for the drivers and for the server."""
+    from sae_ray.jobs.cluster import START_LIMITS
+
+    os.environ.update(dict.fromkeys(START_LIMITS, str(PATIENCE_S)))
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     import ray
 
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     scratch = tempfile.mkdtemp(prefix="sr", dir="/tmp")  # Ray's sockets need a short path
     ray.init(
         address="local",

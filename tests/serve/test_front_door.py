@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from sae_ray.jobs.cluster import START_LIMITS
 
 from tests.machine import PATIENCE_S, free_port, until
 
@@ -100,6 +101,7 @@ def shell(checkout, home) -> Iterator[Callable[[str], str]]:
         "PATH": f"{scratch / 'bin'}:{ours}:{os.environ['PATH']}",
         "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        **dict.fromkeys(START_LIMITS, str(PATIENCE_S)),
     }
     sessions = []
 
