@@ -28,7 +28,7 @@ from bench.contestants.worker import PARTS, Settings
 from bench.record import Table, record
 from sae_ray.sae import BundleJob, Cell, CellJob, CellTrainer, TrainingConfig, train_cells
 from sae_ray.sae.training import geometric_median
-from sae_ray.store.activations import ActivationStore, activation_table, write_part
+from sae_ray.store.activations import ActivationStore, activation_table, finish_store, write_part
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
 from sae_ray.store.stream import TrainingStream
@@ -290,10 +290,12 @@ def grid_rows() -> tuple[list[list[Any]], float]:
         root = Folder(scratch)
         n_rows = 32 * BATCH
         step = Step(root, "extract", "activations", {"store_dtype": "float16", "images_per_part": 8 * BATCH})
+        parts = []
         for number, part in enumerate(np.split(activations(n_rows, 0), n_rows // (8 * BATCH))):
             index = np.arange(len(part)) + number * len(part)
-            write_part(step.folder, number, activation_table(index, np.zeros(len(part)), part, "float16"), [])
-        step.finish(0.0, {"images": n_rows, "rejects": 0, "rows": n_rows, "width": D_IN})
+            table = activation_table(index, np.zeros(len(part)), part, "float16")
+            parts.append(write_part(step.folder, number, table, []))
+        finish_store(step, parts, D_IN, 0.0)
         bundle = BundleJob(
             activations=step.folder,
             cells=tuple(CellJob(Step(root, "train", f"cell-{number}", {}), cell) for number, cell in enumerate(cells)),

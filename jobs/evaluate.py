@@ -8,7 +8,7 @@ from typing import Any
 from sae_ray.store.steps import Step
 from sae_ray.study.plan import EvaluatePlan, StudyPlan
 
-from .cluster import n_cpus, n_gpus, require
+from .cluster import gpus_or_default, n_cpus, n_gpus, require
 from .progress import Progress
 from .stage import at_work, unfinished
 
@@ -31,17 +31,18 @@ def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
     import ray
 
     resources = plan.study.resources.evaluate
-    require("resources.evaluate", 1, resources.cpus, resources.gpus)
-    slots = n_gpus() / resources.gpus if resources.gpus else n_cpus() / max(resources.cpus, 1)
+    gpus = gpus_or_default(resources.gpus)
+    require("resources.evaluate", 1, resources.cpus, gpus)
+    slots = n_gpus() / gpus if gpus else n_cpus() / max(resources.cpus, 1)
     at_once = resources.workers or max(1, int(slots))
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(evaluated)
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus)(evaluated)
     waiting, running = list(todo), []
     with Progress(f"evaluate {len(todo)} SAEs", len(todo), "SAEs") as progress:
         while waiting or running:
             while waiting and len(running) < at_once:
                 one = waiting.pop(0)
                 folders = (one.sae.step.folder, one.activations.step.folder)
-                running.append(task.remote(*folders, one.step, "cuda" if resources.gpus else "cpu"))
+                running.append(task.remote(*folders, one.step, "cuda" if gpus else "cpu"))
             finished, running = ray.wait(running)
             ray.get(finished)
             progress.advance(len(finished))

@@ -30,6 +30,7 @@ from sae_ray.store.activations import (
     activation_table,
     finish_store,
     finished_parts,
+    read_parts,
     write_part,
     write_rejects,
 )
@@ -315,7 +316,8 @@ class PartEncoder:
 
 def _finish(extract: ExtractPlan, seconds: float, max_bad_fraction: float) -> None:
     images = extract.images
-    rejects = write_rejects(extract.step.folder)
+    parts = read_parts(extract.step.folder)
+    rejects = write_rejects(extract.step.folder, parts)
     if len(rejects) > max_bad_fraction * images.n_images or len(rejects) == images.n_images:
         listed = "\n".join(f"  {image_id}: {reason}" for image_id, reason in rejects[:20])
         more = f"\n  … and {len(rejects) - 20:,} more" if len(rejects) > 20 else ""
@@ -327,7 +329,7 @@ def _finish(extract: ExtractPlan, seconds: float, max_bad_fraction: float) -> No
     if rejects:
         few = f"{len(rejects):,} of {images.n_images:,} images could not be read"
         say(f"{extract.step.label}: {few} (see rejects.parquet)")
-    finish_store(extract.step, extract.width, seconds)
+    finish_store(extract.step, parts, extract.width, seconds)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from sae_ray.sae import SAE, load_sae
@@ -24,7 +24,7 @@ from sae_ray.store.files import Folder
 from sae_ray.study.config import ScoreResources
 from sae_ray.study.plan import ScorePlan, StudyPlan
 
-from .cluster import n_cpus, n_gpus, require
+from .cluster import gpus_or_default, n_cpus, n_gpus, require
 from .progress import Progress
 from .stage import at_work, unfinished
 
@@ -40,16 +40,18 @@ def run(plan: StudyPlan) -> None:
     """
     todo = unfinished(plan.scores)
     if todo:
-        resources = plan.study.resources.score
         with at_work(plan.root, "score", todo):
-            _score([Pass(score, resources) for score in todo], resources)
+            _score(todo, plan.study.resources.score)
 
 
-def _score(passes: Sequence[Pass], resources: ScoreResources) -> None:
+def _score(todo: Sequence[ScorePlan], resources: ScoreResources) -> None:
     import ray
 
-    require("resources.score", 1, resources.cpus, resources.gpus)
-    slots = n_gpus() / resources.gpus if resources.gpus else n_cpus() / max(resources.cpus, 1)
+    gpus = gpus_or_default(resources.gpus)
+    require("resources.score", 1, resources.cpus, gpus)
+    opened = cache(ActivationStore)
+    passes = [Pass(score, opened, resources.cpus, gpus) for score in todo]
+    slots = n_gpus() / gpus if gpus else n_cpus() / max(resources.cpus, 1)
     at_once = 2 * (resources.workers or max(1, int(slots)))
     waiting = deque((one, parts) for one in passes for parts in one.blocks)
     running: dict[ray.ObjectRef, Pass] = {}
@@ -59,7 +61,8 @@ def _score(passes: Sequence[Pass], resources: ScoreResources) -> None:
             while waiting and len(running) < at_once:
                 one, parts = waiting.popleft()
                 running[one.submit(parts)] = one
-            finished, _ = ray.wait(list(running), num_returns=1)
+            # Each of these is an empty result, so that this process never receives the data themselves.
+            finished, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
             ray.get(finished)
             one = running.pop(finished[0])
             progress.advance(1)
@@ -70,24 +73,22 @@ def _score(passes: Sequence[Pass], resources: ScoreResources) -> None:
 class Pass:
     """One pass: its blocks of images, and the fold of their statistics."""
 
-    def __init__(self, score: ScorePlan, resources: ScoreResources):
+    def __init__(self, score: ScorePlan, opened: Callable[[Folder], ActivationStore], cpus: float, gpus: float):
         import ray
 
         self.step = score.step
         self.n_submitted = 0
         self._sae = score.sae.step.folder if score.sae else None
-        self._activations = score.activations.step.folder
-        self._embeddings = score.embeddings.step.folder if score.embeddings else None
-        store = ActivationStore(self._activations)
-        self.blocks = image_blocks(store)
+        self._activations = opened(score.activations.step.folder)
+        self._embeddings = opened(score.embeddings.step.folder) if score.embeddings else None
+        self.blocks = image_blocks(self._activations)
         width = score.embeddings.width if score.embeddings else 0
         ranges = list(neuron_blocks(score.neurons, width))
         self._shapes = [(len(neurons), width, self.step.config["top_images"]) for neurons in ranges]
-        self._counts = {"images": store.n_images, "neurons": score.neurons}
-        self._device = "cuda" if resources.gpus else "cpu"
-        options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "num_returns": 1 + len(ranges)}
-        self._block = ray.remote(**options)(block_entries)
-        self._fold = ray.remote(num_cpus=resources.cpus)(folded)
+        self._counts = {"images": self._activations.n_images, "neurons": score.neurons}
+        self._device = "cuda" if gpus else "cpu"
+        self._block = ray.remote(num_cpus=cpus, num_gpus=gpus, num_returns=2 + len(ranges))(block_entries)
+        self._fold = ray.remote(num_cpus=cpus, num_returns=2)(folded)
         self._write = ray.remote(num_cpus=0)(written)
         self._waiting: list[list] = []
         self._folded: list = [None for _ in ranges]
@@ -95,18 +96,21 @@ class Pass:
 
     def submit(self, parts: range) -> Any:
         """Starts one block, in image order, and sometimes a fold; returns what to wait for."""
-        result: Any = self._block.remote(self._sae, self._device, self._activations, self._embeddings, parts)
-        self._waiting.append(result)
+        # The parts alone: a task that opened the stores would list all of them.
+        stores = (self._activations.only(parts), self._embeddings and self._embeddings.only(parts))
+        done, *block = self._block.remote(self._sae, self._device, *stores, parts)
+        self._waiting.append(block)
         self.n_submitted += 1
         if len(self._waiting) < BLOCKS_PER_FOLD and self.n_submitted < len(self.blocks):
-            return result[0]
+            return done
         waiting, *columns = zip(*self._waiting, strict=True)
-        self._folded = [
+        folds: Any = [
             self._fold.remote(stats, shape, *waiting, *column)
             for stats, shape, column in zip(self._folded, self._shapes, columns, strict=True)
         ]
+        self._folded = [stats for _, stats in folds]
         self._waiting = []
-        return self._folded[0]
+        return folds[0][0]
 
     def write(self) -> None:
         """Writes the tables and finishes the step."""
@@ -118,19 +122,20 @@ class Pass:
 
 
 def block_entries(
-    sae: Folder | None, device: str, activations: Folder, embeddings: Folder | None, parts: range
-) -> tuple[BlockImages | Entries, ...]:
-    """The task: one block of images, then its entries for every range of neurons."""
+    sae: Folder | None, device: str, activations: ActivationStore, embeddings: ActivationStore | None, parts: range
+) -> tuple[BlockImages | Entries | None, ...]:
+    """The task: nothing, to be waited for; one block of images; its entries for every range of neurons."""
     import torch
 
     torch.set_num_threads(1)  # the last bits depend on the number of threads
-    judged = ActivationStore(embeddings) if embeddings else None
-    images, entries = read_block(_sae(sae, device) if sae else None, ActivationStore(activations), judged, parts)
-    return images, *entries
+    images, entries = read_block(_sae(sae, device) if sae else None, activations, embeddings, parts)
+    return None, images, *entries
 
 
-def folded(stats: NeuronStats | None, shape: tuple[int, int, int], *blocks: BlockImages | Entries) -> NeuronStats:
-    """The task that adds blocks to the statistics of one range of neurons.
+def folded(
+    stats: NeuronStats | None, shape: tuple[int, int, int], *blocks: BlockImages | Entries
+) -> tuple[None, NeuronStats]:
+    """The task that adds blocks to the statistics of one range of neurons: nothing, to be waited for, and these.
 
     Args:
         stats: None at the start.
@@ -148,7 +153,7 @@ def folded(stats: NeuronStats | None, shape: tuple[int, int, int], *blocks: Bloc
         assert isinstance(images, BlockImages)
         assert isinstance(entries, Entries)
         stats.add(entries, images)
-    return stats
+    return None, stats
 
 
 def written(folder: Folder, *folded: NeuronStats) -> None:

@@ -164,10 +164,10 @@ class Actors:
         n_actors = resources.workers or (max(1, int(n_gpus() / gpus)) if gpus else 1)
         require("resources.steering", n_actors, resources.cpus, gpus)
         actor = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3)(Actor)
-        activations = plan.scores.activations.step.folder
+        activations = ActivationStore(plan.scores.activations.step.folder)
         given = (plan.steering, plan.sae.step.folder, activations, plan.step.folder, resources.batch_size, gpus > 0)
         self.name, self.folder = plan.name, plan.step.folder
-        self._n_parts = len(ActivationStore(activations).parts)
+        self._n_parts = len(activations.parts)
         self._actors: list[Any] = [actor.remote(*given) for _ in range(n_actors)]
         self._pool = ActorPool(self._actors)
 
@@ -216,11 +216,11 @@ class Actor:
     """Holds a LLaVA and an SAE, which are loaded at the first question."""
 
     def __init__(
-        self, steering: Steering, sae: Folder, activations: Folder, step: Folder, batch_size: int, on_gpu: bool
+        self, steering: Steering, sae: Folder, activations: ActivationStore, step: Folder, batch_size: int, on_gpu: bool
     ):
         self.steering = steering
         self.sae = sae
-        self.activations = ActivationStore(activations)
+        self.activations = activations
         self.step = step
         self.batch_size = batch_size
         self.device = "cuda" if on_gpu else "cpu"

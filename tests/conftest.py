@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from sae_ray.store.activations import ActivationStore, activation_table, write_part
+from sae_ray.store.activations import ActivationStore, activation_table, finish_store, write_part
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
 from sae_ray.study.plan import StudyPlan
@@ -120,13 +120,7 @@ def write_store() -> Callable[..., ActivationStore]:
             write_part(step.folder, number, activation_table(*rows, store_dtype), [])
             for number, rows in enumerate(parts)
         ]
-        counts = {
-            "images": sum(part.images for part in written),
-            "rejects": 0,
-            "rows": sum(part.rows for part in written),
-            "width": parts[0][2].shape[1],
-        }
-        step.finish(0.0, counts)
+        finish_store(step, written, parts[0][2].shape[1], 0.0)
         return ActivationStore(step.folder)
 
     return write

@@ -94,14 +94,15 @@ def finish_extract(extract: ExtractPlan) -> None:
     preparations = [Preparation(load_preprocess(extract.encoder.model))]
     ids, folder = extract.images.manifest["image_id"].to_pylist(), extract.step.folder
     per_part = extract.step.config["images_per_part"]
+    parts = []
     for number, start in enumerate(range(0, len(ids), per_part)):
         part = ids[start : start + per_part]
         accepted, rejects, [pixels] = decode_part(extract.images.folder, part, preparations)
         kept = [part[place] for place in accepted]
         [rows] = encode_part(encoder, [extract.site], pixels, start + accepted, kept, 0, batch_size=64)
-        write_part(folder, number, activation_table(*rows, "float16"), rejects)
-    write_rejects(folder)
-    finish_store(extract.step, extract.width, 61.5)
+        parts.append(write_part(folder, number, activation_table(*rows, "float16"), rejects))
+    write_rejects(folder, parts)
+    finish_store(extract.step, parts, extract.width, 61.5)
 
 
 def finish_train(train: TrainPlan) -> None:

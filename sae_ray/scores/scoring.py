@@ -14,6 +14,7 @@ from sae_ray.scores.statistics import (
     Entries,
     NeuronStats,
     neuron_blocks,
+    pool_dense,
     pool_tokens,
 )
 from sae_ray.store.activations import ActivationStore
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def image_blocks(store: ActivationStore) -> list[range]:
     """The part numbers of each block: whole parts with about `IMAGES_PER_BLOCK` images, the same on any cluster."""
-    per_block = max(1, IMAGES_PER_BLOCK // store.record["config"]["images_per_part"])
+    per_block = max(1, IMAGES_PER_BLOCK // store.config["images_per_part"])
     return [range(start, min(start + per_block, len(store.parts))) for start in range(0, len(store.parts), per_block)]
 
 
@@ -60,7 +61,7 @@ def read_block(
         SaeRayError: the embeddings are of other images, or one has length zero.
     """
     ranges = list(neuron_blocks(n_neurons(sae, store), _width(embeddings)))
-    if embeddings is not None and len(embeddings.parts) != len(store.parts):
+    if embeddings is not None and embeddings.parts.keys() != store.parts.keys():
         raise _other_images(store, embeddings)
     part_entries, image_index, judged = [], [], []
     n_seen = 0
@@ -122,8 +123,7 @@ def _other_images(store: ActivationStore, embeddings: ActivationStore) -> SaeRay
 
 def _encode(sae: SAE | None, activation: np.ndarray, row_image: np.ndarray) -> Entries:
     if sae is None:
-        row, neuron = np.nonzero(activation)
-        return pool_tokens(row_image, row, neuron, activation[row, neuron])
+        return pool_dense(row_image, activation)
     import torch
 
     codes = sae.encode_sparse(torch.from_numpy(activation.astype(np.float32)).to(sae.W_enc.device))

@@ -7,6 +7,7 @@ times neurons, and memory grows only with the number of neurons.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -106,6 +107,24 @@ def pool_tokens(
     # Tokens that are not listed are 0, which is the maximum if all listed values are negative.
     largest = np.where(listed < n_tokens[image], np.maximum(largest, 0.0), largest)
     return Entries(image, neuron, sums / n_tokens[image], largest)
+
+
+def pool_dense(row_image: Int[np.ndarray, " rows"], activation: Float[np.ndarray, "rows neurons"]) -> Entries:
+    """As `pool_tokens`, for activations of which most are not 0.
+
+    Args:
+        row_image: image position of each token row, ascending from 0 without gaps.
+    """
+    rows = np.searchsorted(row_image, np.arange(row_image.max(initial=-1) + 2))
+    shape = (len(rows) - 1, activation.shape[1])
+    mean, largest, listed = np.empty(shape), np.empty(shape), np.empty(shape, bool)
+    for image, (start, end) in enumerate(itertools.pairwise(rows)):
+        tokens = activation[start:end].astype(np.float64)  # one image at a time: all would take four times the store
+        mean[image] = tokens.sum(axis=0) / (end - start)
+        largest[image] = tokens.max(axis=0)
+        listed[image] = tokens.any(axis=0)
+    neuron, image = np.nonzero(listed.T)
+    return Entries(image, neuron, mean[image, neuron], largest[image, neuron])
 
 
 class NeuronStats:

@@ -3,16 +3,20 @@
 A step's directory holds
 
 - `data/part-00000-<unique>.parquet`: `image_index int64`, `token int16`, `activation` (fixed-size list of float16 or
-  float32), sorted by (`image_index`, `token`). A part covers a fixed range of `image_index`.
-- `parts/part-00000.json`: the marker that makes a part exist. It names the part's file, since object stores have no
-  rename and a killed writer may leave other files. It also has the facts that later stages need before they read parts.
-- `rejects.parquet` and `step.json`, once all parts exist.
+  float32), sorted by (`image_index`, `token`), in row groups of `rows_per_group`. A part covers a fixed range of
+  `image_index`.
+- `parts/part-00000.json`, until the step is finished: the marker that makes a part exist. It names the part's file,
+  since object stores have no rename and a killed writer may leave other files.
+- `parts.parquet`: the parts of a finished step, in order, with the facts that later stages need before they read them.
+- `rejects.parquet` and `step.json`.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -29,13 +33,19 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 REJECTS_SCHEMA = pa.schema([("image_id", pa.string()), ("reason", pa.string())])
-ROW_GROUP_BYTES = 32 * 2**20
+PARTS_SCHEMA = pa.schema(
+    [("file", pa.string()), ("rows", pa.int64()), ("images", pa.int64()), ("sum_squares", pa.float64())]
+)
+ROW_GROUP_BYTES = 4 * 2**20
+"""Of vectors. Training shuffles row groups, so a window of it holds images from that many places."""
+READS_AT_ONCE = 16
+"""Of small files."""
 _NUMPY = {"float16": np.float16, "float32": np.float32}
 
 
 @dataclass(frozen=True)
 class Part:
-    """The content of a part's marker."""
+    """What is known of a part without reading it."""
 
     file: str
     """Path of the parquet file inside the step's directory."""
@@ -46,7 +56,7 @@ class Part:
     sum_squares: float
     """Sum over rows of the squared norm, for the scale that training divides by."""
     rejects: tuple[tuple[str, str], ...] = ()
-    """(`image_id`, reason) of the images of this range that could not be read."""
+    """(`image_id`, reason) of the images of this range that could not be read. `parts.parquet` does not repeat them."""
 
 
 def activation_table(
@@ -78,20 +88,29 @@ def write_part(folder: Folder, number: int, table: pa.Table, rejects: Sequence[t
     """Writes a part and then its marker. If the writer is killed in between, the part does not exist."""
     name = part_name(number)
     file = f"data/{name}-{uuid.uuid4().hex[:8]}.parquet"
-    width = table.schema.field("activation").type.list_size
     activation = _vectors(table)
+    per_group = rows_per_group(activation.shape[1], activation.dtype.itemsize)
+    # Hardly a vector occurs twice, and nobody asks for the smallest and largest number of a row group.
+    plain = ["image_index", "token"]
     with folder.filesystem.open_output_stream(_made(folder, file)) as sink:
-        row_bytes = max(1, activation.dtype.itemsize * width)
-        pq.write_table(table, sink, row_group_size=max(1, ROW_GROUP_BYTES // row_bytes), compression="zstd")
+        pq.write_table(
+            table, sink, row_group_size=per_group, compression="zstd", use_dictionary=plain, write_statistics=plain
+        )
+    starts = range(0, len(activation), per_group)
     part = Part(
         file=file,
         rows=table.num_rows,
         images=len(np.unique(table["image_index"].to_numpy())),
-        sum_squares=float(np.square(activation, dtype=np.float64).sum()),
+        sum_squares=float(sum(_sum_squares(activation[start : start + per_group]) for start in starts)),
         rejects=tuple(rejects),
     )
     folder.write_json(f"parts/{name}.json", asdict(part))
     return part
+
+
+def rows_per_group(width: int, bytes_per_value: int) -> int:
+    """Rows of all row groups but the last of a part."""
+    return max(1, ROW_GROUP_BYTES // max(1, bytes_per_value * width))
 
 
 def finished_parts(folder: Folder) -> set[int]:
@@ -102,8 +121,13 @@ def finished_parts(folder: Folder) -> set[int]:
 
 def read_parts(folder: Folder) -> list[Part]:
     """All markers, in order."""
-    markers = [folder.read_json(f"parts/{part_name(number)}.json") for number in sorted(finished_parts(folder))]
-    return [Part(**{**marker, "rejects": tuple(map(tuple, marker["rejects"]))}) for marker in markers]
+
+    def read(number: int) -> Part:
+        marker = folder.read_json(f"parts/{part_name(number)}.json")
+        return Part(**{**marker, "rejects": tuple(map(tuple, marker["rejects"]))})
+
+    with ThreadPoolExecutor(READS_AT_ONCE) as readers:
+        return list(readers.map(read, sorted(finished_parts(folder))))
 
 
 def remove_orphans(folder: Folder, parts: Sequence[Part]) -> None:
@@ -114,28 +138,31 @@ def remove_orphans(folder: Folder, parts: Sequence[Part]) -> None:
             folder.delete(f"data/{name}")
 
 
-def write_rejects(folder: Folder) -> list[tuple[str, str]]:
+def write_rejects(folder: Folder, parts: Sequence[Part]) -> list[tuple[str, str]]:
     """Collects what the parts could not read into `rejects.parquet`: (`image_id`, reason), in order."""
-    rejects = [reject for part in read_parts(folder) for reject in part.rejects]
+    rejects = [reject for part in parts for reject in part.rejects]
     ids, reasons = ([reject[column] for reject in rejects] for column in range(2))
     folder.write_parquet("rejects.parquet", pa.table([ids, reasons], schema=REJECTS_SCHEMA))
     return rejects
 
 
-def finish_store(step: Step, width: int, seconds: float) -> None:
+def finish_store(step: Step, parts: Sequence[Part], width: int, seconds: float) -> None:
     """Finishes an extraction step whose parts are all written, and deletes what killed writers left.
 
     Args:
+        parts: all of them, in order.
         width: of the vectors.
         seconds: spent in this process.
     """
-    parts = read_parts(step.folder)
     remove_orphans(step.folder, parts)
+    columns = [[getattr(part, name) for part in parts] for name in PARTS_SCHEMA.names]
+    step.folder.write_parquet("parts.parquet", pa.table(columns, schema=PARTS_SCHEMA))
     counts = {
         "images": sum(part.images for part in parts),
         "rejects": sum(len(part.rejects) for part in parts),
         "rows": sum(part.rows for part in parts),
         "width": width,
+        "rows_per_group": rows_per_group(width, np.dtype(step.config["store_dtype"]).itemsize),
     }
     step.finish(seconds, counts)
 
@@ -145,28 +172,36 @@ def part_name(number: int) -> str:
 
 
 class ActivationStore:
-    """A finished extraction step, for reading.
+    """A finished extraction step, for reading. Parts are known by their numbers.
 
     Raises SaeRayError if the step is not finished, damaged or of another schema version.
     """
 
     def __init__(self, folder: Folder):
         self.folder = folder
-        self.record = read_record(folder)
-        if self.record["stage"] != "extract":
-            raise UsageError(f"{folder} is a {self.record['stage']} step, not activations; give an extract step")
-        self.d = int(self.record["counts"]["width"])
-        self.n_rows = int(self.record["counts"]["rows"])
-        self.n_images = int(self.record["counts"]["images"])
+        record = read_record(folder)
+        if record["stage"] != "extract":
+            raise UsageError(f"{folder} is a {record['stage']} step, not activations; give an extract step")
+        self.config: dict = record["config"]
+        self.d = int(record["counts"]["width"])
+        self.n_rows = int(record["counts"]["rows"])
+        self.n_images = int(record["counts"]["images"])
+        self.rows_per_group = int(record["counts"]["rows_per_group"])
 
     @cached_property
-    def parts(self) -> list[Part]:
-        return read_parts(self.folder)
+    def parts(self) -> dict[int, Part]:
+        return {number: Part(**row) for number, row in enumerate(self.folder.read_parquet("parts.parquet").to_pylist())}
+
+    def only(self, numbers: Iterable[int]) -> ActivationStore:
+        """The same store with some of its parts, to hand to a task: it need not read the list of all."""
+        some = copy(self)
+        some.parts = {number: self.parts[number] for number in numbers}
+        return some
 
     @property
     def root_mean_square_norm(self) -> float:
         """Root of the mean squared norm of all rows: the scale that training divides by."""
-        return float(np.sqrt(sum(part.sum_squares for part in self.parts) / self.n_rows))
+        return float(np.sqrt(sum(part.sum_squares for part in self.parts.values()) / self.n_rows))
 
     def read(
         self, number: int
@@ -175,11 +210,28 @@ class ActivationStore:
         table = self.folder.read_parquet(self.parts[number].file)
         return table["image_index"].to_numpy(), table["token"].to_numpy(), _vectors(table)
 
+    def group_rows(self, number: int) -> list[int]:
+        """Number of rows of each row group of a part."""
+        rows, size = self.parts[number].rows, self.rows_per_group
+        return [min(size, rows - start) for start in range(0, rows, size)]
+
+    def read_groups(self, number: int, groups: Sequence[int]) -> Float[np.ndarray, "rows d"]:
+        """The vectors of some row groups of one part, in the stored dtype."""
+        file = self.parts[number].file
+        if len(groups) == len(self.group_rows(number)):
+            return _vectors(self.folder.read_parquet(file))
+        with self.folder.filesystem.open_input_file(self.folder.path_of(file)) as source:
+            return _vectors(pq.ParquetFile(source, pre_buffer=True).read_row_groups(groups, columns=["activation"]))
+
 
 def _vectors(table: pa.Table) -> np.ndarray:
     column = table["activation"].combine_chunks()
     width = table.schema.field("activation").type.list_size
     return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+
+
+def _sum_squares(vectors: np.ndarray) -> np.float64:
+    return np.square(vectors, dtype=np.float64).sum()
 
 
 def _made(folder: Folder, name: str) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +29,7 @@ class Folder:
         self.uri = str(uri)
         if "://" in self.uri:
             try:
-                self.filesystem, self.path = fs.FileSystem.from_uri(self.uri)
+                self.filesystem, self.path = _opened(self.uri)
             except (pa.ArrowException, OSError) as error:
                 reason = str(error).splitlines()[0]
                 raise UsageError(
@@ -116,8 +118,8 @@ class Folder:
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
     def read_parquet(self, name: str) -> pa.Table:
-        with self.filesystem.open_input_file(self.path_of(name)) as source:
-            return pq.ParquetFile(source).read()  # read_table would import pandas
+        # In one request, where reading by parts would take several; `read_table` would import pandas.
+        return pq.ParquetFile(pa.BufferReader(self.read_bytes(name))).read()
 
     def delete(self, name: str) -> None:
         """Removes a file or a whole sub-folder; does nothing if it does not exist."""
@@ -142,6 +144,22 @@ def parent_and_name(uri: str) -> tuple[Folder, str]:
     path, mark, query = _without_query(uri)
     parent, slash, name = path.rpartition("/")
     return Folder(parent + slash + mark + query), name
+
+
+def _opened(uri: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a URI, and its path there. A process has one object per store: making one may ask the store."""
+    address, mark, query = _without_query(uri)
+    scheme, _, rest = address.partition("://")
+    store, _, path = rest.partition("/")
+    if not store:
+        return fs.FileSystem.from_uri(uri)
+    filesystem, bucket = _store(f"{scheme}://{store}{mark}{query}")
+    return filesystem, f"{bucket.rstrip('/')}/{unquote(path)}".rstrip("/")
+
+
+@cache
+def _store(uri: str) -> tuple[fs.FileSystem, str]:
+    return fs.FileSystem.from_uri(uri)
 
 
 def _without_query(uri: str) -> tuple[str, str, str]:

@@ -26,7 +26,7 @@ from sae_ray.store.files import Folder
 SCHEMA_VERSIONS = {
     "manifest": 3,
     "labels": 3,
-    "extract": 3,
+    "extract": 4,
     "train": 3,
     "evaluate": 3,
     "score": 3,
@@ -37,7 +37,7 @@ SCHEMA_VERSIONS = {
 RECORD = "step.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
-SCRATCH = ("checkpoints", "calibration", "answers")
+SCRATCH = ("checkpoints", "calibration", "answers", "parts")
 """Folders that are only needed until a step is finished."""
 
 Status = Literal["done", "failed", "running", "partial", "missing"]
@@ -138,9 +138,12 @@ def read_record(folder: Folder) -> dict:
 
     Raises SaeRayError if the step is not finished, torn or of another schema version.
     """
-    if not folder.exists(RECORD):
-        raise SaeRayError(f"{folder} is not a finished step: it has no {RECORD}; run its stage to the end first")
-    record = folder.read_json(RECORD)
+    try:
+        record = folder.read_json(RECORD)
+    except FileNotFoundError:
+        raise SaeRayError(
+            f"{folder} is not a finished step: it has no {RECORD}; run its stage to the end first"
+        ) from None
     stage, found = (record.get(key) if isinstance(record, dict) else None for key in ("stage", "schema_version"))
     known = SCHEMA_VERSIONS.get(str(stage))
     if found is None or found != known:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +16,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+READS_AT_ONCE = 4
+"""Parts of a window, so that the store's answers need not be waited for one by one."""
+
+
+class _Group(NamedTuple):
+    """A row group."""
+
+    part: int
+    place: int
+    """Within the part."""
+    rows: int
+
+
 class TrainingStream:
     """An endless sequence of batches, a pure function of (store, seed, batch size, shuffle rows).
 
-    Each epoch permutes the parts, groups them into windows, and permutes the rows of each window; batches continue
-    across epochs. A store of at most `shuffle_rows` rows is one window, which is read once and stays on the device. A
-    larger store has windows of half that size, and the next window is read while the current one is used.
+    Each epoch permutes the row groups of all parts, joins them into windows, and permutes the rows of each window.
+    Batches continue across epochs. A store of at most `shuffle_rows` rows is one window, which is read once and stays
+    on the device. A larger store has windows of half that size, and the next window is read while the current one is
+    used.
 
     Args:
         store: the activations of one site.
@@ -46,6 +60,9 @@ class TrainingStream:
         self._fits = store.n_rows <= shuffle_rows
         self._window_rows = shuffle_rows if self._fits else shuffle_rows // 2
         self._whole: Tensor | None = None
+        self._groups = [
+            _Group(number, place, rows) for number in store.parts for place, rows in enumerate(store.group_rows(number))
+        ]
 
     def batches(self, first_step: int = 0) -> Iterator[Float[Tensor, "batch d"]]:
         """Batches from `first_step` on, in the stored dtype and unscaled. Earlier ones are skipped without reading."""
@@ -72,11 +89,11 @@ class TrainingStream:
                 epoch, window, offset = following
 
     def _windows_from(self, first_step: int) -> Iterator[tuple[int, tuple[int, ...], int]]:
-        """Epoch, parts and first row of each window, starting at a step."""
+        """Epoch, row groups and first row of each window, starting at a step."""
         epoch, offset = divmod(first_step * self.batch_size, self.store.n_rows)
         while True:
             for window in self._windows(epoch):
-                rows = sum(self.store.parts[number].rows for number in window)
+                rows = sum(self._groups[number].rows for number in window)
                 if offset < rows:
                     yield epoch, window, offset
                 offset = max(0, offset - rows)
@@ -85,13 +102,13 @@ class TrainingStream:
     def _windows(self, epoch: int) -> Iterator[tuple[int, ...]]:
         window: list[int] = []
         rows = 0
-        for number in self._rng(epoch).permutation(len(self.store.parts)).tolist():
-            part_rows = self.store.parts[number].rows
-            if window and rows + part_rows > self._window_rows:
+        for number in self._rng(epoch).permutation(len(self._groups)).tolist():
+            group_rows = self._groups[number].rows
+            if window and rows + group_rows > self._window_rows:
                 yield tuple(sorted(window))
                 window, rows = [], 0
             window.append(number)
-            rows += part_rows
+            rows += group_rows
         yield tuple(sorted(window))
 
     def _load(self, window: tuple[int, ...]) -> Tensor:
@@ -102,14 +119,23 @@ class TrainingStream:
         return self._whole
 
     def _read(self, window: tuple[int, ...]) -> Float[Tensor, "rows d"]:
-        rows = sum(self.store.parts[number].rows for number in window)
-        dtype = getattr(torch, self.store.record["config"]["store_dtype"])
-        vectors = torch.empty(rows, self.store.d, dtype=dtype)
-        start = 0
-        for number in window:
-            part = torch.tensor(self.store.read(number)[2])  # a copy, since Arrow's memory is read-only
-            vectors[start : start + len(part)] = part
-            start += len(part)
+        dtype = getattr(torch, self.store.config["store_dtype"])
+        vectors = torch.empty(sum(self._groups[number].rows for number in window), self.store.d, dtype=dtype)
+        places = iter(vectors.split([self._groups[number].rows for number in window]))
+        of_part: dict[int, tuple[list[int], list[Tensor]]] = {}
+        for group in (self._groups[number] for number in window):
+            groups, targets = of_part.setdefault(group.part, ([], []))
+            groups.append(group.place)
+            targets.append(next(places))
+
+        def read(part: int) -> None:
+            groups, targets = of_part[part]
+            rows = torch.tensor(self.store.read_groups(part, groups))  # a copy, since Arrow's memory is read-only
+            for target, piece in zip(targets, rows.split([len(target) for target in targets]), strict=True):
+                target.copy_(piece)
+
+        with ThreadPoolExecutor(READS_AT_ONCE) as readers:
+            list(readers.map(read, of_part))
         return vectors
 
     def _rng(self, epoch: int, *window: int) -> np.random.Generator:

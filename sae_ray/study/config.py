@@ -194,8 +194,8 @@ class EvaluateResources:
     """Number of tasks at the same time, each with one SAE. Default: as many as the CPUs (or GPUs) allow."""
     cpus: Amount = 1
     """CPUs per task."""
-    gpus: Amount = 0
-    """GPUs per task."""
+    gpus: Amount | None = None
+    """GPUs per task. Default: 1 if the cluster has GPUs."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,8 @@ class ScoreResources:
     """Number of tasks at the same time; twice as many are queued. Default: as many as the CPUs (or GPUs) allow."""
     cpus: Amount = 1
     """CPUs per task."""
-    gpus: Amount = 0
-    """GPUs per task."""
+    gpus: Amount | None = None
+    """GPUs per task. Default: 1 if the cluster has GPUs."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def test_a_killed_run_resumes_with_identical_values(extracted, make_plan, kill_d
         assert rows(one.step.folder) == rows(reference.step.folder)
     for name, marker in survived.items():
         assert (parts / name).read_bytes() == marker, "a finished part was done again"
-    listed = {part.file for part in ActivationStore(train.step.folder).parts}
+    listed = {part.file for part in ActivationStore(train.step.folder).parts.values()}
     assert {f"data/{path.name}" for path in (root / train.step.name / "data").iterdir()} == listed
 
 

@@ -24,6 +24,7 @@ from sae_ray.scores.statistics import (
     NeuronStats,
     monosemanticity,
     neuron_blocks,
+    pool_dense,
     pool_tokens,
 )
 from sae_ray.scores.tables import histogram_table, score_table, top_images_table
@@ -167,6 +168,10 @@ def test_tokens_are_pooled_to_means_and_maxima_of_codes(data: st.DataObject):
     assert list(zip(entries.neuron.tolist(), entries.image.tolist(), strict=True)) == pairs
     np.testing.assert_allclose(entries.value, [per_image[image][:, k].mean() for k, image in pairs], atol=1e-12)
     assert entries.token_max.tolist() == [per_image[image][:, k].max() for k, image in pairs]
+    dense = pool_dense(row_image, codes)
+    for name in ("image", "neuron", "token_max"):
+        np.testing.assert_array_equal(getattr(dense, name), getattr(entries, name))
+    np.testing.assert_allclose(dense.value, entries.value, atol=1e-12)
 
 
 @given(st.data())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -15,14 +17,17 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from pyarrow import fs
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.store.activations import (
     ActivationStore,
     activation_table,
+    finish_store,
     finished_parts,
     read_parts,
     remove_orphans,
@@ -175,6 +180,42 @@ def test_squares_of_large_float16_do_not_overflow(tmp_path: Path, write_store: W
     large = np.full((2, 4), 60000.0, np.float32)
     store = write_store(tmp_path, [(np.arange(2), np.zeros(2), large)], "float16")
     assert store.root_mean_square_norm == pytest.approx(2 * float(np.float16(60000)))
+
+
+class Counting(fs.FSSpecHandler):
+    """A local folder as a store that counts what it is asked."""
+
+    asked = 0
+
+    def __getattribute__(self, name: str):
+        if name in ("get_file_info", "get_file_info_selector", "open_input_stream", "open_input_file"):
+            self.asked += 1
+        return super().__getattribute__(name)
+
+
+def test_a_store_of_many_parts_opens_with_few_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And a task that is handed some of them asks for these alone."""
+    counting = Counting(LocalFileSystem())
+    store = (fs.PyFileSystem(counting), str(tmp_path))
+    monkeypatch.setattr("sae_ray.store.files._store", lambda uri: store)
+    step = Step(Folder("counting://store/root"), "extract", "many", {"store_dtype": "float32", "images_per_part": 2})
+    first = write_part(step.folder, 0, activation_table(*rows(0, 2), "float32"), [])
+    data = Path(step.folder.path) / first.file
+    parts = [replace(first, file=f"data/part-{number:05d}.parquet") for number in range(2500)]
+    for part in parts:
+        os.link(data, Path(step.folder.path) / part.file)
+    finish_store(step, parts, 3, 0.0)
+    assert not (step.folder / "parts").exists(), "the markers are no longer needed"
+
+    counting.asked = 0
+    opened = ActivationStore(step.folder)
+    assert len(opened.parts) == 2500
+    assert opened.root_mean_square_norm > 0
+    assert counting.asked <= 10
+    handed = opened.only(range(1000, 1008))
+    counting.asked = 0
+    assert [len(handed.read(number)[0]) for number in handed.parts] == [4] * 8
+    assert counting.asked == 8
 
 
 def test_only_a_finished_extraction_is_opened(tmp_path: Path):

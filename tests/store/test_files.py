@@ -8,9 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pyarrow.fs import FileSystem
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.store.files import Folder, parent_and_name
@@ -75,6 +79,18 @@ def test_one_place_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (here / "x").name == "x"
     monkeypatch.chdir("/")
     assert str(here) == str(tmp_path / "runs")
+
+
+@given(st.lists(st.text(min_size=1).filter(lambda name: "/" not in name and name not in (".", "..")), max_size=3))
+@example([])
+@example(["a b", "50%", "é+x"])
+def test_a_path_in_a_store_is_what_pyarrow_makes_of_it(names: list[str]):
+    """While a process has one object per store, however many folders of it are named."""
+    for store in ("gs://anonymous@bucket", "abfs://container@account.dfs.core.windows.net"):
+        uri = "/".join([store, *(quote(name, safe="") for name in names)])
+        folder = Folder(uri)
+        assert folder.path == FileSystem.from_uri(uri)[1].rstrip("/")
+        assert folder.filesystem is (Folder(store) / "other").filesystem
 
 
 def test_a_uri_is_read_by_the_same_code(tmp_path: Path):

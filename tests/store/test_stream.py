@@ -6,8 +6,10 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain, islice
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sae_ray.store import activations
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.stream import TrainingStream
 from tests.machine import PATIENCE_S
@@ -33,6 +36,11 @@ def numbered(sizes: Sequence[int], d: int = 2) -> list[tuple[np.ndarray, np.ndar
     return parts
 
 
+def of_rows(n: int) -> AbstractContextManager:
+    """While it lasts, row groups of `numbered` parts have so many rows."""
+    return patch.object(activations, "ROW_GROUP_BYTES", 8 * n)
+
+
 def numbers(stream: TrainingStream, n_batches: int, first_step: int = 0) -> list[list[int]]:
     """The numbers of the rows of each batch."""
     return [batch[:, 0].int().tolist() for batch in islice(stream.batches(first_step), n_batches)]
@@ -44,11 +52,13 @@ def numbers(stream: TrainingStream, n_batches: int, first_step: int = 0) -> list
     shuffle_rows=st.integers(1, 60),
     seed=st.integers(0, 2**32 - 1),
     first_step=st.integers(0, 12),
+    rows_per_group=st.sampled_from([1, 2, 4, 100]),
 )
 def test_any_step_can_be_sought_and_every_epoch_is_a_permutation(
-    write_store: WriteStore, sizes: list[int], batch_size: int, shuffle_rows: int, seed: int, first_step: int
-):
-    with tempfile.TemporaryDirectory() as root:
+    write_store: WriteStore, sizes: list[int], batch_size: int, shuffle_rows: int, seed: int, first_step: int,
+    rows_per_group: int,
+):  # fmt: skip
+    with tempfile.TemporaryDirectory() as root, of_rows(rows_per_group):
         store = write_store(root, numbered(sizes))
         stream = TrainingStream(store, batch_size, seed, shuffle_rows)
         batches = numbers(stream, 16)
@@ -59,6 +69,15 @@ def test_any_step_can_be_sought_and_every_epoch_is_a_permutation(
         # The stream has been used, another has not: neither matters.
         for other in (stream, TrainingStream(store, batch_size, seed, shuffle_rows)):
             assert numbers(other, 16 - first_step, first_step) == batches[first_step:]
+
+
+def test_a_window_holds_rows_of_many_places_of_large_parts(tmp_path: Path, write_store: WriteStore):
+    """Sorted by class, as image folders are: 200 classes of 50 rows each, ten classes in a part."""
+    with of_rows(10):
+        store = write_store(tmp_path, numbered([500] * 20))
+        [order] = numbers(TrainingStream(store, 10_000, 0, shuffle_rows=4000), 1)
+    for start in range(0, 10_000, 2000):  # half of 4000 rows each: 200 row groups
+        assert len({row // 50 for row in order[start : start + 2000]}) > 100
 
 
 @pytest.mark.parametrize("shuffle_rows", [100, 25], ids=["one window", "several windows"])

@@ -308,7 +308,7 @@ def test_help_is_the_docstring_of_the_field():
     assert field_help("grid.k") == "Average number of active latents per row, for the TopK family."
     assert field_help("training.steps") == "Optimiser steps."
     assert field_help("architectures.jumprelu.initial_threshold").startswith("The threshold before the first step")
-    assert field_help("resources.score.gpus") == "GPUs per task."
+    assert field_help("resources.score.gpus") == "GPUs per task. Default: 1 if the cluster has GPUs."
 
 
 # Plans
