@@ -98,7 +98,8 @@ class Pass:
         """Starts one block, in image order, and sometimes a fold; returns what to wait for."""
         # The parts alone: a task that opened the stores would list all of them.
         stores = (self._activations.only(parts), self._embeddings and self._embeddings.only(parts))
-        done, *block = self._block.remote(self._sae, self._device, *stores, parts)
+        results: Any = self._block.remote(self._sae, self._device, *stores, parts)
+        done, *block = results
         self._waiting.append(block)
         self.n_submitted += 1
         if len(self._waiting) < BLOCKS_PER_FOLD and self.n_submitted < len(self.blocks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sae_ray.errors import SaeRayError
 from sae_ray.store.activations import finished_parts
 from sae_ray.study.plan import StudyPlan
 from sae_ray.text_table import table_lines
@@ -15,14 +16,18 @@ def status(plan: StudyPlan) -> list[dict[str, Any]]:
     """One entry per step, in the order of work: name, stage, status, rows, bytes, seconds."""
     entries = []
     for step in plan.steps:
-        record = step.record()
+        record = problem = None
+        try:
+            record = step.record()
+        except SaeRayError as error:  # torn, or of another version
+            problem = str(error)
         counts = record["counts"] if record else {}
         entries.append(
             {
                 "step": step.name,
                 "stage": step.stage,
                 "status": record["status"] if record else step.status(),
-                "reason": record["reason"] if record else None,
+                "reason": record["reason"] if record else problem,
                 "rows": counts.get("rows", counts.get("images")),
                 "parts": len(finished_parts(step.folder)) if step.stage == "extract" and not record else None,
                 "bytes": sum(step.folder.files(recursive=True).values()),

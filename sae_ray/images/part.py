@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,6 +17,12 @@ from sae_ray.store.files import Folder
 if TYPE_CHECKING:
     from jaxtyping import Int, UInt8
     from PIL import Image
+
+
+READS_AT_ONCE = 8
+"""Files that are read at the same time."""
+RETRY_SECONDS = (0.5, 1.0, 2.0)
+"""Waits before a file is tried again."""
 
 
 class Preparation(NamedTuple):
@@ -39,22 +49,45 @@ def decode_part(folder: Folder, image_ids: Sequence[str], preparations: Sequence
     """Reads and decodes images. One that cannot be read is rejected with a short, stable reason."""
     accepted, rejects = [], []
     pixels: list[list[np.ndarray]] = [[] for _ in preparations]
-    for place, image_id in enumerate(image_ids):
+    for place, coming in enumerate(_read_ahead(folder, image_ids)):
         try:
-            prepared = _prepared(folder.read_bytes(image_id), preparations)
+            prepared = _prepared(coming.result(), preparations)
         except BadImage as error:
-            rejects.append((image_id, error.reason))
-            continue
-        except FileNotFoundError:
-            rejects.append((image_id, "vanished since it was listed"))
-            continue
-        except PermissionError:
-            rejects.append((image_id, "no permission to read it"))
+            rejects.append((image_ids[place], error.reason))
             continue
         accepted.append(place)
         for column, array in zip(pixels, prepared, strict=True):
             column.append(array)
     return DecodedPart(np.array(accepted, np.int64), rejects, [_stacked(column) for column in pixels])
+
+
+def _read_ahead(folder: Folder, image_ids: Sequence[str]) -> Iterator[Future[bytes]]:
+    """The files in order. While one is decoded, a few of the next are read."""
+    with ThreadPoolExecutor(READS_AT_ONCE) as readers:
+        waiting: deque[Future[bytes]] = deque()
+        for image_id in image_ids:
+            waiting.append(readers.submit(_read, folder, image_id))
+            if len(waiting) > READS_AT_ONCE:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def _read(folder: Folder, image_id: str) -> bytes:
+    """Raises BadImage if the file cannot be read; what may pass is tried again."""
+    waits = iter(RETRY_SECONDS)
+    while True:
+        try:
+            return folder.read_bytes(image_id)
+        except FileNotFoundError as error:
+            raise BadImage("vanished since it was listed") from error
+        except PermissionError as error:
+            raise BadImage("no permission to read it") from error
+        except OSError as error:
+            wait = next(waits, None)
+            if wait is None:
+                reason = os.strerror(error.errno) if error.errno else "the store did not deliver it"
+                raise BadImage(f"could not be read: {reason}") from error
+            time.sleep(wait)
 
 
 def _prepared(data: bytes, preparations: Sequence[Preparation]) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -91,7 +91,7 @@ def write_part(folder: Folder, number: int, table: pa.Table, rejects: Sequence[t
     activation = _vectors(table)
     per_group = rows_per_group(activation.shape[1], activation.dtype.itemsize)
     # Hardly a vector occurs twice, and nobody asks for the smallest and largest number of a row group.
-    plain = ["image_index", "token"]
+    plain: Any = ["image_index", "token"]
     with folder.filesystem.open_output_stream(_made(folder, file)) as sink:
         pq.write_table(
             table, sink, row_group_size=per_group, compression="zstd", use_dictionary=plain, write_statistics=plain

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import signal
 import socket
 import subprocess
 import threading
@@ -40,7 +41,7 @@ STALE_SECONDS = 120.0
 SCRATCH = ("checkpoints", "calibration", "answers", "parts")
 """Folders that are only needed until a step is finished."""
 
-Status = Literal["done", "failed", "running", "partial", "missing"]
+Status = Literal["done", "failed", "running", "partial", "missing", "torn"]
 
 
 def digest(value: Any) -> str:
@@ -80,7 +81,10 @@ class Step:
         return read_record(self.folder)
 
     def status(self) -> Status:
-        record = self.record()
+        try:
+            record = self.record()
+        except SaeRayError:
+            return "torn"
         if record is not None:
             return record["status"]
         if live_locks(self.folder):
@@ -165,17 +169,24 @@ def read_record(folder: Folder) -> dict:
 def hold(steps: Sequence[Step]) -> Iterator[None]:
     """Locks these steps against other drivers, with a heartbeat.
 
-    Raises SaeRayError if another live driver holds one of them. The lock of a dead process is taken over: immediately
-    on the same host, otherwise after two minutes without a heartbeat.
+    The lock of a dead process is taken over: immediately where processes see one another, otherwise after two minutes
+    without a heartbeat. A driver whose own lock has vanished was taken for dead; the work is interrupted.
+
+    Raises SaeRayError if another live driver holds one of them, or has taken one over.
     """
     lock = f"lock-{uuid.uuid4().hex}.json"
-    owner = {"host": socket.gethostname(), "pid": os.getpid()}
-    stop = threading.Event()
+    owner = _myself()
+    stop, lost = threading.Event(), threading.Event()
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
             for step in steps:
                 with suppress(OSError):  # the lock survives a disk that is temporarily full
+                    if not step.folder.exists(lock):
+                        lost.set()
+                        # A real signal: it ends what the main thread waits for.
+                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                        return
                     step.folder.write_json(lock, owner | {"time": time.time()})
 
     heartbeat = threading.Thread(target=beat, daemon=True)
@@ -193,6 +204,13 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
                 )
         heartbeat.start()
         yield
+    except KeyboardInterrupt:
+        if lost.is_set():
+            raise SaeRayError(
+                f"a lock of this driver under {steps[0].root} has vanished: another driver took over, or somebody "
+                "deleted it; nothing more is written. Run again once the other driver has ended"
+            ) from None
+        raise
     finally:
         stop.set()
         if heartbeat.is_alive():
@@ -220,10 +238,26 @@ def live_locks(folder: Folder) -> dict[str, dict]:
     return live
 
 
+def _myself() -> dict[str, Any]:
+    """This process as the owner of a lock."""
+    return {**_surroundings(), "pid": os.getpid()}
+
+
+def _surroundings() -> dict[str, Any]:
+    """Where a process number means what it means here: this host since its last start, and this container."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    known = boot.exists() and namespace.is_symlink()  # on Linux
+    return {
+        "host": socket.gethostname(),
+        "boot": boot.read_text().strip() if known else None,
+        "pid_namespace": os.readlink(namespace) if known else None,
+    }
+
+
 def _is_alive(owner: dict) -> bool:
     if time.time() - owner["time"] > STALE_SECONDS:
         return False
-    if owner["host"] != socket.gethostname():
+    if any(owner.get(name) != value for name, value in _surroundings().items()):
         return True
     try:
         os.kill(owner["pid"], 0)

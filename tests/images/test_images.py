@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import BadImage, ImageList, decode_image, list_images, manifest_digest, select_split
 from sae_ray.images.manifest import LABELS_SCHEMA, MANIFEST_SCHEMA, describe_change, labels_digest
+from sae_ray.images.part import Preparation, decode_part
 from sae_ray.store.files import Folder
 
 
@@ -429,3 +431,34 @@ def test_the_digest_sees_another_file_under_the_same_name(tmp_path):
     before = manifest_digest(list_images(folder).manifest)
     (tmp_path / "cat" / "1.jpg").write_bytes(b"another picture, another size")
     assert manifest_digest(list_images(folder).manifest) != before
+
+
+class Failing(Folder):
+    """The first `failures` reads of a file fail."""
+
+    def __init__(self, uri: Path, failures: int, error: OSError):
+        super().__init__(uri)
+        self.failures, self.error = failures, error
+
+    def read_bytes(self, name: str) -> bytes:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise self.error
+        return super().read_bytes(name)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EIO, "of a disk"), "could not be read: Input/output error"),
+        (OSError("AWS Error SLOW_DOWN, request 4711"), "could not be read: the store did not deliver it"),
+    ],
+)
+def test_a_read_that_fails_for_a_moment_is_tried_again(tmp_path, monkeypatch, error, reason):
+    monkeypatch.setattr("sae_ray.images.part.RETRY_SECONDS", (0.0, 0.0))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    preparation = Preparation(lambda image: np.asarray(image).transpose(2, 0, 1))
+    for failures, rejects in ((0, []), (2, []), (3, [("a.png", reason)])):
+        decoded = decode_part(Failing(tmp_path, failures, error), ["a.png"], [preparation])
+        assert decoded.rejects == rejects
+        assert len(decoded.accepted) == len(decoded.pixels[0]) == 1 - len(rejects)

@@ -102,7 +102,10 @@ def test_torn_step_directory(finished, study_file, tmp_path):
     shutil.copytree(finished, root)
     (victim,) = root.glob("sae-projection-batch_topk-*")
     (victim / "sae_weights.safetensors").unlink()
-    refused(call("status", study_file, "--root", root), 1, "torn", "sae_weights.safetensors", "delete the directory")
+    listed = call("status", study_file, "--root", root)
+    assert listed.exit_code == 0
+    assert f"torn  {victim.name}" in listed.output
+    assert f"{victim} is torn: sae_weights.safetensors should have" in listed.output
     refused(call("run", study_file, "--root", root), 1, "torn", str(victim))
 
 

@@ -191,11 +191,12 @@ def test_files_that_are_added_later_do_no_harm(step: Step):
 def test_a_torn_or_foreign_step_is_refused(step: Step, tear: Any, message: str):
     place = Path(str(finished(step).folder))
     tear(place, (place / RECORD).read_text())
-    for look in (step.record, step.status, lambda: read_record(step.folder)):
+    for look in (step.record, lambda: read_record(step.folder)):
         with pytest.raises(SaeRayError) as raised:
             look()
         assert message in str(raised.value)
         assert str(step.folder) in str(raised.value)
+    assert step.status() == "torn"
 
 
 def test_reading_a_step_that_is_not_finished_is_refused(step: Step):
@@ -245,6 +246,34 @@ def test_the_lock_of_another_host_lasts_as_long_as_its_heartbeat(step: Step):
     with hold([step]):
         assert "lock-a.json" not in step.folder.files()
     assert step.status() == "missing"
+
+
+@pytest.mark.parametrize("elsewhere", [{"boot": "another start"}, {"pid_namespace": "pid:[1]"}])
+def test_a_process_number_of_another_container_or_start_tells_nothing(step: Step, elsewhere: dict):
+    """The process of that number that is here, or is not, is another one: the heartbeat alone counts."""
+    for pid in (os.getpid(), 2**22 + 1):  # one that lives here, and one that no process has
+        owner = steps._surroundings() | {"pid": pid}
+        step.folder.write_json("lock-a.json", owner | elsewhere | {"time": time.time()})
+        assert step.status() == "running"
+        step.folder.write_json("lock-a.json", owner | elsewhere | {"time": time.time() - STALE_SECONDS - 1})
+        assert step.status() == "partial"
+
+
+def test_a_driver_whose_lock_has_vanished_stops(step: Step, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(steps, "HEARTBEAT_SECONDS", 0.01)
+
+    def work() -> None:
+        with hold([step]):
+            step.folder.write_bytes("half", b"1")
+            for name in step.folder.files():
+                if name.startswith("lock-"):
+                    step.folder.delete(name)
+            time.sleep(PATIENCE_S)
+            pytest.fail("it went on")
+
+    with pytest.raises(SaeRayError, match="has vanished: another driver took over"):
+        work()
+    assert step.folder.files() == {"half": 1}, "no lock is left that would keep the other driver out"
 
 
 def test_a_lock_is_let_go_when_the_work_fails(step: Step):
