@@ -175,7 +175,7 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
     Raises SaeRayError if another live driver holds one of them, or has taken one over.
     """
     lock = f"lock-{uuid.uuid4().hex}.json"
-    owner = _myself()
+    owner = {**_surroundings(), "pid": os.getpid()}
     stop, lost = threading.Event(), threading.Event()
 
     def beat() -> None:
@@ -236,11 +236,6 @@ def live_locks(folder: Folder) -> dict[str, dict]:
         else:
             folder.delete(name)
     return live
-
-
-def _myself() -> dict[str, Any]:
-    """This process as the owner of a lock."""
-    return {**_surroundings(), "pid": os.getpid()}
 
 
 def _surroundings() -> dict[str, Any]:

@@ -106,6 +106,7 @@ def test_torn_step_directory(finished, study_file, tmp_path):
     assert listed.exit_code == 0
     assert f"torn  {victim.name}" in listed.output
     assert f"{victim} is torn: sae_weights.safetensors should have" in listed.output
+    assert "delete the directory" in listed.output
     refused(call("run", study_file, "--root", root), 1, "torn", str(victim))
 
 
