@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import ray
 import torch
 from PIL import Image
@@ -38,7 +37,8 @@ from bench.record import record
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.sites import Site
 from sae_ray.images import decode_image
-from sae_ray.store.activations import ActivationStore, activation_table, write_part
+from sae_ray.store.activations import ActivationStore, write_part
+from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import ExtractPlan, StudyPlan
@@ -334,14 +334,14 @@ def profile(folder: Path, clip: str, target: Path) -> dict[str, float]:
         reduced = timed("decoding, fast pixels", partial(decode_image, data, at_least=2 * SIDE))
         timed("resizing and cropping, fast pixels", partial(fast, reduced))
     ids = [path.name for path in paths]
-    tables = []
+    tapped = []
     for start in range(0, len(pixels), BATCH):
         batch = slice(start, start + BATCH)
         tensor = torch.from_numpy(np.stack(pixels[batch]))
         rows = timed("encoder", lambda: encoder.tap(tensor, [site], ids[batch], 0)[site])  # noqa: B023
-        index = np.arange(start, start + len(tensor))
-        tables.append(activation_table(index, rows.token.numpy(), rows.activation.numpy(), "float32"))
-    timed("writing parquet", lambda: write_part(Folder(target), 0, pa.concat_tables(tables), []))
+        tapped.append((np.arange(start, start + len(tensor)), rows.token.numpy(), rows.activation.numpy()))
+    columns = [np.concatenate(column) for column in zip(*tapped, strict=True)]
+    timed("writing parquet", lambda: write_part(Folder(target), 0, stored_rows(*columns, "float32"), []))
     return {name: 1000 * seconds / len(paths) for name, seconds in spent.items()}
 
 

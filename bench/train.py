@@ -28,7 +28,8 @@ from bench.contestants.worker import PARTS, Settings
 from bench.record import Table, record
 from sae_ray.sae import BundleJob, Cell, CellJob, CellTrainer, TrainingConfig, train_cells
 from sae_ray.sae.training import geometric_median
-from sae_ray.store.activations import ActivationStore, activation_table, finish_store, write_part
+from sae_ray.store.activations import ActivationStore, finish_store, write_part
+from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
 from sae_ray.store.stream import TrainingStream
@@ -293,8 +294,8 @@ def grid_rows() -> tuple[list[list[Any]], float]:
         parts = []
         for number, part in enumerate(np.split(activations(n_rows, 0), n_rows // (8 * BATCH))):
             index = np.arange(len(part)) + number * len(part)
-            table = activation_table(index, np.zeros(len(part)), part, "float16")
-            parts.append(write_part(step.folder, number, table, []))
+            rows = stored_rows(index, np.zeros(len(part)), part, "float16")
+            parts.append(write_part(step.folder, number, rows, []))
         finish_store(step, parts, D_IN, 0.0)
         bundle = BundleJob(
             activations=step.folder,

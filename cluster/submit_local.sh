@@ -15,7 +15,7 @@ export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
 # On a busy machine the head may take longer to start than the minute that Ray allows it.
-export RAY_raylet_start_wait_time_s=300 RAY_gcs_server_request_timeout_seconds=300
+export RAY_raylet_start_wait_time_s=300 RAY_gcs_server_request_timeout_seconds=25
 dashboard=$(free_port)
 scratch=$(mktemp -d /tmp/sae-ray.XXXX)
 

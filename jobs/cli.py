@@ -134,6 +134,17 @@ def steering(**options: Any) -> None:
 
 
 @main.command()
+@study_options
+def pictures(**options: Any) -> None:
+    """Make the thumbnails and heat maps that the report of a study shows."""
+    from . import pictures as stage
+
+    plan = plan_to_work_on(**options)
+    stage.run(plan)
+    click.echo(plan.pictures.step.folder)
+
+
+@main.command()
 @click.argument("text")
 @study_options
 @click.option(

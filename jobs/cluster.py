@@ -9,14 +9,18 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sae_ray.errors import SaeRayError, UsageError
 
 from .progress import say
 
-START_LIMITS = ("RAY_raylet_start_wait_time_s", "RAY_gcs_server_request_timeout_seconds")
-START_S = 300
-"""Seconds in which Ray's own processes must have started. It allows them 60, which can be too few on a busy machine."""
+START_LIMITS = {"RAY_raylet_start_wait_time_s": "300", "RAY_gcs_server_request_timeout_seconds": "25"}
+"""What Ray allows its own processes to start, in seconds: more than its 60, which can be too few on a busy machine,
+but less for one request: it asks for 30 s whether a node is there, and one lost answer must not take all of it."""
+
+PROCESS_BYTES = 2**29
+"""Memory of a worker that has loaded torch and holds nothing yet."""
 
 
 def connect() -> None:
@@ -27,8 +31,8 @@ def connect() -> None:
     # Ray Train polls its workers; at the default of two seconds short runs spend most of their time waiting.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are not about anything a user can change
-    for name in START_LIMITS:
-        os.environ.setdefault(name, str(START_S))
+    for name, seconds in START_LIMITS.items():
+        os.environ.setdefault(name, seconds)
     import ray
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it reports its default at every start
@@ -82,6 +86,14 @@ def _held_back_stderr() -> Iterator[None]:
             os.close(stderr)
 
 
+def beside_driver() -> Any:
+    """The scheduling strategy for what must not be lost with another node: it runs on the node of this driver."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def n_gpus() -> int:
     """GPUs of the cluster."""
     import ray
@@ -99,6 +111,18 @@ def n_cpus() -> int:
 def gpus_or_default(gpus: float | None) -> float:
     """GPUs of a worker: as many as are asked for, else 1 where the cluster has any."""
     return float(n_gpus() > 0) if gpus is None else gpus
+
+
+def memory_of_nodes() -> list[float]:
+    """Bytes that Ray can hand out on each node."""
+    import ray
+
+    return [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+
+
+def at_most_a_node(memory: float) -> float:
+    """Bytes to ask Ray for: more than the largest node has would never be given."""
+    return min(memory, max(memory_of_nodes()))
 
 
 def require(field: str, workers: int, cpus: float, gpus: float, beside: float = 0) -> None:

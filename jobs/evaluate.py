@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from sae_ray.store.activations import PIECE_BYTES
 from sae_ray.store.steps import Step
 from sae_ray.study.plan import EvaluatePlan, StudyPlan
 
-from .cluster import gpus_or_default, n_cpus, n_gpus, require
+from .cluster import PROCESS_BYTES, at_most_a_node, gpus_or_default, n_cpus, n_gpus, require
 from .progress import Progress
 from .stage import at_work, unfinished
 
@@ -35,7 +36,9 @@ def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
     require("resources.evaluate", 1, resources.cpus, gpus)
     slots = n_gpus() / gpus if gpus else n_cpus() / max(resources.cpus, 1)
     at_once = resources.workers or max(1, int(slots))
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus)(evaluated)
+    sizes = (one.sae.weight_bytes + 4 * min(PIECE_BYTES, one.activations.bytes) for one in todo)
+    memory = at_most_a_node(PROCESS_BYTES + max(sizes))
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, memory=memory)(evaluated)
     waiting, running = list(todo), []
     with Progress(f"evaluate {len(todo)} SAEs", len(todo), "SAEs") as progress:
         while waiting or running:

@@ -4,12 +4,17 @@ One dataset covers both image sets. One row is one part, a fixed range of `image
 decodes its images, otherwise the encoder's own actor. The actor encodes them batch by batch, and writes the part of
 every site (and of the judge's embeddings) while it encodes the next one. A part depends on its images alone, so what a
 killed run finished is not repeated.
+
+Ray repeats what a lost process did, without end. So attempts are counted: a part whose decoding ended its process is
+decoded image by image in a process of its own, and one that still ends its process is an error.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
+import uuid
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -27,21 +32,27 @@ from sae_ray.errors import SaeRayError
 from sae_ray.images.part import Preparation, decode_part
 from sae_ray.store.activations import (
     REJECTS_SCHEMA,
-    activation_table,
     finish_store,
     finished_parts,
+    part_name,
     read_parts,
     write_part,
     write_rejects,
 )
+from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import hold
 from sae_ray.study.config import ExtractResources
 from sae_ray.study.plan import ExtractPlan, ImagePlan, StudyPlan
 
-from .cluster import gpus_or_default, n_cpus, n_gpus, require
+from .cluster import PROCESS_BYTES, at_most_a_node, gpus_or_default, memory_of_nodes, n_cpus, n_gpus, require
 from .progress import Progress, say
 from .stage import at_work, unfinished
+
+TRIES = 2
+"""How often a part is decoded in the ordinary way."""
+MOST_TRIES = 5
+"""How often a part may be begun in one run."""
 
 
 def run(plan: StudyPlan) -> None:
@@ -100,10 +111,10 @@ class EncoderJob:
 class PartsOf:
     """The parts of one image set, and which of them some of its steps still lack."""
 
-    def __init__(self, images: ImagePlan, todo: Sequence[ExtractPlan], per_part: int):
+    def __init__(self, images: ImagePlan, todo: Sequence[ExtractPlan]):
         self.images = images
         self.todo = todo
-        self.per_part = per_part
+        self.per_part = per_part = todo[0].step.config["images_per_part"]
         present = [finished_parts(extract.step.folder) for extract in todo]
         numbers = range(-(-images.n_images // per_part))
         self.missing = [number for number in numbers if any(number not in parts for parts in present)]
@@ -119,6 +130,7 @@ class PartsOf:
             {
                 "images": self.images.name,
                 "part": number,
+                "first_image": number * self.per_part,
                 "image_ids": ids.slice(number * self.per_part, self.per_part).to_pylist(),
             }
             for number in self.missing
@@ -128,7 +140,7 @@ class PartsOf:
 def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
     started = time.monotonic()
     sets = {
-        images.name: PartsOf(images, wanted, plan.study.extraction.images_per_part)
+        images.name: PartsOf(images, wanted)
         for images in plan.images.values()
         if (wanted := [extract for extract in todo if extract.images is images])
     }
@@ -142,13 +154,14 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
 
     sites = dict.fromkeys(extract.site.name for extract in todo)
     total = sum(parts.images.n_images for parts in sets.values())
-    left = sum(parts.n_images(number) for parts in sets.values() for number in parts.missing)
-    with Progress(f"extract {' and '.join(sets)} ({', '.join(sites)})", total, "images", total - left) as progress:
+    missing = sum(parts.n_images(number) for parts in sets.values() for number in parts.missing)
+    with Progress(f"extract {' and '.join(sets)} ({', '.join(sites)})", total, "images", total - missing) as progress:
         for parts in sets.values():
             if not parts.missing:
                 finish(parts)
         # Closed, so that nothing is written any more once the locks are released.
-        with closing(_encoded([parts for parts in sets.values() if parts.missing], plan)) as encoded:
+        left = [parts for parts in sets.values() if parts.missing]
+        with closing(_encoded(left, plan, progress.board())) as encoded:
             for name, number in encoded:
                 parts = sets[name]
                 parts.missing.remove(number)
@@ -157,8 +170,11 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
                     finish(parts)
 
 
-def _encoded(sets: Sequence[PartsOf], plan: StudyPlan) -> Generator[tuple[str, int]]:
-    """Runs the dataset over the missing parts; yields the image set and the number of each part as it is written."""
+def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[tuple[str, int]]:
+    """Runs the dataset over the missing parts; yields the image set and the number of each part as it is written.
+
+    `board` is told of the images of unfinished parts.
+    """
     if not sets:
         return
     import ray
@@ -171,9 +187,11 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan) -> Generator[tuple[str, i
 
     jobs = _encoder_jobs([extract for parts in sets for extract in parts.todo])
     resources = plan.study.resources.extract
-    workers, gpus, decoders = _shares(resources)
+    memory = PROCESS_BYTES + 2 * max(_bytes_of_a_part(parts) for parts in sets)
+    workers, gpus, decoders = _shares(resources, memory)
     rows = [row for parts in sets for row in parts.rows]
-    decode = PartDecoder({parts.images.name: parts.images.folder for parts in sets}, jobs)
+    run = uuid.uuid4().hex
+    decode = PartDecoder({parts.images.name: parts.images.folder for parts in sets}, jobs, run)
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
@@ -187,9 +205,10 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan) -> Generator[tuple[str, i
             fn_constructor_args=(
                 jobs,
                 "cuda" if gpus else "cpu",
-                plan.study.extraction.images_per_part,
                 resources.batch_size,
                 plan.study.seed,
+                run,
+                board,
             ),
             batch_size=1,
             batch_format="pyarrow",
@@ -199,6 +218,7 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan) -> Generator[tuple[str, i
             ),
             num_cpus=resources.cpus,
             num_gpus=gpus,
+            memory=at_most_a_node(memory),
         )
     )
     for row in dataset.iter_rows():
@@ -207,12 +227,20 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan) -> Generator[tuple[str, i
         yield row["images"], row["part"]
 
 
-def _shares(resources: ExtractResources) -> tuple[int, float, int]:
-    """Encoder actors, GPUs of each, decode tasks at once."""
+def _bytes_of_a_part(parts: PartsOf) -> int:
+    """Of its pixels for every encoder, and of its rows."""
+    sizes = {extract.info.model: 3 * math.prod(extract.info.image_size) for extract in parts.todo}
+    share = parts.per_part / parts.images.n_images
+    return int(parts.per_part * sum(sizes.values()) + share * sum(extract.bytes for extract in parts.todo))
+
+
+def _shares(resources: ExtractResources, memory: float) -> tuple[int, float, int]:
+    """Encoder actors, GPUs of each, decode tasks at once. `memory`: bytes of an actor."""
     gpus = gpus_or_default(resources.gpus)
     # Without GPUs an actor decodes as well, two parts at a time.
     at_most = n_gpus() / gpus if gpus else n_cpus() / (2 * max(resources.cpus, 1))
-    workers = resources.workers or max(1, int(at_most))
+    by_memory = sum(int(node / memory) for node in memory_of_nodes())
+    workers = resources.workers or max(1, min(int(at_most), by_memory))
     # Ray decodes in the actors themselves where they ask for just what its tasks do, 1 CPU.
     fused = not gpus and resources.cpus == 1
     require("resources.extract", workers, resources.cpus, gpus, beside=0 if fused else 1)
@@ -232,12 +260,16 @@ def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
 
 
 class PartDecoder:
-    """The task that decodes: {images, part, image_ids} -> the same with pixels for every encoder, and the rejects."""
+    """The task that decodes: a row of `PartsOf` -> the same with pixels for every encoder, and the rejects.
 
-    def __init__(self, folders: dict[str, Folder], jobs: Sequence[EncoderJob]):
+    It adds `begun`, too: how often the part was begun before.
+    """
+
+    def __init__(self, folders: dict[str, Folder], jobs: Sequence[EncoderJob], run: str):
         """`folders`: of every image set, by name."""
         self.folders = folders
-        self.sets = [set(job.steps) for job in jobs]
+        self.jobs = jobs
+        self.run = run
         self.preparations = [
             Preparation(load_preprocess(job.model, job.revision, job.at_least is not None), job.at_least)
             for job in jobs
@@ -245,18 +277,27 @@ class PartDecoder:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         name = batch["images"][0].as_py()
-        used = [number for number, names in enumerate(self.sets) if name in names]
+        used = [number for number, job in enumerate(self.jobs) if name in job.steps]
         preparations = [self.preparations[number] for number in used]
-        decoded = decode_part(self.folders[name], batch["image_ids"][0].as_py(), preparations)
+        begun = begin_part(self.jobs, name, batch["part"][0].as_py(), self.run, "decode")
+        ids = batch["image_ids"][0].as_py() if begun < MOST_TRIES else []
+        decoded = decode_part(self.folders[name], ids, preparations, apart=begun >= TRIES)
+        batch = batch.append_column("begun", pa.array([begun]))
         batch = batch.append_column("accepted", pa.array([decoded.accepted], pa.list_(pa.int64())))
         batch = batch.append_column("rejects", pa.array([decoded.rejects], pa.list_(pa.struct(REJECTS_SCHEMA))))
         pixels = dict(zip(used, decoded.pixels, strict=True))
-        for number in range(len(self.sets)):
+        for number in range(len(self.jobs)):
             of_encoder = pixels.get(number)
             value = pa.nulls(1, pa.large_binary()) if of_encoder is None else _one_value(of_encoder)
             shape = pa.array([None if of_encoder is None else of_encoder.shape], pa.list_(pa.int64()))
             batch = batch.append_column(f"pixels_{number}", value).append_column(f"shape_{number}", shape)
         return batch
+
+
+def begin_part(jobs: Sequence[EncoderJob], images: str, part: int, run: str, what: str) -> int:
+    """Notes an attempt, and returns how many there were before."""
+    first = next(step for job in jobs for step in job.steps.get(images, ()))
+    return begin(first.folder, run, f"{part_name(part)}-{what}")
 
 
 def _one_value(array: np.ndarray) -> pa.Array:
@@ -268,12 +309,13 @@ def _one_value(array: np.ndarray) -> pa.Array:
 class PartEncoder:
     """An actor that encodes parts and writes them; returns which part it wrote, or the error that prevented it."""
 
-    def __init__(self, jobs: tuple[EncoderJob, ...], device: str, per_part: int, batch_size: int, seed: int):
+    def __init__(self, jobs: tuple[EncoderJob, ...], device: str, batch_size: int, seed: int, run: str, board: Any):
         self.jobs = jobs
         self.device = device
-        self.per_part = per_part
         self.batch_size = batch_size
         self.seed = seed
+        self.run = run
+        self.board = board
         self.encoding = Lock()
         self.encoders: dict[int, Encoder] = {}
         # The pixels are only read.
@@ -297,21 +339,36 @@ class PartEncoder:
 
     def _write(self, images: str, part: int, batch: pa.Table) -> None:
         ids = batch["image_ids"][0].as_py()
+        begun = begin_part(self.jobs, images, part, self.run, "encode")
+        if max(begun, batch["begun"][0].as_py()) >= MOST_TRIES:
+            raise SaeRayError(
+                f"part {part} of images.{images} ({ids[0]} to {ids[-1]}) ended its process {MOST_TRIES} times; if "
+                "memory ran out, lower extraction.images_per_part or resources.extract.batch_size"
+            )
         accepted = batch["accepted"][0].as_py()
         rejects = [(reject["image_id"], reject["reason"]) for reject in batch["rejects"][0].as_py()]
-        image_index = part * self.per_part + np.asarray(accepted, dtype=np.int64)
+        image_index = batch["first_image"][0].as_py() + np.asarray(accepted, dtype=np.int64)
         image_ids = [ids[position] for position in accepted]
         wanted = {number: job.steps[images] for number, job in enumerate(self.jobs) if images in job.steps}
         with self.encoding:
             encoders = {number: self._encoder(number) for number in wanted}
-        for number, steps in wanted.items():
+
+        def tell(done: float) -> None:
+            self.board.set.remote(f"{images} {part}", int(done))
+
+        for turn, (number, steps) in enumerate(wanted.items()):
             pixels = np.frombuffer(batch[f"pixels_{number}"][0].as_buffer(), dtype=np.uint8)
             pixels = pixels.reshape(batch[f"shape_{number}"][0].as_py())
-            sites = [step.site for step in steps]
+            sites = [(step.site, step.store_dtype) for step in steps]
+            before = turn * len(pixels)
             with self.encoding:
-                found = encode_part(encoders[number], sites, pixels, image_index, image_ids, self.seed, self.batch_size)
+                found = encode_part(
+                    *(encoders[number], sites, pixels, image_index, image_ids, self.seed, self.batch_size),
+                    after_batch=lambda done, before=before: tell((before + done) / len(wanted)),
+                )
             for step, rows in zip(steps, found, strict=True):
-                write_part(step.folder, part, activation_table(*rows, step.store_dtype), rejects)
+                write_part(step.folder, part, rows, rejects)
+        tell(0)  # the driver counts it now
 
 
 def _finish(extract: ExtractPlan, seconds: float, max_bad_fraction: float) -> None:

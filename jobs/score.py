@@ -1,8 +1,9 @@
-"""The scoring stage: one pass over (SAE, image set) in Ray tasks gives scores and top images of every neuron.
+"""The scoring stage: one pass over a site and an image set in Ray tasks gives scores and top images of every neuron of
+all SAEs there.
 
-A task prepares one block of images; chains of folds, one per range of neurons, add the blocks to a `NeuronStats` in the
-order of the images. Blocks are fixed by the format, so the result is bit-identical for any number of workers and any
-order of completion.
+A task reads one block of images for all of them; chains of folds, one per range of neurons, add the blocks to a
+`NeuronStats` in the order of the images. Blocks are fixed by the format, so the result is bit-identical for any number
+of workers, any grouping of SAEs and any order of completion.
 """
 
 from __future__ import annotations
@@ -10,26 +11,29 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import cache, lru_cache
+from itertools import chain, islice
 from typing import Any
 
 from sae_ray.sae import SAE, load_sae
-from sae_ray.scores.scoring import image_blocks, read_block
+from sae_ray.scores.scoring import Piece, image_blocks, read_block
 from sae_ray.scores.statistics import BlockImages, Entries, NeuronStats, neuron_blocks
 from sae_ray.scores.tables import write_tables
-from sae_ray.store.activations import ActivationStore
+from sae_ray.store.activations import PIECE_BYTES, ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.study.config import ScoreResources
 from sae_ray.study.plan import ScorePlan, StudyPlan
 
-from .cluster import gpus_or_default, n_cpus, n_gpus, require
+from .cluster import PROCESS_BYTES, at_most_a_node, gpus_or_default, n_cpus, n_gpus, require
 from .progress import Progress
 from .stage import at_work, unfinished
 
 BLOCKS_PER_FOLD = 8
 """Every fold copies the statistics once, so several blocks are added at a time."""
+WEIGHTS_AT_ONCE = {"cpu": 2 * 2**30, "cuda": 16 * 2**30}
+"""Bytes of the SAEs that a task holds at most; those of a site which exceed it share several passes."""
 
 
 def run(plan: StudyPlan) -> None:
@@ -50,17 +54,18 @@ def _score(todo: Sequence[ScorePlan], resources: ScoreResources) -> None:
     gpus = gpus_or_default(resources.gpus)
     require("resources.score", 1, resources.cpus, gpus)
     opened = cache(ActivationStore)
-    passes = [Pass(score, opened, resources.cpus, gpus) for score in todo]
+    device = "cuda" if gpus else "cpu"
+    passes = [Pass(group, opened, device, resources.cpus, gpus) for group in groups(todo, WEIGHTS_AT_ONCE[device])]
     slots = n_gpus() / gpus if gpus else n_cpus() / max(resources.cpus, 1)
     at_once = 2 * (resources.workers or max(1, int(slots)))
-    waiting = deque((one, parts) for one in passes for parts in one.blocks)
+    waiting = deque((one, block) for one in passes for block in one.blocks)
     running: dict[ray.ObjectRef, Pass] = {}
     with Progress(f"score {len(passes)} passes", len(waiting), "blocks") as progress:
         while waiting or running:
             # Bounded, so that the statistics in flight do not grow with the number of images.
             while waiting and len(running) < at_once:
-                one, parts = waiting.popleft()
-                running[one.submit(parts)] = one
+                one, block = waiting.popleft()
+                running[one.submit(block)] = one
             # Each of these is an empty result, so that this process never receives the data themselves.
             finished, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
             ray.get(finished)
@@ -70,67 +75,104 @@ def _score(todo: Sequence[ScorePlan], resources: ScoreResources) -> None:
                 one.write()
 
 
-class Pass:
-    """One pass: its blocks of images, and the fold of their statistics."""
+def groups(todo: Sequence[ScorePlan], weight_bytes: int) -> Iterator[list[ScorePlan]]:
+    """The plans that share a pass: of the same activations and embeddings, with SAEs of at most `weight_bytes`."""
+    by_store: dict[tuple[str, str | None], list[ScorePlan]] = {}
+    for score in todo:
+        embeddings = score.embeddings.step.name if score.embeddings else None
+        by_store.setdefault((score.activations.step.name, embeddings), []).append(score)
+    for scores in by_store.values():
+        group: list[ScorePlan] = []
+        for score in scores:
+            if group and sum(one.weight_bytes for one in (*group, score)) > weight_bytes:
+                yield group
+                group = []
+            group.append(score)
+        yield group
 
-    def __init__(self, score: ScorePlan, opened: Callable[[Folder], ActivationStore], cpus: float, gpus: float):
+
+class Pass:
+    """One pass: its blocks of images, and the folds of their statistics, of every cell in turn."""
+
+    def __init__(
+        self,
+        scores: Sequence[ScorePlan],
+        opened: Callable[[Folder], ActivationStore],
+        device: str,
+        cpus: float,
+        gpus: float,
+    ):
         import ray
 
-        self.step = score.step
+        self.scores = scores
         self.n_submitted = 0
-        self._sae = score.sae.step.folder if score.sae else None
-        self._activations = opened(score.activations.step.folder)
-        self._embeddings = opened(score.embeddings.step.folder) if score.embeddings else None
+        self._saes = tuple(score.sae and score.sae.step.folder for score in scores)
+        self._activations = opened(scores[0].activations.step.folder)
+        embeddings = scores[0].embeddings
+        self._embeddings = opened(embeddings.step.folder) if embeddings else None
         self.blocks = image_blocks(self._activations)
-        width = score.embeddings.width if score.embeddings else 0
-        ranges = list(neuron_blocks(score.neurons, width))
-        self._shapes = [(len(neurons), width, self.step.config["top_images"]) for neurons in ranges]
-        self._counts = {"images": self._activations.n_images, "neurons": score.neurons}
-        self._device = "cuda" if gpus else "cpu"
-        self._block = ray.remote(num_cpus=cpus, num_gpus=gpus, num_returns=2 + len(ranges))(block_entries)
+        width = embeddings.width if embeddings else 0
+        self._shapes = [
+            [(len(neurons), width, score.step.config["top_images"]) for neurons in neuron_blocks(score.neurons, width)]
+            for score in scores
+        ]
+        n_ranges = sum(map(len, self._shapes))
+        self._device = device
+        # The vectors in the stored dtype and in float32, and what an encoder makes of them.
+        at_once = 4 * min(PIECE_BYTES, self._activations.n_rows * self._activations.row_bytes)
+        memory = at_most_a_node(PROCESS_BYTES + sum(score.weight_bytes for score in scores) + at_once)
+        self._block = ray.remote(num_cpus=cpus, num_gpus=gpus, memory=memory, num_returns=2 + n_ranges)(block_entries)
         self._fold = ray.remote(num_cpus=cpus, num_returns=2)(folded)
         self._write = ray.remote(num_cpus=0)(written)
         self._waiting: list[list] = []
-        self._folded: list = [None for _ in ranges]
+        self._folded: list = [None] * n_ranges
         self._started = time.monotonic()
 
-    def submit(self, parts: range) -> Any:
+    def submit(self, block: Sequence[Piece]) -> Any:
         """Starts one block, in image order, and sometimes a fold; returns what to wait for."""
         # The parts alone: a task that opened the stores would list all of them.
+        parts = {piece.part for piece in block}
         stores = (self._activations.only(parts), self._embeddings and self._embeddings.only(parts))
-        results: Any = self._block.remote(self._sae, self._device, *stores, parts)
-        done, *block = results
-        self._waiting.append(block)
+        results: Any = self._block.remote(self._saes, self._device, *stores, block)
+        done, *entries = results
+        self._waiting.append(entries)
         self.n_submitted += 1
         if len(self._waiting) < BLOCKS_PER_FOLD and self.n_submitted < len(self.blocks):
             return done
         waiting, *columns = zip(*self._waiting, strict=True)
         folds: Any = [
             self._fold.remote(stats, shape, *waiting, *column)
-            for stats, shape, column in zip(self._folded, self._shapes, columns, strict=True)
+            for stats, shape, column in zip(self._folded, chain(*self._shapes), columns, strict=True)
         ]
         self._folded = [stats for _, stats in folds]
         self._waiting = []
         return folds[0][0]
 
     def write(self) -> None:
-        """Writes the tables and finishes the step."""
+        """Writes the tables and finishes the steps."""
         import ray
 
-        ray.get(self._write.remote(self.step.folder, *self._folded))
+        ranges = iter(self._folded)
+        for score, shapes in zip(self.scores, self._shapes, strict=True):
+            ray.get(self._write.remote(score.step.folder, *islice(ranges, len(shapes))))
+            counts = {"images": self._activations.n_images, "neurons": score.neurons}
+            score.step.finish(time.monotonic() - self._started, counts)
         self._folded = []
-        self.step.finish(time.monotonic() - self._started, self._counts)
 
 
 def block_entries(
-    sae: Folder | None, device: str, activations: ActivationStore, embeddings: ActivationStore | None, parts: range
+    saes: tuple[Folder | None, ...],
+    device: str,
+    activations: ActivationStore,
+    embeddings: ActivationStore | None,
+    block: Sequence[Piece],
 ) -> tuple[BlockImages | Entries | None, ...]:
-    """The task: nothing, to be waited for; one block of images; its entries for every range of neurons."""
+    """The task: nothing, to be waited for; one block of images; its entries for every range of neurons of every SAE."""
     import torch
 
     torch.set_num_threads(1)  # the last bits depend on the number of threads
-    images, entries = read_block(_sae(sae, device) if sae else None, activations, embeddings, parts)
-    return None, images, *entries
+    images, entries = read_block(_loaded(saes, device), activations, embeddings, block)
+    return None, images, *chain(*entries)
 
 
 def folded(
@@ -163,8 +205,8 @@ def written(folder: Folder, *folded: NeuronStats) -> None:
 
 
 @lru_cache(maxsize=1)
-def _sae(folder: Folder, device: str) -> SAE:
-    return load_sae(folder).to(device)
+def _loaded(folders: tuple[Folder | None, ...], device: str) -> list[SAE | None]:
+    return [folder and load_sae(folder).to(device) for folder in folders]
 
 
 if __name__ == "__main__":

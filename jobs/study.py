@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 
 from sae_ray.report import REPORT, write_report
+from sae_ray.report.neurons import shown_cells
 from sae_ray.steering.evaluation import rate_lines
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
@@ -14,7 +15,7 @@ from sae_ray.study.models import check_models, models_needed
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.summary import compare, summarise, summary_lines
 
-from . import evaluate, extract, score, steering, train
+from . import evaluate, extract, pictures, score, steering, train
 from .progress import say
 from .stage import readable
 
@@ -35,6 +36,7 @@ def run(plan: StudyPlan) -> dict:
     evaluate.run(plan)
     score.run(plan)
     steering.run(plan)
+    pictures.run(plan)
     summary = write_summary(plan)
     make_report(plan)
     if missing:
@@ -60,7 +62,10 @@ def write_summary(plan: StudyPlan) -> dict:
 
 
 def make_report(plan: StudyPlan) -> Folder:
-    """Makes the report unless it is up to date, and returns its folder."""
+    """Makes the report of the finished cells unless it is up to date, and returns its folder."""
+    cells = shown_cells(plan)
+    if cells:
+        pictures.run_only(plan, plan.pictures_of(cells))
     started = time.monotonic()
     if write_report(plan):
         say(f"report: done in {time.monotonic() - started:.1f} s")

@@ -13,8 +13,8 @@ from sae_ray.sae import BundleJob, CellJob, train_cells
 from sae_ray.store.files import Folder
 from sae_ray.study.plan import StudyPlan, TrainPlan
 
-from .cluster import gpus_or_default, n_gpus, require, user_error
-from .progress import Board, Progress, say
+from .cluster import beside_driver, gpus_or_default, n_gpus, require, user_error
+from .progress import Progress, say
 from .stage import at_work, unfinished
 
 STEPS_PER_REPORT = 50
@@ -65,21 +65,20 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
         "gpus": gpus,
         "max_failures": resources.max_failures,
     }
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
-    # The trainer blocks its caller: one task per bundle keeps this process free to show progress and to be interrupted.
-    fit = ray.remote(num_cpus=0, max_retries=0)(fit_bundle)
+    # The trainer blocks its caller: one task per bundle keeps this process free to be interrupted. It restarts workers
+    # that are lost with their node, so it must not be lost itself.
+    fit = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=beside_driver())(fit_bundle)
 
     waiting = list(_bundles(plan, todo))
     running: list[Any] = []
     total = sum(bundle.steps * len(bundle.cells) for bundle in waiting)
     problems: list[Exception] = []
     with Progress(f"train {len(todo)} SAEs", total, "steps") as progress:
+        board = progress.board()
         while waiting or running:
             while waiting and len(running) < at_once:
-                running.append(fit.remote(waiting.pop(0), scaling, str(plan.root), board))
-            finished, running = ray.wait(running, timeout=1.0)
-            done: Any = ray.get(board.total.remote())
-            progress.advance(done - progress.done)
+                running.append(fit.remote(waiting.pop(0), scaling, plan.root, board))
+            finished, running = ray.wait(running)
             for reference in finished:
                 try:
                     ray.get(reference)
@@ -94,7 +93,7 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
         raise problems[0]
 
 
-def fit_bundle(bundle: BundleJob, scaling: dict[str, Any], root: str, board: Any) -> None:
+def fit_bundle(bundle: BundleJob, scaling: dict[str, Any], root: Folder, board: Any) -> None:
     """Runs one bundle as a `TorchTrainer`; it resumes from the newest checkpoints when a worker is lost."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -108,7 +107,7 @@ def fit_bundle(bundle: BundleJob, scaling: dict[str, Any], root: str, board: Any
         ),
         run_config=RunConfig(
             name=bundle.name,
-            storage_path=(Folder(root) / ".ray-train").uri,
+            storage_path=(root / ".ray-train").uri,
             failure_config=FailureConfig(max_failures=scaling["max_failures"]),
         ),
         torch_config=TorchConfig(backend="nccl" if scaling["gpus"] else "gloo"),

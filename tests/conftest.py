@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from sae_ray.store.activations import ActivationStore, activation_table, finish_store, write_part
+from sae_ray.store.activations import ActivationStore, finish_store, write_part
+from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
 from sae_ray.study.plan import StudyPlan
-from tests.machine import PATIENCE_S
 
 settings.register_profile(
     "sae-ray", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -82,7 +82,7 @@ def ray_cluster():
     """One real Ray cluster for the drivers and for the server."""
     from sae_ray.jobs.cluster import START_LIMITS
 
-    os.environ.update(dict.fromkeys(START_LIMITS, str(PATIENCE_S)))
+    os.environ.update(START_LIMITS)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     import ray
 
@@ -117,8 +117,7 @@ def write_store() -> Callable[..., ActivationStore]:
         config = {"store_dtype": store_dtype, "images_per_part": images_per_part}
         step = Step(Folder(root), "extract", label, config)
         written = [
-            write_part(step.folder, number, activation_table(*rows, store_dtype), [])
-            for number, rows in enumerate(parts)
+            write_part(step.folder, number, stored_rows(*rows, store_dtype), []) for number, rows in enumerate(parts)
         ]
         finish_store(step, written, parts[0][2].shape[1], 0.0)
         return ActivationStore(step.folder)

@@ -12,15 +12,16 @@ from PIL import Image
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.part import encode_part
 from sae_ray.images.part import Preparation, decode_part
+from sae_ray.report.pictures import Shown, finish_pictures, make_sprite, pictures_job
 from sae_ray.sae import SAE, load_sae, save_sae
 from sae_ray.scores.scoring import score_store
 from sae_ray.scores.tables import write_tables
 from sae_ray.steering.evaluation import ANSWERS_SCHEMA, CONCEPTS_SCHEMA, rates
 from sae_ray.steering.protocol import WHITE
-from sae_ray.store.activations import ActivationStore, activation_table, finish_store, write_part, write_rejects
+from sae_ray.store.activations import ActivationStore, finish_store, write_part, write_rejects
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
-from sae_ray.study.plan import EvaluatePlan, ExtractPlan, ScorePlan, SteeringPlan, StudyPlan, TrainPlan
+from sae_ray.study.plan import EvaluatePlan, ExtractPlan, PicturesPlan, ScorePlan, SteeringPlan, StudyPlan, TrainPlan
 
 LABELS = ("red", "green", "<b>&blue\"'")
 COLOURS = ((220, 40, 40), (40, 180, 60), (50, 70, 220))
@@ -85,7 +86,17 @@ def finish_study(plan: StudyPlan) -> StudyPlan:
         finish_score(score)
     for steering in plan.steerings:
         finish_steering(steering)
+    finish_pictures_of(plan, plan.pictures)
     return plan
+
+
+def finish_pictures_of(plan: StudyPlan, pictures: PicturesPlan) -> None:
+    """By the very functions of the stage."""
+    shown = Shown(plan)
+    job, sprites = pictures_job(plan, pictures, shown, shown.heat_cells)
+    for sprite in sprites:
+        make_sprite(job, sprite)
+    finish_pictures(pictures, shown.album, 1.0)
 
 
 def finish_extract(extract: ExtractPlan) -> None:
@@ -99,8 +110,9 @@ def finish_extract(extract: ExtractPlan) -> None:
         part = ids[start : start + per_part]
         accepted, rejects, [pixels] = decode_part(extract.images.folder, part, preparations)
         kept = [part[place] for place in accepted]
-        [rows] = encode_part(encoder, [extract.site], pixels, start + accepted, kept, 0, batch_size=64)
-        parts.append(write_part(folder, number, activation_table(*rows, "float16"), rejects))
+        sites = [(extract.site, extract.step.config["store_dtype"])]
+        [rows] = encode_part(encoder, sites, pixels, start + accepted, kept, 0, batch_size=64)
+        parts.append(write_part(folder, number, rows, rejects))
     write_rejects(folder, parts)
     finish_store(extract.step, parts, extract.width, 61.5)
 

@@ -21,9 +21,10 @@ from bench.gpu.sizes import Sizes
 from bench.gpu.timing import milliseconds, wait
 from bench.record import Table
 from sae_ray.sae.sparse import SparseCodes
-from sae_ray.scores.scoring import read_block
+from sae_ray.scores.scoring import image_blocks, read_block
 from sae_ray.scores.statistics import pool_tokens
-from sae_ray.store.activations import ROW_GROUP_BYTES, ActivationStore, activation_table, finish_store, write_part
+from sae_ray.store.activations import ROW_GROUP_BYTES, ActivationStore, finish_store, write_part
+from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
 from sae_ray.store.stream import TrainingStream
@@ -61,10 +62,10 @@ def stored(sizes: Sizes, device: torch.device) -> Iterator[Table]:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Folder(scratch)
-        made = activation_table(image, token, activation, "float16")
+        made = stored_rows(image, token, activation, "float16")
         yield row(
-            "checks and cast from float32 (activation_table)",
-            lambda: activation_table(image, token, activation, "float16"),
+            "checks and cast from float32, on the CPU (stored_rows)",
+            lambda: stored_rows(image, token, activation, "float16"),
             None,
             Path,
         )
@@ -87,7 +88,7 @@ def stored(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         for what, options in without.items():
             yield row(
                 what,
-                lambda options=options: pq.write_table(made, path, row_group_size=group, **options),
+                lambda options=options: pq.write_table(made.table(), path, row_group_size=group, **options),
                 lambda: _vectors(folder.read_parquet(path.name)),
                 lambda: path,
             )
@@ -195,7 +196,7 @@ def blocks(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         yield row("cast to float32 and copied to the GPU", ms)
         _, ms = _timed(lambda: sae.encode_sparse(x), device)
         yield row("encoded", ms)
-        _, ms = _timed(lambda: read_block(sae, store, None, range(1)), device)
+        _, ms = _timed(lambda: read_block([sae], store, None, image_blocks(store)[0]), device)
         yield row("all of read_block: the above, then pooled, sorted and cut by ranges of neurons", ms)
 
 
@@ -259,8 +260,8 @@ def _store(root: Folder, sizes: Sizes, parts: int) -> ActivationStore:
     for number in range(parts):
         image, activation = _rows(sizes, n_images, seed=number)
         token = np.arange(len(image)) % _tokens(sizes)
-        table = activation_table(number * n_images + image, token, activation, "float16")
-        written.append(write_part(step.folder, number, table, []))
+        rows = stored_rows(number * n_images + image, token, activation, "float16")
+        written.append(write_part(step.folder, number, rows, []))
     finish_store(step, written, sizes.d_in, 0.0)
     return ActivationStore(step.folder)
 

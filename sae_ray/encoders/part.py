@@ -2,62 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from sae_ray.encoders.base import Encoder
-from sae_ray.encoders.info import site_width
+from sae_ray.encoders.base import Encoder, Tapped
+from sae_ray.encoders.info import rows_per_image, site_width
 from sae_ray.encoders.sites import Site
+from sae_ray.store.activations import Rows
+from sae_ray.store.casting import Cast, cast, checked_rows
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, UInt8
-
-
-class SiteRows(NamedTuple):
-    """The activations of a part at one site, sorted by (`image_index`, `token`)."""
-
-    image_index: Int[np.ndarray, " rows"]
-    token: Int[np.ndarray, " rows"]
-    activation: Float[np.ndarray, "rows d"]
-    """float32."""
+    from jaxtyping import Int, UInt8
+    from torch import Tensor
 
 
 def encode_part(
     encoder: Encoder,
-    sites: Sequence[Site],
+    sites: Sequence[tuple[Site, str]],
     pixels: UInt8[np.ndarray, "n 3 h w"],
     image_index: Int[np.ndarray, " n"],
     image_ids: Sequence[str],
     seed: int,
     batch_size: int,
-) -> list[SiteRows]:
+    after_batch: Callable[[int], None] = lambda done: None,
+) -> list[Rows]:
     """Runs the images batch by batch; batches are formed within the part, so that the result depends on nothing else.
 
+    Activations are cast and checked on the encoder's device, and leave it in the dtype that they are stored in.
+
     Args:
-        sites: where to tap.
+        sites: where to tap, and the dtype to store: `float16` or `float32`.
         pixels: the output of `load_preprocess`, stacked.
         image_index: of every image, ascending.
         image_ids: of every image; the draw of `random:n` depends on them.
         seed: the study's, for `random:n`.
         batch_size: images per forward pass.
+        after_batch: called with the number of images done.
 
     Returns:
         One element per site.
+
+    Raises:
+        SaeRayError: an activation is not finite, or does not fit into the stored dtype.
     """
-    pieces: list[list[SiteRows]] = [[] for _ in sites]
+    collected = [_Collected(encoder, site, dtype, len(pixels)) for site, dtype in sites]
     for start in range(0, len(pixels), batch_size):
         batch = slice(start, start + batch_size)
-        tapped = encoder.tap(torch.from_numpy(pixels[batch]), sites, image_ids[batch], seed)
-        for site, rows in zip(sites, pieces, strict=True):
-            position, token, activation = (tensor.cpu().numpy() for tensor in tapped[site])
-            rows.append(SiteRows(image_index[batch][position], token, activation))
-    return [_joined(rows, site_width(encoder.info, site)) for site, rows in zip(sites, pieces, strict=True)]
+        tapped = encoder.tap(torch.from_numpy(pixels[batch]), [site for site, _ in sites], image_ids[batch], seed)
+        for rows in collected:
+            rows.add(tapped[rows.site])
+        after_batch(min(start + batch_size, len(pixels)))
+    if encoder.device.type == "cuda":
+        torch.cuda.current_stream(encoder.device).synchronize()  # copies from the device may still be under way
+    return [rows.finished(image_index) for rows in collected]
 
 
-def _joined(pieces: Sequence[SiteRows], width: int) -> SiteRows:
-    if not pieces:
-        return SiteRows(np.zeros(0, np.int64), np.zeros(0, np.int16), np.zeros((0, width), np.float32))
-    return SiteRows(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
+class _Collected:
+    """The rows of one site, in the memory of the host. Copies from a GPU do not wait for it: the memory is pinned."""
+
+    def __init__(self, encoder: Encoder, site: Site, store_dtype: str, n_images: int):
+        self.site = site
+        self._dtype = store_dtype
+        self._per_image = rows_per_image(encoder.info, site)
+        n_rows, pinned = n_images * self._per_image, encoder.device.type == "cuda"
+
+        def memory(dtype: torch.dtype, *width: int) -> Tensor:
+            return torch.empty(n_rows, *width, dtype=dtype, pin_memory=pinned)
+
+        self._token = memory(torch.int16)
+        self._vectors = Cast(
+            stored=memory(getattr(torch, store_dtype), site_width(encoder.info, site)),
+            norm=memory(torch.float64),
+            largest=memory(torch.float32),
+        )
+        self._n = 0
+
+    def add(self, tapped: Tapped) -> None:
+        """Adds a batch, whose rows are sorted by image and token."""
+        place = slice(self._n, self._n + len(tapped.token))
+        self._token[place].copy_(tapped.token, non_blocking=True)
+        for column, values in zip(self._vectors, cast(tapped.activation, self._dtype), strict=True):
+            column[place].copy_(values, non_blocking=True)
+        self._n = place.stop
+
+    def finished(self, image_index: Int[np.ndarray, " n"]) -> Rows:
+        index = np.repeat(image_index, self._per_image)
+        return checked_rows(index, self._token.numpy(), self._vectors, self._dtype)

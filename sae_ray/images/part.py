@@ -6,7 +6,11 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -45,20 +49,49 @@ class DecodedPart(NamedTuple):
     """Of the accepted ones, once for every preparation."""
 
 
-def decode_part(folder: Folder, image_ids: Sequence[str], preparations: Sequence[Preparation]) -> DecodedPart:
-    """Reads and decodes images. One that cannot be read is rejected with a short, stable reason."""
+def decode_part(
+    folder: Folder, image_ids: Sequence[str], preparations: Sequence[Preparation], apart: bool = False
+) -> DecodedPart:
+    """Reads and decodes images. One that cannot be read is rejected with a short, stable reason.
+
+    `apart` decodes in a process of its own, slowly: an image that ends it is rejected, and costs only that process.
+    """
     accepted, rejects = [], []
     pixels: list[list[np.ndarray]] = [[] for _ in preparations]
-    for place, coming in enumerate(_read_ahead(folder, image_ids)):
-        try:
-            prepared = _prepared(coming.result(), preparations)
-        except BadImage as error:
-            rejects.append((image_ids[place], error.reason))
-            continue
-        accepted.append(place)
-        for column, array in zip(pixels, prepared, strict=True):
-            column.append(array)
+    with _apart(preparations) if apart else nullcontext(partial(_prepared, preparations)) as prepared:
+        for place, coming in enumerate(_read_ahead(folder, image_ids)):
+            try:
+                arrays = prepared(coming.result())
+            except BadImage as error:
+                rejects.append((image_ids[place], error.reason))
+                continue
+            accepted.append(place)
+            for column, array in zip(pixels, arrays, strict=True):
+                column.append(array)
     return DecodedPart(np.array(accepted, np.int64), rejects, [_stacked(column) for column in pixels])
+
+
+@contextmanager
+def _apart(preparations: Sequence[Preparation]) -> Iterator[Callable[[bytes], list[np.ndarray]]]:
+    """As `_prepared`, in a child process, which is replaced when an image has ended it."""
+
+    def started() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, get_context("spawn"))
+
+    child = started()
+
+    def prepared(data: bytes) -> list[np.ndarray]:
+        nonlocal child
+        try:
+            return child.submit(_prepared, preparations, data).result()
+        except BrokenProcessPool as error:
+            child = started()
+            raise BadImage("ends the process that decodes it") from error
+
+    try:
+        yield prepared
+    finally:
+        child.shutdown()
 
 
 def _read_ahead(folder: Folder, image_ids: Sequence[str]) -> Iterator[Future[bytes]]:
@@ -90,7 +123,7 @@ def _read(folder: Folder, image_id: str) -> bytes:
             time.sleep(wait)
 
 
-def _prepared(data: bytes, preparations: Sequence[Preparation]) -> list[np.ndarray]:
+def _prepared(preparations: Sequence[Preparation], data: bytes) -> list[np.ndarray]:
     images = {at_least: decode_image(data, at_least=at_least) for at_least in {one.at_least for one in preparations}}
     return [preprocess(images[at_least]) for preprocess, at_least in preparations]
 

@@ -6,21 +6,16 @@ hundreds. A thumbnail shows what the encoder sees: the image resized and cropped
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sae_ray.images import BadImage, decode_image
 from sae_ray.study.plan import ImagePlan
 
 if TYPE_CHECKING:
     from jaxtyping import Int, UInt8
-    from PIL import Image
 
 SIDE = 10
 """Thumbnails per row and column of a sprite."""
@@ -58,6 +53,11 @@ class Album:
         """How many images get a thumbnail: those with the lowest numbers."""
         return min(len(self), MOST)
 
+    @property
+    def sprites(self) -> list[range]:
+        """The numbers of the images of each sprite."""
+        return [range(start, min(start + SIDE**2, self.n_pictured)) for start in range(0, self.n_pictured, SIDE**2)]
+
     def numbers(self, name: str, image_index: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The numbers of images of a set; -1 stays -1."""
         # Index -1 reads the last element, which belongs to no image and holds -1.
@@ -90,54 +90,24 @@ def thumbnail_size(image_size: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(image_size[0] * scale)), max(1, round(image_size[1] * scale))
 
 
-def read_pixels(images: ImagePlan, index: int, preprocess: Callable) -> UInt8[np.ndarray, "3 h w"] | None:
-    """The image as the encoder sees it; None if it can no longer be read."""
-    try:
-        return preprocess(decode_image(images.folder.read_bytes(images.manifest["image_id"][index].as_py())))
-    except (BadImage, OSError):
-        return None
-
-
-def write_sprites(album: Album, folder: Path, preprocess: Callable, size: tuple[int, int]) -> int:
-    """Writes the sprites `<n>.jpg` into a local folder.
+def sprite_of(pixels: Sequence[UInt8[np.ndarray, "3 h w"] | None], size: tuple[int, int]) -> bytes:
+    """A sprite as a JPEG file.
 
     Args:
-        preprocess: the encoder's (`load_preprocess`).
+        pixels: at most `SIDE` ** 2 images as the encoder sees them; None leaves a grey thumbnail.
         size: height and width of a thumbnail.
-
-    Returns:
-        The number of images that could not be read; their thumbnails are grey.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def write(first: int) -> int:
-        numbers = range(first, min(first + SIDE**2, album.n_pictured))
-        sprite, n_missing = _sprite(album, numbers, preprocess, size)
-        out = BytesIO()
-        sprite.save(out, "JPEG", quality=85, subsampling=0)  # no chroma subsampling: thumbnails are small
-        (folder / f"{first // SIDE**2}.jpg").write_bytes(out.getvalue())
-        return n_missing
-
-    # Decoding, resizing and encoding release the GIL.
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
-        return sum(pool.map(write, range(0, album.n_pictured, SIDE**2)))
-
-
-def _sprite(
-    album: Album, numbers: Iterable[int], preprocess: Callable, size: tuple[int, int]
-) -> tuple[Image.Image, int]:
     from PIL import Image
 
     height, width = size
     sprite = Image.new("RGB", (SIDE * width, SIDE * height), BLANK)
-    n_missing = 0
-    for place, number in enumerate(numbers):
-        pixels = read_pixels(*album.image(number), preprocess)
-        if pixels is None:
-            n_missing += 1
+    for place, one in enumerate(pixels):
+        if one is None:
             continue
-        thumbnail = Image.fromarray(pixels.transpose(1, 2, 0))
+        thumbnail = Image.fromarray(one.transpose(1, 2, 0))
         if thumbnail.size != (width, height):
             thumbnail = thumbnail.resize((width, height), Image.Resampling.LANCZOS)
         sprite.paste(thumbnail, (place % SIDE * width, place // SIDE * height))
-    return sprite, n_missing
+    out = BytesIO()
+    sprite.save(out, "JPEG", quality=85, subsampling=0)  # no chroma subsampling: thumbnails are small
+    return out.getvalue()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sae_ray.encoders.sites import Site
-from sae_ray.report.album import read_pixels
 from sae_ray.report.neurons import Neurons
-from sae_ray.study.plan import ImagePlan, StudyPlan, TrainPlan
+from sae_ray.store.files import Folder
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +24,6 @@ PER_CELL = 48
 """Maximum number of latents per cell that get heat maps, best first."""
 MOST = 1024
 """Maximum number of latents with heat maps over all cells."""
-BATCH = 32
-"""Images per forward pass."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,69 +56,53 @@ def caution(neurons: Neurons) -> str | None:
     return None
 
 
-def heat_maps(plan: StudyPlan, cells: Sequence[Neurons], chosen: dict[str, Sequence[int]]) -> dict[str, HeatMaps]:
-    """Heat maps of the best latents of each cell that has a patch grid, in one pass of the encoder over their images.
+@dataclass(frozen=True)
+class HeatCell:
+    """A cell that gets heat maps, for whoever makes them."""
+
+    name: str
+    sae: Folder
+    layer: int
+    latents: tuple[int, ...]
+    """Ascending."""
+
+
+def heat_cells(cells: Sequence[Neurons], chosen: Mapping[str, Sequence[int]]) -> list[HeatCell]:
+    """The cells that have a patch grid, each with its best latents, `MOST` over all cells.
 
     Args:
         chosen: name of a cell -> latents that always get maps.
-
-    Raises:
-        UsageError: the encoder cannot be loaded.
     """
-    import torch
-
-    from sae_ray.encoders import load_encoder, load_preprocess
-
     cells = [cell for cell in cells if why_none(cell) is None]
-    if not cells:
-        return {}
-    images = plan.images[plan.study.scoring.pictures]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(plan.encoder.model, plan.encoder.revision, device, plan.study.encoder.dtype)
-    preprocess = load_preprocess(plan.encoder.model, plan.encoder.revision)
-    per_cell = max(1, min(PER_CELL, MOST // len(cells)))
-    makers = [_Maker(cell, [*chosen.get(cell.name, ()), *cell.order[:per_cell]], encoder) for cell in cells]
-    sites = {maker.site for maker in makers}
-    wanted = np.unique(np.concatenate([maker.top_image.ravel() for maker in makers]))
-    wanted = wanted[wanted >= 0]
-    for start in range(0, len(wanted), BATCH):
-        found = [(index, read_pixels(images, index, preprocess)) for index in wanted[start : start + BATCH].tolist()]
-        read = {index: pixels for index, pixels in found if pixels is not None}
-        if read:
-            pixels = torch.from_numpy(np.stack(list(read.values())))
-            tapped = encoder.tap(pixels, list(sites), _ids(images, read), plan.study.seed)
-            for maker in makers:
-                maker.add(list(read), tapped[maker.site].activation)
-    return {maker.name: HeatMaps(maker.latents, maker.maps) for maker in makers}
+    per_cell = max(1, min(PER_CELL, MOST // max(1, len(cells))))
+    return [_heat_cell(cell, [*chosen.get(cell.name, ()), *cell.order[:per_cell]]) for cell in cells]
 
 
-def _ids(images: ImagePlan, indices) -> list[str]:
-    return [images.manifest["image_id"][index].as_py() for index in indices]
+def _heat_cell(cell: Neurons, latents: Sequence[int]) -> HeatCell:
+    train = cell.score.sae
+    assert train is not None
+    assert train.grid_cell.site.layer is not None
+    unique = sorted({int(latent) for latent in latents})
+    return HeatCell(cell.name, train.step.folder, train.grid_cell.site.layer, tuple(unique))
 
 
-class _Maker:
-    """Collects the maps of one cell, batch by batch."""
+class HeatMaker:
+    """Makes the maps of some latents of one SAE."""
 
-    def __init__(self, cell: Neurons, latents: Sequence[int], encoder: Encoder):
+    def __init__(self, cell: HeatCell, encoder: Encoder):
         from sae_ray.sae import load_sae
 
-        assert cell.score.sae is not None
-        train: TrainPlan = cell.score.sae
-        self.name = cell.name
-        self.site = Site("residual", train.grid_cell.site.layer, "all")
-        self.latents = np.unique(np.asarray(latents, dtype=np.int64))
-        self.top_image = cell.top_image[self.latents]
-        self.sae = load_sae(train.step.folder).to(encoder.device)
-        self.n_cls = int(encoder.info.has_cls)
-        self.maps = np.full((*self.top_image.shape, *encoder.info.patch_grid), np.nan, dtype=np.float32)
+        self.site = Site("residual", cell.layer, "all")
+        self._latents = np.array(cell.latents, dtype=np.int64)
+        self._sae = load_sae(cell.sae).to(encoder.device)
+        self._n_cls = int(encoder.info.has_cls)
 
-    def add(self, indices: list[int], activation: Float[Tensor, "rows d_in"]) -> None:
-        """Adds the maps for a batch of images. Activations are sorted by (image, token)."""
-        codes = codes_of(self.sae, activation, self.latents).reshape(len(indices), -1, len(self.latents))
-        codes = codes[:, self.n_cls :].cpu().numpy()
-        for position, index in enumerate(indices):
-            for latent, rank in zip(*np.nonzero(self.top_image == index), strict=True):
-                self.maps[latent, rank] = codes[position, :, latent].reshape(self.maps.shape[2:])
+    def maps(
+        self, activation: Float[Tensor, "rows d_in"], n_images: int
+    ) -> Float[np.ndarray, "images patches latents"]:
+        """Of a batch whose rows are sorted by image and token."""
+        codes = codes_of(self._sae, activation, self._latents).reshape(n_images, -1, len(self._latents))
+        return codes[:, self._n_cls :].cpu().numpy()
 
 
 def codes_of(sae: SAE, x: Float[Tensor, "n d_in"], latents: Int[np.ndarray, " latents"]) -> torch.Tensor:

@@ -52,15 +52,17 @@ class Neurons:
         return list(accumulate(train.grid_cell.cell.group_sizes(train.activations.width)))
 
 
+def shown_cells(plan: StudyPlan) -> list[str]:
+    """The names of the cells whose scoring steps are all finished."""
+    names = [score.name for score in plan.scores if score.embeddings is not None]
+    return [name for name in names if all(map(_is_done, plan.passes(name)))]
+
+
 def read_neurons(plan: StudyPlan) -> list[Neurons]:
-    """The neurons of each cell whose scoring steps are all finished."""
+    """The neurons of each of `shown_cells`."""
     images = plan.images[plan.study.scoring.pictures]
-    found = []
-    for score in plan.scores:
-        _, pictures = plan.passes(score.name)
-        if score.embeddings is not None and _is_done(score) and _is_done(pictures):
-            found.append(_read(score, pictures, images, plan.study.scoring.min_images))
-    return found
+    passes = map(plan.passes, shown_cells(plan))
+    return [_read(score, pictures, images, plan.study.scoring.min_images) for score, pictures in passes]
 
 
 def _is_done(score: ScorePlan) -> bool:

@@ -7,19 +7,15 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from sae_ray.encoders import load_preprocess
 from sae_ray.errors import SaeRayError
-from sae_ray.report.album import MOST, Album, thumbnail_size, write_sprites
+from sae_ray.report.album import MOST
 from sae_ray.report.data import WITH_NEIGHBOURS, write_captions, write_cell
-from sae_ray.report.heat import HeatMaps, heat_maps
-from sae_ray.report.neurons import Neurons, read_neurons
+from sae_ray.report.heat import HeatMaps
 from sae_ray.report.page import ASSETS, render
-from sae_ray.report.steering import SteeringResult, read_steering, write_steering
+from sae_ray.report.pictures import Shown, read_heat
+from sae_ray.report.steering import write_steering
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, digest, hold
 from sae_ray.study.plan import StudyPlan
@@ -28,8 +24,6 @@ from sae_ray.study.summary import summarise
 REPORT = "report"
 RECORD = "report.json"
 """Records what the report shows; written last."""
-BLOCK = 32
-"""How many neurons of a cell have their images numbered together, so that they share sprites."""
 
 
 def write_report(plan: StudyPlan) -> bool:
@@ -42,7 +36,7 @@ def write_report(plan: StudyPlan) -> bool:
         Whether the report was made.
 
     Raises:
-        SaeRayError: a step's files are incomplete, or another driver is making the report.
+        SaeRayError: the pictures are not made, a step's files are incomplete, or another driver is making the report.
     """
     place = plan.root / REPORT
     study = plan.study.to_dict() | {"resources": None}
@@ -73,57 +67,49 @@ def _program() -> str:
 
 
 def _make(plan: StudyPlan, made: Path) -> None:
-    rows = summarise(plan)
-    cells = read_neurons(plan)
-    steering = [result for result in read_steering(plan) if result.plan.name in {cell.name for cell in cells}]
-    album = Album(list(plan.images.values()), [*_answered(steering), *_in_turn(cells)])
-    image_size = plan.encoder.image_size
-    preprocess = load_preprocess(plan.encoder.model, plan.encoder.revision)
-    n_missing = write_sprites(album, made / "sprites", preprocess, thumbnail_size(image_size))
-    heat, trouble = _heat(plan, cells, steering)
-
+    rows, shown = summarise(plan), Shown(plan)
+    heat, n_missing = _pictures(plan, shown, made)
     data = made / "data"
-    write_captions(data, album)
-    for cell in cells:
-        write_cell(data, cell, album, heat.get(cell.name))
-    for result in steering:
-        write_steering(data, result, album)
+    write_captions(data, shown.album)
+    for cell in shown.cells:
+        write_cell(data, cell, shown.album, heat.get(cell.name))
+    for result in shown.steering:
+        write_steering(data, result, shown.album)
 
-    notes = [*_limits(cells, album, n_missing), *trouble]
-    (made / "index.html").write_text(render(plan, rows, cells, steering, album, notes), encoding="utf-8")
+    notes = _limits(shown, n_missing)
+    page = render(plan, rows, shown.cells, shown.steering, shown.album, notes)
+    (made / "index.html").write_text(page, encoding="utf-8")
     for name in ("report.css", "report.js"):
         shutil.copyfile(ASSETS / name, made / name)
 
 
-def _answered(steering: Sequence[SteeringResult]) -> Iterator[tuple[str, np.ndarray]]:
-    for result in steering:
-        yield result.plan.heldout.name, np.array([one.image_index for one in result.examples], dtype=np.int64)
+def _pictures(plan: StudyPlan, shown: Shown, made: Path) -> tuple[dict[str, HeatMaps], int]:
+    """Copies the sprites; returns the heat maps of each cell, and how many images have no thumbnail."""
+    sprites = made / "sprites"
+    sprites.mkdir(parents=True)
+    if not shown.cells:
+        return {}, 0
+    pictures = plan.pictures_of([cell.name for cell in shown.cells])
+    record = pictures.step.record()
+    if record is None:
+        raise SaeRayError(f"{pictures.step.label} does not exist yet; run the pictures stage first")
+    folder = pictures.step.folder / "sprites"
+    for name in folder.files():
+        (sprites / name).write_bytes(folder.read_bytes(name))
+    cells, heat = shown.heat_cells, {}
+    if cells:
+        heat = read_heat(pictures, cells, (plan.study.scoring.top_images, *plan.encoder.patch_grid))
+    return heat, record["counts"]["missing"]
 
 
-def _in_turn(cells: Sequence[Neurons]) -> Iterator[tuple[str, np.ndarray]]:
-    """Top images in blocks of neurons: first the best few neurons of all cells, then the next few, and so on."""
-    for start in range(0, max((len(cell.order) for cell in cells), default=0), BLOCK):
-        for cell in cells:
-            yield cell.pictures.name, cell.top_image[cell.order[start : start + BLOCK]].astype(np.int64)
-
-
-def _heat(
-    plan: StudyPlan, cells: Sequence[Neurons], steering: Sequence[SteeringResult]
-) -> tuple[dict[str, HeatMaps], list[str]]:
-    try:
-        return heat_maps(plan, cells, {result.plan.name: result.best for result in steering}), []
-    except SaeRayError as error:
-        return {}, [f"There are no heat maps because the encoder could not be run: {error}"]
-
-
-def _limits(cells: Sequence[Neurons], album: Album, n_missing: int) -> list[str]:
+def _limits(shown: Shown, n_missing: int) -> list[str]:
     """Notes on what the report leaves out."""
-    notes = []
-    if len(album) > MOST:
-        notes.append(f"Only {MOST:,} of {len(album):,} top images have a thumbnail: those of each SAE's best neurons.")
+    notes, n_images = [], len(shown.album)
+    if n_images > MOST:
+        notes.append(f"Only {MOST:,} of {n_images:,} top images have a thumbnail: those of each SAE's best neurons.")
     if n_missing:
         notes.append(f"{n_missing:,} images can no longer be read, so they have no thumbnail.")
-    if any(len(cell.order) > WITH_NEIGHBOURS and cell.score.sae is not None for cell in cells):
+    if any(len(cell.order) > WITH_NEIGHBOURS and cell.score.sae is not None for cell in shown.cells):
         notes.append(f"Decoder neighbours are shown only for the {WITH_NEIGHBOURS:,} best neurons of each SAE.")
     return notes
 

@@ -155,9 +155,11 @@ def measure_latents(saes: Sequence[SAE], store: ActivationStore) -> list[LatentS
 
 def _batches(store: ActivationStore, n_rows: int) -> Iterator[Float[Tensor, "n d_in"]]:
     """The first rows of a store, in float32."""
-    for number in range(len(store.parts)):
-        rows = torch.tensor(store.read(number)[2][:n_rows]).float()
-        yield from rows.split(ROWS_PER_BATCH)
-        n_rows -= len(rows)
-        if n_rows == 0:
-            return
+    for number in store.parts:
+        for images in store.pieces(number):
+            rows = torch.tensor(store.read(number, images)[2][:n_rows])
+            for batch in rows.split(ROWS_PER_BATCH):
+                yield batch.float()
+            n_rows -= len(rows)
+            if n_rows == 0:
+                return

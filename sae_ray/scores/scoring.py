@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from sae_ray.scores.statistics import (
     pool_dense,
     pool_tokens,
 )
-from sae_ray.store.activations import ActivationStore
+from sae_ray.store.activations import PIECE_BYTES, ActivationStore
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -25,10 +25,21 @@ if TYPE_CHECKING:
     from sae_ray.sae import SAE
 
 
-def image_blocks(store: ActivationStore) -> list[range]:
-    """The part numbers of each block: whole parts with about `IMAGES_PER_BLOCK` images, the same on any cluster."""
-    per_block = max(1, IMAGES_PER_BLOCK // store.config["images_per_part"])
-    return [range(start, min(start + per_block, len(store.parts))) for start in range(0, len(store.parts), per_block)]
+class Piece(NamedTuple):
+    """Some images of one part, as `ActivationStore.read` takes them."""
+
+    part: int
+    images: range
+
+
+def image_blocks(store: ActivationStore) -> list[list[Piece]]:
+    """The blocks, the same on any cluster: whole parts with about `IMAGES_PER_BLOCK` images, or fewer where their
+    vectors would take more than `PIECE_BYTES`; a part that takes more is several blocks."""
+    pieces = [Piece(number, images) for number in store.parts for images in store.pieces(number)]
+    largest = max((part.rows for part in store.parts.values()), default=0) * store.row_bytes
+    by_images, by_bytes = IMAGES_PER_BLOCK // store.config["images_per_part"], PIECE_BYTES // max(1, largest)
+    per_block = max(1, min(by_images, by_bytes))
+    return [pieces[start : start + per_block] for start in range(0, len(pieces), per_block)]
 
 
 def n_neurons(sae: SAE | None, store: ActivationStore) -> int:
@@ -47,44 +58,48 @@ def n_neurons(sae: SAE | None, store: ActivationStore) -> int:
 
 
 def read_block(
-    sae: SAE | None, store: ActivationStore, embeddings: ActivationStore | None, parts: range
-) -> tuple[BlockImages, list[Entries]]:
-    """One block of images, and its entries for each range of `neuron_blocks`.
+    saes: Sequence[SAE | None], store: ActivationStore, embeddings: ActivationStore | None, block: Sequence[Piece]
+) -> tuple[BlockImages, list[list[Entries]]]:
+    """One block of images, which is read once, and for every SAE its entries for each range of `neuron_blocks`.
 
     Args:
-        sae: None scores the raw coordinates of the activation instead.
+        saes: on one device; None stands for the raw coordinates of the activation.
         embeddings: the judge's, of the same images; None collects everything except the score.
-        parts: part numbers, the same in both stores.
+        block: one of `image_blocks`.
 
     Raises:
-        UsageError: the SAE takes activations of another width.
+        UsageError: an SAE takes activations of another width.
         SaeRayError: the embeddings are of other images, or one has length zero.
     """
-    ranges = list(neuron_blocks(n_neurons(sae, store), _width(embeddings)))
+    ranges = [list(neuron_blocks(n_neurons(sae, store), _width(embeddings))) for sae in saes]
     if embeddings is not None and embeddings.parts.keys() != store.parts.keys():
         raise _other_images(store, embeddings)
-    part_entries, image_index, judged = [], [], []
+    found: list[list[Entries]] = [[] for _ in saes]
+    image_index, judged = [], []
     n_seen = 0
-    for number in parts:
-        row_index, _, activation = store.read(number)
+    for number, places in block:
+        row_index, _, activation = store.read(number, places)
         images, row_image = np.unique(row_index, return_inverse=True)
-        entries = _encode(sae, activation, row_image)
-        part_entries.append(entries._replace(image=entries.image + n_seen))
+        for own, entries in zip(found, _encoded(saes, activation, row_image), strict=True):
+            own.append(entries._replace(image=entries.image + n_seen))
         image_index.append(images)
         n_seen += len(images)
         if embeddings is not None:
             judged_index, _, judged_part = embeddings.read(number)
-            if not np.array_equal(judged_index, images):
+            chosen = slice(places.start, places.stop)
+            if not np.array_equal(judged_index[chosen], images):
                 raise _other_images(store, embeddings)
-            judged.append(judged_part)
+            judged.append(judged_part[chosen])
 
-    entries = joined(part_entries)
     if embeddings is None:
         images = BlockImages.unjudged(np.concatenate(image_index))
     else:
         judge = f"the judge (embeddings in {embeddings.folder})"
         images = BlockImages.of(np.concatenate(image_index), np.concatenate(judged), judge)
-    return images, [entries.of_range(neurons) for neurons in ranges]
+    joined_entries = (joined(own) for own in found)
+    return images, [
+        [entries.of_range(neurons) for neurons in own] for entries, own in zip(joined_entries, ranges, strict=True)
+    ]
 
 
 def joined(parts: Sequence[Entries]) -> Entries:
@@ -103,8 +118,8 @@ def score_store(
     """
     width = _width(embeddings)
     stats = [NeuronStats(len(neurons), width, n_top) for neurons in neuron_blocks(n_neurons(sae, store), width)]
-    for parts in image_blocks(store):
-        images, entries = read_block(sae, store, embeddings, parts)
+    for block in image_blocks(store):
+        images, [entries] = read_block([sae], store, embeddings, block)
         for one, of_range in zip(stats, entries, strict=True):
             one.add(of_range, images)
     return stats
@@ -121,14 +136,20 @@ def _other_images(store: ActivationStore, embeddings: ActivationStore) -> SaeRay
     )
 
 
-def _encode(sae: SAE | None, activation: np.ndarray, row_image: np.ndarray) -> Entries:
-    if sae is None:
-        return pool_dense(row_image, activation)
-    import torch
+def _encoded(saes: Sequence[SAE | None], activation: np.ndarray, row_image: np.ndarray) -> Iterator[Entries]:
+    """The entries of each SAE in turn; the activations reach the device once, in the stored dtype."""
+    on_device = None
+    for sae in saes:
+        if sae is None:
+            yield pool_dense(row_image, activation)
+            continue
+        if on_device is None:
+            import torch
 
-    codes = sae.encode_sparse(torch.from_numpy(activation.astype(np.float32)).to(sae.W_enc.device))
-    row, neuron, value = (tensor.cpu().numpy() for tensor in (codes.rows, codes.latents, codes.values))
-    return pool_tokens(row_image, row, neuron, value)
+            on_device = torch.tensor(activation).to(sae.device).float()
+        codes = sae.encode_sparse(on_device)
+        row, neuron, value = (tensor.cpu().numpy() for tensor in (codes.rows, codes.latents, codes.values))
+        yield pool_tokens(row_image, row, neuron, value)
 
 
 def majority(

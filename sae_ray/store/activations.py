@@ -13,19 +13,20 @@ A step's directory holds
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.errors import UsageError
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, read_record
 
@@ -40,7 +41,8 @@ ROW_GROUP_BYTES = 4 * 2**20
 """Of vectors. Training shuffles row groups, so a window of it holds images from that many places."""
 READS_AT_ONCE = 16
 """Of small files."""
-_NUMPY = {"float16": np.float16, "float32": np.float32}
+PIECE_BYTES = 256 * 2**20
+"""Of vectors, which a task has in memory at once. Scores are summed piece by piece, so it is a part of their format."""
 
 
 @dataclass(frozen=True)
@@ -59,49 +61,43 @@ class Part:
     """(`image_id`, reason) of the images of this range that could not be read. `parts.parquet` does not repeat them."""
 
 
-def activation_table(
-    image_index: Int[np.ndarray, " rows"],
-    token: Int[np.ndarray, " rows"],
-    activation: Float[np.ndarray, "rows d"],
-    store_dtype: str,
-) -> pa.Table:
-    """The table to store.
+class Rows(NamedTuple):
+    """The rows of a part as they are stored, sorted by (`image_index`, `token`)."""
 
-    Raises SaeRayError if a value is not finite or does not fit into `store_dtype`.
-    """
-    if not np.isfinite(activation).all():
-        raise SaeRayError('the encoder returned a value that is not finite; try encoder.dtype = "float32"')
-    with np.errstate(over="ignore"):
-        stored = activation.astype(_NUMPY[store_dtype])
-    if not np.isfinite(stored).all():
-        largest = float(np.abs(activation).max())
-        raise SaeRayError(
-            f'an activation of {largest:.3g} does not fit into extraction.store_dtype = "{store_dtype}"; '
-            'set store_dtype = "float32"'
-        )
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), stored.shape[1])
-    columns = [pa.array(image_index, pa.int64()), pa.array(token, pa.int16()), vectors]
-    return pa.table(columns, names=["image_index", "token", "activation"])
+    image_index: Int[np.ndarray, " rows"]
+    token: Int[np.ndarray, " rows"]
+    activation: Float[np.ndarray, "rows d"]
+    """In the stored dtype."""
+    squares: Float[np.ndarray, " rows"]
+    """Squared norm of every stored vector, float64."""
+
+    def table(self) -> pa.Table:
+        """The columns of the parquet file; the vectors are not copied."""
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(self.activation.reshape(-1)), self.activation.shape[1])
+        columns = [pa.array(self.image_index, pa.int64()), pa.array(self.token, pa.int16()), vectors]
+        return pa.table(columns, names=["image_index", "token", "activation"])
 
 
-def write_part(folder: Folder, number: int, table: pa.Table, rejects: Sequence[tuple[str, str]]) -> Part:
+def write_part(folder: Folder, number: int, rows: Rows, rejects: Sequence[tuple[str, str]]) -> Part:
     """Writes a part and then its marker. If the writer is killed in between, the part does not exist."""
     name = part_name(number)
     file = f"data/{name}-{uuid.uuid4().hex[:8]}.parquet"
-    activation = _vectors(table)
-    per_group = rows_per_group(activation.shape[1], activation.dtype.itemsize)
     # Hardly a vector occurs twice, and nobody asks for the smallest and largest number of a row group.
     plain: Any = ["image_index", "token"]
     with folder.filesystem.open_output_stream(_made(folder, file)) as sink:
         pq.write_table(
-            table, sink, row_group_size=per_group, compression="zstd", use_dictionary=plain, write_statistics=plain
+            rows.table(),
+            sink,
+            row_group_size=rows_per_group(rows.activation.shape[1], rows.activation.itemsize),
+            compression="zstd",
+            use_dictionary=plain,
+            write_statistics=plain,
         )
-    starts = range(0, len(activation), per_group)
     part = Part(
         file=file,
-        rows=table.num_rows,
-        images=len(np.unique(table["image_index"].to_numpy())),
-        sum_squares=float(sum(_sum_squares(activation[start : start + per_group]) for start in starts)),
+        rows=len(rows.activation),
+        images=len(np.unique(rows.image_index)),
+        sum_squares=float(rows.squares.sum()),
         rejects=tuple(rejects),
     )
     folder.write_json(f"parts/{name}.json", asdict(part))
@@ -204,11 +200,40 @@ class ActivationStore:
         return float(np.sqrt(sum(part.sum_squares for part in self.parts.values()) / self.n_rows))
 
     def read(
-        self, number: int
+        self, number: int, images: range | None = None
     ) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"], Float[np.ndarray, "rows d"]]:
-        """`image_index`, `token` and `activation` (in the stored dtype) of one part."""
-        table = self.folder.read_parquet(self.parts[number].file)
+        """`image_index`, `token` and `activation` (in the stored dtype) of one part.
+
+        Args:
+            number: the part's.
+            images: only these of the part's images, counted without the rejected ones (`pieces`).
+        """
+        part = self.parts[number]
+        if images is None or len(images) == part.images:
+            table = self.folder.read_parquet(part.file)
+        else:
+            per_image = part.rows // part.images
+            table = self._read_rows(part, images.start * per_image, images.stop * per_image)
         return table["image_index"].to_numpy(), table["token"].to_numpy(), _vectors(table)
+
+    def _read_rows(self, part: Part, start: int, stop: int) -> pa.Table:
+        size = self.rows_per_group
+        first, last = start // size, -(-stop // size)
+        with self.folder.filesystem.open_input_file(self.folder.path_of(part.file)) as source:
+            table = pq.ParquetFile(source, pre_buffer=True).read_row_groups(range(first, last))
+        return table.slice(start - first * size, stop - start)
+
+    def pieces(self, number: int) -> list[range]:
+        """The images of a part, for `read`, in runs whose vectors take about `PIECE_BYTES` at most."""
+        part = self.parts[number]
+        n_pieces = max(1, -(-part.rows * self.row_bytes // PIECE_BYTES))
+        ends = [part.images * piece // n_pieces for piece in range(n_pieces + 1)]
+        return [range(*ends) for ends in itertools.pairwise(ends)]
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a vector."""
+        return self.d * np.dtype(self.config["store_dtype"]).itemsize
 
     def group_rows(self, number: int) -> list[int]:
         """Number of rows of each row group of a part."""
@@ -228,10 +253,6 @@ def _vectors(table: pa.Table) -> np.ndarray:
     column = table["activation"].combine_chunks()
     width = table.schema.field("activation").type.list_size
     return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-
-
-def _sum_squares(vectors: np.ndarray) -> np.float64:
-    return np.square(vectors, dtype=np.float64).sum()
 
 
 def _made(folder: Folder, name: str) -> str:

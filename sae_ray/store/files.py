@@ -33,7 +33,7 @@ class Folder:
             except (pa.ArrowException, OSError) as error:
                 reason = str(error).splitlines()[0]
                 raise UsageError(
-                    f"{self.uri} cannot be opened ({reason}); give a local path or a URI such as s3://bucket/folder"
+                    f"{self} cannot be opened ({reason}); give a local path or a URI such as s3://bucket/folder"
                 ) from error
         else:
             self.uri = str(Path(self.uri).expanduser().absolute())
@@ -45,7 +45,11 @@ class Folder:
         return Folder(f"{uri.rstrip('/')}/{name}{mark}{query}")
 
     def __str__(self) -> str:
-        return self.uri
+        """As users read it: without what a URI says of keys and of how its store is reached."""
+        address, _, _ = _without_query(self.uri)
+        scheme, mark, rest = address.partition("://")
+        store, slash, path = rest.partition("/")
+        return f"{scheme}{mark}{store.rpartition('@')[2]}{slash}{path}" if mark else address
 
     def __repr__(self) -> str:
         return f"Folder({self.uri!r})"

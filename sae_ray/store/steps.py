@@ -32,13 +32,14 @@ SCHEMA_VERSIONS = {
     "evaluate": 3,
     "score": 3,
     "steering": 3,
+    "pictures": 1,
     "report": 3,
 }
 """Of every stage; raised when the format or the meaning of what it writes changes. Steps of the other stages stay."""
 RECORD = "step.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
-SCRATCH = ("checkpoints", "calibration", "answers", "parts")
+SCRATCH = ("checkpoints", "calibration", "answers", "parts", "attempts")
 """Folders that are only needed until a step is finished."""
 
 Status = Literal["done", "failed", "running", "partial", "missing", "torn"]

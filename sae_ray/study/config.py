@@ -121,7 +121,8 @@ class Extraction:
     store_dtype: Literal["float16", "float32"] = "float16"
     """Dtype on disk."""
     images_per_part: Count = 512
-    """Images per part. After a kill unfinished parts are redone, up to two per encoder actor."""
+    """Images per part at most; sets of a few thousand images have smaller parts, so that every worker gets some. After
+    a kill unfinished parts are redone, up to two per encoder actor."""
     pixels: Literal["exact", "fast"] = "exact"
     """`exact` gives the same pixels as the encoder's own processor (on Pillow). `fast` decodes JPEGs at a half, quarter
     or eighth of their size if both sides stay at least twice as long as the encoder's input, and resizes with a
@@ -229,6 +230,20 @@ class SteeringResources:
 
 
 @dataclass(frozen=True)
+class PicturesResources:
+    """Resources for thumbnails and heat maps."""
+
+    __pydantic_config__ = STRICT
+
+    workers: Count | None = None
+    """Number of tasks at the same time. Default: as many as the CPUs (or GPUs) allow."""
+    cpus: Amount = 1
+    """CPUs per task."""
+    gpus: Amount | None = None
+    """GPUs per task, if there are heat maps to make. Default: 1 if the cluster has GPUs."""
+
+
+@dataclass(frozen=True)
 class Resources:
     """Resources of the cluster to use. Changing them never makes a stage run again, and changes results by no more than
     rounding."""
@@ -245,6 +260,8 @@ class Resources:
     """For scoring."""
     steering: SteeringResources = field(default_factory=SteeringResources)
     """For steering."""
+    pictures: PicturesResources = field(default_factory=PicturesResources)
+    """For the thumbnails and heat maps of the report."""
 
 
 @dataclass(frozen=True)

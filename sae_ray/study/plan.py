@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +23,11 @@ from sae_ray.study.survey import Survey, SurveyedImages, survey
 
 MODELS = ("llava", "revision", "scorer", "scorer_revision")
 """Fields of `[steering]` that name models. Steps are named by what these resolve to."""
+
+FEWEST_PARTS = 16
+"""Of an image set, so that every worker gets some."""
+SMALLEST_PART = 64
+"""Images: a batch of the default size."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,14 @@ class TrainPlan:
         return training.batch_size * training.steps
 
     @property
+    def weight_bytes(self) -> int:
+        """Of the weights in memory."""
+        return 4 * 2 * self.activations.width * self.d_sae
+
+    @property
     def bytes(self) -> int:
         """Approximate size on disk at most: two checkpoints of weights and Adam's moments, and the SAE."""
-        parameters = 2 * self.activations.width * self.d_sae
-        return 4 * parameters * (2 * 3 + 1)
+        return self.weight_bytes * (2 * 3 + 1)
 
     @property
     def flops(self) -> float:
@@ -191,6 +200,11 @@ class ScorePlan:
     @property
     def neurons(self) -> int:
         return self.sae.d_sae if self.sae else self.activations.width
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the SAE in memory."""
+        return self.sae.weight_bytes if self.sae else 0
 
     @property
     def rows(self) -> int:
@@ -264,7 +278,38 @@ class SteeringPlan:
         """Not known: it depends on the LLaVA."""
 
 
-AnyPlan = ListPlan | ExtractPlan | TrainPlan | EvaluatePlan | ScorePlan | SteeringPlan
+@dataclass(frozen=True)
+class PicturesPlan:
+    """The thumbnails and heat maps of a report on some cells."""
+
+    scores: list[ScorePlan]
+    """Both passes of every cell."""
+    steerings: list[SteeringPlan]
+    step: Step
+
+    @property
+    def inputs(self) -> list[Step]:
+        """The steps that are read, but for those of SAEs that failed, which are not shown."""
+        scores = [one.step for one in self.scores if one.sae is None or not one.sae.step.failure]
+        return [*scores, *(one.step for one in self.steerings if not one.sae.step.failure)]
+
+    @property
+    def rows(self) -> int:
+        """Top images, each as often as it is shown."""
+        return sum(score.neurons * score.step.config["top_images"] for score in self.scores)
+
+    @property
+    def bytes(self) -> int:
+        """Approximate size on disk: one thumbnail of some kilobytes per image at most."""
+        images = {score.activations.images.name: score.activations.images.n_images for score in self.scores}
+        return 4000 * min(self.rows, sum(images.values()))
+
+    @property
+    def flops(self) -> None:
+        """Not known: it depends on the encoder."""
+
+
+AnyPlan = ListPlan | ExtractPlan | TrainPlan | EvaluatePlan | ScorePlan | SteeringPlan | PicturesPlan
 
 
 class StudyPlan:
@@ -300,7 +345,7 @@ class StudyPlan:
         """The plan of every step, in the order of work."""
         for images in self.images.values():
             yield from (ListPlan(step, images.n_images) for step in (images.step, images.labels_step))
-        yield from (*self.extracts, *self.trains, *self.evaluations, *self.scores, *self.steerings)
+        yield from (*self.extracts, *self.trains, *self.evaluations, *self.scores, *self.steerings, self.pictures)
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -381,6 +426,21 @@ class StudyPlan:
         return by_images["heldout"], by_images[self.study.scoring.pictures]
 
     @cached_property
+    def pictures(self) -> PicturesPlan:
+        """Of the report on all cells."""
+        return self._pictures(self.scores, self.steerings)
+
+    def pictures_of(self, names: Collection[str]) -> PicturesPlan:
+        """Of a report on some cells (`ScorePlan.name`). Cells whose SAE failed are never shown, so they make no
+        difference."""
+
+        def counts(score: ScorePlan) -> bool:
+            return score.name in names or (score.sae is not None and bool(score.sae.step.failure))
+
+        scores = [score for score in self.scores if counts(score)]
+        return self._pictures(scores, [one for one in self.steerings if counts(one.scores)])
+
+    @cached_property
     def text_space(self) -> ExtractPlan:
         """The `pictures` images in a space shared with text: the scorer's, or without a scorer the encoder's."""
         pictures, site, steering = self.images[self.study.scoring.pictures], Site("projection"), self.study.steering
@@ -426,6 +486,7 @@ class StudyPlan:
             "token_seed": self.study.seed if site.tokens.startswith("random") else None,
             "dtype": encoder.dtype,
             **dataclasses.asdict(self.study.extraction),
+            "images_per_part": images_per_part(self.study.extraction.images_per_part, images.n_images),
         }
         step = Step(self.root, "extract", label, config, defaults(Extraction))
         return ExtractPlan(images, field, encoder, info, site, step)
@@ -485,6 +546,22 @@ class StudyPlan:
         revisions = {"revision": llava.tower.revision, "scorer_revision": self.text_space.info.revision}
         pinned = dataclasses.replace(steering, **revisions)
         return SteeringPlan(pinned, scores, raw_scores, self.text_space, heldout, heldout_activations, step)
+
+    def _pictures(self, scores: list[ScorePlan], steerings: list[SteeringPlan]) -> PicturesPlan:
+        config = {
+            "scores": [one.step.name for one in scores],
+            "steering": [one.step.name for one in steerings],
+            "min_images": self.study.scoring.min_images,
+            "encoder": _identity(self.encoder),
+            "dtype": self.study.encoder.dtype,
+        }
+        return PicturesPlan(scores, steerings, Step(self.root, "pictures", "pictures", config))
+
+
+def images_per_part(at_most: int, n_images: int) -> int:
+    """Small sets have smaller parts, `FEWEST_PARTS` of them where that leaves `SMALLEST_PART` images in each."""
+    whole = -(-n_images // (FEWEST_PARTS * SMALLEST_PART))
+    return min(at_most, SMALLEST_PART * max(1, whole))
 
 
 def _table(step: Step, name: str) -> pa.Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import struct
 import zlib
 from pathlib import Path
@@ -445,6 +446,27 @@ class Failing(Folder):
         if self.failures >= 0:
             raise self.error
         return super().read_bytes(name)
+
+
+class Deadly:
+    """Prepares an image, but is killed by one of three pixels."""
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        if image.width == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.asarray(image.resize((4, 4))).transpose(2, 0, 1)
+
+
+def test_an_image_that_kills_its_decoder_is_rejected_where_it_is_decoded_apart(tmp_path):
+    names = [f"{number}.png" for number in range(6)]
+    for number, name in enumerate(names):
+        Image.new("RGB", (3 if number in (1, 5) else 4, 1), (number, 0, 0)).save(tmp_path / name)
+    (tmp_path / "2.png").write_bytes(b"")
+    decoded = decode_part(Folder(tmp_path), names, [Preparation(Deadly())], apart=True)
+    killed = "ends the process that decodes it"
+    assert decoded.rejects == [("1.png", killed), ("2.png", "zero bytes"), ("5.png", killed)]
+    assert decoded.accepted.tolist() == [0, 3, 4]
+    assert decoded.pixels[0][:, 0, 0, 0].tolist() == [0, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +14,7 @@ from PIL import Image
 from sae_ray.jobs import extract
 
 from sae_ray.encoders import load_encoder, load_preprocess
+from sae_ray.encoders.sites import Site
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import decode_image
 from sae_ray.store.activations import ActivationStore
@@ -119,7 +124,7 @@ def test_bad_images_become_rejects(ray_cluster, make_plan, world, tmp_path):
     assert {ids[i] for i in range(len(ids))} - {ids[i] for i in stored} == set(rejects["image_id"])
 
 
-def test_a_file_that_may_not_be_read_is_a_reject(world):
+def test_a_file_that_may_not_be_read_is_a_reject(world, tmp_path):
     class Locked(Folder):
         """Whoever runs the tests may read everything, as root."""
 
@@ -129,13 +134,54 @@ def test_a_file_that_may_not_be_read_is_a_reject(world):
             return super().read_bytes(name)
 
     names = [str(path.relative_to(world)) for path in sorted((world / "heldout").rglob("*.png"))[:12]]
-    job = extract.EncoderJob(f"{world}/clip", None, "float32", None, {"train": []})
-    decode = extract.PartDecoder({"train": Locked(str(world))}, [job])
+    step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
+    job = extract.EncoderJob(f"{world}/clip", None, "float32", None, {"train": [step]})
+    decode = extract.PartDecoder({"train": Locked(str(world))}, [job], "run")
     batch = decode(pa.table({"images": ["train"], "part": [0], "image_ids": [names]}))
     locked = [name for name in names if name.endswith("0.png")]
     assert batch["rejects"][0].as_py() == [{"image_id": name, "reason": "no permission to read it"} for name in locked]
     assert len(batch["accepted"][0]) == batch["shape_0"][0].as_py()[0] == len(names) - len(locked) > 0
     assert locked
+
+
+@dataclass
+class Deadly:
+    """An encoder's preprocessing that one image kills."""
+
+    preprocess: Callable
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        if image.size == (31, 17):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.preprocess(image)
+
+
+def test_an_image_that_kills_its_decoder_becomes_a_reject(ray_cluster, make_plan, world, tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, path in enumerate(sorted((world / "heldout").rglob("*.png"))[:10]):
+        shutil.copy(path, images / f"{number}.png")
+    Image.new("RGB", (31, 17)).save(images / "deadly.png")
+    monkeypatch.setattr(extract, "load_preprocess", lambda *given: Deadly(load_preprocess(*given)))
+    plan = make_plan(tmp_path / "root", **{"images.train.path": str(images), "images.max_bad_fraction": 0.1})
+    train = next(e for e in plan.extracts if e.images.name == "train")
+    extract.run_only(plan, [train])
+    rejects = train.step.folder.read_parquet("rejects.parquet").to_pylist()
+    assert rejects == [{"image_id": "deadly.png", "reason": "ends the process that decodes it"}]
+    assert ActivationStore(train.step.folder).n_images == 10
+    assert not (train.step.folder / "attempts").exists()
+
+
+def test_a_part_that_keeps_ending_its_process_is_an_error(make_plan, world, tmp_path):
+    step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
+    jobs = (extract.EncoderJob(f"{world}/clip", None, "float32", None, {"train": [step]}),)
+    encode = extract.PartEncoder(jobs, "cpu", 16, 0, "run", None)
+    batch = pa.table({"images": ["train"], "part": [3], "image_ids": [["a.png", "b.png"]], "begun": [0]})
+    for _ in range(extract.MOST_TRIES):
+        assert extract.begin_part(jobs, "train", 3, "run", "encode") < extract.MOST_TRIES
+    extract.begin_part(jobs, "train", 3, "another run", "encode")
+    [problem] = encode(batch)["problem"].to_pylist()
+    assert problem.startswith("part 3 of images.train (a.png to b.png) ended its process 5 times; if memory ran out, ")
 
 
 def test_a_model_without_weights_is_told_of_plainly(ray_cluster, make_plan, world, tmp_path):

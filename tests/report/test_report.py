@@ -20,14 +20,23 @@ from PIL import Image
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import SaeRayError
-from sae_ray.images import list_images
+from sae_ray.images import decode_image, list_images
 from sae_ray.report import album as albums
 from sae_ray.report import write_report
-from sae_ray.report.album import SIDE, Album, read_pixels, thumbnail_size, write_sprites
+from sae_ray.report.album import SIDE, Album, thumbnail_size
 from sae_ray.report.data import rounded
-from sae_ray.report.heat import caution, codes_of, heat_maps, why_none
+from sae_ray.report.heat import HeatCell, HeatMaps, caution, codes_of, heat_cells, why_none
 from sae_ray.report.neighbours import N_NEAREST, nearest_latents
-from sae_ray.report.neurons import Neurons, read_neurons
+from sae_ray.report.neurons import Neurons, read_neurons, shown_cells
+from sae_ray.report.pictures import (
+    PicturesJob,
+    Shown,
+    Sprite,
+    finish_pictures,
+    make_sprite,
+    pictures_job,
+    read_heat,
+)
 from sae_ray.report.plots import POINTS, Line, Plot, curve_plots, draw, fidelity_plots, grid_plots, ms_curve
 from sae_ray.report.steering import EXAMPLES, read_steering
 from sae_ray.sae import SAE, load_sae
@@ -35,10 +44,10 @@ from sae_ray.sae.architectures import ARCHITECTURES
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, hold
-from sae_ray.study.plan import ImagePlan, StudyPlan
+from sae_ray.study.plan import ImagePlan, PicturesPlan, StudyPlan
 from sae_ray.study.summary import summarise
 from sae_ray.study.survey import SurveyedImages
-from tests.small_study import DEAD, LABELS, STEERED
+from tests.small_study import DEAD, LABELS, STEERED, finish_pictures_of
 
 Plan = Callable[..., StudyPlan]
 MATRYOSHKA = "layer1.all-matryoshka_batch_topk-x4-k4"
@@ -143,11 +152,19 @@ def test_an_album_numbers_images_in_the_order_of_need(folders: list[ImagePlan]):
     assert album.captions(0) == [["007.png", None], ["003.png", None], ["007.png", None], ["009.png", None]]
 
 
+def make_sprites(album: Album, folders: list[ImagePlan], encoder: str, step: Path) -> int:
+    """Makes thumbnails of 28 x 28 pixels, and returns how many images could not be read."""
+    sources = {images.name: images.folder for images in folders}
+    job = PicturesJob(Folder(step), encoder, None, "float32", 0, (28, 28), sources, ())
+    for number, images in enumerate(album.sprites):
+        make_sprite(job, Sprite(number, [(album.image(one)[0].name, album.name(one)) for one in images], []))
+    return sum(json.loads(path.read_text())["missing"] for path in (step / "parts").glob("*.json"))
+
+
 def test_every_thumbnail_is_at_its_place(folders: list[ImagePlan], tiny_clip: str, tmp_path: Path):
     order = np.random.default_rng(0).permutation(130)
     album = Album(folders, [("train", order), ("heldout", order)])
-    n_missing = write_sprites(album, tmp_path / "sprites", load_preprocess(tiny_clip), (28, 28))
-    assert n_missing == 1
+    assert make_sprites(album, folders, tiny_clip, tmp_path) == 1
     assert sorted(path.name for path in (tmp_path / "sprites").iterdir()) == ["0.jpg", "1.jpg", "2.jpg"]
     for number in range(260):
         sprite = Image.open(tmp_path / "sprites" / f"{number // SIDE**2}.jpg")
@@ -165,7 +182,7 @@ def test_thumbnails_beyond_the_most_are_left_out(
 ):
     monkeypatch.setattr(albums, "MOST", 101)
     album = Album(folders, [("train", np.arange(130))])
-    write_sprites(album, tmp_path / "sprites", load_preprocess(tiny_clip), (28, 28))
+    make_sprites(album, folders, tiny_clip, tmp_path)
     assert album.n_pictured == 101
     assert len(list((tmp_path / "sprites").iterdir())) == 2
     assert album.captions(1)[-1] == ["129.png", None]
@@ -181,11 +198,22 @@ def test_thumbnails_are_small_and_keep_their_shape(image_size: tuple[int, int], 
 # Heat maps and neighbours
 
 
+def heat_maps(plan: StudyPlan, cells: list[HeatCell], folder: Path, device: str = "cpu") -> dict[str, HeatMaps]:
+    shown, pictures = Shown(plan), PicturesPlan([], [], Step(Folder(folder), "pictures", "pictures", {}))
+    job, sprites = pictures_job(plan, pictures, shown, cells)
+    for sprite in sprites:
+        make_sprite(job, sprite, device)
+    finish_pictures(pictures, shown.album, 0.0)
+    return read_heat(pictures, cells, (plan.study.scoring.top_images, *plan.encoder.patch_grid))
+
+
 @pytest.mark.parametrize("name", [MATRYOSHKA, "layer0.cls-topk-x2-k4"])
-def test_heat_maps_are_the_codes_of_the_patches(plan: StudyPlan, cells: dict[str, Neurons], name: str, device: str):
+def test_heat_maps_are_the_codes_of_the_patches(
+    plan: StudyPlan, cells: dict[str, Neurons], name: str, tmp_path: Path, device: str
+):
     cell = cells[name]
     late = int(cell.order[-1])
-    found = heat_maps(plan, [cell], {name: [late]})[name]
+    found = heat_maps(plan, heat_cells([cell], {name: [late]}), tmp_path, device)[name]
     assert {late, *cell.order[:48].tolist()} == set(found.latents.tolist())
 
     train = cell.score.sae
@@ -200,17 +228,17 @@ def test_heat_maps_are_the_codes_of_the_patches(plan: StudyPlan, cells: dict[str
             if image < 0:
                 assert np.isnan(found.maps[row, rank]).all()
                 continue
-            pixels = read_pixels(cell.pictures, int(image), load_preprocess(plan.study.encoder.model))
-            assert pixels is not None
-            tokens = encoder.tap(torch.tensor(pixels)[None], [site], [""], 0)[site].activation
+            file = cell.pictures.folder.read_bytes(cell.pictures.manifest["image_id"][int(image)].as_py())
+            pixels = torch.tensor(load_preprocess(plan.study.encoder.model)(decode_image(file)))
+            tokens = encoder.tap(pixels[None], [site], [""], 0)[site].activation
             expected = sae.encode(tokens)[1:, latent].reshape(4, 4)
             np.testing.assert_allclose(found.maps[row, rank], expected, rtol=near, atol=near)
 
 
-def test_heat_maps_are_bounded(plan: StudyPlan, cells: dict[str, Neurons], monkeypatch: pytest.MonkeyPatch):
+def test_heat_maps_are_bounded(cells: dict[str, Neurons], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sae_ray.report.heat.MOST", 9)
-    found = heat_maps(plan, list(cells.values()), {})
-    assert {name: len(one.latents) for name, one in found.items()} == dict.fromkeys(
+    found = heat_cells(list(cells.values()), {})
+    assert {one.name: len(one.latents) for one in found} == dict.fromkeys(
         ["layer1.all-matryoshka_batch_topk-x2-k4", MATRYOSHKA, "layer0.cls-topk-x2-k4"], 3
     )
 
@@ -353,10 +381,10 @@ def test_data_say_what_the_tables_say(report: Path, cells: dict[str, Neurons]):
         assert (report / "data" / name / "heat.js").exists() == (why_none(cell) is None)
 
 
-def test_heat_maps_reach_the_page(report: Path, plan: StudyPlan, cells: dict[str, Neurons]):
+def test_heat_maps_reach_the_page(report: Path, plan: StudyPlan, cells: dict[str, Neurons], tmp_path: Path):
     heat = data(report, f"{MATRYOSHKA}/heat")
     assert (heat["rows"], heat["columns"]) == (4, 4)
-    expected = heat_maps(plan, [cells[MATRYOSHKA]], {})[MATRYOSHKA]
+    expected = heat_maps(plan, heat_cells([cells[MATRYOSHKA]], {}), tmp_path)[MATRYOSHKA]
     latent = expected.latents[0]
     shown = heat["latents"][str(latent)]
     maps = np.stack([unpacked(one, "u1").reshape(4, 4) for one in shown["maps"] if one])
@@ -403,6 +431,14 @@ def test_the_page_is_whole_and_needs_no_network(report: Path, plan: StudyPlan):
     assert len(ids) == len(set(ids))
 
 
+def make_report(plan: StudyPlan) -> bool:
+    """As `sae-ray report` does, without Ray."""
+    cells = shown_cells(plan)
+    if cells and not (pictures := plan.pictures_of(cells)).step.finished:
+        finish_pictures_of(plan, pictures)
+    return write_report(plan)
+
+
 def test_a_report_is_made_once(copy: StudyPlan):
     assert write_report(copy)
     place = Path((copy.root / "report").path)
@@ -418,7 +454,7 @@ def test_what_is_missing_is_said(copy: StudyPlan, plan_small_study: Plan):
     for step in [score.step, failed.step, *(one.step for one in copy.scores if one.sae is failed)]:
         shutil.rmtree(step.folder.path)
     failed.step.finish(1.0, {}, "failed", "step 7: the loss is nan")
-    assert write_report(copy), "another state is another report"
+    assert make_report(copy), "another state is another report"
     page = (Path((copy.root / "report").path) / "index.html").read_text()
     assert re.search(r"3 of \d+ steps are not done", page)
     assert score.step.label in page
@@ -436,7 +472,8 @@ def test_a_study_that_has_not_begun_has_a_report(plan_small_study: Plan, tmp_pat
 
 def test_images_that_are_gone_are_said(copy: StudyPlan, tmp_path: Path):
     shutil.rmtree(tmp_path / "study" / "train" / "green")
-    assert write_report(copy)
+    shutil.rmtree(copy.pictures.step.folder.path)
+    assert make_report(copy)
     report = Path((copy.root / "report").path)
     captions = data(report, "images/0")
     n_gone = sum(image_id.startswith("green/") for image_id, _ in captions)
@@ -457,10 +494,10 @@ def test_an_interrupted_report_leaves_the_old_one(copy: StudyPlan, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr("sae_ray.report.write.render", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            write_report(copy)
+            make_report(copy)
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
     assert [path.name for path in Path(copy.root.path).glob("report*")] == ["report"]
-    assert write_report(copy)
+    assert make_report(copy)
 
 
 def test_what_a_killed_run_left_is_not_in_the_way(copy: StudyPlan):
@@ -469,7 +506,7 @@ def test_what_a_killed_run_left_is_not_in_the_way(copy: StudyPlan):
     for name in ("old/index.html", "new/index.html"):
         left.write_bytes(name, b"left")
     shutil.rmtree(copy.scores[0].step.folder.path)
-    assert write_report(copy)
+    assert make_report(copy)
     assert [path.name for path in Path(copy.root.path).glob("report*")] == ["report"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE
-from sae_ray.scores.scoring import image_blocks, majority, n_neurons, score_store
+from sae_ray.scores.scoring import image_blocks, majority, n_neurons, read_block, score_store
 from sae_ray.scores.statistics import (
     HISTOGRAM_EDGES,
     BlockImages,
@@ -219,19 +219,46 @@ def test_a_store_is_scored_like_the_dense_computation(
     sae = sae and sae.to(device)
 
     [whole] = image_blocks(store)
-    assert whole == range(5)
+    assert [part for part, _ in whole] == [0, 1, 2, 3, 4]
     one_block = score_store(sae, store, embeddings, n_top=4)
     assert len(one_block) == 1
     check_equal(one_block, *expected, n_top=4)
 
     monkeypatch.setattr("sae_ray.scores.scoring.IMAGES_PER_BLOCK", 17)  # two parts of eight
-    assert image_blocks(store) == [range(2), range(2, 4), range(4, 5)]
+    assert [[part for part, _ in block] for block in image_blocks(store)] == [[0, 1], [2, 3], [4]]
     monkeypatch.setattr("sae_ray.scores.statistics.BLOCK_BYTES", 8 * JUDGE_WIDTH * 5)  # five neurons
     several = score_store(sae, store, embeddings, n_top=4)
     assert len(several) == -(-n_neurons(sae, store) // 5)
     check_equal(several, *expected, n_top=4)
     assert top_images_table(several).equals(top_images_table(one_block))
     assert histogram_table(several).equals(histogram_table(one_block))
+
+    monkeypatch.setattr("sae_ray.store.activations.PIECE_BYTES", 3 * n_tokens * D * 4)  # three images
+    monkeypatch.setattr("sae_ray.scores.scoring.PIECE_BYTES", 3 * n_tokens * D * 4)
+    assert [len(block) for block in image_blocks(store)] == [1] * (3 + 3 + 1 + 3 + 2)
+    in_pieces = score_store(sae, store, embeddings, n_top=4)
+    check_equal(in_pieces, *expected, n_top=4)
+    for name in ("neuron", "rank", "image_index"):  # products of fewer rows round differently
+        assert top_images_table(in_pieces)[name].equals(top_images_table(one_block)[name])
+
+
+def test_a_block_is_read_once_for_all_saes(tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch):
+    store = write_store(tmp_path, make_parts([8, 8], 3, D), "float16", images_per_part=8)
+    saes = [make_sae(seed=1), None, make_sae(seed=2)]
+    [block] = image_blocks(store)
+    alone = [read_block([sae], store, None, block)[1][0] for sae in saes]
+    read, original = [], ActivationStore.read
+
+    def counted(self: ActivationStore, number: int, images: range | None = None):
+        read.append(number)
+        return original(self, number, images)
+
+    monkeypatch.setattr(ActivationStore, "read", counted)
+    _, together = read_block(saes, store, None, block)
+    assert read == [0, 1]
+    for ours, theirs in zip(together, alone, strict=True):
+        for column, other in zip(chain(*ours), chain(*theirs), strict=True):
+            np.testing.assert_array_equal(column, other)
 
 
 @pytest.mark.gpu
@@ -352,7 +379,7 @@ def test_blocks_of_neurons_stay_within_their_size(monkeypatch: pytest.MonkeyPatc
 
 def test_a_part_of_more_images_than_a_block_is_a_block(tmp_path: Path, write_store: WriteStore):
     store = write_store(tmp_path, make_parts([4, 4], 1, D), images_per_part=5000)
-    assert image_blocks(store) == [range(1), range(1, 2)]
+    assert image_blocks(store) == [[(0, range(4))], [(1, range(4))]]
 
 
 @given(st.lists(st.lists(st.integers(-1, 2), max_size=6), min_size=1, max_size=5))

@@ -101,7 +101,7 @@ def shell(checkout, home) -> Iterator[Callable[[str], str]]:
         "PATH": f"{scratch / 'bin'}:{ours}:{os.environ['PATH']}",
         "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        **dict.fromkeys(START_LIMITS, str(PATIENCE_S)),
+        **START_LIMITS,
     }
     sessions = []
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import duckdb
@@ -26,13 +27,13 @@ from pyarrow import fs
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.store.activations import (
     ActivationStore,
-    activation_table,
     finish_store,
     finished_parts,
     read_parts,
     remove_orphans,
     write_part,
 )
+from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
 
@@ -86,7 +87,7 @@ def test_any_rows_come_back(data: st.DataObject):
     image_index = np.sort(data.draw(arrays.arrays("int64", n, elements=st.integers(0, 2**40))))
     token = data.draw(arrays.arrays("int16", n, elements=st.integers(-1, 2**15 - 1)))
     with tempfile.TemporaryDirectory() as root:
-        part = write_part(Folder(root), 7, activation_table(image_index, token, activation, store_dtype), [("a", "b")])
+        part = write_part(Folder(root), 7, stored_rows(image_index, token, activation, store_dtype), [("a", "b")])
         assert read_parts(Folder(root)) == [part]
         table = Folder(root).read_parquet(part.file)
     assert np.array_equal(table["image_index"].to_numpy(), image_index)
@@ -106,30 +107,46 @@ def test_a_table_in_many_row_groups_is_one_part(
     assert np.array_equal(store.read(0)[2], parts[0][2])
 
 
+@pytest.mark.parametrize("group_bytes", [24, 60, 1000])
+def test_pieces_of_a_part_are_its_rows(
+    tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch, group_bytes: int
+):
+    """Whatever row groups they cut through."""
+    monkeypatch.setattr("sae_ray.store.activations.ROW_GROUP_BYTES", group_bytes)
+    monkeypatch.setattr("sae_ray.store.activations.PIECE_BYTES", 50)  # four rows of three float32
+    store = write_store(tmp_path, [rows(0, 7)])
+    whole, pieces = store.read(0), [store.read(0, images) for images in store.pieces(0)]
+    assert len(pieces) == -(-len(whole[0]) * 12 // 50) > 1
+    assert list(chain(*store.pieces(0))) == list(range(7))
+    for column, parts in zip(whole, zip(*pieces, strict=True), strict=True):
+        assert np.array_equal(np.concatenate(parts), column)
+
+
 def test_what_does_not_fit_into_the_stored_dtype_is_refused():
     fits = np.array([[65504.0, -65504.0]], np.float32)
     for store_dtype in ("float16", "float32"):
-        assert activation_table(np.arange(1), np.zeros(1), fits, store_dtype).num_rows == 1
+        assert stored_rows(np.arange(1), np.zeros(1), fits, store_dtype).activation.shape == (1, 2)
     too_large = np.array([[1.0, -70000.0]], np.float32)
-    assert activation_table(np.arange(1), np.zeros(1), too_large, "float32").num_rows == 1
+    assert stored_rows(np.arange(1), np.zeros(1), too_large, "float32").activation.shape == (1, 2)
     refusal = (
         r'an activation of 7e\+04 does not fit into extraction.store_dtype = "float16"; set store_dtype = "float32"'
     )
     with pytest.raises(SaeRayError, match=refusal):
-        activation_table(np.arange(1), np.zeros(1), too_large, "float16")
+        stored_rows(np.arange(1), np.zeros(1), too_large, "float16")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused(value: float):
     with pytest.raises(SaeRayError, match="not finite"):
-        activation_table(np.arange(2), np.zeros(2), np.array([[1.0], [value]], np.float32), "float32")
+        stored_rows(np.arange(2), np.zeros(2), np.array([[1.0], [value]], np.float32), "float32")
 
 
 def test_what_a_killed_writer_left_is_not_read_and_is_removed(tmp_path: Path):
     code = """
 import os, signal, sys
 import numpy as np
-from sae_ray.store import activations
+from sae_ray.store.activations import write_part
+from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
 
 class Killed(Folder):
@@ -137,8 +154,8 @@ class Killed(Folder):
         os.kill(os.getpid(), signal.SIGKILL)  # after the part's file, before its marker
 
 for number, kind in enumerate((Folder, Killed)):
-    table = activations.activation_table(np.arange(2), np.zeros(2), np.ones((2, 3)), "float32")
-    activations.write_part(kind(sys.argv[1]), number, table, [])
+    rows = stored_rows(np.arange(2), np.zeros(2), np.ones((2, 3)), "float32")
+    write_part(kind(sys.argv[1]), number, rows, [])
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -146,7 +163,7 @@ for number, kind in enumerate((Folder, Killed)):
     assert len((folder / "data").files()) == 2
     assert finished_parts(folder) == {0}
 
-    again = write_part(folder, 1, activation_table(np.arange(2, 4), np.zeros(2), np.ones((2, 3)), "float32"), [])
+    again = write_part(folder, 1, stored_rows(np.arange(2, 4), np.zeros(2), np.ones((2, 3)), "float32"), [])
     parts = read_parts(folder)
     assert [part.file for part in parts] == [parts[0].file, again.file]
     assert len((folder / "data").files()) == 3
@@ -158,7 +175,7 @@ for number, kind in enumerate((Folder, Killed)):
 def test_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path):
     folder = Folder(tmp_path)
     for number in (2, 100_000, 0):
-        write_part(folder, number, activation_table(*rows(number, 1), "float32"), [(f"{number}.png", "truncated")])
+        write_part(folder, number, stored_rows(*rows(number, 1), "float32"), [(f"{number}.png", "truncated")])
     (tmp_path / "parts" / "part-00005.json.0badcafe.tmp").touch()  # what a killed write of a marker leaves
     assert finished_parts(folder) == {0, 2, 100_000}
     assert [part.rejects for part in read_parts(folder)] == [
@@ -199,7 +216,7 @@ def test_a_store_of_many_parts_opens_with_few_requests(tmp_path: Path, monkeypat
     store = (fs.PyFileSystem(counting), str(tmp_path))
     monkeypatch.setattr("sae_ray.store.files._store", lambda uri: store)
     step = Step(Folder("counting://store/root"), "extract", "many", {"store_dtype": "float32", "images_per_part": 2})
-    first = write_part(step.folder, 0, activation_table(*rows(0, 2), "float32"), [])
+    first = write_part(step.folder, 0, stored_rows(*rows(0, 2), "float32"), [])
     data = Path(step.folder.path) / first.file
     parts = [replace(first, file=f"data/part-{number:05d}.parquet") for number in range(2500)]
     for part in parts:

@@ -103,12 +103,19 @@ def test_a_uri_is_read_by_the_same_code(tmp_path: Path):
 def test_what_a_uri_says_of_its_store_stays_behind_the_path(tmp_path: Path):
     bucket = Folder("s3://bucket/root/?region=eu-west-1")
     below = bucket / "a" / "b"
-    assert (str(below), below.path) == ("s3://bucket/root/a/b?region=eu-west-1", "bucket/root/a/b")
+    assert (below.uri, below.path) == ("s3://bucket/root/a/b?region=eu-west-1", "bucket/root/a/b")
     parent, name = parent_and_name("s3://bucket/a/labels.csv?region=eu-west-1")
-    assert (str(parent), parent.path_of(name)) == ("s3://bucket/a/?region=eu-west-1", "bucket/a/labels.csv")
+    assert (parent.uri, parent.path_of(name)) == ("s3://bucket/a/?region=eu-west-1", "bucket/a/labels.csv")
     assert (Folder(tmp_path / "why?") / "x").path == f"{tmp_path}/why?/x"
     assert parent_and_name(f"{tmp_path}/why?/x?y") == (Folder(tmp_path / "why?"), "x?y")
     assert parent_and_name("x") == (Folder("."), "x")
+
+
+def test_paths_are_shown_without_keys(tmp_path: Path):
+    bucket = Folder("s3://id:secret@bucket/root?region=eu-west-1&scheme=http")
+    assert f"{bucket / 'a'}" == "s3://bucket/root/a"
+    assert bucket / "a" == pickle.loads(pickle.dumps(bucket / "a"))
+    assert str(Folder(tmp_path / "why?" / "a@b:c")) == f"{tmp_path}/why?/a@b:c"
 
 
 @pytest.mark.parametrize("uri", ["s4://bucket", "https://example.com/cat.jpg", "s3://bucket?zone=1"])

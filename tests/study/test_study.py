@@ -19,7 +19,7 @@ from sae_ray.steering.config import Steering
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.fields import field_help
-from sae_ray.study.plan import StudyPlan
+from sae_ray.study.plan import StudyPlan, images_per_part
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
 MINIMAL = {
@@ -360,9 +360,10 @@ FIDELITY = {label.replace("sae-", "fidelity-", 1) for label in SAES}
 SAE_SCORES = {label.replace("sae-", "scores-heldout-", 1) for label in SAES}
 RAW_SCORES = {"scores-heldout-raw-projection", "scores-heldout-raw-layer1.random-2"}
 RAW_RANDOM = {"scores-heldout-raw-layer1.random-2"}
-TRAINED = SAES | FIDELITY | SAE_SCORES
-JUDGED = FIDELITY | SAE_SCORES | RAW_SCORES
-SCORES = SAE_SCORES | RAW_SCORES
+PICTURES = {"pictures"}
+TRAINED = SAES | FIDELITY | SAE_SCORES | PICTURES
+JUDGED = FIDELITY | SAE_SCORES | RAW_SCORES | PICTURES
+SCORES = SAE_SCORES | RAW_SCORES | PICTURES
 ACTIVATIONS = PROJECTION | RANDOM
 
 
@@ -371,7 +372,7 @@ def test_a_plan_lists_the_steps_in_the_order_of_work(make_plan: MakePlan, tmp_pa
     steps = list(plan.steps)
     assert {step.label for step in steps} == MANIFESTS | LABELS | ACTIVATIONS | EMBEDDINGS | SAES | FIDELITY | SCORES
     stages = [step.stage for step in steps if step.stage not in ("manifest", "labels")]
-    assert stages == sorted(stages, key=["extract", "train", "evaluate", "score"].index)
+    assert stages == sorted(stages, key=["extract", "train", "evaluate", "score", "pictures"].index)
     known: set[str] = set()
     for step in steps:
         read = {value for value in step.config.values() if isinstance(value, str)} & {other.name for other in steps}
@@ -404,7 +405,7 @@ def test_a_plan_lists_the_steps_in_the_order_of_work(make_plan: MakePlan, tmp_pa
         ({"extraction.images_per_part": 7}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
         ({"images.heldout_fraction": 0.5}, MANIFESTS | LABELS | ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
         ({"scoring.top_images": 4}, SCORES),
-        ({"scoring.min_images": 10}, set()),
+        ({"scoring.min_images": 10}, PICTURES),
         ({"images.max_bad_fraction": 0.5}, set()),
         ({"name": "other"}, set()),
     ],
@@ -414,6 +415,13 @@ def test_a_setting_changes_the_steps_that_it_decides(make_plan: MakePlan, overri
     assert changed(names(make_plan()), names(make_plan(overrides))) == expected
 
 
+@pytest.mark.parametrize(("n_images", "expected"), [(1, 64), (1000, 64), (1025, 128), (6000, 384), (1_281_167, 512)])
+def test_small_sets_have_small_parts(n_images: int, expected: int):
+    """At least 16 of them, in whole batches, where there are images enough."""
+    assert images_per_part(512, n_images) == expected
+    assert images_per_part(50, n_images) == min(50, expected)
+
+
 def test_labels_change_only_what_reads_them(make_steered: MakePlan, tmp_path: Path):
     """A label file, and then one label in it: activations, SAEs, fidelity and scores stay."""
     before = names(make_steered())
@@ -421,9 +429,9 @@ def test_labels_change_only_what_reads_them(make_steered: MakePlan, tmp_path: Pa
     rows = [f"{number:02d}.png,{('cat', 'dog')[number % 2]}" for number in range(40)]
     file.write_text("\n".join(["image_id,label", *rows]))
     labelled = names(make_steered({"images.train.labels": str(file)}))
-    assert changed(before, labelled) == LABELS | STEERING
+    assert changed(before, labelled) == LABELS | STEERING | PICTURES
     file.write_text("\n".join(["image_id,label", *rows[:-1], "39.png,fish"]))
-    [side] = changed(labelled, names(make_steered({"images.train.labels": str(file)}))) - STEERING
+    [side] = changed(labelled, names(make_steered({"images.train.labels": str(file)}))) - STEERING - PICTURES
     assert side in LABELS
 
 
@@ -435,7 +443,7 @@ def test_resources_and_root_change_no_step(make_plan: MakePlan, tmp_path: Path):
         for stage, fields in resources.items()
         for name, value in fields.items()
     }
-    assert len(overrides) == 22
+    assert len(overrides) == 25
     assert names(make_plan(overrides)) == before
     assert names(make_plan(root=tmp_path / "elsewhere")) == before
 
@@ -467,7 +475,9 @@ def test_an_encoder_is_its_files_wherever_they_lie(
 
 
 def test_more_cells_and_pictures_add_steps_and_change_none(make_plan: MakePlan):
+    """But for the pictures, which are those of all cells."""
     before = names(make_plan())
+    del before["pictures"]
     more = names(make_plan({"grid.k": [2, 4], "grid.sites": ["layer0:cls", "projection", "layer1:random:2"]}))
     assert before.items() < more.items()
     pictures = names(make_plan({"scoring.pictures": "train"}))
@@ -535,7 +545,7 @@ def test_the_papers_study_is_planned_by_the_same_code(make_clip: Callable[..., s
     # Six sites on both image sets, the judge and the scorer; every SAE and the raw neurons of every site, on both sets.
     assert len(plan.extracts) == 6 * 2 + 2
     assert len(plan.scores) == 2 * (67 + 6)
-    assert len({step.name for step in plan.steps}) == 4 + 14 + 2 * 67 + 146 + 1
+    assert len({step.name for step in plan.steps}) == 4 + 14 + 2 * 67 + 146 + 1 + 1
     assert {train.d_sae for train in plan.trains if train.grid_cell.site.name == "projection"} == {
         32 * expansion for expansion in (1, 2, 4, 8, 16, 64)
     }
@@ -581,7 +591,7 @@ def test_the_saes_of_the_layer_that_the_llava_reads_are_steered(make_steered: Ma
     plan = make_steered()
     assert {one.step.label for one in plan.steerings} == STEERING
     steps = list(plan.steps)
-    assert {step.label for step in steps[-2:]} == STEERING
+    assert {step.label for step in steps[-3:-1]} == STEERING
     for one in plan.steerings:
         before = steps[: steps.index(one.step)]
         assert all(step in before for step in one.inputs)
@@ -594,12 +604,12 @@ def test_the_saes_of_the_layer_that_the_llava_reads_are_steered(make_steered: Ma
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({"steering.strength": 40}, STEERING),
-        ({"steering.other_prompts": ["And what else?"]}, STEERING),
-        ({"steering.ignore_labels": ["blank"]}, STEERING),
-        ({"steering.dtype": "bfloat16"}, STEERING),
+        ({"steering.strength": 40}, STEERING | PICTURES),
+        ({"steering.other_prompts": ["And what else?"]}, STEERING | PICTURES),
+        ({"steering.ignore_labels": ["blank"]}, STEERING | PICTURES),
+        ({"steering.dtype": "bfloat16"}, STEERING | PICTURES),
         ({"steering.strength": 100.0}, set()),
-        ({"scoring.min_images": 10}, set()),
+        ({"scoring.min_images": 10}, PICTURES),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",  # sets have no order
 )
@@ -612,9 +622,10 @@ def test_other_models_change_the_steps_that_they_decide(
 ):
     before = names(make_steered())
     other = make_clip(tmp_path / "other", seed=2)
-    assert changed(before, names(make_steered({"steering.scorer": other}))) == STEERING | {"embeddings-train-scorer"}
+    of_scorer = STEERING | PICTURES | {"embeddings-train-scorer"}
+    assert changed(before, names(make_steered({"steering.scorer": other}))) == of_scorer
     llava = make_llava(tmp_path / "llava", layer=2)  # the same block, counted from below
-    assert changed(before, names(make_steered({"steering.llava": llava}))) == STEERING
+    assert changed(before, names(make_steered({"steering.llava": llava}))) == STEERING | PICTURES
 
 
 def test_the_encoder_as_scorer_embeds_the_images_once(make_plan: MakePlan, tiny_clip: str, tiny_llava: str, tmp_path):

@@ -20,12 +20,12 @@ FORM = "a .pt file of the reference code"
 
 
 def recognises(path: str | Folder) -> bool:
-    return parent_and_name(str(path))[1].endswith(".pt")
+    return (path.name if isinstance(path, Folder) else parent_and_name(path)[1]).endswith(".pt")
 
 
 def read(path: str | Folder) -> SAE:
     where = str(path)
-    folder, name = parent_and_name(where)
+    folder, name = parent_and_name(path.uri if isinstance(path, Folder) else path)
     if not folder.exists(name):
         raise UsageError(f"{where} does not exist; check the path")
     try:

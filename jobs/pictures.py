@@ -1,0 +1,72 @@
+"""The pictures stage: Ray tasks make the thumbnails and heat maps of the report, one sprite per task."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from sae_ray.report.pictures import PicturesJob, Shown, Sprite, finish_pictures, make_sprite, pictures_job
+from sae_ray.study.config import PicturesResources
+from sae_ray.study.plan import PicturesPlan, StudyPlan
+
+from .cluster import gpus_or_default, n_cpus, n_gpus, require
+from .progress import Progress
+from .stage import at_work, unfinished
+
+
+def run(plan: StudyPlan) -> None:
+    """Makes the pictures of the study's cells that are not made yet. Failed cells are left out.
+
+    Raises:
+        SaeRayError: a cell is not scored, an encoder cannot be loaded, the disk is too full, another driver is at work
+            on the same step.
+    """
+    run_only(plan, plan.pictures)
+
+
+def run_only(plan: StudyPlan, pictures: PicturesPlan) -> None:
+    """As `run`, for some of the cells."""
+    todo = unfinished([pictures])
+    if todo:
+        with at_work(plan.root, "pictures", todo):
+            _make(plan, pictures, plan.study.resources.pictures)
+
+
+def _make(plan: StudyPlan, pictures: PicturesPlan, resources: PicturesResources) -> None:
+    import ray
+
+    started = time.monotonic()
+    shown = Shown(plan)
+    job, waiting = pictures_job(plan, pictures, shown, shown.heat_cells)
+    gpus = gpus_or_default(resources.gpus) if job.cells else 0
+    require("resources.pictures", 1, resources.cpus, gpus)
+    slots = n_gpus() / gpus if gpus else n_cpus() / max(resources.cpus, 1)
+    at_once = resources.workers or max(1, int(slots))
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus)(made)
+    shared = ray.put(job)
+    total = shown.album.n_pictured
+    left = sum(len(sprite.images) for sprite in waiting)
+    running: dict[Any, int] = {}
+    with Progress("pictures", total, "images", total - left) as progress:
+        board = progress.board()
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                sprite = waiting.pop(0)
+                running[task.remote(shared, sprite, "cuda" if gpus else "cpu", board)] = len(sprite.images)
+            finished, _ = ray.wait(list(running), num_returns=1)
+            ray.get(finished)
+            progress.advance(running.pop(finished[0]))
+    finish_pictures(pictures, shown.album, time.monotonic() - started)
+
+
+def made(job: PicturesJob, sprite: Sprite, device: str, board: Any) -> None:
+    """The task."""
+    piece = str(sprite.number)
+    make_sprite(job, sprite, device, lambda done: board.set.remote(piece, done))
+    board.set.remote(piece, 0)  # the driver counts it now
+
+
+if __name__ == "__main__":
+    from .cli import pictures as command
+
+    command()

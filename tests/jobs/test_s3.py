@@ -1,0 +1,86 @@
+"""A study in an object store: a real S3 server, and the bits of the local run."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from urllib.parse import quote
+
+import httpx
+import pytest
+from pyarrow.fs import LocalFileSystem, copy_files
+from sae_ray.jobs import study
+
+from sae_ray.store.files import Folder
+from sae_ray.study.config import Study
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.root import remember
+from tests.machine import free_port, until
+
+REPORT_DIFFERS = ("index.html", "report.json")
+"""They tell of times and places."""
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory) -> Iterator[str]:
+    """Makes addresses of an empty bucket."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("s3") / "log"
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+
+    def serves() -> bool:
+        try:
+            return httpx.get(f"{address}/moto-api/").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        until(serves)
+        httpx.put(f"{address}/study").raise_for_status()
+        # The key is a part of the address, so that every worker of the cluster knows it.
+        yield f"s3://testing:testing@study/{{}}?endpoint_override={quote(address, safe='')}&region=us-east-1"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def contents(folder: Folder) -> dict[str, bytes]:
+    return {name: folder.read_bytes(name) for name in folder.files(recursive=True) if not name.startswith(".ray")}
+
+
+def test_a_killed_study_in_a_store_resumes_to_the_bits_of_the_local_one(
+    ray_cluster, bucket, finished, make_plan, world, study_values, kill_driver_when, capsys
+):
+    images = {name: bucket.format(f"images/{name}") for name in ("train", "heldout")}
+    for name, uri in images.items():
+        target = Folder(uri)
+        copy_files(str(world / name), target.path, LocalFileSystem(), target.filesystem)
+    overrides = {f"images.{name}.path": uri for name, uri in images.items()}
+    plan = StudyPlan(Study.from_dict(study_values, overrides), Folder(bucket.format("root")))
+    local = make_plan(finished)
+    remember(plan)
+    trained = [one.step.folder for one in plan.trains]
+    kill_driver_when(["run", "--root", plan.root.uri], lambda: any((one / "checkpoints").files() for one in trained))
+    assert all(one.step.finished for one in plan.extracts)
+    assert not any(one.step.finished for one in plan.evaluations)
+
+    study.run(plan)
+    said = capsys.readouterr().err
+    assert "s3://study/root" in said
+    assert "testing" not in said, "no key is shown"
+    for ours, theirs in zip(plan.steps, local.steps, strict=True):
+        assert ours.name == theirs.name
+        mine, other = contents(ours.folder), contents(theirs.folder)
+        assert len(mine) == len(other)
+        for name in other:
+            if name.startswith("data/") or name in ("parts.parquet", "step.json"):
+                continue
+            assert mine[name] == other[name], (ours.label, name)
+        if ours.stage == "extract":
+            values = [sorted(data for name, data in one.items() if name.startswith("data/")) for one in (mine, other)]
+            assert values[0] == values[1], ours.label
+    mine, other = contents(plan.root / "report"), contents(local.root / "report")
+    assert mine.keys() == other.keys()
+    assert [name for name in other if mine[name] != other[name]] == list(REPORT_DIFFERS)
