@@ -113,16 +113,41 @@ def gpus_or_default(gpus: float | None) -> float:
     return float(n_gpus() > 0) if gpus is None else gpus
 
 
-def memory_of_nodes() -> list[float]:
-    """Bytes that Ray can hand out on each node."""
+def room(cpus: float, gpus: float, memory: float = 0) -> int:
+    """How many workers of these resources the cluster's nodes hold. `memory`: bytes of each."""
     import ray
 
-    return [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    wanted = {"CPU": cpus, "GPU": gpus, "memory": memory}
+
+    def places(node: dict) -> float:
+        return min((node.get(kind, 0) / each + 1e-6 for kind, each in wanted.items() if each), default=float("inf"))
+
+    found = sum(places(node["Resources"]) // 1 for node in ray.nodes() if node["Alive"])
+    return int(min(found, sys.maxsize))
 
 
-def at_most_a_node(memory: float) -> float:
-    """Bytes to ask Ray for: more than the largest node has would never be given."""
-    return min(memory, max(memory_of_nodes()))
+def at_most_a_node(memory: float, cpus: float, gpus: float) -> float:
+    """Bytes to ask Ray for: more than the largest node has that can run the task would never be given."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    able = [node for node in nodes if node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus]
+    return min(memory, max((node.get("memory", 0.0) for node in able), default=0.0))
+
+
+def share(field: str, resources: Any) -> tuple[float, int]:
+    """GPUs of a task, and how many tasks run at once.
+
+    Args:
+        field: the table of the study, such as `resources.score`.
+        resources: its `workers`, `cpus` and `gpus`.
+
+    Raises:
+        UsageError: this driver's own cluster has no room for one.
+    """
+    gpus = gpus_or_default(resources.gpus)
+    require(field, 1, resources.cpus, gpus)
+    return gpus, resources.workers or max(1, room(max(resources.cpus, 1) if not gpus else resources.cpus, gpus))
 
 
 def require(field: str, workers: int, cpus: float, gpus: float, beside: float = 0) -> None:
@@ -138,14 +163,7 @@ def require(field: str, workers: int, cpus: float, gpus: float, beside: float = 
     Raises:
         UsageError: this driver's own cluster has no room for them.
     """
-    import ray
-
-    def room(node: dict) -> int:
-        wanted = {"CPU": cpus, "GPU": gpus}
-        return min((int(node.get(kind, 0) / each + 1e-6) for kind, each in wanted.items() if each), default=workers)
-
-    places = sum(room(node["Resources"]) for node in ray.nodes() if node["Alive"])
-    if places >= workers and n_cpus() >= workers * cpus + beside:
+    if room(cpus, gpus) >= workers and n_cpus() >= workers * cpus + beside:
         return
     problem = (
         f"{field}: {workers} at once with cpus = {cpus:g} and gpus = {gpus:g} each"

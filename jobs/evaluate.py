@@ -9,7 +9,7 @@ from sae_ray.store.activations import PIECE_BYTES
 from sae_ray.store.steps import Step
 from sae_ray.study.plan import EvaluatePlan, StudyPlan
 
-from .cluster import PROCESS_BYTES, at_most_a_node, gpus_or_default, n_cpus, n_gpus, require
+from .cluster import PROCESS_BYTES, at_most_a_node, share
 from .progress import Progress
 from .stage import at_work, unfinished
 
@@ -32,33 +32,32 @@ def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
     import ray
 
     resources = plan.study.resources.evaluate
-    gpus = gpus_or_default(resources.gpus)
-    require("resources.evaluate", 1, resources.cpus, gpus)
-    slots = n_gpus() / gpus if gpus else n_cpus() / max(resources.cpus, 1)
-    at_once = resources.workers or max(1, int(slots))
+    gpus, at_once = share("resources.evaluate", resources)
     sizes = (one.sae.weight_bytes + 4 * min(PIECE_BYTES, one.activations.bytes) for one in todo)
-    memory = at_most_a_node(PROCESS_BYTES + max(sizes))
+    memory = at_most_a_node(PROCESS_BYTES + max(sizes), resources.cpus, gpus)
     task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, memory=memory)(evaluated)
     waiting, running = list(todo), []
-    with Progress(f"evaluate {len(todo)} SAEs", len(todo), "SAEs") as progress:
+    with Progress(f"evaluate {len(todo)} SAEs", sum(one.rows for one in todo), "activations") as progress:
+        board = progress.board()
         while waiting or running:
             while waiting and len(running) < at_once:
                 one = waiting.pop(0)
                 folders = (one.sae.step.folder, one.activations.step.folder)
-                running.append(task.remote(*folders, one.step, "cuda" if gpus else "cpu"))
+                running.append(task.remote(*folders, one.step, "cuda" if gpus else "cpu", board))
             finished, running = ray.wait(running)
             ray.get(finished)
-            progress.advance(len(finished))
 
 
-def evaluated(sae: Any, activations: Any, step: Step, device: str) -> None:
+def evaluated(sae: Any, activations: Any, step: Step, device: str, board: Any) -> None:
     """The task: measures one SAE and finishes its step."""
     from sae_ray.sae import load_sae, save_latents
     from sae_ray.sae.metrics import evaluate_store
     from sae_ray.store import ActivationStore
 
     started = time.monotonic()
-    fidelity = evaluate_store(load_sae(sae).to(device), ActivationStore(activations))
+    fidelity = evaluate_store(
+        load_sae(sae).to(device), ActivationStore(activations), lambda rows: board.set.remote(step.name, rows)
+    )
     save_latents(fidelity.latents(), step.folder)
     step.finish(time.monotonic() - started, fidelity.summary()._asdict())
 

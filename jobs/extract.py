@@ -45,14 +45,17 @@ from sae_ray.store.steps import hold
 from sae_ray.study.config import ExtractResources
 from sae_ray.study.plan import ExtractPlan, ImagePlan, StudyPlan
 
-from .cluster import PROCESS_BYTES, at_most_a_node, gpus_or_default, memory_of_nodes, n_cpus, n_gpus, require
+from .cluster import at_most_a_node, gpus_or_default, n_cpus, n_gpus, require, room
 from .progress import Progress, say
 from .stage import at_work, unfinished
 
+IMAGES_PER_REPORT = 16
 TRIES = 2
 """How often a part is decoded in the ordinary way."""
 MOST_TRIES = 5
 """How often a part may be begun in one run."""
+ENCODER_BYTES = 3 * 2**29
+"""Memory of an actor besides its parts: torch, and an encoder of the size of ViT-L in float32."""
 
 
 def run(plan: StudyPlan) -> None:
@@ -187,11 +190,11 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[
 
     jobs = _encoder_jobs([extract for parts in sets for extract in parts.todo])
     resources = plan.study.resources.extract
-    memory = PROCESS_BYTES + 2 * max(_bytes_of_a_part(parts) for parts in sets)
+    memory = ENCODER_BYTES + 2 * max(_bytes_of_a_part(parts) for parts in sets)
     workers, gpus, decoders = _shares(resources, memory)
     rows = [row for parts in sets for row in parts.rows]
     run = uuid.uuid4().hex
-    decode = PartDecoder({parts.images.name: parts.images.folder for parts in sets}, jobs, run)
+    decode = PartDecoder({parts.images.name: parts.images.folder for parts in sets}, jobs, run, board)
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
@@ -218,7 +221,7 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[
             ),
             num_cpus=resources.cpus,
             num_gpus=gpus,
-            memory=at_most_a_node(memory),
+            memory=at_most_a_node(memory, resources.cpus, gpus),
         )
     )
     for row in dataset.iter_rows():
@@ -239,8 +242,7 @@ def _shares(resources: ExtractResources, memory: float) -> tuple[int, float, int
     gpus = gpus_or_default(resources.gpus)
     # Without GPUs an actor decodes as well, two parts at a time.
     at_most = n_gpus() / gpus if gpus else n_cpus() / (2 * max(resources.cpus, 1))
-    by_memory = sum(int(node / memory) for node in memory_of_nodes())
-    workers = resources.workers or max(1, min(int(at_most), by_memory))
+    workers = resources.workers or max(1, min(int(at_most), room(resources.cpus, gpus, memory)))
     # Ray decodes in the actors themselves where they ask for just what its tasks do, 1 CPU.
     fused = not gpus and resources.cpus == 1
     require("resources.extract", workers, resources.cpus, gpus, beside=0 if fused else 1)
@@ -265,11 +267,12 @@ class PartDecoder:
     It adds `begun`, too: how often the part was begun before.
     """
 
-    def __init__(self, folders: dict[str, Folder], jobs: Sequence[EncoderJob], run: str):
+    def __init__(self, folders: dict[str, Folder], jobs: Sequence[EncoderJob], run: str, board: Any):
         """`folders`: of every image set, by name."""
         self.folders = folders
         self.jobs = jobs
         self.run = run
+        self.board = board
         self.preparations = [
             Preparation(load_preprocess(job.model, job.revision, job.at_least is not None), job.at_least)
             for job in jobs
@@ -281,7 +284,13 @@ class PartDecoder:
         preparations = [self.preparations[number] for number in used]
         begun = begin_part(self.jobs, name, batch["part"][0].as_py(), self.run, "decode")
         ids = batch["image_ids"][0].as_py() if begun < MOST_TRIES else []
-        decoded = decode_part(self.folders[name], ids, preparations, apart=begun >= TRIES)
+        piece = f"{name} {batch['part'][0].as_py()}"
+
+        def tell(done: int) -> None:
+            if done % IMAGES_PER_REPORT == 0:
+                self.board.set.remote(piece, done // 2)  # the other half is encoding
+
+        decoded = decode_part(self.folders[name], ids, preparations, begun >= TRIES, tell)
         batch = batch.append_column("begun", pa.array([begun]))
         batch = batch.append_column("accepted", pa.array([decoded.accepted], pa.list_(pa.int64())))
         batch = batch.append_column("rejects", pa.array([decoded.rejects], pa.list_(pa.struct(REJECTS_SCHEMA))))
@@ -353,22 +362,24 @@ class PartEncoder:
         with self.encoding:
             encoders = {number: self._encoder(number) for number in wanted}
 
-        def tell(done: float) -> None:
-            self.board.set.remote(f"{images} {part}", int(done))
+        piece, n = f"{images} {part}", len(accepted)
+
+        def tell(encoded: int) -> None:
+            share = encoded / max(1, n * len(wanted))
+            self.board.set.remote(piece, int(n * (1 + share) / 2))  # decoding was the other half
 
         for turn, (number, steps) in enumerate(wanted.items()):
             pixels = np.frombuffer(batch[f"pixels_{number}"][0].as_buffer(), dtype=np.uint8)
             pixels = pixels.reshape(batch[f"shape_{number}"][0].as_py())
             sites = [(step.site, step.store_dtype) for step in steps]
-            before = turn * len(pixels)
             with self.encoding:
                 found = encode_part(
                     *(encoders[number], sites, pixels, image_index, image_ids, self.seed, self.batch_size),
-                    after_batch=lambda done, before=before: tell((before + done) / len(wanted)),
+                    after_batch=lambda done, before=turn * n: tell(before + done),
                 )
             for step, rows in zip(steps, found, strict=True):
                 write_part(step.folder, part, rows, rejects)
-        tell(0)  # the driver counts it now
+        self.board.set.remote(piece, 0)  # the driver counts it now
 
 
 def _finish(extract: ExtractPlan, seconds: float, max_bad_fraction: float) -> None:

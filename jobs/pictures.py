@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from sae_ray.report.pictures import PicturesJob, Shown, Sprite, finish_pictures, make_sprite, pictures_job
 from sae_ray.study.config import PicturesResources
 from sae_ray.study.plan import PicturesPlan, StudyPlan
 
-from .cluster import gpus_or_default, n_cpus, n_gpus, require
+from .cluster import share
 from .progress import Progress
 from .stage import at_work, unfinished
 
@@ -36,12 +37,10 @@ def _make(plan: StudyPlan, pictures: PicturesPlan, resources: PicturesResources)
     import ray
 
     started = time.monotonic()
-    shown = Shown(plan)
+    shown = Shown(plan, pictures)
     job, waiting = pictures_job(plan, pictures, shown, shown.heat_cells)
-    gpus = gpus_or_default(resources.gpus) if job.cells else 0
-    require("resources.pictures", 1, resources.cpus, gpus)
-    slots = n_gpus() / gpus if gpus else n_cpus() / max(resources.cpus, 1)
-    at_once = resources.workers or max(1, int(slots))
+    # Thumbnails alone need no GPU.
+    gpus, at_once = share("resources.pictures", resources if job.cells else replace(resources, gpus=0))
     task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus)(made)
     shared = ray.put(job)
     total = shown.album.n_pictured

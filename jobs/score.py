@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from functools import cache, lru_cache
+from functools import cache
 from itertools import chain, islice
 from typing import Any
 
@@ -26,14 +26,17 @@ from sae_ray.store.files import Folder
 from sae_ray.study.config import ScoreResources
 from sae_ray.study.plan import ScorePlan, StudyPlan
 
-from .cluster import PROCESS_BYTES, at_most_a_node, gpus_or_default, n_cpus, n_gpus, require
+from .cluster import PROCESS_BYTES, at_most_a_node, share
 from .progress import Progress
 from .stage import at_work, unfinished
 
 BLOCKS_PER_FOLD = 8
-"""Every fold copies the statistics once, so several blocks are added at a time."""
-WEIGHTS_AT_ONCE = {"cpu": 2 * 2**30, "cuda": 16 * 2**30}
-"""Bytes of the SAEs that a task holds at most; those of a site which exceed it share several passes."""
+"""Every fold copies the statistics once, so several blocks are added at a time, of at most `FOLD_BYTES`."""
+FOLD_BYTES = 2**30
+GROUP_BYTES = {"cpu": 2 * 2**30, "cuda": 8 * 2**30}
+"""Of weights and entries that a task holds at most. SAEs of a site which exceed it share several passes."""
+TYPICAL_K = 64
+"""Active latents per activation of an SAE without a k, for estimates of memory."""
 
 
 def run(plan: StudyPlan) -> None:
@@ -51,44 +54,72 @@ def run(plan: StudyPlan) -> None:
 def _score(todo: Sequence[ScorePlan], resources: ScoreResources) -> None:
     import ray
 
-    gpus = gpus_or_default(resources.gpus)
-    require("resources.score", 1, resources.cpus, gpus)
-    opened = cache(ActivationStore)
+    gpus, slots = share("resources.score", resources)
     device = "cuda" if gpus else "cpu"
-    passes = [Pass(group, opened, device, resources.cpus, gpus) for group in groups(todo, WEIGHTS_AT_ONCE[device])]
-    slots = n_gpus() / gpus if gpus else n_cpus() / max(resources.cpus, 1)
-    at_once = 2 * (resources.workers or max(1, int(slots)))
+    opened = cache(ActivationStore)
+    limit = GROUP_BYTES[device] * (min(1, gpus) or 1)
+    passes = [Pass(group, opened, device, resources.cpus, gpus) for group in groups(todo, opened, slots, limit)]
     waiting = deque((one, block) for one in passes for block in one.blocks)
-    running: dict[ray.ObjectRef, Pass] = {}
-    with Progress(f"score {len(passes)} passes", len(waiting), "blocks") as progress:
+    running: dict[ray.ObjectRef, tuple[Pass, int]] = {}
+    total = sum(score.activations.images.n_images for score in todo)
+    with Progress(f"score {len(todo)} cells", total, "images") as progress:
+        board = progress.board()
         while waiting or running:
             # Bounded, so that the statistics in flight do not grow with the number of images.
-            while waiting and len(running) < at_once:
+            while waiting and len(running) < 2 * slots:
                 one, block = waiting.popleft()
-                running[one.submit(block)] = one
+                first, *others = one.submit(block, board)
+                running[first] = one, len(one.scores) * sum(len(piece.images) for piece in block)
+                running |= dict.fromkeys(others, (one, 0))
             # Each of these is an empty result, so that this process never receives the data themselves.
             finished, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
             ray.get(finished)
-            one = running.pop(finished[0])
-            progress.advance(1)
-            if one.n_submitted == len(one.blocks) and one not in running.values():
+            one, images = running.pop(finished[0])
+            progress.advance(images)
+            if one.n_submitted == len(one.blocks) and all(other is not one for other, _ in running.values()):
                 one.write()
 
 
-def groups(todo: Sequence[ScorePlan], weight_bytes: int) -> Iterator[list[ScorePlan]]:
-    """The plans that share a pass: of the same activations and embeddings, with SAEs of at most `weight_bytes`."""
+def groups(
+    todo: Sequence[ScorePlan], opened: Callable[[Folder], ActivationStore], slots: int, limit: float
+) -> Iterator[list[ScorePlan]]:
+    """The plans that share a pass, and so one read: of the same activations and embeddings, within `limit` bytes.
+
+    A store of fewer blocks than `slots` is read several times, so that no slot idles.
+    """
     by_store: dict[tuple[str, str | None], list[ScorePlan]] = {}
     for score in todo:
         embeddings = score.embeddings.step.name if score.embeddings else None
         by_store.setdefault((score.activations.step.name, embeddings), []).append(score)
     for scores in by_store.values():
+        store = opened(scores[0].activations.step.folder)
+        most = -(-len(scores) * max(1, len(image_blocks(store))) // slots)
         group: list[ScorePlan] = []
         for score in scores:
-            if group and sum(one.weight_bytes for one in (*group, score)) > weight_bytes:
+            if group and (len(group) >= most or sum(held_bytes(one, store) for one in (*group, score)) > limit):
                 yield group
                 group = []
             group.append(score)
         yield group
+
+
+def held_bytes(score: ScorePlan, store: ActivationStore) -> int:
+    """What a task holds of one SAE, approximately: its weights, and the entries of a block."""
+    return score.weight_bytes + entry_bytes(score, store)
+
+
+def entry_bytes(score: ScorePlan, store: ActivationStore) -> int:
+    """Of one block: four numbers of eight bytes for every neuron that is active on an image, approximately."""
+    images = largest_block(store)
+    tokens = store.n_rows // max(1, store.n_images)
+    per_token = score.sae.grid_cell.cell.k or TYPICAL_K if score.sae else score.neurons
+    return 32 * images * min(score.neurons, tokens * per_token)
+
+
+@cache
+def largest_block(store: ActivationStore) -> int:
+    """Images."""
+    return max(sum(len(piece.images) for piece in block) for block in image_blocks(store))
 
 
 class Pass:
@@ -118,9 +149,13 @@ class Pass:
         ]
         n_ranges = sum(map(len, self._shapes))
         self._device = device
+        entries = sum(entry_bytes(score, self._activations) for score in scores)
+        self._blocks_per_fold = max(1, min(BLOCKS_PER_FOLD, FOLD_BYTES // max(1, entries)))
         # The vectors in the stored dtype and in float32, and what an encoder makes of them.
-        at_once = 4 * min(PIECE_BYTES, self._activations.n_rows * self._activations.row_bytes)
-        memory = at_most_a_node(PROCESS_BYTES + sum(score.weight_bytes for score in scores) + at_once)
+        read = 4 * min(PIECE_BYTES, self._activations.n_rows * self._activations.row_bytes)
+        # SAEs pass through the host's memory one by one on their way to a GPU.
+        weights = (max if gpus else sum)(score.weight_bytes for score in scores)
+        memory = at_most_a_node(PROCESS_BYTES + weights + entries + read, cpus, gpus)
         self._block = ray.remote(num_cpus=cpus, num_gpus=gpus, memory=memory, num_returns=2 + n_ranges)(block_entries)
         self._fold = ray.remote(num_cpus=cpus, num_returns=2)(folded)
         self._write = ray.remote(num_cpus=0)(written)
@@ -128,17 +163,18 @@ class Pass:
         self._folded: list = [None] * n_ranges
         self._started = time.monotonic()
 
-    def submit(self, block: Sequence[Piece]) -> Any:
-        """Starts one block, in image order, and sometimes a fold; returns what to wait for."""
+    def submit(self, block: Sequence[Piece], board: Any) -> list[Any]:
+        """Starts one block, in image order, and sometimes folds; returns what to wait for."""
         # The parts alone: a task that opened the stores would list all of them.
         parts = {piece.part for piece in block}
         stores = (self._activations.only(parts), self._embeddings and self._embeddings.only(parts))
-        results: Any = self._block.remote(self._saes, self._device, *stores, block)
+        piece = f"{self.scores[0].step.name} {self.n_submitted}"
+        results: Any = self._block.remote(self._saes, self._device, *stores, block, board, piece)
         done, *entries = results
         self._waiting.append(entries)
         self.n_submitted += 1
-        if len(self._waiting) < BLOCKS_PER_FOLD and self.n_submitted < len(self.blocks):
-            return done
+        if len(self._waiting) < self._blocks_per_fold and self.n_submitted < len(self.blocks):
+            return [done]
         waiting, *columns = zip(*self._waiting, strict=True)
         folds: Any = [
             self._fold.remote(stats, shape, *waiting, *column)
@@ -146,7 +182,7 @@ class Pass:
         ]
         self._folded = [stats for _, stats in folds]
         self._waiting = []
-        return folds[0][0]
+        return [done, *(folded for folded, _ in folds)]
 
     def write(self) -> None:
         """Writes the tables and finishes the steps."""
@@ -166,12 +202,20 @@ def block_entries(
     activations: ActivationStore,
     embeddings: ActivationStore | None,
     block: Sequence[Piece],
+    board: Any,
+    piece: str,
 ) -> tuple[BlockImages | Entries | None, ...]:
-    """The task: nothing, to be waited for; one block of images; its entries for every range of neurons of every SAE."""
+    """The task: nothing, to be waited for; one block of images; its entries for every range of neurons of every SAE.
+
+    `board` is told how many images of `piece` are done, each counted for every SAE.
+    """
     import torch
 
     torch.set_num_threads(1)  # the last bits depend on the number of threads
-    images, entries = read_block(_loaded(saes, device), activations, embeddings, block)
+    images, entries = read_block(
+        _loaded(saes, device), activations, embeddings, block, lambda done: board.set.remote(piece, done)
+    )
+    board.set.remote(piece, 0)  # the driver counts it now
     return None, images, *chain(*entries)
 
 
@@ -204,9 +248,15 @@ def written(folder: Folder, *folded: NeuronStats) -> None:
     write_tables(folder, folded)
 
 
-@lru_cache(maxsize=1)
+_saes: dict[tuple, list[SAE | None]] = {}
+"""Those of the last block: the next one most likely needs the same."""
+
+
 def _loaded(folders: tuple[Folder | None, ...], device: str) -> list[SAE | None]:
-    return [folder and load_sae(folder).to(device) for folder in folders]
+    if (folders, device) not in _saes:
+        _saes.clear()  # before others take their memory
+        _saes[folders, device] = [load_sae(folder).to(device) if folder else None for folder in folders]
+    return _saes[folders, device]
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ def run(plan: StudyPlan) -> dict:
     evaluate.run(plan)
     score.run(plan)
     steering.run(plan)
-    pictures.run(plan)
     summary = write_summary(plan)
+    pictures.run(plan)
     make_report(plan)
     if missing:
         say(f"{plan.study.name}: done in {time.monotonic() - started:.0f} s")

@@ -92,7 +92,7 @@ def finish_study(plan: StudyPlan) -> StudyPlan:
 
 def finish_pictures_of(plan: StudyPlan, pictures: PicturesPlan) -> None:
     """By the very functions of the stage."""
-    shown = Shown(plan)
+    shown = Shown(plan, pictures)
     job, sprites = pictures_job(plan, pictures, shown, shown.heat_cells)
     for sprite in sprites:
         make_sprite(job, sprite)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from sae_ray.images.manifest import LABELS_SCHEMA, MANIFEST_SCHEMA
 from sae_ray.report.pictures import HEAT_SCHEMA
-from sae_ray.scores.tables import HISTOGRAM_SCHEMA, SCORES_SCHEMA, TOP_IMAGES_SCHEMA
+from sae_ray.sae import load_sae
+from sae_ray.scores.tables import HISTOGRAM_SCHEMA, SCORES_SCHEMA, TOP_IMAGES_SCHEMA, ScoreTables
 from sae_ray.steering.evaluation import ANSWERS_SCHEMA, CONCEPTS_SCHEMA
 from sae_ray.store.activations import PARTS_SCHEMA, REJECTS_SCHEMA, ActivationStore
-from sae_ray.store.files import Folder
 from sae_ray.store.steps import SCHEMA_VERSIONS, SCRATCH
 from sae_ray.study.root import LAYOUT
 
@@ -51,13 +51,25 @@ def test_every_column_is_named(heading: str, schema: pa.Schema):
     assert set(schema.names) <= named
 
 
-def test_the_example_reads_a_store(small_study: Path, plan_small_study, monkeypatch: pytest.MonkeyPatch):
-    [example] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    store = ActivationStore(plan_small_study(small_study).extracts[0].step.folder)
-    example = example.replace("runs/demo/activations-train-projection-…", store.folder.path)
-    assert os.path.isdir(store.folder.path)
+def test_the_examples_read_what_the_code_writes(small_study: Path, plan_small_study):
+    plan = plan_small_study(small_study)
+    train = next(one for one in plan.trains if one.grid_cell.cell.architecture != "topk")
+    [score, _] = plan.passes(train.grid_cell.name)
+    store = ActivationStore(train.activations.step.folder)
+    folders = {
+        "activations-train-projection-…": store.folder,
+        "sae-projection-…": train.step.folder,
+        "scores-heldout-…": score.step.folder,
+    }
     found: dict = {}
-    exec(example, found)
-    expected = np.concatenate([store.read(number)[2] for number in store.parts])
-    assert np.array_equal(found["vectors"], expected)
-    assert isinstance(store.folder, Folder)
+    for example in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        for name, folder in folders.items():
+            example = example.replace(f"runs/demo/{name}", folder.path)
+        assert "…" not in example
+        exec(example, found)
+    assert np.array_equal(found["vectors"], np.concatenate([store.read(number)[2] for number in store.parts]))
+    sae, tables = load_sae(train.step.folder), ScoreTables(score.step.folder)
+    assert torch.equal(found["codes"], sae.encode(found["x"]))
+    np.testing.assert_array_equal(found["scores"]["ms"].to_numpy(), tables.scores.ms)
+    images = tables.top_images.image[0]
+    assert found["top"]["image_index"].to_pylist() == images[images >= 0].tolist()

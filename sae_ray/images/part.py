@@ -50,16 +50,26 @@ class DecodedPart(NamedTuple):
 
 
 def decode_part(
-    folder: Folder, image_ids: Sequence[str], preparations: Sequence[Preparation], apart: bool = False
+    folder: Folder,
+    image_ids: Sequence[str],
+    preparations: Sequence[Preparation],
+    apart: bool = False,
+    after_image: Callable[[int], None] = lambda done: None,
 ) -> DecodedPart:
     """Reads and decodes images. One that cannot be read is rejected with a short, stable reason.
 
-    `apart` decodes in a process of its own, slowly: an image that ends it is rejected, and costs only that process.
+    Args:
+        folder: where they are.
+        image_ids: paths below it.
+        preparations: what each encoder wants done to them.
+        apart: decode in a process of its own, slowly: an image that ends it is rejected, and costs only that process.
+        after_image: called with the number of images done.
     """
     accepted, rejects = [], []
     pixels: list[list[np.ndarray]] = [[] for _ in preparations]
     with _apart(preparations) if apart else nullcontext(partial(_prepared, preparations)) as prepared:
         for place, coming in enumerate(_read_ahead(folder, image_ids)):
+            after_image(place)
             try:
                 arrays = prepared(coming.result())
             except BadImage as error:
@@ -99,14 +109,14 @@ def _read_ahead(folder: Folder, image_ids: Sequence[str]) -> Iterator[Future[byt
     with ThreadPoolExecutor(READS_AT_ONCE) as readers:
         waiting: deque[Future[bytes]] = deque()
         for image_id in image_ids:
-            waiting.append(readers.submit(_read, folder, image_id))
+            waiting.append(readers.submit(read_file, folder, image_id))
             if len(waiting) > READS_AT_ONCE:
                 yield waiting.popleft()
         yield from waiting
 
 
-def _read(folder: Folder, image_id: str) -> bytes:
-    """Raises BadImage if the file cannot be read; what may pass is tried again."""
+def read_file(folder: Folder, image_id: str) -> bytes:
+    """The bytes of an image. Raises BadImage if the file cannot be read; what may pass is tried again."""
     waits = iter(RETRY_SECONDS)
     while True:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,6 @@ from sae_ray.report.neurons import Neurons
 from sae_ray.store.files import Folder
 
 if TYPE_CHECKING:
-    import torch
     from jaxtyping import Float, Int
     from torch import Tensor
 
@@ -93,36 +92,42 @@ class HeatMaker:
         from sae_ray.sae import load_sae
 
         self.site = Site("residual", cell.layer, "all")
-        self._latents = np.array(cell.latents, dtype=np.int64)
-        self._sae = load_sae(cell.sae).to(encoder.device)
+        self._codes = codes_of(load_sae(cell.sae).to(encoder.device), np.array(cell.latents, dtype=np.int64))
         self._n_cls = int(encoder.info.has_cls)
 
     def maps(
         self, activation: Float[Tensor, "rows d_in"], n_images: int
     ) -> Float[np.ndarray, "images patches latents"]:
         """Of a batch whose rows are sorted by image and token."""
-        codes = codes_of(self._sae, activation, self._latents).reshape(n_images, -1, len(self._latents))
-        return codes[:, self._n_cls :].cpu().numpy()
+        codes = self._codes(activation)
+        return codes.reshape(n_images, -1, codes.shape[1])[:, self._n_cls :].cpu().numpy()
 
 
-def codes_of(sae: SAE, x: Float[Tensor, "n d_in"], latents: Int[np.ndarray, " latents"]) -> torch.Tensor:
-    """The codes of a few latents, [n, latents]; all others are computed only where they compete with them."""
+def codes_of(sae: SAE, latents: Int[np.ndarray, " latents"]) -> Callable[[Tensor], Tensor]:
+    """Makes what computes the codes of a few latents: activations `[n, d_in]` to codes `[n, latents]`.
+
+    It keeps and computes the other latents only where they compete with these.
+    """
     import torch
 
     where = torch.from_numpy(latents).to(sae.device)
-    if sae.kind.latents_compete:
-        codes = sae.encode_sparse(x)
-        place = torch.full((sae.d_sae,), -1, device=sae.device)
-        place[where] = torch.arange(len(where), device=sae.device)
-        kept = place[codes.latents] >= 0
+    if not sae.kind.latents_compete:
+        few = replace(
+            sae,
+            W_enc=sae.W_enc[:, where],
+            W_dec=sae.W_dec[where],
+            b_enc=sae.b_enc[where],
+            threshold=None if sae.threshold is None else sae.threshold[where],
+        )
+        return few.encode
+    place = torch.full((sae.d_sae,), -1, device=sae.device)
+    place[where] = torch.arange(len(where), device=sae.device)
+
+    def codes(x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n latents"]:
+        active = sae.encode_sparse(x)
+        kept = place[active.latents] >= 0
         found = torch.zeros(len(x), len(where), device=sae.device)
-        found[codes.rows[kept], place[codes.latents[kept]]] = codes.values[kept].to(found.dtype)
+        found[active.rows[kept], place[active.latents[kept]]] = active.values[kept].to(found.dtype)
         return found
-    part = replace(
-        sae,
-        W_enc=sae.W_enc[:, where],
-        W_dec=sae.W_dec[where],
-        b_enc=sae.b_enc[where],
-        threshold=None if sae.threshold is None else sae.threshold[where],
-    )
-    return part.encode(x)
+
+    return codes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -58,15 +59,16 @@ def shown_cells(plan: StudyPlan) -> list[str]:
     return [name for name in names if all(map(_is_done, plan.passes(name)))]
 
 
-def read_neurons(plan: StudyPlan) -> list[Neurons]:
-    """The neurons of each of `shown_cells`."""
+def read_neurons(plan: StudyPlan, names: Collection[str] | None = None) -> list[Neurons]:
+    """The neurons of each of `shown_cells`, or of those of them that are named."""
     images = plan.images[plan.study.scoring.pictures]
-    passes = map(plan.passes, shown_cells(plan))
+    passes = [plan.passes(name) for name in shown_cells(plan) if names is None or name in names]
     return [_read(score, pictures, images, plan.study.scoring.min_images) for score, pictures in passes]
 
 
 def _is_done(score: ScorePlan) -> bool:
-    return score.step.finished and score.step.failure is None
+    record = score.step.record()
+    return record is not None and record["status"] == "done"
 
 
 def _read(score: ScorePlan, pictures: ScorePlan, images: ImagePlan, min_images: int) -> Neurons:

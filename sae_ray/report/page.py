@@ -170,7 +170,8 @@ def _tiles(
 def _missing(plan: StudyPlan) -> list[str]:
     """Notes on failed steps, and on results that are missing because their step is not done."""
     notes = [f"{train.grid_cell.name} failed: {train.step.failure}" for train in plan.trains if train.step.failure]
-    missing = [step for step in plan.steps if not step.finished]
+    # The pictures of all cells may be missing where those of the finished ones are shown.
+    missing = [step for step in plan.steps if step is not plan.pictures.step and not step.finished]
     if missing:
         labels = ", ".join(step.label for step in missing[:6]) + (", …" if len(missing) > 6 else "")
         notes.append(

@@ -7,8 +7,9 @@ maps of a sprite's images, and `parts/<n>.json`, written last, makes the sprite 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow as pa
 
 from sae_ray.encoders import load_preprocess
 from sae_ray.images import BadImage, decode_image
+from sae_ray.images.part import READS_AT_ONCE, read_file
 from sae_ray.report.album import SIDE, Album, sprite_of, thumbnail_size
 from sae_ray.report.heat import HeatCell, HeatMaker, HeatMaps, heat_cells
 from sae_ray.report.neurons import Neurons, read_neurons
@@ -38,12 +40,12 @@ HEAT_SCHEMA = pa.schema(
 
 
 class Shown:
-    """What a report shows of a study's finished steps."""
+    """What a report shows: the cells of some pictures, and steering with them."""
 
-    def __init__(self, plan: StudyPlan):
-        self.cells: list[Neurons] = read_neurons(plan)
-        names = {cell.name for cell in self.cells}
-        self.steering: list[SteeringResult] = [one for one in read_steering(plan) if one.plan.name in names]
+    def __init__(self, plan: StudyPlan, pictures: PicturesPlan):
+        self.cells: list[Neurons] = read_neurons(plan, {score.name for score in pictures.scores})
+        steered = {one.name for one in pictures.steerings}
+        self.steering: list[SteeringResult] = [one for one in read_steering(plan) if one.plan.name in steered]
         self.album = Album(list(plan.images.values()), [*self._answered(), *self._in_turn()])
 
     @property
@@ -98,10 +100,6 @@ class PicturesJob:
     """Of the image sets."""
     cells: tuple[HeatCell, ...]
 
-    @cached_property
-    def preprocess(self) -> Callable:
-        return load_preprocess(self.model, self.revision)
-
 
 def pictures_job(
     plan: StudyPlan, pictures: PicturesPlan, shown: Shown, cells: Sequence[HeatCell]
@@ -145,19 +143,27 @@ def make_sprite(
 
     Raises UsageError if the encoder cannot be loaded.
     """
-    pixels = [_pixels(job.folders[images], image_id, job.preprocess) for images, image_id in sprite.images]
+    preprocess = _preprocess(job.model, job.revision)
+    with ThreadPoolExecutor(READS_AT_ONCE) as readers:
+        reads = [readers.submit(read_file, job.folders[images], image_id) for images, image_id in sprite.images]
+        pixels = [_pixels(read, preprocess) for read in reads]
     rows = list(_heat_rows(job, sprite, pixels, device, after_batch))
     job.step.write_parquet(f"parts/{sprite.number}.parquet", pa.Table.from_pylist(rows, HEAT_SCHEMA))
     job.step.write_bytes(f"sprites/{sprite.number}.jpg", sprite_of(pixels, job.size))
     job.step.write_json(f"parts/{sprite.number}.json", {"missing": sum(one is None for one in pixels)})
 
 
-def _pixels(folder: Folder, image_id: str, preprocess: Callable) -> np.ndarray | None:
+def _pixels(read: Future[bytes], preprocess: Callable) -> np.ndarray | None:
     """The image as the encoder sees it; None if it can no longer be read."""
     try:
-        return preprocess(decode_image(folder.read_bytes(image_id)))
-    except (BadImage, OSError):
+        return preprocess(decode_image(read.result()))
+    except BadImage:
         return None
+
+
+@lru_cache(maxsize=1)
+def _preprocess(model: str, revision: str | None) -> Callable:
+    return load_preprocess(model, revision)
 
 
 def _heat_rows(

@@ -13,12 +13,13 @@ from sae_ray.errors import SaeRayError
 from sae_ray.report.album import MOST
 from sae_ray.report.data import WITH_NEIGHBOURS, write_captions, write_cell
 from sae_ray.report.heat import HeatMaps
+from sae_ray.report.neurons import shown_cells
 from sae_ray.report.page import ASSETS, render
 from sae_ray.report.pictures import Shown, read_heat
 from sae_ray.report.steering import write_steering
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, digest, hold
-from sae_ray.study.plan import StudyPlan
+from sae_ray.study.plan import PicturesPlan, StudyPlan
 from sae_ray.study.summary import summarise
 
 REPORT = "report"
@@ -67,8 +68,9 @@ def _program() -> str:
 
 
 def _make(plan: StudyPlan, made: Path) -> None:
-    rows, shown = summarise(plan), Shown(plan)
-    heat, n_missing = _pictures(plan, shown, made)
+    rows, pictures = summarise(plan), plan.pictures_of(shown_cells(plan))
+    shown = Shown(plan, pictures)
+    heat, n_missing = _pictures(plan, pictures, shown, made)
     data = made / "data"
     write_captions(data, shown.album)
     for cell in shown.cells:
@@ -83,13 +85,12 @@ def _make(plan: StudyPlan, made: Path) -> None:
         shutil.copyfile(ASSETS / name, made / name)
 
 
-def _pictures(plan: StudyPlan, shown: Shown, made: Path) -> tuple[dict[str, HeatMaps], int]:
+def _pictures(plan: StudyPlan, pictures: PicturesPlan, shown: Shown, made: Path) -> tuple[dict[str, HeatMaps], int]:
     """Copies the sprites; returns the heat maps of each cell, and how many images have no thumbnail."""
     sprites = made / "sprites"
     sprites.mkdir(parents=True)
     if not shown.cells:
         return {}, 0
-    pictures = plan.pictures_of([cell.name for cell in shown.cells])
     record = pictures.step.record()
     if record is None:
         raise SaeRayError(f"{pictures.step.label} does not exist yet; run the pictures stage first")

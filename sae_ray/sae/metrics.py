@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor
@@ -136,9 +136,11 @@ def evaluate(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) -> Fidelity:
     return fidelity
 
 
-def evaluate_store(sae: SAE, store: ActivationStore) -> Fidelity:
-    """Fidelity on all activations of a store."""
-    return evaluate(sae, _batches(store, store.n_rows))
+def evaluate_store(
+    sae: SAE, store: ActivationStore, after_piece: Callable[[int], None] = lambda rows: None
+) -> Fidelity:
+    """Fidelity on all activations of a store. `after_piece` is called with the number of activations done."""
+    return evaluate(sae, _batches(store, store.n_rows, after_piece))
 
 
 def measure_latents(saes: Sequence[SAE], store: ActivationStore) -> list[LatentStatistics]:
@@ -153,13 +155,17 @@ def measure_latents(saes: Sequence[SAE], store: ActivationStore) -> list[LatentS
     return [own.statistics() for own in sums]
 
 
-def _batches(store: ActivationStore, n_rows: int) -> Iterator[Float[Tensor, "n d_in"]]:
+def _batches(
+    store: ActivationStore, n_rows: int, after_piece: Callable[[int], None] = lambda rows: None
+) -> Iterator[Float[Tensor, "n d_in"]]:
     """The first rows of a store, in float32."""
+    left = n_rows
     for number in store.parts:
         for images in store.pieces(number):
-            rows = torch.tensor(store.read(number, images)[2][:n_rows])
+            rows = torch.tensor(store.read(number, images)[2][:left])
             for batch in rows.split(ROWS_PER_BATCH):
                 yield batch.float()
-            n_rows -= len(rows)
-            if n_rows == 0:
+            left -= len(rows)
+            after_piece(n_rows - left)
+            if left == 0:
                 return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -58,7 +58,11 @@ def n_neurons(sae: SAE | None, store: ActivationStore) -> int:
 
 
 def read_block(
-    saes: Sequence[SAE | None], store: ActivationStore, embeddings: ActivationStore | None, block: Sequence[Piece]
+    saes: Sequence[SAE | None],
+    store: ActivationStore,
+    embeddings: ActivationStore | None,
+    block: Sequence[Piece],
+    after_sae: Callable[[int], None] = lambda done: None,
 ) -> tuple[BlockImages, list[list[Entries]]]:
     """One block of images, which is read once, and for every SAE its entries for each range of `neuron_blocks`.
 
@@ -66,6 +70,7 @@ def read_block(
         saes: on one device; None stands for the raw coordinates of the activation.
         embeddings: the judge's, of the same images; None collects everything except the score.
         block: one of `image_blocks`.
+        after_sae: called with the number of images done, each counted for every SAE.
 
     Raises:
         UsageError: an SAE takes activations of another width.
@@ -80,8 +85,9 @@ def read_block(
     for number, places in block:
         row_index, _, activation = store.read(number, places)
         images, row_image = np.unique(row_index, return_inverse=True)
-        for own, entries in zip(found, _encoded(saes, activation, row_image), strict=True):
-            own.append(entries._replace(image=entries.image + n_seen))
+        for place, entries in enumerate(_encoded(saes, activation, row_image)):
+            found[place].append(entries._replace(image=entries.image + n_seen))
+            after_sae(n_seen * len(saes) + (place + 1) * len(images))
         image_index.append(images)
         n_seen += len(images)
         if embeddings is not None:

@@ -39,6 +39,8 @@ SCHEMA_VERSIONS = {
 RECORD = "step.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
+_HELD: dict[Folder, str] = {}
+"""Folders of the steps that this process has locked -> the name of its lock there."""
 SCRATCH = ("checkpoints", "calibration", "answers", "parts", "attempts")
 """Folders that are only needed until a step is finished."""
 
@@ -77,9 +79,8 @@ class Step:
         Raises SaeRayError if the directory is torn (a file listed in `step.json` is missing or has another size) or was
         written by another schema version.
         """
-        if not self.folder.exists(RECORD):
-            return None
-        return read_record(self.folder)
+        found = _record(self.folder)
+        return None if found is None else _checked(self.folder, found)
 
     def status(self) -> Status:
         try:
@@ -117,7 +118,12 @@ class Step:
             seconds: the time spent in this process.
             counts: the results to record; NaN and infinity become null.
             ran: what it ran on, such as workers and devices; not part of the name.
+
+        Raises SaeRayError if this process held a lock of the step which has vanished.
         """
+        lock = _HELD.get(self.folder)
+        if lock is not None and not self.folder.exists(lock):
+            raise _lost(self.folder)
         files = {name: size for name, size in self.folder.files(recursive=True).items() if not _is_housekeeping(name)}
         record = {
             "schema_version": SCHEMA_VERSIONS[self.stage],
@@ -143,12 +149,20 @@ def read_record(folder: Folder) -> dict:
 
     Raises SaeRayError if the step is not finished, torn or of another schema version.
     """
+    record = _record(folder)
+    if record is None:
+        raise SaeRayError(f"{folder} is not a finished step: it has no {RECORD}; run its stage to the end first")
+    return _checked(folder, record)
+
+
+def _record(folder: Folder) -> Any:
     try:
-        record = folder.read_json(RECORD)
+        return folder.read_json(RECORD)
     except FileNotFoundError:
-        raise SaeRayError(
-            f"{folder} is not a finished step: it has no {RECORD}; run its stage to the end first"
-        ) from None
+        return None
+
+
+def _checked(folder: Folder, record: Any) -> dict:
     stage, found = (record.get(key) if isinstance(record, dict) else None for key in ("stage", "schema_version"))
     known = SCHEMA_VERSIONS.get(str(stage))
     if found is None or found != known:
@@ -178,6 +192,9 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
     lock = f"lock-{uuid.uuid4().hex}.json"
     owner = {**_surroundings(), "pid": os.getpid()}
     stop, lost = threading.Event(), threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        # Processes that Ray starts, such as a submitted driver, have it blocked.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
@@ -197,6 +214,8 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
             # Written before checking, so that at least one of two drivers sees the other.
             held.append(step)
             step.folder.write_json(lock, owner | {"time": time.time()})
+            _HELD[step.folder] = lock
+            _remove_dead_locks(step.folder)
             others = [other for name, other in live_locks(step.folder).items() if name != lock]
             if others:
                 raise SaeRayError(
@@ -207,36 +226,42 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if lost.is_set():
-            raise SaeRayError(
-                f"a lock of this driver under {steps[0].root} has vanished: another driver took over, or somebody "
-                "deleted it; nothing more is written. Run again once the other driver has ended"
-            ) from None
+            raise _lost(steps[0].root) from None
         raise
     finally:
         stop.set()
         if heartbeat.is_alive():
             heartbeat.join()
         for step in held:
+            _HELD.pop(step.folder, None)
             step.folder.delete(lock)
             if not step.folder.files(recursive=True):
                 step.root.delete(step.name)
 
 
+def _lost(where: Folder) -> SaeRayError:
+    return SaeRayError(
+        f"a lock of this driver under {where} has vanished: another driver took over, or somebody deleted it; nothing "
+        "more is written. Run again once the other driver has ended"
+    )
+
+
 def live_locks(folder: Folder) -> dict[str, dict]:
-    """Lock file -> its owner, for owners that are still alive. Locks of dead owners are removed."""
-    live = {}
-    for name in folder.files():
-        if not (name.startswith("lock-") and name.endswith(".json")):
-            continue
-        try:
-            owner = folder.read_json(name)
-        except (FileNotFoundError, SaeRayError):
-            continue  # released, or about to be written
-        if _is_alive(owner):
-            live[name] = owner
-        else:
+    """Lock file -> its owner, for owners that are still alive."""
+    return {name: owner for name, owner in _locks(folder) if _is_alive(owner)}
+
+
+def _remove_dead_locks(folder: Folder) -> None:
+    for name, owner in _locks(folder):
+        if not _is_alive(owner):
             folder.delete(name)
-    return live
+
+
+def _locks(folder: Folder) -> Iterator[tuple[str, dict]]:
+    for name in folder.files():
+        if name.startswith("lock-") and name.endswith(".json"):
+            with suppress(FileNotFoundError, SaeRayError):  # released, or about to be written
+                yield name, folder.read_json(name)
 
 
 def _surroundings() -> dict[str, Any]:

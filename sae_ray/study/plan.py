@@ -431,14 +431,19 @@ class StudyPlan:
         return self._pictures(self.scores, self.steerings)
 
     def pictures_of(self, names: Collection[str]) -> PicturesPlan:
-        """Of a report on some cells (`ScorePlan.name`). Cells whose SAE failed are never shown, so they make no
-        difference."""
+        """Of a report on some cells (`ScorePlan.name`), and on as much of steering as is finished.
 
-        def counts(score: ScorePlan) -> bool:
-            return score.name in names or (score.sae is not None and bool(score.sae.step.failure))
+        Cells whose SAE failed are never shown, so they make no difference.
+        """
 
-        scores = [score for score in self.scores if counts(score)]
-        return self._pictures(scores, [one for one in self.steerings if counts(one.scores)])
+        def failed(score: ScorePlan) -> bool:
+            return score.sae is not None and bool(score.sae.step.failure)
+
+        def shown(one: SteeringPlan) -> bool:
+            return one.name in names and one.step.finished
+
+        scores = [score for score in self.scores if score.name in names or failed(score)]
+        return self._pictures(scores, [one for one in self.steerings if shown(one) or failed(one.scores)])
 
     @cached_property
     def text_space(self) -> ExtractPlan:

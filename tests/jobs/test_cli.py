@@ -211,7 +211,8 @@ def test_a_root_remembers_its_study(finished, make_plan, tmp_path):
 @pytest.mark.ray
 def test_a_healthy_run_prints_only_its_own_lines(ran):
     ours = re.compile(
-        r"(extract train and heldout \(projection\)|train \d+ SAEs|evaluate \d+ SAEs|score \d+ passes|report|small): "
+        r"(extract train and heldout \(projection\)|train \d+ SAEs|evaluate \d+ SAEs|score \d+ cells|pictures|report|"
+        r"small): "
         r"(\d|done in \d)"
     )
     assert [line for line in ran.stderr.splitlines() if not ours.match(line)] == []

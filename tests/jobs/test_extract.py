@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import signal
@@ -9,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from PIL import Image
 from sae_ray.jobs import extract
+from sae_ray.jobs.progress import Board
 
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.sites import Site
@@ -19,7 +20,6 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import decode_image
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
-from sae_ray.study.root import remember
 
 
 def rows(folder: Folder) -> list[tuple[int, int, bytes]]:
@@ -46,28 +46,6 @@ def test_activations_are_those_of_the_encoder(extracted, make_plan, world):
     pixels = torch.from_numpy(np.stack([preprocess(image) for image in images]))
     expected = encoder.tap(pixels, [chosen.site], [ids[i] for i in index], seed=0)[chosen.site].activation
     np.testing.assert_allclose(activation.astype(np.float32), expected.numpy(), rtol=2e-3, atol=2e-3)
-
-
-def test_a_killed_run_resumes_with_identical_values(extracted, make_plan, kill_driver_when, tmp_path):
-    root = tmp_path / "root"
-    plan = make_plan(root)
-    train = next(e for e in plan.extracts if e.images.name == "train")
-    remember(plan)
-
-    parts = root / train.step.name / "parts"
-    two = ["--set", "resources.extract.workers=2"]
-    kill_driver_when(["extract", "--root", str(root), *two], lambda: len(list(parts.glob("*.json"))) >= 2)
-    survived = {json.loads(path.read_text())["file"] for path in parts.glob("*.json")}
-    assert 2 <= len(survived) < 10
-    assert train.step.status() == "partial"
-
-    extract.run(plan)
-    for one, reference in zip(plan.extracts, make_plan(extracted).extracts, strict=True):
-        assert rows(one.step.folder) == rows(reference.step.folder)
-    listed = {part.file for part in ActivationStore(train.step.folder).parts.values()}
-    assert survived <= listed, "a finished part was done again"
-    assert not parts.exists()
-    assert {f"data/{path.name}" for path in (root / train.step.name / "data").iterdir()} == listed
 
 
 def test_images_decoded_in_tasks_of_their_own_give_identical_values(ray_cluster, extracted, make_plan, tmp_path):
@@ -124,7 +102,7 @@ def test_bad_images_become_rejects(ray_cluster, make_plan, world, tmp_path):
     assert {ids[i] for i in range(len(ids))} - {ids[i] for i in stored} == set(rejects["image_id"])
 
 
-def test_a_file_that_may_not_be_read_is_a_reject(world, tmp_path):
+def test_a_file_that_may_not_be_read_is_a_reject(ray_cluster, world, tmp_path):
     class Locked(Folder):
         """Whoever runs the tests may read everything, as root."""
 
@@ -134,9 +112,10 @@ def test_a_file_that_may_not_be_read_is_a_reject(world, tmp_path):
             return super().read_bytes(name)
 
     names = [str(path.relative_to(world)) for path in sorted((world / "heldout").rglob("*.png"))[:12]]
+    board = ray.remote(Board).remote()
     step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
     job = extract.EncoderJob(f"{world}/clip", None, "float32", None, {"train": [step]})
-    decode = extract.PartDecoder({"train": Locked(str(world))}, [job], "run")
+    decode = extract.PartDecoder({"train": Locked(str(world))}, [job], "run", board)
     batch = decode(pa.table({"images": ["train"], "part": [0], "image_ids": [names]}))
     locked = [name for name in names if name.endswith("0.png")]
     assert batch["rejects"][0].as_py() == [{"image_id": name, "reason": "no permission to read it"} for name in locked]

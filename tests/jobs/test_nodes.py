@@ -38,7 +38,7 @@ def lose() -> None:
     while not all(folder.files() for folder in checkpoints):
         time.sleep(0.02)
     actors = state.actor_table(None, actor_state_name="ALIVE").values()
-    [lost] = {one["Address"]["NodeID"] for one in actors if "Worker" in one["ActorClassName"]}
+    [lost] = {one["Address"]["NodeID"] for one in actors if one["ActorClassName"] == "RayTrainWorker"}
     cluster.remove_node(nodes[lost], allow_graceful=False)
     print(json.dumps(lost), flush=True)  # what the test reads
 
@@ -62,7 +62,7 @@ def test_a_node_lost_in_training_costs_neither_run_nor_bits(extracted, make_plan
             [sys.executable, "-c", LOSE_A_NODE, given], capture_output=True, text=True, timeout=2 * PATIENCE_S
         )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]), "no node was lost"
+    assert [line for line in done.stdout.splitlines() if line.startswith(chr(34))], "no node was lost"
     plan = make_plan(root, **SLOW)
     assert_equal_weights(plan, reference)
     for one in plan.trains:

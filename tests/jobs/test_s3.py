@@ -10,6 +10,7 @@ import pytest
 from pyarrow.fs import LocalFileSystem, copy_files
 from sae_ray.jobs import study
 
+from sae_ray.store.activations import ActivationStore, finished_parts, read_parts
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
@@ -61,15 +62,21 @@ def test_a_killed_study_in_a_store_resumes_to_the_bits_of_the_local_one(
     plan = StudyPlan(Study.from_dict(study_values, overrides), Folder(bucket.format("root")))
     local = make_plan(finished)
     remember(plan)
-    trained = [one.step.folder for one in plan.trains]
-    kill_driver_when(["run", "--root", plan.root.uri], lambda: any((one / "checkpoints").files() for one in trained))
-    assert all(one.step.finished for one in plan.extracts)
-    assert not any(one.step.finished for one in plan.evaluations)
+    step = next(one.step for one in plan.extracts if one.images.name == "train")
+    two = ["--set", "resources.extract.workers=2"]
+    kill_driver_when(["run", "--root", plan.root.uri, *two], lambda: len(finished_parts(step.folder)) >= 2)
+    survived = {part.file for part in read_parts(step.folder)}
+    assert 2 <= len(survived) < 10
+    assert step.status() == "partial"
 
-    study.run(plan)
-    said = capsys.readouterr().err
-    assert "s3://study/root" in said
-    assert "testing" not in said, "no key is shown"
+    summary = study.run(plan)
+    listed = {part.file for part in ActivationStore(step.folder).parts.values()}
+    assert survived <= listed, "a finished part was done again"
+    assert not finished_parts(step.folder), "the markers are no longer needed"
+    assert {f"data/{name}" for name in (step.folder / "data").files()} == listed
+    shown = f"{study.summary_text(plan, summary)}{summary}{capsys.readouterr().err}"
+    assert "s3://study/root" in shown
+    assert "testing" not in shown, "no key is shown"
     for ours, theirs in zip(plan.steps, local.steps, strict=True):
         assert ours.name == theirs.name
         mine, other = contents(ours.folder), contents(theirs.folder)

@@ -8,6 +8,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ from sae_ray.sae.architectures import ARCHITECTURES
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, hold
-from sae_ray.study.plan import ImagePlan, PicturesPlan, StudyPlan
+from sae_ray.study.plan import ImagePlan, StudyPlan
 from sae_ray.study.summary import summarise
 from sae_ray.study.survey import SurveyedImages
 from tests.small_study import DEAD, LABELS, STEERED, finish_pictures_of
@@ -199,7 +200,9 @@ def test_thumbnails_are_small_and_keep_their_shape(image_size: tuple[int, int], 
 
 
 def heat_maps(plan: StudyPlan, cells: list[HeatCell], folder: Path, device: str = "cpu") -> dict[str, HeatMaps]:
-    shown, pictures = Shown(plan), PicturesPlan([], [], Step(Folder(folder), "pictures", "pictures", {}))
+    step = Step(Folder(folder), "pictures", "pictures", {})
+    pictures = replace(plan.pictures, step=step)
+    shown = Shown(plan, pictures)
     job, sprites = pictures_job(plan, pictures, shown, cells)
     for sprite in sprites:
         make_sprite(job, sprite, device)
@@ -266,7 +269,7 @@ def test_codes_of_a_few_latents_are_those_of_all(architecture, device: str):
     )
     x = torch.randn(40, 6, generator=generator)
     latents = np.array([7, 0, 19])
-    found = codes_of(sae.to(device), x.to(device), latents)
+    found = codes_of(sae.to(device), latents)(x.to(device))
     assert found.device.type == device
     torch.testing.assert_close(found.cpu(), sae.encode(x)[:, latents])
 
@@ -460,6 +463,16 @@ def test_what_is_missing_is_said(copy: StudyPlan, plan_small_study: Plan):
     assert score.step.label in page
     assert "pooled-batch_topk-x2-k4 failed: step 7: the loss is nan" in page
     assert not (Path((copy.root / "report").path) / "data" / MATRYOSHKA).exists()
+
+
+def test_a_report_does_not_wait_for_steering(copy: StudyPlan):
+    assert copy.pictures_of(shown_cells(copy)).step.name == copy.pictures.step.name
+    for one in copy.steerings:
+        shutil.rmtree(one.step.folder.path)
+    assert copy.pictures_of(shown_cells(copy)).step.name != copy.pictures.step.name
+    assert make_report(copy)
+    page = (Path((copy.root / "report").path) / "index.html").read_text()
+    assert f"{len(copy.steerings)} of {len(list(copy.steps))} steps are not done" in page
 
 
 def test_a_study_that_has_not_begun_has_a_report(plan_small_study: Plan, tmp_path: Path):

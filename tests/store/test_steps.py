@@ -276,6 +276,43 @@ def test_a_driver_whose_lock_has_vanished_stops(step: Step, monkeypatch: pytest.
     assert step.folder.files() == {"half": 1}, "no lock is left that would keep the other driver out"
 
 
+def test_a_step_is_not_finished_by_a_driver_whose_lock_has_vanished(step: Step):
+    with hold([step]):
+        step.folder.write_bytes("weights", b"1")
+        [lock] = [name for name in step.folder.files() if name.startswith("lock-")]
+        step.folder.delete(lock)
+        with pytest.raises(SaeRayError, match="has vanished"):
+            step.finish(0.0, {})
+    assert step.folder.files() == {"weights": 1}
+
+
+def test_a_driver_with_blocked_signals_stops_too(step: Step):
+    """As one that `ray job submit` starts."""
+    code = """
+import signal, sys, threading, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+from sae_ray.store import steps
+from sae_ray.store.files import Folder
+steps.HEARTBEAT_SECONDS = 0.05
+step = steps.Step(Folder(sys.argv[1]), "train", "x", {})
+with steps.hold([step]):
+    for name in step.folder.files():
+        step.folder.delete(name)
+    time.sleep(60)
+    print("it went on")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(step.root)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "has vanished" in done.stderr
+    assert done.stdout == ""
+
+
+def test_looking_at_a_step_removes_no_lock(step: Step):
+    step.folder.write_json("lock-a.json", {"host": "elsewhere", "pid": 1, "time": 0.0})
+    assert step.status() == "partial"
+    assert "lock-a.json" in step.folder.files()
+
+
 def test_a_lock_is_let_go_when_the_work_fails(step: Step):
     step.folder.write_bytes("half", b"1")
     with pytest.raises(ZeroDivisionError), hold([step]):
