@@ -70,3 +70,23 @@ def test_pictures_may_come_from_the_training_images(ray_cluster, finished, make_
 def test_what_is_missing_is_named(ray_cluster, extracted, make_plan):
     with pytest.raises(SaeRayError, match=r"sae-projection-batch_topk-x2-k4 does not exist yet; run the train stage"):
         score.run(make_plan(extracted))
+
+
+def test_saes_share_a_read_where_no_slot_idles_for_it(finished, make_plan):
+    plan = make_plan(finished, **{"grid.expansions": [1, 2, 4], "grid.k": [2, 4]})
+    todo = plan.scores
+    assert len(todo) == 1 + 2 * 3 * 2
+
+    def sizes(slots: int, limit: float = 1e12) -> list[int]:
+        found = list(score.groups(todo, ActivationStore, slots, limit))
+        assert [one for group in found for one in group] == todo
+        return [len(group) for group in found]
+
+    assert sizes(slots=1) == [13]  # one block
+    assert sizes(slots=4) == [4, 4, 4, 1]
+    assert sizes(slots=100) == [1] * 13
+    store = ActivationStore(todo[0].activations.step.folder)
+    limit = 3 * max(score.held_bytes(one, store) for one in todo)
+    for group in score.groups(todo, ActivationStore, 1, limit):
+        assert sum(score.held_bytes(one, store) for one in group) <= limit
+    assert sizes(slots=1, limit=1) == [1] * 13  # one at least
