@@ -22,7 +22,12 @@ from sae_ray.world import write_world
 WORLD_IMAGES, VIT_IMAGES, HELDOUT = 2000, 300, 100
 DONE = re.compile(r"^(\w[\w ]*?)(?: (?:train|heldout|and|\d|\().*)?: done in ([\d.]+) s$", re.MULTILINE)
 """What each stage says at its end."""
-TRAINING = ["training.steps=300", "training.warmup_steps=30", "training.threshold_start_step=100"]
+TRAINING = [
+    "training.batch_size=512",
+    "training.steps=300",
+    "training.warmup_steps=30",
+    "training.threshold_start_step=100",
+]
 
 
 def main() -> None:
@@ -63,7 +68,7 @@ def run(world: Path, encoder: str, site: str) -> tuple[float, list[tuple[str, st
         study = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
         while study.poll() is None:
             peak = max(peak, largest(psutil.Process(study.pid)))
-            time.sleep(0.3)
+            time.sleep(1)
         seconds = time.perf_counter() - started
         said.seek(0)
         text = said.read()

@@ -54,6 +54,7 @@ def main() -> None:
         write_world(f"{scratch}/world", n_train=20, n_heldout=10)
         for where, root in (("disk", f"{scratch}/root"), ("S3", bucket)):
             simulate(Folder(root), f"{scratch}/world")
+            print(f"simulated on {where}", flush=True)
             tables.append(commands(where, root, n_requests if where == "S3" else None))
     tables += [all_tokens(), shuffled()]
     record("scale", tables)

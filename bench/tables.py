@@ -29,6 +29,7 @@ def section(results: Path, name: str) -> str:
     result = json.loads(file.read_text(encoding="utf-8"))
     tables = [f"**{one['title']}**\n\n{table(one['columns'], one['rows'])}" for one in result["tables"]]
     facts = result["facts"]
+    command = facts.get("command", command)
     machine = ", ".join(f"{fact.replace('_', ' ')} {facts[fact]}" for fact in MACHINE if fact in facts)
     return "\n\n".join([*tables, f"Measured by `{command}`: {machine}."])
 

@@ -84,7 +84,7 @@ def write_part(folder: Folder, number: int, rows: Rows, rejects: Sequence[tuple[
     file = f"data/{name}-{uuid.uuid4().hex[:8]}.parquet"
     # Hardly a vector occurs twice, and nobody asks for the smallest and largest number of a row group.
     plain: Any = ["image_index", "token"]
-    with folder.filesystem.open_output_stream(_made(folder, file)) as sink:
+    with folder.filesystem.open_output_stream(folder.path_to_write(file)) as sink:
         pq.write_table(
             rows.table(),
             sink,
@@ -253,9 +253,3 @@ def _vectors(table: pa.Table) -> np.ndarray:
     column = table["activation"].combine_chunks()
     width = table.schema.field("activation").type.list_size
     return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-
-
-def _made(folder: Folder, name: str) -> str:
-    path = folder.path_of(name)
-    folder.filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-    return path

@@ -16,6 +16,9 @@ from pyarrow import fs
 
 from sae_ray.errors import SaeRayError, UsageError
 
+OBJECT_STORES = ("s3", "gcs", "abfs")
+"""As pyarrow names them."""
+
 
 class Folder:
     """A directory, local or in an object store. Nothing is created until something is written.
@@ -71,6 +74,13 @@ class Folder:
         """The path of `name` for `self.filesystem`."""
         return f"{self.path.rstrip('/')}/{name}"
 
+    def path_to_write(self, name: str) -> str:
+        """The path of `name`, whose folder exists. Object stores need none, and asking for one takes time."""
+        path = self.path_of(name)
+        if self.filesystem.type_name not in OBJECT_STORES:
+            self.filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
+        return path
+
     def exists(self, name: str = "") -> bool:
         path = self.path_of(name) if name else self.path
         return self.filesystem.get_file_info(path).type != fs.FileType.NotFound
@@ -100,8 +110,7 @@ class Folder:
             raise SaeRayError(f"{self / name} is not JSON ({error}); delete its folder and run again") from error
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        path = self.path_of(name)
-        self.filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
+        path = self.path_to_write(name)
         target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if self.is_local else path
         try:
             with self.filesystem.open_output_stream(target) as stream:
@@ -163,6 +172,8 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
 
 @cache
 def _store(uri: str) -> tuple[fs.FileSystem, str]:
+    if uri.startswith("s3://") and "allow_delayed_open=" not in uri:
+        uri += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"  # small files in one request instead of three
     return fs.FileSystem.from_uri(uri)
 
 
