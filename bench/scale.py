@@ -44,8 +44,26 @@ TOKENS, WIDTH, IMAGES_PER_PART = 577, 1024, 512
 STORED_IMAGES = 64
 """Of `all` tokens, written and read: 76 MB in float16."""
 ROUNDS = 3
-PLAN = "from bench.scale import planned; planned({!r})"
+PLAN = """
+from sae_ray.study.root import recalled_plan
+assert len(list(recalled_plan({!r}).steps)) > 20
+"""
 OPEN = "from bench.scale import opened; opened({!r})"
+STATUS = """
+import sys
+from sae_ray.jobs.cli import main
+sys.argv = ["sae-ray", "status", "--root", {!r}]
+main()
+"""
+PEAK = """
+import atexit, pathlib, sys
+def told():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    [peak] = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    print(peak, file=sys.stderr)
+atexit.register(told)
+"""
+"""What a process says at its end, in kB: a child's `ru_maxrss` begins at its parent's."""
 
 
 def main() -> None:
@@ -60,11 +78,6 @@ def main() -> None:
     record("scale", tables)
 
 
-def planned(root: str) -> None:
-    """What every command does first."""
-    assert len(list(recalled_plan(root).steps)) > len(SITES)
-
-
 def opened(root: str) -> None:
     """What the drivers of training and scoring know of their stores."""
     for extract in recalled_plan(root).extracts:
@@ -77,16 +90,15 @@ def opened(root: str) -> None:
 
 def commands(where: str, root: str, n_requests: Callable[[], int] | None) -> Table:
     """Seconds, memory and requests of processes that work on the simulated root."""
-    python = [sys.executable, "-c"]
     ways = {
-        "the plan alone": [*python, PLAN.format(root)],
-        "`sae-ray status`": [sys.executable, "-m", "sae_ray.jobs.cli", "status", "--root", root],
-        "the plan, all stores opened, the training stream of each site": [*python, OPEN.format(root)],
+        "the plan alone": PLAN,
+        "`sae-ray status`": STATUS,
+        "the plan, all stores opened, the training stream of each site": OPEN,
     }
     rows = []
-    for what, command in ways.items():
+    for what, code in ways.items():
         before = n_requests() if n_requests else 0
-        runs = [measured(command) for _ in range(ROUNDS)]
+        runs = [measured(code.format(root)) for _ in range(ROUNDS)]
         requests = (n_requests() - before) // ROUNDS if n_requests else None
         rows.append([what, round(median(run[0] for run in runs), 2), round(max(run[1] for run in runs)), requests])
     parts = sum(-(-n // IMAGES_PER_PART) for n in IMAGES.values())
@@ -94,15 +106,15 @@ def commands(where: str, root: str, n_requests: Callable[[], int] | None) -> Tab
     return Table(title=title, columns=["process", "seconds", "peak MB", "requests"], rows=rows)
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak megabytes of a process."""
+def measured(code: str) -> tuple[float, float]:
+    """Seconds and peak megabytes of a process of Python."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return time.perf_counter() - started, usage.ru_maxrss / 1000
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK + code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return time.perf_counter() - started, int(done.stderr.splitlines()[-1]) / 1000
 
 
 def simulate(root: Folder, world: str) -> None:
@@ -194,8 +206,8 @@ def all_tokens() -> Table:
             f"stores = [ActivationStore(Folder({scratch!r}) / name) for name in {[step.name, embeddings_step.name]}]\n"
             "score_store(None, *stores, n_top=16)"
         )
-        _, peak = measured([sys.executable, "-c", code])
-        _, base = measured([sys.executable, "-c", "from bench.scale import *"])
+        _, peak = measured(code)
+        _, base = measured("from bench.scale import *")
     rows.append(["scores of the raw neurons: peak MB of the process, above its imports", round(peak - base), None])
     title = f"All {TOKENS} tokens of {STORED_IMAGES} images, width {WIDTH}: {megabytes:.0f} MB in float16"
     return Table(title=title, columns=["work", "seconds (or MB)", "MB/s"], rows=rows)

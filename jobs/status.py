@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sae_ray.errors import SaeRayError
-from sae_ray.store.activations import finished_parts
+from sae_ray.store.activations import READS_AT_ONCE, finished_parts
+from sae_ray.store.steps import Step
 from sae_ray.study.plan import StudyPlan
 from sae_ray.text_table import table_lines
 
@@ -14,27 +16,31 @@ from .stage import readable
 
 def status(plan: StudyPlan) -> list[dict[str, Any]]:
     """One entry per step, in the order of work: name, stage, status, rows, bytes, seconds."""
-    entries = []
-    for step in plan.steps:
-        record = problem = None
+    present = set(plan.root.folders())  # a step that has not begun costs no request
+    with ThreadPoolExecutor(READS_AT_ONCE) as readers:
+        return list(readers.map(lambda step: _entry(step, step.name in present), plan.steps))
+
+
+def _entry(step: Step, present: bool) -> dict[str, Any]:
+    record = problem = None
+    if present:
         try:
             record = step.record()
         except SaeRayError as error:  # torn, or of another version
             problem = str(error)
-        counts = record["counts"] if record else {}
-        entries.append(
-            {
-                "step": step.name,
-                "stage": step.stage,
-                "status": record["status"] if record else step.status(),
-                "reason": record["reason"] if record else problem,
-                "rows": counts.get("rows", counts.get("images")),
-                "parts": len(finished_parts(step.folder)) if step.stage == "extract" and not record else None,
-                "bytes": sum(step.folder.files(recursive=True).values()),
-                "seconds": record["seconds"] if record else None,
-            }
-        )
-    return entries
+    counts = record["counts"] if record else {}
+    begun = present and not record
+    files = record["files"] if record else step.folder.files(recursive=True) if begun else {}
+    return {
+        "step": step.name,
+        "stage": step.stage,
+        "status": record["status"] if record else step.status() if begun else "missing",
+        "reason": record["reason"] if record else problem,
+        "rows": counts.get("rows", counts.get("images")),
+        "parts": len(finished_parts(step.folder)) if begun and step.stage == "extract" else None,
+        "bytes": sum(files.values()),
+        "seconds": record["seconds"] if record else None,
+    }
 
 
 def status_lines(entries: list[dict[str, Any]]) -> list[str]:
