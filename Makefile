@@ -32,6 +32,8 @@ bench: .venv/.test
 	$(BIN)/python -m bench.train
 	$(BIN)/python -m bench.scoring
 	$(BIN)/python -m bench.extraction
+	$(BIN)/python -m bench.scale
+	$(BIN)/python -m bench.all_tokens
 	$(BIN)/python -m bench.tables
 
 # Needs vLLM, which the set-up of the tests installs where torch has no CUDA: elsewhere `pip install -e '.[vllm]'` first.

@@ -45,7 +45,9 @@ def main() -> None:
             rows.append([what, n_images + HELDOUT, tokens, round(seconds), told, round(peak / 1e6)])
     columns = ["encoder", "images", "tokens", "seconds", "seconds of the stages", "peak MB of a process"]
     title = "A study on all tokens: batch_topk x 4, K 5 and 20, and the raw neurons, on two cores"
-    record("all_tokens", [Table(title=title, columns=columns, rows=rows)])
+    # Named here, since a result's name is read as words otherwise.
+    command = {"command": "python -m bench.all_tokens"}
+    record("all_tokens", [Table(title=title, columns=columns, rows=rows)], command)
 
 
 def run(world: Path, encoder: str, site: str) -> tuple[float, list[tuple[str, str]], int]:
