@@ -119,11 +119,11 @@ def room(cpus: float, gpus: float, memory: float = 0) -> int:
 
     wanted = {"CPU": cpus, "GPU": gpus, "memory": memory}
 
-    def places(node: dict) -> float:
-        return min((node.get(kind, 0) / each + 1e-6 for kind, each in wanted.items() if each), default=float("inf"))
+    def places(node: dict) -> int:
+        found = (int(node.get(kind, 0) / each + 1e-6) for kind, each in wanted.items() if each)
+        return min(found, default=sys.maxsize)
 
-    found = sum(places(node["Resources"]) // 1 for node in ray.nodes() if node["Alive"])
-    return int(min(found, sys.maxsize))
+    return sum(places(node["Resources"]) for node in ray.nodes() if node["Alive"])
 
 
 def at_most_a_node(memory: float, cpus: float, gpus: float) -> float:
