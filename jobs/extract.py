@@ -50,8 +50,6 @@ from .progress import Progress, say
 from .stage import at_work, unfinished
 
 IMAGES_PER_REPORT = 16
-TRIES = 2
-"""How often a part is decoded in the ordinary way."""
 MOST_TRIES = 5
 """How often a part may be begun in one run."""
 ENCODER_BYTES = 3 * 2**29
@@ -290,7 +288,7 @@ class PartDecoder:
             if done % IMAGES_PER_REPORT == 0:
                 self.board.set.remote(piece, done // 2)  # the other half is encoding
 
-        decoded = decode_part(self.folders[name], ids, preparations, begun >= TRIES, tell)
+        decoded = decode_part(self.folders[name], ids, preparations, begun > 0, tell)
         batch = batch.append_column("begun", pa.array([begun]))
         batch = batch.append_column("accepted", pa.array([decoded.accepted], pa.list_(pa.int64())))
         batch = batch.append_column("rejects", pa.array([decoded.rejects], pa.list_(pa.struct(REJECTS_SCHEMA))))
