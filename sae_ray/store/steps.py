@@ -215,8 +215,12 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
             held.append(step)
             step.folder.write_json(lock, owner | {"time": time.time()})
             _HELD[step.folder] = lock
-            _remove_dead_locks(step.folder)
-            others = [other for name, other in live_locks(step.folder).items() if name != lock]
+            others = []
+            for name, other in _locks(step.folder):
+                if not _is_alive(other):
+                    step.folder.delete(name)
+                elif name != lock:
+                    others.append(other)
             if others:
                 raise SaeRayError(
                     f"{step.folder} is being written by process {others[0]['pid']} on {others[0]['host']}; "
@@ -249,12 +253,6 @@ def _lost(where: Folder) -> SaeRayError:
 def live_locks(folder: Folder) -> dict[str, dict]:
     """Lock file -> its owner, for owners that are still alive."""
     return {name: owner for name, owner in _locks(folder) if _is_alive(owner)}
-
-
-def _remove_dead_locks(folder: Folder) -> None:
-    for name, owner in _locks(folder):
-        if not _is_alive(owner):
-            folder.delete(name)
 
 
 def _locks(folder: Folder) -> Iterator[tuple[str, dict]]:
