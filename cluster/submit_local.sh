@@ -14,13 +14,13 @@ free_port() {
 export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
-# On a busy machine the head may take longer to start than the minute that Ray allows it.
-export RAY_raylet_start_wait_time_s=300 RAY_gcs_server_request_timeout_seconds=25
 dashboard=$(free_port)
 scratch=$(mktemp -d /tmp/sae-ray.XXXX)
 
-# Free ports, so that it does not clash with another Ray on this machine.
-setsid ray start --head --block --disable-usage-stats --num-cpus "${NUM_CPUS:-4}" --temp-dir "$scratch" \
+# `ray start` with more patience than it has on a busy machine, and with free ports, so that it does not clash with
+# another Ray on this machine.
+ray_start='from jobs.cluster import allow_slow_starts as allow; allow(); from ray.scripts.scripts import main; main()'
+setsid python -c "$ray_start" start --head --block --disable-usage-stats --num-cpus "${NUM_CPUS:-4}" --temp-dir "$scratch" \
     --port "$(free_port)" --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
     --dashboard-agent-listen-port "$(free_port)" --dashboard-agent-grpc-port "$(free_port)" \
     --metrics-export-port "$(free_port)" --ray-client-server-port "$(free_port)" >"$scratch/head.log" 2>&1 &

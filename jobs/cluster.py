@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import secrets
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,9 +17,15 @@ from sae_ray.errors import SaeRayError, UsageError
 
 from .progress import say
 
-START_LIMITS = {"RAY_raylet_start_wait_time_s": "300", "RAY_gcs_server_request_timeout_seconds": "25"}
-"""What Ray allows its own processes to start, in seconds: more than its 60, which can be too few on a busy machine,
-but less for one request: it asks for 30 s whether a node is there, and one lost answer must not take all of it."""
+START_LIMITS = {
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_gcs_server_request_timeout_seconds": "25",
+}
+"""What Ray allows its own processes to start: more than its 30 and 60 seconds, which can be too few on a busy machine,
+but less for one request, which is made again."""
+AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+"""As `RayParams` and the files in a session's folder name them."""
 
 PROCESS_BYTES = 2**29
 """Memory of a worker that has loaded torch and holds nothing yet."""
@@ -31,8 +39,7 @@ def connect() -> None:
     # Ray Train polls its workers; at the default of two seconds short runs spend most of their time waiting.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are not about anything a user can change
-    for name, seconds in START_LIMITS.items():
-        os.environ.setdefault(name, seconds)
+    allow_slow_starts()
     import ray
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it reports its default at every start
@@ -54,6 +61,43 @@ def connect() -> None:
                 log_to_driver=False,
             )
     _show_messages_of_ray_on_stderr()
+
+
+def allow_slow_starts() -> None:
+    """Gives the processes of Ray clusters that this process starts more time: a busy machine needs it.
+
+    A raylet gives up for good if its agents have not written the ports that they chose to files after 15 seconds, which
+    cannot be changed (Ray 2.60, `NodeManager::WaitForDashboardAgentPorts`). So ports are chosen, and written, before.
+    """
+    for name, value in START_LIMITS.items():
+        os.environ.setdefault(name, value)
+    from ray._private.node import Node
+    from ray._raylet import persist_port
+
+    start = Node.start_ray_processes
+    if start.__name__ == "start_with_ports":
+        return
+
+    def start_with_ports(node: Node) -> None:
+        for name in AGENT_PORTS:
+            port = free_port()
+            setattr(node._ray_params, name, port)
+            persist_port(node._session_dir, node._node_id, name, port)
+        start(node)
+
+    Node.start_ray_processes = start_with_ports
+
+
+def free_port() -> int:
+    """One that nobody listens on, below those that Linux and above those that Ray give to whoever asks for any."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise SaeRayError("none of 100 ports between 20,000 and 32,000 is free on this machine; stop what holds them")
 
 
 def _show_messages_of_ray_on_stderr() -> None:
@@ -178,11 +222,35 @@ def require(field: str, workers: int, cpus: float, gpus: float, beside: float = 
 
 def user_error(error: BaseException | None) -> SaeRayError | None:
     """The error that a user can fix, if there is one among the causes of what Ray raised."""
+    return next((cause for cause in _causes(error) if isinstance(cause, SaeRayError)), None)
+
+
+def loss(error: BaseException) -> str | None:
+    """What the machines did to the work, in one line, if that caused it: a lost process or node, a failing disk or
+    object store. None for an error of the program."""
+    from ray.exceptions import RayError, RayTaskError
+    from ray.train import TrainingFailedError
+
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and not isinstance(cause, RayError):
+            return f"a file could not be read or written ({_first_line(cause)})"
+        if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
+            return f"Ray lost a part of it ({type(cause).__name__}: {_first_line(cause)})"
+    return f"Ray gave it up ({_first_line(error)})" if isinstance(error, TrainingFailedError) else None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """From the outermost to the innermost."""
     while error is not None:
-        if isinstance(error, SaeRayError):
-            # Ray raises a subclass of both whose text includes a remote traceback; its cause has the plain message.
-            cause = getattr(error, "cause", None)
-            return cause if isinstance(cause, SaeRayError) else error
+        # Ray raises a subclass of the task's own error whose text includes a remote traceback; its cause has the plain
+        # message. Ray Train wraps what its workers raised, or its controller.
+        cause = getattr(error, "cause", None)
+        if not (isinstance(cause, BaseException) and isinstance(error, type(cause))):
+            yield error
         failed_workers = getattr(error, "worker_failures", {})
-        error = getattr(error, "cause", None) or next(iter(failed_workers.values()), None) or error.__cause__
-    return None
+        inner = cause, next(iter(failed_workers.values()), None), getattr(error, "controller_failure", None)
+        error = next((one for one in inner if isinstance(one, BaseException)), error.__cause__)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "").strip().rstrip(":.")

@@ -10,7 +10,7 @@ from sae_ray.errors import SaeRayError
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, hold
 
-from .cluster import connect, user_error
+from .cluster import connect, loss, user_error
 
 SPARE = 1.1
 
@@ -46,21 +46,26 @@ def at_work(root: Folder, stage: str, todo: Sequence[Planned]) -> Iterator[None]
 
     Raises:
         SaeRayError: a step that is read is missing, the disk is too full, another driver is at work on one of the
-            steps, or a worker raised an error that a user can fix.
+            steps, a worker raised an error that a user can fix, or more was lost (processes, nodes, the disk, the
+            object store) than Ray restores.
     """
     for step in (step for one in todo for step in one.inputs):
         if not step.finished:
             raise SaeRayError(f"{step.label} does not exist yet; run the {step.stage} stage first")
     check_disk(root, stage, sum(one.bytes for one in todo))
-    with hold([one.step for one in todo]):
-        connect()
-        try:
+    try:
+        with hold([one.step for one in todo]):
+            connect()
             yield
-        except Exception as error:
-            known = user_error(error)
-            if known is None or known is error:
-                raise
+    except SaeRayError as error:
+        raise user_error(error) or error from None
+    except Exception as error:
+        if known := user_error(error):
             raise known from None
+        if (lost := loss(error)) is None:
+            raise
+        problem = f"{stage} stopped: {lost}; finished work is kept: run the same command to resume"
+        raise SaeRayError(problem) from error
 
 
 def check_disk(root: Folder, stage: str, needed: int) -> None:

@@ -80,9 +80,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One real Ray cluster for the drivers and for the server."""
-    from sae_ray.jobs.cluster import START_LIMITS
+    from sae_ray.jobs.cluster import allow_slow_starts
 
-    os.environ.update(START_LIMITS)
+    allow_slow_starts()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     import ray
 

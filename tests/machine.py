@@ -1,10 +1,8 @@
-"""What tests take from the machine they run on, whatever else runs there: ports, and the processes of actors."""
+"""What tests take from the machine they run on, whatever else runs there: patience, and the processes of actors."""
 
 from __future__ import annotations
 
 import multiprocessing
-import random
-import socket
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
@@ -35,18 +33,6 @@ def processes_with_torch() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "sae_ray.sae.bundle"])
     return context
-
-
-def free_port() -> int:
-    """One that nobody listens on, below those that Linux and above those that Ray give to whoever asks for any."""
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("none of 100 ports is free")
 
 
 def until(holds: Callable[[], bool], seconds: float = PATIENCE_S) -> None:

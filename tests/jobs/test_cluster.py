@@ -1,12 +1,18 @@
 """The cluster that a driver works on: what it can never have room for is said, and so is what goes wrong."""
 
+import errno
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
-from sae_ray.jobs.cluster import require
+from sae_ray.jobs.cluster import loss, require, user_error
+from sae_ray.jobs.stage import at_work
 
-from sae_ray.errors import UsageError
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step
 from tests.machine import PATIENCE_S
 
 
@@ -36,6 +42,83 @@ def test_what_it_does_not_hold_is_refused(ray_cluster, resources, words, monkeyp
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster that may grow
     require("resources.steering", *resources)
     assert f"resources.steering: {words.removesuffix('; lower')}" in capsys.readouterr().err
+
+
+def of_task(fails):
+    """What the driver gets from a task that ends so."""
+    import ray
+
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # its kind is what the test is about
+        ray.get(ray.remote(max_retries=0)(fails).remote())
+    return caught.value
+
+
+def test_what_the_machines_do_is_told_from_errors_of_users_and_of_the_program(ray_cluster):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/part")
+
+    def killed():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def invalid():
+        raise UsageError("grid.k = 0: name another")
+
+    def wrong():
+        raise ZeroDivisionError
+
+    assert user_error(of_task(invalid)) is not None
+    assert "grid.k" in str(user_error(of_task(invalid)))
+    assert [user_error(of_task(fails)) for fails in (full, killed, wrong)] == [None] * 3
+    found = loss(of_task(full))
+    assert found == "a file could not be read or written ([Errno 28] No space left on device: '/data/part')"
+    assert "WorkerCrashedError" in str(loss(of_task(killed)))
+    assert loss(of_task(wrong)) is None
+
+
+def test_a_stage_that_loses_its_work_says_how_to_resume(ray_cluster, tmp_path):
+    step = Step(Folder(tmp_path), "score", "scores", {})
+
+    class Plan:
+        inputs = ()
+        bytes = 0
+
+        def __init__(self):
+            self.step = step
+
+    def killed():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    said = r"score stopped: Ray lost a part of it .* run the same command to resume"
+    with pytest.raises(SaeRayError, match=said), at_work(Folder(tmp_path), "score", [Plan()]):
+        raise of_task(killed)
+    with pytest.raises(ZeroDivisionError), at_work(Folder(tmp_path), "score", [Plan()]):
+        raise ZeroDivisionError
+    assert not step.folder.exists()
+
+
+SLOW_AGENTS = """
+import sys, time
+
+if any(word.endswith(("dashboard/agent.py", "runtime_env/agent/main.py")) for word in sys.orig_argv):
+    time.sleep(20)
+"""
+START = """
+from sae_ray.jobs.cluster import connect
+
+connect()
+import ray
+
+print(ray.get(ray.remote(lambda: "it runs").remote()))
+"""
+
+
+@pytest.mark.ray
+def test_agents_that_are_slow_to_start_are_waited_for(tmp_path):
+    """Ray itself gives them 15 seconds."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_AGENTS)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", START], env=environment, capture_output=True, text=True)
+    assert done.stdout == "it runs\n", done.stderr
 
 
 MESSAGES = """

@@ -22,10 +22,12 @@ import ray
 from ray._private.state import state
 from ray.cluster_utils import Cluster
 from sae_ray.jobs import train
+from sae_ray.jobs.cluster import allow_slow_starts
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 
+allow_slow_starts()
 values, overrides, root, scratch = json.loads(sys.argv[1])
 quiet = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args=quiet | {"num_cpus": 0, "temp_dir": scratch})

@@ -9,13 +9,14 @@ import httpx
 import pytest
 from pyarrow.fs import LocalFileSystem, copy_files
 from sae_ray.jobs import study
+from sae_ray.jobs.cluster import free_port
 
 from sae_ray.store.activations import ActivationStore, finished_parts, read_parts
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import remember
-from tests.machine import free_port, until
+from tests.machine import until
 
 REPORT_DIFFERS = ("index.html", "report.json")
 """They tell of times and places."""

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import yaml
 from PIL import Image
+from sae_ray.jobs.cluster import free_port
 from sae_ray.serve.local import HTTP_GRACE_S
 
 from sae_ray.store.files import Folder
@@ -19,7 +20,7 @@ from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import recalled_plan
 from sae_ray.world import write_world
-from tests.machine import PATIENCE_S, free_port, until
+from tests.machine import PATIENCE_S, until
 
 KEY = "a-key-for-tests"
 LIMITS = {"max_running": 16, "max_waiting": 32, "timeout_s": PATIENCE_S, "body_mb": 4}

@@ -16,9 +16,9 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from sae_ray.jobs.cluster import START_LIMITS
+from sae_ray.jobs.cluster import free_port
 
-from tests.machine import PATIENCE_S, free_port, until
+from tests.machine import PATIENCE_S, until
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.serve]
@@ -33,6 +33,14 @@ grid = [{{ sites = ["projection"], expansions = [1], k = [4] }}]
 training = {{ batch_size = 64, steps = 60, warmup_steps = 5, threshold_start_step = 20 }}
 resources = {{ extract.workers = 1, evaluate.workers = 1, score.workers = 1 }}
 """
+
+START = """
+from sae_ray.jobs.cluster import allow_slow_starts
+allow_slow_starts()
+from ray.scripts.scripts import main
+main()
+"""
+"""`ray`, with more patience than it has on a busy machine."""
 
 
 def lines_to_deploy() -> str:
@@ -89,10 +97,8 @@ def shell(checkout, home) -> Iterator[Callable[[str], str]]:
         *("--min-worker-port", 0, "--max-worker-port", 0, "--disable-usage-stats"),
     ]
     ours = Path(sys.executable).parent
-    (scratch / "ray-command").write_text(
-        f'#!/bin/sh\nif [ "$1" = start ]; then exec {ours}/ray "$@" {" ".join(map(str, isolated))}; fi\n'
-        f'exec {ours}/ray "$@"\n'
-    )
+    start = f'exec {ours}/python -c "{START}" "$@" {" ".join(map(str, isolated))}'
+    (scratch / "ray-command").write_text(f'#!/bin/sh\nif [ "$1" = start ]; then {start}; fi\nexec {ours}/ray "$@"\n')
     (scratch / "bin").mkdir()
     (scratch / "ray-command").chmod(0o755)
     (scratch / "ray-command").rename(scratch / "bin" / "ray")
@@ -101,7 +107,6 @@ def shell(checkout, home) -> Iterator[Callable[[str], str]]:
         "PATH": f"{scratch / 'bin'}:{ours}:{os.environ['PATH']}",
         "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        **START_LIMITS,
     }
     sessions = []
 
