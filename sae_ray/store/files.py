@@ -92,6 +92,12 @@ class Folder:
         prefix = len(self.path.rstrip("/")) + 1
         return dict(sorted((info.path[prefix:], info.size) for info in found))
 
+    def modified(self) -> dict[str, float]:
+        """Name -> when it was last written, in seconds by the clock of the store, of each file that is not deeper."""
+        selector = fs.FileSelector(self.path, recursive=False, allow_not_found=True)
+        found = [info for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
+        return {info.base_name: info.mtime_ns / 1e9 for info in found}
+
     def folders(self) -> list[str]:
         """Names of the direct sub-folders, sorted."""
         selector = fs.FileSelector(self.path, recursive=False, allow_not_found=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sae_ray.errors import SaeRayError
 from sae_ray.store.files import Folder
@@ -39,6 +39,8 @@ SCHEMA_VERSIONS = {
 RECORD = "step.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
+CLOCK_ERROR_SECONDS = 600.0
+"""By which the clocks of machines may differ."""
 _HELD: dict[Folder, str] = {}
 """Folders of the steps that this process has locked -> the name of its lock there."""
 SCRATCH = ("checkpoints", "calibration", "answers", "parts", "attempts")
@@ -185,7 +187,8 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
     """Locks these steps against other drivers, with a heartbeat.
 
     The lock of a dead process is taken over: immediately where processes see one another, otherwise after two minutes
-    without a heartbeat. A driver whose own lock has vanished was taken for dead; the work is interrupted.
+    without a heartbeat, as the store tells the time. A driver whose own lock has vanished was taken for dead; the work
+    is interrupted.
 
     Raises SaeRayError if another live driver holds one of them, or has taken one over.
     """
@@ -215,12 +218,14 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
             held.append(step)
             step.folder.write_json(lock, owner | {"time": time.time()})
             _HELD[step.folder] = lock
+            found = _locks(step.folder)
+            now = max((one.renewed for one in found), default=0.0)  # that of the lock just written
             others = []
-            for name, other in _locks(step.folder):
-                if not _is_alive(other):
-                    step.folder.delete(name)
-                elif name != lock:
-                    others.append(other)
+            for other in found:
+                if not _is_alive(other, now):
+                    step.folder.delete(other.name)
+                elif other.name != lock:
+                    others.append(other.owner)
             if others:
                 raise SaeRayError(
                     f"{step.folder} is being written by process {others[0]['pid']} on {others[0]['host']}; "
@@ -251,15 +256,25 @@ def _lost(where: Folder) -> SaeRayError:
 
 
 def live_locks(folder: Folder) -> dict[str, dict]:
-    """Lock file -> its owner, for owners that are still alive."""
-    return {name: owner for name, owner in _locks(folder) if _is_alive(owner)}
+    """Lock file -> its owner, for owners that may be alive. This machine's clock may be wrong."""
+    now = time.time() - CLOCK_ERROR_SECONDS
+    return {lock.name: lock.owner for lock in _locks(folder) if _is_alive(lock, now)}
 
 
-def _locks(folder: Folder) -> Iterator[tuple[str, dict]]:
-    for name in folder.files():
+class _Lock(NamedTuple):
+    name: str
+    owner: dict
+    renewed: float
+    """In seconds, by the clock of the store: the clocks of two drivers may differ by minutes."""
+
+
+def _locks(folder: Folder) -> list[_Lock]:
+    locks = []
+    for name, renewed in folder.modified().items():
         if name.startswith("lock-") and name.endswith(".json"):
             with suppress(FileNotFoundError, SaeRayError):  # released, or about to be written
-                yield name, folder.read_json(name)
+                locks.append(_Lock(name, folder.read_json(name), renewed))
+    return locks
 
 
 def _surroundings() -> dict[str, Any]:
@@ -273,8 +288,10 @@ def _surroundings() -> dict[str, Any]:
     }
 
 
-def _is_alive(owner: dict) -> bool:
-    if time.time() - owner["time"] > STALE_SECONDS:
+def _is_alive(lock: _Lock, now: float) -> bool:
+    """`now`: by the clock of the store."""
+    owner = lock.owner
+    if now - lock.renewed > STALE_SECONDS:
         return False
     if any(owner.get(name) != value for name, value in _surroundings().items()):
         return True

@@ -23,7 +23,16 @@ import sae_ray
 from sae_ray.errors import SaeRayError
 from sae_ray.store import steps
 from sae_ray.store.files import Folder
-from sae_ray.store.steps import RECORD, SCHEMA_VERSIONS, STALE_SECONDS, Step, digest, hold, read_record
+from sae_ray.store.steps import (
+    CLOCK_ERROR_SECONDS,
+    RECORD,
+    SCHEMA_VERSIONS,
+    STALE_SECONDS,
+    Step,
+    digest,
+    hold,
+    read_record,
+)
 from tests.machine import PATIENCE_S
 
 TRAIN = SCHEMA_VERSIONS["train"]
@@ -236,16 +245,37 @@ def test_the_lock_of_a_killed_driver_is_taken_over_at_once(step: Step):
     assert step.status() == "partial"
 
 
-def test_the_lock_of_another_host_lasts_as_long_as_its_heartbeat(step: Step):
+def lock_of_another(step: Step, owner: dict, renewed: float, clock_error: float = 0.0) -> None:
+    """A lock that was renewed so many seconds ago, by a driver whose clock is wrong by others."""
+    now = time.time()
+    step.folder.write_json("lock-a.json", owner | {"time": now - renewed + clock_error})
+    os.utime(step.folder.path_of("lock-a.json"), (now - renewed, now - renewed))
+
+
+@pytest.mark.parametrize("clock_error", [0, -300, 300])
+def test_the_lock_of_another_host_lasts_as_long_as_its_heartbeat(step: Step, clock_error: float):
+    """Whatever the time is there."""
     owner = {"host": "elsewhere", "pid": 1}
-    step.folder.write_json("lock-a.json", owner | {"time": time.time()})
+    lock_of_another(step, owner, STALE_SECONDS - 60, clock_error)
     assert step.status() == "running"
     with pytest.raises(SaeRayError, match="is being written by process 1 on elsewhere"), hold([step]):
         pytest.fail("two drivers hold one step")
-    step.folder.write_json("lock-a.json", owner | {"time": time.time() - STALE_SECONDS - 1})
+    lock_of_another(step, owner, STALE_SECONDS + 1, clock_error)
     with hold([step]):
         assert "lock-a.json" not in step.folder.files()
     assert step.status() == "missing"
+
+
+@pytest.mark.parametrize("clock_error", [-300, 300])
+def test_a_driver_whose_own_clock_is_wrong_keeps_out_of_what_another_holds(
+    step: Step, clock_error: float, monkeypatch: pytest.MonkeyPatch
+):
+    lock_of_another(step, {"host": "elsewhere", "pid": 1}, STALE_SECONDS - 60)
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + clock_error)
+    assert step.status() == "running"
+    with pytest.raises(SaeRayError, match="is being written"), hold([step]):
+        pytest.fail("two drivers hold one step")
 
 
 @pytest.mark.parametrize("elsewhere", [{"boot": "another start"}, {"pid_namespace": "pid:[1]"}])
@@ -253,9 +283,9 @@ def test_a_process_number_of_another_container_or_start_tells_nothing(step: Step
     """The process of that number that is here, or is not, is another one: the heartbeat alone counts."""
     for pid in (os.getpid(), 2**22 + 1):  # one that lives here, and one that no process has
         owner = steps._surroundings() | {"pid": pid}
-        step.folder.write_json("lock-a.json", owner | elsewhere | {"time": time.time()})
+        lock_of_another(step, owner | elsewhere, 0)
         assert step.status() == "running"
-        step.folder.write_json("lock-a.json", owner | elsewhere | {"time": time.time() - STALE_SECONDS - 1})
+        lock_of_another(step, owner | elsewhere, STALE_SECONDS + CLOCK_ERROR_SECONDS + 1)
         assert step.status() == "partial"
 
 
@@ -308,7 +338,7 @@ with steps.hold([step]):
 
 
 def test_looking_at_a_step_removes_no_lock(step: Step):
-    step.folder.write_json("lock-a.json", {"host": "elsewhere", "pid": 1, "time": 0.0})
+    lock_of_another(step, {"host": "elsewhere", "pid": 1}, STALE_SECONDS + CLOCK_ERROR_SECONDS + 1)
     assert step.status() == "partial"
     assert "lock-a.json" in step.folder.files()
 
