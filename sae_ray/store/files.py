@@ -18,6 +18,9 @@ from sae_ray.errors import SaeRayError, UsageError
 
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """As pyarrow names them."""
+S3_ATTEMPTS = 12
+"""Of a request that S3 refuses (500, 503) or does not answer: it is made again after 25 ms, and then after twice the
+time before, for 50 to 100 seconds in all. By default pyarrow gives up after seconds."""
 
 
 class Folder:
@@ -80,6 +83,15 @@ class Folder:
         if self.filesystem.type_name not in OBJECT_STORES:
             self.filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
         return path
+
+    def check_reachable(self) -> None:
+        """Raises OSError within seconds if its store does not answer at all, or not to these keys.
+
+        All other requests are made again for a minute or more: a store may be down for a while.
+        """
+        if not self.is_local:
+            filesystem, path = fs.FileSystem.from_uri(self.uri)
+            filesystem.get_file_info(path)
 
     def exists(self, name: str = "") -> bool:
         path = self.path_of(name) if name else self.path
@@ -178,9 +190,13 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
 
 @cache
 def _store(uri: str) -> tuple[fs.FileSystem, str]:
-    if uri.startswith("s3://") and "allow_delayed_open=" not in uri:
+    if not uri.startswith("s3://"):
+        return fs.FileSystem.from_uri(uri)
+    if "allow_delayed_open=" not in uri:
         uri += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"  # small files in one request instead of three
-    return fs.FileSystem.from_uri(uri)
+    found, bucket = fs.FileSystem.from_uri(uri)
+    make, (settings,) = found.__reduce__()  # its address has no place for the number of attempts
+    return make(settings | {"retry_strategy": fs.AwsDefaultS3RetryStrategy(max_attempts=S3_ATTEMPTS)}), bucket
 
 
 def _without_query(uri: str) -> tuple[str, str, str]:

@@ -45,6 +45,7 @@ def recall(root: Folder) -> Memory | None:
     Raises UsageError when the root cannot be read, or was written by another version of sae-ray.
     """
     try:
+        root.check_reachable()
         values = root.read_json(FILE) if root.exists(FILE) else None
     except OSError as error:
         raise UsageError(f"--root {root} cannot be read ({error}); check it or choose another") from error

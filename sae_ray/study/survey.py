@@ -128,7 +128,9 @@ def _named(field: str, describe: Any, model: str, revision: str | None) -> Any:
 
 def _list(field: str, images: ImageSet) -> ImageList:
     try:
-        return list_images(Folder(images.path), images.labels)
+        folder = Folder(images.path)
+        folder.check_reachable()
+        return list_images(folder, images.labels)
     except UsageError as error:
         raise UsageError(f"{field}: {error}") from error
     except SaeRayError as error:
