@@ -1,19 +1,20 @@
 """The training stage: Ray Train fits the grid.
 
-Cells that read the same activations are packed into bundles (`sae_ray.sae.bundle`). A bundle is one `TorchTrainer`,
-whose workers read the data once and step every cell on it.
+Cells that read the same activations are packed into bundles (`placement.py`). A bundle is one `TorchTrainer`, whose
+workers read the data once and step every cell on it (`sae_ray.sae.bundle`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from sae_ray.sae import BundleJob, CellJob, train_cells
+from sae_ray.sae import BundleJob, train_cells
 from sae_ray.store.files import Folder
 from sae_ray.study.plan import StudyPlan, TrainPlan
 
-from .cluster import beside_driver, gpus_or_default, n_gpus, require, user_error
+from .cluster import beside_driver, gpus_or_default, n_cpus, n_gpus, require, user_error
+from .placement import bundles
 from .progress import Progress, say
 from .stage import at_work, unfinished
 
@@ -35,30 +36,15 @@ def run(plan: StudyPlan) -> None:
             _fit(plan, todo)
 
 
-def _bundles(plan: StudyPlan, todo: Sequence[TrainPlan]) -> Iterator[BundleJob]:
-    resources = plan.study.resources.train
-    by_stream: dict[str, list[TrainPlan]] = {}
-    for train in todo:
-        by_stream.setdefault(train.activations.step.name, []).append(train)
-    for trains in by_stream.values():
-        for start in range(0, len(trains), resources.cells_per_bundle):
-            bundle = trains[start : start + resources.cells_per_bundle]
-            yield BundleJob(
-                activations=bundle[0].activations.step.folder,
-                cells=tuple(CellJob(train.step, train.grid_cell.cell) for train in bundle),
-                stream_seed=bundle[0].stream_seed,
-                shuffle_rows=plan.study.shuffle_rows,
-                checkpoint_every=resources.checkpoint_every,
-            )
-
-
 def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
     import ray
 
     resources = plan.study.resources.train
     gpus = gpus_or_default(resources.gpus)
     require("resources.train", resources.workers, resources.cpus, gpus)
-    at_once = resources.bundles or (max(1, int(n_gpus() / (gpus * resources.workers))) if gpus else 1)
+    # Without GPUs as extraction: logical CPUs may outnumber the cores.
+    slots = n_gpus() / gpus if gpus else n_cpus() / (2 * max(resources.cpus, 1))
+    at_once = resources.bundles or max(1, int(slots / resources.workers))
     scaling = {
         "workers": resources.workers,
         "cpus": resources.cpus,
@@ -69,7 +55,7 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
     # that are lost with their node, so it must not be lost itself.
     fit = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=beside_driver())(fit_bundle)
 
-    waiting = list(_bundles(plan, todo))
+    waiting = bundles(plan, todo, at_once, "cuda" if gpus else "cpu")
     running: list[Any] = []
     total = sum(bundle.steps * len(bundle.cells) for bundle in waiting)
     problems: list[Exception] = []

@@ -170,9 +170,10 @@ class TrainResources:
     __pydantic_config__ = STRICT
 
     bundles: Count | None = None
-    """Number of bundles that train at the same time. Default: one per GPU, or one."""
+    """Number of bundles that train at the same time. Default: one per GPU, or one per two CPUs if there is no GPU."""
     cells_per_bundle: Count = 16
-    """SAEs that are trained together from one read of the data."""
+    """SAEs that are trained together from one read of the data, at most. There are fewer where more bundles can be
+    trained at the same time, and a very wide SAE is trained alone."""
     workers: Count = 1
     """Data-parallel workers per bundle, a divisor of `training.batch_size`."""
     cpus: Amount = 1

@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 import torch
-from sae_ray.jobs import train
+from sae_ray.jobs.placement import bundles
 
 from sae_ray.sae import train_cells
 from tests.jobs.test_train import SLOW, assert_equal_weights
@@ -53,7 +53,7 @@ def test_a_node_lost_in_training_costs_neither_run_nor_bits(extracted, make_plan
     shutil.copytree(extracted, tmp_path / "whole")
     reference = make_plan(tmp_path / "whole", **SLOW)
     torch.set_num_threads(1)
-    [bundle] = train._bundles(reference, reference.trains)
+    [bundle] = bundles(reference, reference.trains, 1, "cpu")
     train_cells(bundle)
 
     root = tmp_path / "root"

@@ -10,8 +10,9 @@ import pytest
 from click.testing import CliRunner
 from sae_ray.jobs import status, steering, study
 from sae_ray.jobs.cli import main
+from sae_ray.jobs.placement import bundles
 from sae_ray.jobs.progress import Progress
-from sae_ray.jobs.train import _bundles, train_cells
+from sae_ray.jobs.train import train_cells
 
 from sae_ray.encoders import describe_encoder
 from sae_ray.errors import SaeRayError, UsageError
@@ -62,7 +63,7 @@ def scored(make_steered, tmp_path_factory) -> Path:
             step.finish(0.0, {"images": images.n_images})
     for one in plan.extracts:
         finish_extract(one)
-    [bundle] = _bundles(plan, plan.trains)
+    [bundle] = bundles(plan, plan.trains, 1, "cpu")
     train_cells(bundle)
     for one in plan.scores:
         finish_score(one)

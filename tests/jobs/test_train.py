@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from sae_ray.jobs import train
+from sae_ray.jobs.placement import bundles
 
 from sae_ray.sae import CellTrainer, load_sae, train_cells
 from sae_ray.store.activations import ActivationStore
@@ -74,7 +75,7 @@ def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
     shutil.copytree(extracted, whole)
     reference = make_plan(whole, **SLOW)
     torch.set_num_threads(1)
-    [bundle] = train._bundles(reference, reference.trains)
+    [bundle] = bundles(reference, reference.trains, 1, "cpu")
     train_cells(bundle)
 
     root = tmp_path / "root"
@@ -128,7 +129,7 @@ def test_two_workers_train_the_sae_of_one(ray_cluster, extracted, make_plan, tmp
         shutil.copytree(extracted, root)
         plan = make_plan(root, **few, **{"resources.train.workers": workers})
         if workers == 1:
-            [bundle] = train._bundles(plan, plan.trains)
+            [bundle] = bundles(plan, plan.trains, 1, "cpu")
             train_cells(bundle)
         else:
             train.run(plan)

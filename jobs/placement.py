@@ -1,0 +1,67 @@
+"""Which SAEs are trained together, and in what order: the bundles of the training stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sae_ray.sae import BundleJob, CellJob
+from sae_ray.study.plan import StudyPlan, TrainPlan
+
+ALONE = 4096 * 2**26
+"""Multiply-adds per step of a cell that hides the reading of its batches: 65,536 latents of 1,024 dimensions."""
+
+
+class Pace(NamedTuple):
+    """What a device does at its pace, in multiply-adds."""
+
+    step: float
+    """In the time that a step takes besides its products."""
+    worker: float
+    """In about ten seconds, as starting a worker takes: less work is not worth one of its own."""
+
+
+PACES = {"cpu": Pace(step=4e7, worker=1e11), "cuda": Pace(step=1e11, worker=2e14)}
+"""From steps of small and of large widths, on a core and on an H200 (`docs/speed.md`)."""
+
+
+def bundles(plan: StudyPlan, todo: Sequence[TrainPlan], slots: int, device: str) -> list[BundleJob]:
+    """Cells that read the same activations, packed so that the bundles keep `slots` busy; the most work comes first.
+
+    A bundle holds at most `resources.train.cells_per_bundle` cells, and several cells only if their work is at most a
+    fair share of all work, and not more than that of one cell which hides the reading.
+
+    Args:
+        slots: how many bundles are trained at once.
+        device: `cpu` or `cuda`.
+    """
+    resources, pace = plan.study.resources.train, PACES[device]
+    share = max(sum(work(train, pace) for train in todo) / slots, pace.worker)
+    packed: list[tuple[float, list[TrainPlan]]] = []
+    # The sort is stable: cells of equal work stay in the order of the study.
+    for train in sorted(todo, key=lambda train: work(train, pace), reverse=True):
+        own = work(train, pace)
+        limit = min(share, train.grid_cell.cell.training.steps * (ALONE + pace.step))
+        for place, (load, bundle) in enumerate(packed):
+            same = bundle[0].activations.step.name == train.activations.step.name
+            if same and len(bundle) < resources.cells_per_bundle and load + own <= limit:
+                packed[place] = load + own, [*bundle, train]
+                break
+        else:
+            packed.append((own, [train]))
+    packed.sort(key=lambda one: one[0], reverse=True)
+    return [
+        BundleJob(
+            activations=bundle[0].activations.step.folder,
+            cells=tuple(CellJob(train.step, train.grid_cell.cell) for train in bundle),
+            stream_seed=bundle[0].stream_seed,
+            shuffle_rows=plan.study.shuffle_rows,
+            checkpoint_every=resources.checkpoint_every,
+        )
+        for _, bundle in packed
+    ]
+
+
+def work(train: TrainPlan, pace: Pace) -> float:
+    """Multiply-adds, approximately."""
+    return train.rows * train.activations.width * train.d_sae + train.grid_cell.cell.training.steps * pace.step

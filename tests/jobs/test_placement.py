@@ -1,0 +1,92 @@
+"""Which SAEs are trained together, and in what order."""
+
+import heapq
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_ray.jobs.placement import ALONE, PACES, bundles, work
+
+from sae_ray.sae import BundleJob
+from sae_ray.store.files import Folder
+from sae_ray.study.config import Study
+from sae_ray.study.plan import StudyPlan
+
+WIDEST = 2**22
+"""As many times the 16 dimensions of the projection: the work of 65,536 latents of 1,024 dimensions."""
+
+
+@pytest.fixture(scope="module")
+def make_plan(tiny_clip, tmp_path_factory) -> Callable[..., StudyPlan]:
+    """A plan with these expansions at two sites."""
+    images = tmp_path_factory.mktemp("images")
+    for number in range(40):
+        (images / f"{number:02d}.png").touch()
+
+    def make(expansions: list[float], steps: int = 1000, **overrides: Any) -> StudyPlan:
+        values = {
+            "name": "s",
+            "images": {"train": {"path": str(images)}, "heldout_fraction": 0.25},
+            "encoder": {"model": tiny_clip},
+            "judge": {"model": tiny_clip, "point": "projection"},
+            "grid": [{"sites": ["projection", "layer1:cls"], "expansions": expansions, "k": [4]}],
+            "training": {"batch_size": 4096, "steps": steps, "warmup_steps": 1, "threshold_start_step": 1},
+        }
+        return StudyPlan(Study.from_dict(values, overrides), Folder(Path("/nowhere")))
+
+    return make
+
+
+def sizes(packed: list[BundleJob], plan: StudyPlan, device: str = "cpu") -> list[float]:
+    of = {train.step.name: work(train, PACES[device]) for train in plan.trains}
+    return [sum(of[job.step.name] for job in bundle.cells) for bundle in packed]
+
+
+@settings(max_examples=25)
+@given(
+    expansions=st.lists(st.sampled_from([2.0**n for n in range(1, 19)]), min_size=1, max_size=12, unique=True),
+    slots=st.integers(1, 20),
+    most=st.integers(1, 16),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+def test_every_cell_is_in_one_bundle_and_none_is_too_large(make_plan, expansions, slots, most, device):
+    plan = make_plan(expansions, **{"resources.train.cells_per_bundle": most})
+    packed, pace = bundles(plan, plan.trains, slots, device), PACES[device]
+    cells = [job.step.name for bundle in packed for job in bundle.cells]
+    assert sorted(cells) == sorted(train.step.name for train in plan.trains)
+    folder_of = {train.step.name: train.activations.step.folder for train in plan.trains}
+    loads = sizes(packed, plan, device)
+    assert loads == sorted(loads, reverse=True)
+    fair = max(sum(loads) / slots, pace.worker)
+    for bundle, load in zip(packed, loads, strict=True):
+        assert {folder_of[job.step.name] for job in bundle.cells} == {bundle.activations}
+        assert len(bundle.cells) <= most
+        assert len(bundle.cells) == 1 or load <= min(fair, 1000 * (ALONE + pace.step)) * (1 + 1e-9)
+
+
+def test_the_widest_cell_is_alone(make_plan):
+    plan = make_plan([1, 64, 1024, WIDEST / 16])
+    for device in ("cpu", "cuda"):
+        packed = bundles(plan, plan.trains, 1, device)
+        together = [[job.cell.expansion for job in bundle.cells] for bundle in packed]
+        assert together[:2] == 2 * [[WIDEST / 16]]
+        assert sorted(map(sorted, together[2:])) == 2 * [[1, 64, 1024]]
+
+
+def test_slots_are_kept_busy(make_plan):
+    """As workers take bundles in this order, the last one ends not much later than it must."""
+    plan = make_plan([2.0**n for n in range(18)], steps=10_000)
+    slots = 4
+    loads = sizes(bundles(plan, plan.trains, slots, "cpu"), plan)
+    ends = [0.0] * slots
+    for load in loads:
+        heapq.heapreplace(ends, ends[0] + load)
+    assert max(ends) <= 4 / 3 * max(sum(loads) / slots, max(loads))
+
+
+def test_little_work_is_not_spread(make_plan):
+    plan = make_plan([1, 2, 4], steps=20)
+    assert len(bundles(plan, plan.trains, 8, "cpu")) == 2, "one per site"
