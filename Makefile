@@ -7,7 +7,7 @@ INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get insta
 # Tests of the cluster mostly wait for processes to start; meanwhile another process of pytest runs the others.
 TWO := -n 2 --no-loadscope-reorder
 
-.PHONY: demo test test-fast test-slow test-gpu soak bench bench-serve bench-gpu lint format clean
+.PHONY: demo test test-fast test-slow test-gpu soak chaos bench bench-serve bench-gpu lint format clean
 
 demo: .venv/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
@@ -27,6 +27,12 @@ test-gpu: .venv/.test
 
 soak: .venv/.test
 	$(BIN)/pytest tests/serve/test_soak.py -m slow -s
+
+# About 40 minutes on two cores.
+chaos: .venv/.test
+	$(BIN)/python -m pip install --quiet --editable '.[chaos]'
+	$(BIN)/python -m bench.chaos
+	$(BIN)/python -m bench.tables
 
 bench: .venv/.test
 	$(BIN)/python -m bench.train

@@ -1,4 +1,5 @@
-"""The tables of docs/speed.md, made from the results: `python -m bench.tables` rewrites them."""
+"""The tables of the documentation, made from results of benchmarks and from what tests of faults showed:
+`python -m bench.tables` rewrites them."""
 
 from __future__ import annotations
 
@@ -9,15 +10,36 @@ from typing import Any
 
 from bench.record import RESULTS
 
-PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = (DOCS / "speed.md", DOCS / "faults.md")
+FAULTS = DOCS / "faults"
+"""One file per test: what it showed. `pytest --record-faults` rewrites them."""
 PLACE = re.compile(r"<!-- bench: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+FAULTS_PLACE = re.compile(r"<!-- faults -->\n.*?<!-- /faults -->", re.DOTALL)
 
 MACHINE = ("gpu", "cpu", "vectors", "cores", "threads", "load_average", "python", "torch", "date")
 
 
 def with_tables(page: str, results: Path = RESULTS) -> str:
-    """The page with what lies between `<!-- bench: NAME -->` and `<!-- end -->` made from `NAME.json`."""
-    return PLACE.sub(lambda place: f"<!-- bench: {place[1]} -->\n{section(results, place[1])}\n<!-- end -->", page)
+    """The page with what lies between `<!-- bench: NAME -->` and `<!-- end -->` made from `NAME.json`, and what lies
+    between `<!-- faults -->` and `<!-- /faults -->` from the tests of faults."""
+    page = PLACE.sub(lambda place: f"<!-- bench: {place[1]} -->\n{section(results, place[1])}\n<!-- end -->", page)
+    return FAULTS_PLACE.sub(lambda _: f"<!-- faults -->\n{faults_table(shown_faults())}\n<!-- /faults -->", page)
+
+
+def shown_faults() -> list[dict[str, str]]:
+    """`fault`, `stage`, `outcome` and `test`."""
+    return [row for file in sorted(FAULTS.glob("*.json")) for row in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def faults_table(shown: list[dict[str, str]]) -> str:
+    """One row per fault, outcome and test, with the stages for which it showed that."""
+    stages: dict[tuple[str, str, str], list[str]] = {}
+    for one in shown:
+        stages.setdefault((one["fault"], one["outcome"], one["test"]), []).append(one["stage"])
+    rows = [[fault, ", ".join(at), outcome, f"`{test}`"] for (fault, outcome, test), at in sorted(stages.items())]
+    lines = [["fault", "stages", "outcome", "shown by"], ["---"] * 4, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def section(results: Path, name: str) -> str:
@@ -46,4 +68,5 @@ def cell(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for each in PAGES:
+        each.write_text(with_tables(each.read_text(encoding="utf-8")), encoding="utf-8")

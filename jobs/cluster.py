@@ -27,6 +27,10 @@ but less for one request, which is made again."""
 AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
 """As `RayParams` and the files in a session's folder name them."""
 
+RETRIES = 10
+"""How often a task or an actor is begun again that lost its process or its node. Ray's 3 are too few for a long stage
+on machines that come and go; without a bound, work that ends its own process would be begun for ever."""
+
 PROCESS_BYTES = 2**29
 """Memory of a worker that has loaded torch and holds nothing yet."""
 

@@ -9,7 +9,7 @@ from sae_ray.store.activations import PIECE_BYTES
 from sae_ray.store.steps import Step
 from sae_ray.study.plan import EvaluatePlan, StudyPlan
 
-from .cluster import PROCESS_BYTES, at_most_a_node, share
+from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share
 from .progress import Progress
 from .stage import at_work, unfinished
 
@@ -35,7 +35,7 @@ def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
     gpus, at_once = share("resources.evaluate", resources)
     sizes = (one.sae.weight_bytes + 4 * min(PIECE_BYTES, one.activations.bytes) for one in todo)
     memory = at_most_a_node(PROCESS_BYTES + max(sizes), resources.cpus, gpus)
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, memory=memory)(evaluated)
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, memory=memory, max_retries=RETRIES)(evaluated)
     waiting, running = list(todo), []
     with Progress(f"evaluate {len(todo)} SAEs", sum(one.rows for one in todo), "activations") as progress:
         board = progress.board()

@@ -5,8 +5,9 @@ decodes its images, otherwise the encoder's own actor. The actor encodes them ba
 every site (and of the judge's embeddings) while it encodes the next one. A part depends on its images alone, so what a
 killed run finished is not repeated.
 
-Ray repeats what a lost process did, without end. So attempts are counted: a part whose decoding ended its process is
-decoded image by image in a process of its own, and one that still ends its process is an error.
+Ray repeats what a lost process did, without end. So attempts are counted, but for those lost with a whole node: a part
+whose decoding ended its process is decoded image by image in a process of its own, and one that still ends its process
+is an error.
 """
 
 from __future__ import annotations
@@ -302,9 +303,13 @@ class PartDecoder:
 
 
 def begin_part(jobs: Sequence[EncoderJob], images: str, part: int, run: str, what: str) -> int:
-    """Notes an attempt, and returns how many there were before."""
+    """Notes an attempt, and returns how many there were before; those that ended with their node do not count."""
+    import ray
+
     first = next(step for job in jobs for step in job.steps.get(images, ()))
-    return begin(first.folder, run, f"{part_name(part)}-{what}")
+    before = begin(first.folder, run, f"{part_name(part)}-{what}", ray.get_runtime_context().get_node_id())
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if before else set()
+    return sum(node in alive for node in before)
 
 
 def _one_value(array: np.ndarray) -> pa.Array:

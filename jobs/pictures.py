@@ -10,7 +10,7 @@ from sae_ray.report.pictures import PicturesJob, Shown, Sprite, finish_pictures,
 from sae_ray.study.config import PicturesResources
 from sae_ray.study.plan import PicturesPlan, StudyPlan
 
-from .cluster import share
+from .cluster import RETRIES, share
 from .progress import Progress
 from .stage import at_work, unfinished
 
@@ -41,7 +41,7 @@ def _make(plan: StudyPlan, pictures: PicturesPlan, resources: PicturesResources)
     job, waiting = pictures_job(plan, pictures, shown, shown.heat_cells)
     # Thumbnails alone need no GPU.
     gpus, at_once = share("resources.pictures", resources if job.cells else replace(resources, gpus=0))
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus)(made)
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, max_retries=RETRIES)(made)
     shared = ray.put(job)
     total = shown.album.n_pictured
     left = sum(len(sprite.images) for sprite in waiting)

@@ -26,7 +26,7 @@ from sae_ray.store.files import Folder
 from sae_ray.study.config import ScoreResources
 from sae_ray.study.plan import ScorePlan, StudyPlan
 
-from .cluster import PROCESS_BYTES, at_most_a_node, share
+from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share
 from .progress import Progress
 from .stage import at_work, unfinished
 
@@ -156,9 +156,11 @@ class Pass:
         # SAEs pass through the host's memory one by one on their way to a GPU.
         weights = (max if gpus else sum)(score.weight_bytes for score in scores)
         memory = at_most_a_node(PROCESS_BYTES + weights + entries + read, cpus, gpus)
-        self._block = ray.remote(num_cpus=cpus, num_gpus=gpus, memory=memory, num_returns=2 + n_ranges)(block_entries)
-        self._fold = ray.remote(num_cpus=cpus, num_returns=2)(folded)
-        self._write = ray.remote(num_cpus=0)(written)
+        # Blocks and sums that are lost with their node are made again by Ray, from the first block on if need be.
+        task = ray.remote(num_cpus=cpus, max_retries=RETRIES)
+        self._block = task(block_entries).options(num_gpus=gpus, memory=memory, num_returns=2 + n_ranges)
+        self._fold = task(folded).options(num_returns=2)
+        self._write = task(written).options(num_cpus=0)
         self._waiting: list[list] = []
         self._folded: list = [None] * n_ranges
         self._started = time.monotonic()

@@ -44,7 +44,7 @@ from sae_ray.store.steps import digest
 from sae_ray.study.config import SteeringResources
 from sae_ray.study.plan import ImagePlan, ScorePlan, SteeringPlan, StudyPlan
 
-from .cluster import gpus_or_default, n_gpus, require
+from .cluster import RETRIES, gpus_or_default, n_gpus, require
 from .progress import Progress
 from .stage import at_work, unfinished
 
@@ -163,7 +163,9 @@ class Actors:
         gpus = gpus_or_default(resources.gpus)
         n_actors = resources.workers or (max(1, int(n_gpus() / gpus)) if gpus else 1)
         require("resources.steering", n_actors, resources.cpus, gpus)
-        actor = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3)(Actor)
+        actor = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, max_restarts=RETRIES, max_task_retries=RETRIES)(
+            Actor
+        )
         activations = ActivationStore(plan.scores.activations.step.folder)
         given = (plan.steering, plan.sae.step.folder, activations, plan.step.folder, resources.batch_size, gpus > 0)
         self.name, self.folder = plan.name, plan.step.folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -15,7 +16,7 @@ os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 # By default Ray's workers give way to whatever else runs, so that beside other work some tests would wait for minutes.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray reads it in this spelling
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,9 @@ settings.load_profile("sae-ray")
 MARKS_BY_FIXTURE = {"ray_cluster": "ray", "server": "serve", "browser": "browser"}
 
 
+FAULTS = Path(__file__).parents[1] / "docs" / "faults"
+
+
 ON_A_CLUSTER = ("tests/jobs/", "tests/serve/")
 """Folders whose tests share the cluster. They take longest, so they begin first."""
 
@@ -48,6 +52,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(mark)
     items.sort(key=lambda item: not item.nodeid.startswith(ON_A_CLUSTER))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-faults", action="store_true", help="Write what tests of faults show to docs/faults, for its table."
+    )
+
+
+@pytest.fixture
+def record_fault(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str, str], None]]:
+    """`record_fault(fault, stage, outcome)`: what the test has just shown, for the table of the documentation."""
+    rows: list[dict[str, str]] = []
+    test = request.node.nodeid.partition("[")[0]
+
+    def record(fault: str, stage: str, outcome: str) -> None:
+        rows.append({"fault": fault, "stage": stage, "outcome": outcome, "test": test})
+
+    yield record
+    if rows and request.config.getoption("--record-faults"):
+        file = FAULTS / f"{request.node.name}.json"
+        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,21 +1,41 @@
-"""The tables of the page on speed are those of the committed results."""
+"""The tables of the documentation are those of the committed results."""
 
 import json
 import re
 from pathlib import Path
 
+import pytest
+
 from bench.record import RESULTS
-from bench.tables import PAGE, PLACE, with_tables
+from bench.tables import PAGES, PLACE, faults_table, shown_faults, with_tables
+
+REPOSITORY = Path(__file__).parents[2]
 
 
-def test_the_page_shows_the_results_as_they_are():
-    page = PAGE.read_text(encoding="utf-8")
-    assert with_tables(page) == page, "run python -m bench.tables"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_pages_show_the_results_as_they_are(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert with_tables(text) == text, "run python -m bench.tables"
 
 
-def test_every_result_has_its_place_on_the_page():
-    places = {place[1] for place in PLACE.finditer(PAGE.read_text(encoding="utf-8"))}
+def test_every_result_has_its_place_on_a_page():
+    places = {place[1] for page in PAGES for place in PLACE.finditer(page.read_text(encoding="utf-8"))}
     assert {file.stem for file in RESULTS.glob("*.json")} <= places
+
+
+def test_what_the_table_of_faults_shows_is_tested():
+    for one in shown_faults():
+        file, _, name = one["test"].partition("::")
+        assert f"def {name}(" in (REPOSITORY / file).read_text(encoding="utf-8"), f"{one} is tested no more: delete it"
+
+
+def test_stages_of_the_same_outcome_share_a_row():
+    outcomes = [("extract", "same bits"), ("train", "same bits"), ("score", "an error")]
+    shown = [{"fault": "fire", "stage": stage, "outcome": outcome, "test": "t::a"} for stage, outcome in outcomes]
+    assert faults_table(shown).splitlines()[2:] == [
+        "| fire | score | an error | `t::a` |",
+        "| fire | extract, train | same bits | `t::a` |",
+    ]
 
 
 def test_tables_follow_the_results(tmp_path: Path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from sae_ray.jobs import study
 
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
@@ -21,6 +22,8 @@ from tests.machine import PATIENCE_S
 
 N_TRAIN = 500
 N_HELDOUT = 150
+IMAGES_PER_BLOCK = 50
+OTHER_PROMPT = "What colour is it?"
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +69,54 @@ def make_plan(study_values) -> Callable[..., StudyPlan]:
         return StudyPlan(Study.from_dict(study_values, overrides), Folder(root))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def steered_values(study_values, world) -> dict:
+    """A study of one cell with every stage."""
+    grid = {"sites": ["layer3:random:4"], "architectures": ["matryoshka_batch_topk"], "expansions": [4], "k": [8]}
+    return study_values | {
+        "grid": [grid | {"score_tokens": "all"}],
+        "training": study_values["training"] | {"steps": 300},
+        "scoring": {"pictures": "train"},
+        "steering": {
+            "llava": f"{world}/llava",
+            "scorer": f"{world}/clip",
+            "strength": 4,
+            "unit": "max",
+            "other_prompts": [OTHER_PROMPT],
+            "ignore_labels": ["blank"],
+            "min_images": 8,
+            "min_purity": 0.5,
+            "n_white_latents": 20,
+            "n_images": 20,
+            "n_image_latents": 3,
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def make_steered(steered_values) -> Callable[..., StudyPlan]:
+    """`make_steered(root, **{"steering.n_images": 5})`"""
+
+    def make(root: Path, **overrides) -> StudyPlan:
+        return StudyPlan(Study.from_dict(steered_values, overrides), Folder(root))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def steered(ray_cluster, extracted, make_steered, tmp_path_factory) -> Path:
+    """A root with the whole study of `steered_values` done; copy it before writing to it.
+
+    Its statistics are summed in blocks of 50 images, so that there is something to fold.
+    """
+    root = tmp_path_factory.mktemp("steered") / "root"
+    shutil.copytree(extracted, root)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sae_ray.scores.scoring.IMAGES_PER_BLOCK", IMAGES_PER_BLOCK)
+        study.run(make_steered(root))
+    return root
 
 
 def to_toml(values: dict) -> str:

@@ -19,6 +19,7 @@ from sae_ray.encoders.sites import Site
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import decode_image
 from sae_ray.store.activations import ActivationStore
+from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
 
 
@@ -151,12 +152,13 @@ def test_an_image_that_kills_its_decoder_becomes_a_reject(ray_cluster, make_plan
     assert not (train.step.folder / "attempts").exists()
 
 
-def test_a_part_that_keeps_ending_its_process_is_an_error(make_plan, world, tmp_path):
+def test_a_part_that_keeps_ending_its_process_is_an_error(ray_cluster, world, tmp_path):
     step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
     jobs = (extract.EncoderJob(f"{world}/clip", None, "float32", None, {"train": [step]}),)
     encode = extract.PartEncoder(jobs, "cpu", 16, 0, "run", None)
     batch = pa.table({"images": ["train"], "part": [3], "image_ids": [["a.png", "b.png"]], "begun": [0]})
     for _ in range(extract.MOST_TRIES):
+        begin(step.folder, "run", "part-00003-encode", "a node that was lost")
         assert extract.begin_part(jobs, "train", 3, "run", "encode") < extract.MOST_TRIES
     extract.begin_part(jobs, "train", 3, "another run", "encode")
     [problem] = encode(batch)["problem"].to_pylist()

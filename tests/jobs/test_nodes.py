@@ -1,72 +1,53 @@
-"""What a node that is lost costs: only the work that it was doing."""
+"""What dies in the midst of a stage costs neither run nor bits."""
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 
 import pytest
-import torch
-from sae_ray.jobs.placement import bundles
 
-from sae_ray.sae import train_cells
-from tests.jobs.test_train import SLOW, assert_equal_weights
+from tests.jobs import faults
+from tests.jobs.conftest import IMAGES_PER_BLOCK
 from tests.machine import PATIENCE_S
+from tests.roots import differences
 
 pytestmark = pytest.mark.ray
 
-LOSE_A_NODE = """
-import json, sys, threading, time
-import ray
-from ray._private.state import state
-from ray.cluster_utils import Cluster
-from sae_ray.jobs import train
-from sae_ray.jobs.cluster import allow_slow_starts
-from sae_ray.store.files import Folder
-from sae_ray.study.config import Study
-from sae_ray.study.plan import StudyPlan
 
-allow_slow_starts()
-values, overrides, root, scratch = json.loads(sys.argv[1])
-quiet = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
-cluster = Cluster(initialize_head=True, head_node_args=quiet | {"num_cpus": 0, "temp_dir": scratch})
-nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20) for _ in "ab")}
-ray.init(address=cluster.address, log_to_driver=False)
-plan = StudyPlan(Study.from_dict(values, overrides), Folder(root))
-checkpoints = [one.step.folder / "checkpoints" for one in plan.trains]
+@pytest.fixture
+def run_struck(steered_values, make_steered, steered, tmp_path):
+    """Runs the whole study on three nodes while each of these faults strikes each of its stages."""
 
-def lose() -> None:
-    while not all(folder.files() for folder in checkpoints):
-        time.sleep(0.02)
-    actors = state.actor_table(None, actor_state_name="ALIVE").values()
-    [lost] = {one["Address"]["NodeID"] for one in actors if one["ActorClassName"] == "RayTrainWorker"}
-    cluster.remove_node(nodes[lost], allow_graceful=False)
-    print(json.dumps(lost), flush=True)  # what the test reads
+    def run(*struck: str) -> None:
+        with tempfile.TemporaryDirectory(prefix="sr", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+            given = {
+                "study": steered_values,
+                "root": str(tmp_path / "root"),
+                "scratch": scratch,
+                "faults": struck,
+                "images_per_block": IMAGES_PER_BLOCK,
+            }
+            command = [sys.executable, "-m", "tests.jobs.faults", json.dumps(given)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=4 * PATIENCE_S)
+        assert done.returncode == 0, "see its standard error"
+        assert set(json.loads(done.stdout.splitlines()[-1])) == {
+            f"{at}-{fault}" for at in faults.STAGES for fault in struck
+        }
+        assert not differences(make_steered(tmp_path / "root"), make_steered(steered))
 
-threading.Thread(target=lose, daemon=True).start()
-train.run(plan)
-"""
+    return run
 
 
-def test_a_node_lost_in_training_costs_neither_run_nor_bits(extracted, make_plan, study_values, tmp_path):
-    shutil.copytree(extracted, tmp_path / "whole")
-    reference = make_plan(tmp_path / "whole", **SLOW)
-    torch.set_num_threads(1)
-    [bundle] = bundles(reference, reference.trains, 1, "cpu")
-    train_cells(bundle)
+def test_a_worker_and_a_node_lost_in_every_stage_cost_no_bits(run_struck, record_fault):
+    run_struck("worker", "node")
+    for stage in faults.STAGES:
+        record_fault("a worker process is killed", stage, "same bits")
+        record_fault("a node is lost", stage, "same bits")
 
-    root = tmp_path / "root"
-    shutil.copytree(extracted, root)
-    with tempfile.TemporaryDirectory(prefix="sr", dir="/tmp", ignore_cleanup_errors=True) as scratch:
-        given = json.dumps([study_values, SLOW, str(root), scratch])
-        done = subprocess.run(
-            [sys.executable, "-c", LOSE_A_NODE, given], capture_output=True, text=True, timeout=2 * PATIENCE_S
-        )
-    assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith(chr(34))], "no node was lost"
-    plan = make_plan(root, **SLOW)
-    assert_equal_weights(plan, reference)
-    for one in plan.trains:
-        attempts = one.step.record()["ran"]["attempts"]
-        assert 0 < attempts[-1]["first_step"] < SLOW["training.steps"]
+
+@pytest.mark.slow
+def test_a_driver_killed_in_every_stage_resumes_to_the_same_bits(run_struck, record_fault):
+    run_struck("driver")
+    for stage in faults.STAGES:
+        record_fault("the driver is killed", stage, "same bits, after the same command")

@@ -17,9 +17,7 @@ from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import remember
 from tests.machine import until
-
-REPORT_DIFFERS = ("index.html", "report.json")
-"""They tell of times and places."""
+from tests.roots import differences
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +46,6 @@ def bucket(tmp_path_factory) -> Iterator[str]:
         server.wait()
 
 
-def contents(folder: Folder) -> dict[str, bytes]:
-    return {name: folder.read_bytes(name) for name in folder.files(recursive=True) if not name.startswith(".ray")}
-
-
 def test_a_killed_study_in_a_store_resumes_to_the_bits_of_the_local_one(
     ray_cluster, bucket, finished, make_plan, world, study_values, kill_driver_when, capsys
 ):
@@ -78,17 +72,4 @@ def test_a_killed_study_in_a_store_resumes_to_the_bits_of_the_local_one(
     shown = f"{study.summary_text(plan, summary)}{summary}{capsys.readouterr().err}"
     assert "s3://study/root" in shown
     assert "testing" not in shown, "no key is shown"
-    for ours, theirs in zip(plan.steps, local.steps, strict=True):
-        assert ours.name == theirs.name
-        mine, other = contents(ours.folder), contents(theirs.folder)
-        assert len(mine) == len(other)
-        for name in other:
-            if name.startswith("data/") or name in ("parts.parquet", "step.json"):
-                continue
-            assert mine[name] == other[name], (ours.label, name)
-        if ours.stage == "extract":
-            values = [sorted(data for name, data in one.items() if name.startswith("data/")) for one in (mine, other)]
-            assert values[0] == values[1], ours.label
-    mine, other = contents(plan.root / "report"), contents(local.root / "report")
-    assert mine.keys() == other.keys()
-    assert [name for name in other if mine[name] != other[name]] == list(REPORT_DIFFERS)
+    assert not differences(plan, local)

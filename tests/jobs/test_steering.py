@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,9 +9,7 @@ import pytest
 from click.testing import CliRunner
 from sae_ray.jobs import status, steering, study
 from sae_ray.jobs.cli import main
-from sae_ray.jobs.placement import bundles
 from sae_ray.jobs.progress import Progress
-from sae_ray.jobs.train import train_cells
 
 from sae_ray.encoders import describe_encoder
 from sae_ray.errors import SaeRayError, UsageError
@@ -20,61 +17,15 @@ from sae_ray.steering.evaluation import rates
 from sae_ray.steering.protocol import Question
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import remember
-from tests.small_study import finish_extract, finish_score
 
-OTHER = "What colour is it?"
-
-
-@pytest.fixture(scope="module")
-def make_steered(make_plan, world) -> Callable[..., StudyPlan]:
-    def make(root: Path, **overrides) -> StudyPlan:
-        grid = {"sites": ["layer3:random:4"], "architectures": ["matryoshka_batch_topk"], "expansions": [4], "k": [8]}
-        values = {
-            "grid": [grid | {"score_tokens": "all"}],
-            "training.steps": 300,
-            "scoring.pictures": "train",
-            "steering": {
-                "llava": f"{world}/llava",
-                "scorer": f"{world}/clip",
-                "strength": 4,
-                "unit": "max",
-                "other_prompts": [OTHER],
-                "ignore_labels": ["blank"],
-                "min_images": 8,
-                "min_purity": 0.5,
-                "n_white_latents": 20,
-                "n_images": 20,
-                "n_image_latents": 3,
-            },
-        }
-        return make_plan(root, **(values | overrides))
-
-    return make
+from .conftest import OTHER_PROMPT
 
 
 @pytest.fixture(scope="module")
-def scored(make_steered, tmp_path_factory) -> Path:
-    """A root where all is done but the steering, in this process, since that is fast; copy it before writing to it."""
-    root = tmp_path_factory.mktemp("scored")
-    plan = make_steered(root)
-    for images in plan.images.values():
-        for step, name in ((images.step, "manifest"), (images.labels_step, "labels")):
-            step.folder.write_parquet(f"{name}.parquet", getattr(images, name))
-            step.finish(0.0, {"images": images.n_images})
-    for one in plan.extracts:
-        finish_extract(one)
-    [bundle] = bundles(plan, plan.trains, 1, "cpu")
-    train_cells(bundle)
-    for one in plan.scores:
-        finish_score(one)
-    return root
-
-
-@pytest.fixture(scope="module")
-def steered(ray_cluster, scored, make_steered, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("steered") / "root"
-    shutil.copytree(scored, root)
-    steering.run(make_steered(root))
+def scored(steered, tmp_path_factory) -> Path:
+    """A root where all is done but the steering and what follows it; copy it before writing to it."""
+    root = tmp_path_factory.mktemp("scored") / "root"
+    shutil.copytree(steered, root, ignore=shutil.ignore_patterns("steering-*", "pictures-*", "report", "summary.json"))
     return root
 
 
@@ -91,7 +42,7 @@ def test_every_answer_is_a_row_and_rates_are_counted_from_rows(steered, make_ste
     assert {row["kind"] for row in rows} >= {
         "unsteered", "reconstruction", "white", "insertion", "neuron", "diffmean_white", "diffmean_insertion",
     }  # fmt: skip
-    assert {row["prompt"] for row in rows} == {one.steering.prompt, OTHER}
+    assert {row["prompt"] for row in rows} == {one.steering.prompt, OTHER_PROMPT}
     labels = plan.images["heldout"].labels["label_name"].to_pylist()
     images = {row["image_index"] for row in rows} - {-1}
     assert len(images) == 20
@@ -158,7 +109,7 @@ def test_an_interrupted_run_goes_on_where_it_was(steered, scored, make_steered, 
 
     steering.run(plan)
     expected, found = answers_of(make_steered(steered)), answers_of(plan)
-    assert (expected[4]["kind"], expected[4]["prompt"]) == ("reconstruction", OTHER)
+    assert (expected[4]["kind"], expected[4]["prompt"]) == ("reconstruction", OTHER_PROMPT)
     expected[4] |= {"steered": "forged", "right": False}
     assert found == expected
 
