@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -48,7 +49,7 @@ PAUSE_S = (2.0, 14.0)
 """Between two kills."""
 TARGETS = {"worker": 5, "node": 3, "driver": 2, "store": 2}
 """How often each is chosen."""
-STAGES = ("start", "extract", "train", "evaluate", "score", "steer", "pictures", "report")
+STAGES = ("start", "extract", "train", "evaluate", "score", "steer", "pictures")
 AT_WORK = re.compile(rf"^({'|'.join(STAGES)})\b.*: \S", re.MULTILINE)
 """The driver's progress lines."""
 HANGS_S = 600
@@ -113,16 +114,15 @@ class Store:
         self.command = [shutil.which("weed") or "weed", "server", "-filer", "-s3"]
         self.command += [f"-{name}={value}" for name, value in (options | ports).items()]
         self.start()
-        filesystem, _ = FileSystem.from_uri(f"{self.uri.format('')}&allow_bucket_creation=true")
+        until(self.serves)
 
-        def serves() -> bool:
-            with suppress(OSError):
-                filesystem.create_dir("study")
-                Folder(self.uri.format("check")).write_bytes("check", b"")
-                return True
-            return False
-
-        until(serves)
+    def serves(self) -> bool:
+        with suppress(OSError):
+            filesystem, _ = FileSystem.from_uri(f"{self.uri.format('')}&allow_bucket_creation=true")
+            filesystem.create_dir("study")
+            Folder(self.uri.format("check")).write_bytes("check", b"")
+            return True
+        return False
 
     def start(self) -> None:
         with (self.folder / "log").open("a") as log:
@@ -224,8 +224,11 @@ class Run:
             now = time.monotonic()
             if status is not None:
                 if status != -signal.SIGKILL:
-                    self.errors.append(self.log.read_text().strip().splitlines()[-1])
-                    shutil.copy(self.log, self.log.with_name(f"error-{self.number}-{len(self.errors)}"))
+                    said = self.log.read_text().strip().splitlines()
+                    self.errors.append(next((line for line in said if line.startswith("Error: ")), said[-1]))
+                    print(
+                        f"{self.number} {now - begun:6.1f} s  the driver ended:", *said[-15:], sep="\n    ", flush=True
+                    )
                 for kill in self.kills:
                     kill.restarts += kill.back_s is None
                 self.start()
@@ -257,9 +260,7 @@ class Chaos:
 
     def strike(self, run: Run, at_s: float) -> None:
         now = time.monotonic()
-        for due, start in [one for one in self.later if one[0] <= now]:
-            start()
-            self.later.remove((due, start))
+        self.mend(now)
         if not self.left or now < self.next:
             return
         [target] = self.random.choices(list(TARGETS), list(TARGETS.values()))
@@ -269,6 +270,12 @@ class Chaos:
             run.kills.append(kill)
             print(f"{run.number} {at_s:6.1f} s  {kill.stage:9} {target:7} {kill.what}", flush=True)
             self.next = time.monotonic() + self.random.uniform(*PAUSE_S)
+
+    def mend(self, now: float = math.inf) -> None:
+        """Starts again what is due."""
+        for due, start in [one for one in self.later if one[0] <= now]:
+            start()
+            self.later.remove((due, start))
 
     def _kill_worker(self, run: Run, kill: Kill) -> bool:
         workers = self.nodes.workers()
@@ -354,6 +361,8 @@ def measure(most: int, seed: int, scratch: Path, store: Store, nodes: Nodes) -> 
         runs.append(run(len(runs) + 1))
         seconds = runs[-1].until_done(chaos.strike)
         lasted += seconds
+        chaos.mend()
+        until(store.serves)
         differ += [f"{runs[-1].uri.split('?')[0]}: {name}" for name in differences(plan(runs[-1]), plan(reference))]
         print(f"root {runs[-1].number}: {seconds:.0f} s, {len(runs[-1].kills)} kills, differ: {differ}", flush=True)
     kills = [kill for one in runs for kill in one.kills]

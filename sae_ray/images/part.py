@@ -116,9 +116,16 @@ def _read_ahead(folder: Folder, image_ids: Sequence[str]) -> Iterator[Future[byt
 
 
 def read_file(folder: Folder, image_id: str) -> bytes:
-    """The bytes of an image. Raises BadImage if the file cannot be read; what may pass is tried again."""
-    waits = iter(RETRY_SECONDS)
-    while True:
+    """The bytes of an image. Reads that fail are tried again.
+
+    Raises:
+        BadImage: the file cannot be read.
+        OSError: its store does not answer at all, which is not the fault of the image.
+    """
+    problem = OSError()
+    for wait in (*RETRY_SECONDS, None):
+        if wait is None:
+            folder.exists(image_id)
         try:
             return folder.read_bytes(image_id)
         except FileNotFoundError as error:
@@ -126,11 +133,10 @@ def read_file(folder: Folder, image_id: str) -> bytes:
         except PermissionError as error:
             raise BadImage("no permission to read it") from error
         except OSError as error:
-            wait = next(waits, None)
-            if wait is None:
-                reason = os.strerror(error.errno) if error.errno else "the store did not deliver it"
-                raise BadImage(f"could not be read: {reason}") from error
-            time.sleep(wait)
+            problem = error
+        time.sleep(wait or 0)
+    reason = os.strerror(problem.errno) if problem.errno else "the store did not deliver it"
+    raise BadImage(f"could not be read: {reason}") from problem
 
 
 def _prepared(preparations: Sequence[Preparation], data: bytes) -> list[np.ndarray]:

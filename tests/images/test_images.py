@@ -484,3 +484,17 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(tmp_path, monkeypatch, er
         decoded = decode_part(Failing(tmp_path, failures, error), ["a.png"], [preparation])
         assert decoded.rejects == rejects
         assert len(decoded.accepted) == len(decoded.pixels[0]) == 1 - len(rejects)
+
+
+def test_images_are_not_rejected_because_their_store_is_away(tmp_path, monkeypatch):
+    class Away(Failing):
+        def exists(self, name: str = "") -> bool:
+            raise self.error
+
+    monkeypatch.setattr("sae_ray.images.part.RETRY_SECONDS", (0.0, 0.0))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    preparation = Preparation(lambda image: np.asarray(image).transpose(2, 0, 1))
+    refused = OSError("AWS Error NETWORK_CONNECTION: could not connect")
+    assert decode_part(Away(tmp_path, 1, refused), ["a.png"], [preparation]).rejects == []
+    with pytest.raises(OSError, match="could not connect"):
+        decode_part(Away(tmp_path, 2, refused), ["a.png"], [preparation])

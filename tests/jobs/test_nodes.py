@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from tests.jobs import faults
+from tests.jobs import struck
 from tests.jobs.conftest import IMAGES_PER_BLOCK
 from tests.machine import PATIENCE_S
 from tests.roots import differences
@@ -19,21 +19,20 @@ pytestmark = pytest.mark.ray
 def run_struck(steered_values, make_steered, steered, tmp_path):
     """Runs the whole study on three nodes while each of these faults strikes each of its stages."""
 
-    def run(*struck: str) -> None:
+    def run(*faults: str) -> None:
         with tempfile.TemporaryDirectory(prefix="sr", dir="/tmp", ignore_cleanup_errors=True) as scratch:
             given = {
                 "study": steered_values,
                 "root": str(tmp_path / "root"),
                 "scratch": scratch,
-                "faults": struck,
+                "faults": faults,
                 "images_per_block": IMAGES_PER_BLOCK,
             }
-            command = [sys.executable, "-m", "tests.jobs.faults", json.dumps(given)]
+            command = [sys.executable, "-m", "tests.jobs.struck", json.dumps(given)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=4 * PATIENCE_S)
         assert done.returncode == 0, "see its standard error"
-        assert set(json.loads(done.stdout.splitlines()[-1])) == {
-            f"{at}-{fault}" for at in faults.STAGES for fault in struck
-        }
+        happened = json.loads(done.stdout.splitlines()[-1])
+        assert happened == sorted(f"{stage}-{fault}" for stage in struck.STAGES for fault in faults)
         assert not differences(make_steered(tmp_path / "root"), make_steered(steered))
 
     return run
@@ -41,7 +40,7 @@ def run_struck(steered_values, make_steered, steered, tmp_path):
 
 def test_a_worker_and_a_node_lost_in_every_stage_cost_no_bits(run_struck, record_fault):
     run_struck("worker", "node")
-    for stage in faults.STAGES:
+    for stage in struck.STAGES:
         record_fault("a worker process is killed", stage, "same bits")
         record_fault("a node is lost", stage, "same bits")
 
@@ -49,5 +48,5 @@ def test_a_worker_and_a_node_lost_in_every_stage_cost_no_bits(run_struck, record
 @pytest.mark.slow
 def test_a_driver_killed_in_every_stage_resumes_to_the_same_bits(run_struck, record_fault):
     run_struck("driver")
-    for stage in faults.STAGES:
+    for stage in struck.STAGES:
         record_fault("the driver is killed", stage, "same bits, after the same command")
