@@ -34,14 +34,14 @@ from urllib.parse import quote
 import psutil
 from pyarrow.fs import FileSystem, LocalFileSystem, copy_files
 from ray.cluster_utils import Cluster
-from sae_ray.jobs.cluster import START_LIMITS
+from sae_ray.jobs.cluster import allow_slow_starts, free_port
 
 from bench.record import Table, record
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.world import write_world
-from tests.machine import free_port, until
+from tests.machine import until
 from tests.roots import differences
 
 IMAGES = {"train": 500, "heldout": 150}
@@ -318,7 +318,8 @@ def main() -> None:
     asked = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="sr", dir="/tmp"))
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
-    os.environ |= START_LIMITS | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    allow_slow_starts()
     store = nodes = None
     try:
         store, nodes = Store(scratch / "store"), Nodes(scratch / "ray")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_ray.jobs import score, steering, study
+from sae_ray.jobs.cluster import allow_slow_starts
 from sae_ray.jobs.progress import Progress
 
 from sae_ray.scores import scoring
@@ -116,6 +117,7 @@ def supervise() -> list[str]:
     """Starts the cluster and the driver, and replaces what is taken away; returns all `<stage>-<fault>`."""
     from ray.cluster_utils import Cluster
 
+    allow_slow_starts()
     os.environ.update(QUICKLY)
     marks().mkdir()
     quiet = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
