@@ -111,7 +111,8 @@ class Store:
             "master.volumeSizeLimitMB": 64,
             "volume.max": 30,
         }
-        self.command = [shutil.which("weed") or "weed", "server", "-filer", "-s3"]
+        ours = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.command = [shutil.which("weed", path=ours) or "weed", "server", "-filer", "-s3"]
         self.command += [f"-{name}={value}" for name, value in (options | ports).items()]
         self.start()
         until(self.serves)
