@@ -198,6 +198,9 @@ class Run:
     errors: list[str] = field(default_factory=list)
     """Of drivers that ended by themselves."""
     hangs: int = 0
+    seconds: float = 0.0
+    differ: list[str] = field(default_factory=list)
+    """Files that are not those of the undisturbed run."""
 
     def start(self) -> None:
         self.output = self.log.open("w")
@@ -274,9 +277,10 @@ class Chaos:
 
     def mend(self, now: float = math.inf) -> None:
         """Starts again what is due."""
-        for due, start in [one for one in self.later if one[0] <= now]:
+        for one in [one for one in self.later if one[0] <= now]:
+            _, start = one
             start()
-            self.later.remove((due, start))
+            self.later.remove(one)
 
     def _kill_worker(self, run: Run, kill: Kill) -> bool:
         workers = self.nodes.workers()
@@ -358,59 +362,39 @@ def measure(most: int, seed: int, scratch: Path, store: Store, nodes: Nodes) -> 
     print(f"undisturbed: {undisturbed:.0f} s", flush=True)
     chaos = Chaos(seed, most, nodes, store)
     runs: list[Run] = []
-    lasted, differ = 0.0, []
     while chaos.left:
         runs.append(run(len(runs) + 1))
-        seconds = runs[-1].until_done(chaos.strike)
-        lasted += seconds
+        runs[-1].seconds = runs[-1].until_done(chaos.strike)
         chaos.mend()
         until(store.serves)
-        differ += [f"{runs[-1].uri.split('?')[0]}: {name}" for name in differences(plan(runs[-1]), plan(reference))]
-        print(f"root {runs[-1].number}: {seconds:.0f} s, {len(runs[-1].kills)} kills, differ: {differ}", flush=True)
+        runs[-1].differ = differences(plan(runs[-1]), plan(reference))
+        print(f"root {runs[-1].number}: {runs[-1].seconds:.0f} s, differ: {runs[-1].differ}", flush=True)
+        facts = {
+            "command": f"make chaos (--kills {most} --seed {seed})",
+            "kills": [vars(kill) for one in runs for kill in one.kills],
+            "errors": [error for one in runs for error in one.errors],
+            "differ": [name for one in runs for name in one.differ],
+        }
+        record("chaos", tables(runs, undisturbed), facts)  # every time: a long run may be cut short
+    if any(one.differ or one.hangs for one in runs):
+        sys.exit("a run hung, or files differ: see bench/results/chaos.json")
+
+
+def tables(runs: list[Run], undisturbed: float) -> list[Table]:
     kills = [kill for one in runs for kill in one.kills]
     errors = [error for one in runs for error in one.errors]
-    facts = {
-        "command": f"make chaos (--kills {most} --seed {seed})",
-        "kills": [vars(kill) for kill in kills],
-        "errors": errors,
-        "undisturbed_s": round(undisturbed, 1),
-    }
-    lost = (lasted - undisturbed * len(runs)) / len(kills)
     hangs = sum(one.hangs for one in runs)
-    record("chaos", tables(kills, runs, errors, hangs, len(differ), undisturbed, lost), facts)
-    if differ or hangs:
-        sys.exit(f"{hangs} hangs, and files that differ: {differ}")
-
-
-def tables(
-    kills: list[Kill], runs: list[Run], errors: list[str], hangs: int, differ: int, undisturbed: float, lost: float
-) -> list[Table]:
+    lost = sum(one.seconds - undisturbed for one in runs) / len(kills)
     count = Counter((kill.target, kill.stage) for kill in kills)
     rows = []
-    for target in TARGETS:
-        of = [kill for kill in kills if kill.target == target]
-        back = [kill.back_s for kill in of if kill.back_s is not None]
-        went_on = sum(not kill.restarts for kill in of)
-        by_stage = [count[target, stage] for stage in STAGES]
-        rows.append(
-            [target, *by_stage, len(of), went_on, *(round(of_all(back), 1) for of_all in (median, max) if back)]
-        )
-    total = [sum(kill.stage == stage for kill in kills) for stage in STAGES]
-    back = [kill.back_s for kill in kills if kill.back_s is not None]
-    went_on = sum(not kill.restarts for kill in kills)
-    rows.append(["all", *total, len(kills), went_on, *_middle_and_most(back)])
+    for target, of in {name: [kill for kill in kills if kill.target == name] for name in TARGETS}.items():
+        rows.append([target, *(count[target, stage] for stage in STAGES), *_effects(of)])
+    rows.append(["all", *(sum(kill.stage == stage for kill in kills) for stage in STAGES), *_effects(kills)])
     driver_restarts = len(errors) + sum(kill.target == "driver" for kill in kills) + hangs
     return [
         {
             "title": "Random kills of a small study, by the stage that was at work",
-            "columns": [
-                "killed",
-                *STAGES,
-                "kills",
-                "the driver went on",
-                "back after s (median)",
-                "back after s (most)",
-            ],
+            "columns": ["killed", *STAGES, "kills", "driver went on", "back after s, median", "at most"],
             "rows": rows,
         },
         {
@@ -418,7 +402,7 @@ def tables(
             "columns": ["", "all roots"],
             "rows": [
                 ["studies finished", len(runs)],
-                ["files that differ from the undisturbed run's", differ],
+                ["files that differ from the undisturbed run's", sum(len(one.differ) for one in runs)],
                 ["drivers started again", driver_restarts],
                 ["of these, ended with a named error", sum(error.startswith("Error: ") for error in errors)],
                 ["of these, ended otherwise by themselves", sum(not error.startswith("Error: ") for error in errors)],
@@ -431,8 +415,10 @@ def tables(
     ]
 
 
-def _middle_and_most(seconds: list[float]) -> list[float | None]:
-    return [round(median(seconds), 1), round(max(seconds), 1)] if seconds else [None, None]
+def _effects(kills: list[Kill]) -> list[float | None]:
+    back = [kill.back_s for kill in kills if kill.back_s is not None]
+    times = [round(median(back), 1), round(max(back), 1)] if back else [None, None]
+    return [len(kills), sum(not kill.restarts for kill in kills), *times]
 
 
 def _toml(value: Any) -> str:
