@@ -1,12 +1,18 @@
 """What dies in the midst of a stage costs neither run nor bits."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 
 import pytest
+from sae_ray.jobs import evaluate
+from sae_ray.jobs.progress import Progress
 
+from sae_ray.errors import SaeRayError
 from tests.jobs import struck
 from tests.jobs.conftest import IMAGES_PER_BLOCK
 from tests.machine import PATIENCE_S
@@ -50,3 +56,27 @@ def test_a_driver_killed_in_every_stage_resumes_to_the_same_bits(run_struck, rec
     run_struck("driver")
     for stage in struck.STAGES:
         record_fault("the driver is killed", stage, "same bits, after the same command")
+
+
+class DeadlyBoard:
+    """Kills who reports to it."""
+
+    def __init__(self):
+        self.set = self
+
+    def remote(self, *told) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_work_that_keeps_ending_its_process_is_an_error(
+    ray_cluster, finished, make_plan, tmp_path, monkeypatch, record_fault
+):
+    root = shutil.copytree(finished, tmp_path / "root", ignore=shutil.ignore_patterns("fidelity-*"))
+    monkeypatch.setattr(evaluate, "RETRIES", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "board", lambda progress: DeadlyBoard())
+        with pytest.raises(SaeRayError, match="evaluate stopped: Ray lost a part of it .*WorkerCrashedError"):
+            evaluate.run(make_plan(root))
+    evaluate.run(make_plan(root))
+    assert not differences(make_plan(root), make_plan(finished))
+    record_fault("work ends its process every time", "evaluate", "a named error, then the same bits")
