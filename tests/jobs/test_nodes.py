@@ -75,7 +75,7 @@ def test_work_that_keeps_ending_its_process_is_an_error(
     monkeypatch.setattr(evaluate, "RETRIES", 1)
     with monkeypatch.context() as patched:
         patched.setattr(Progress, "board", lambda progress: DeadlyBoard())
-        with pytest.raises(SaeRayError, match="evaluate stopped: Ray lost a part of it .*WorkerCrashedError"):
+        with pytest.raises(SaeRayError, match=r"evaluate stopped: Ray lost a part of it .*WorkerCrashedError"):
             evaluate.run(make_plan(root))
     evaluate.run(make_plan(root))
     assert not differences(make_plan(root), make_plan(finished))
