@@ -182,8 +182,9 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[
     import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is shown in our own way
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # progress is shown in our own way, and errors are raised
     context = DataContext.get_current()
+    context.raise_original_map_exception = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
 
