@@ -32,7 +32,7 @@ from typing import Any
 from urllib.parse import quote
 
 import psutil
-from pyarrow.fs import FileSystem, LocalFileSystem, copy_files
+from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem, copy_files
 from ray.cluster_utils import Cluster
 from sae_ray.jobs.cluster import allow_slow_starts, free_port
 
@@ -52,6 +52,8 @@ TARGETS = {"worker": 5, "node": 3, "driver": 2, "store": 2}
 STAGES = ("start", "extract", "train", "evaluate", "score", "steer", "pictures")
 AT_WORK = re.compile(rf"^({'|'.join(STAGES)})\b.*: \S", re.MULTILINE)
 """The driver's progress lines."""
+NO_WORK = re.compile(r"/lock-|/attempts/|/\.ray-train/")
+"""Files of a root that stand for none."""
 HANGS_S = 600
 """Without a new file in the root, and without a kill."""
 NODES = 2
@@ -119,9 +121,11 @@ class Store:
 
     def serves(self) -> bool:
         with suppress(OSError):
+            # Not by a `Folder`: that waits for a store which is away.
             filesystem, _ = FileSystem.from_uri(f"{self.uri.format('')}&allow_bucket_creation=true")
             filesystem.create_dir("study")
-            Folder(self.uri.format("check")).write_bytes("check", b"")
+            with filesystem.open_output_stream("study/check") as stream:
+                stream.write(b"")
             return True
         return False
 
@@ -215,8 +219,9 @@ class Run:
     def work(self) -> set[str] | None:
         """The files that stand for work; None while the store is away."""
         with suppress(OSError):
-            names = Folder(self.uri).files(recursive=True)
-            return {name for name in names if "lock-" not in name and "attempts/" not in name and name[0] != "."}
+            filesystem, path = FileSystem.from_uri(self.uri)
+            found = filesystem.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
+            return {one.path for one in found if one.is_file and not NO_WORK.search(one.path)}
         return None
 
     def until_done(self, strike: Callable[[Run, float], None]) -> float:
