@@ -158,12 +158,13 @@ class Nodes:
         self.cluster.remove_node(node, allow_graceful=False)
 
     def workers(self) -> list[psutil.Process]:
-        """Processes that run a task or hold an actor; any, if none does."""
+        """Processes that run a task or hold an actor; any, if none does. Without Ray's agents: those are the node."""
         found = []
         for node in (self.cluster.head_node, *self.alive):
             with suppress(psutil.Error):
                 raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-                found += [(title, child) for child in raylet.children() if (title := _title(child)).startswith("ray::")]
+                found += [(_title(child), child) for child in raylet.children()]
+        found = [(title, child) for title, child in found if title.startswith("ray::") and not title.endswith("Agent")]
         return [child for title, child in found if title != "ray::IDLE"] or [child for _, child in found]
 
 
