@@ -4,20 +4,23 @@ BIN := .venv/bin
 ROOT ?= runs/demo
 INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
+INSTALL_IPROUTE2 := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends iproute2 >/dev/null; }
+APART := --net --uts --ipc --mount --pid --fork --kill-child --mount-proc
+
 # Tests of the cluster mostly wait for processes to start; meanwhile another process of pytest runs the others.
 TWO := -n 2 --no-loadscope-reorder
 
-.PHONY: demo test test-fast test-slow test-gpu soak chaos bench bench-serve bench-gpu lint format clean
+.PHONY: demo test test-fast test-slow test-gpu soak chaos cluster-test bench bench-serve bench-gpu lint format clean
 
 demo: .venv/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
 	$(BIN)/sae-ray run studies/demo.toml --root $(ROOT)
 
 test: .venv/.test
-	$(BIN)/pytest $(TWO) -m "not slow and not gpu"
+	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not cluster"
 
 test-fast: .venv/.test
-	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not ray and not serve and not browser"
+	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not cluster and not ray and not serve and not browser"
 
 test-slow: .venv/.test
 	$(BIN)/pytest -m slow
@@ -33,6 +36,11 @@ chaos: .venv/.test
 	$(BIN)/python -m pip install --quiet --editable '.[chaos]'
 	$(BIN)/python -m bench.chaos
 	$(BIN)/python -m bench.tables
+
+# In namespaces of its own, whose end takes all of its processes, mounts and links with it.
+cluster-test: .venv/.test
+	@command -v ip >/dev/null || $(INSTALL_IPROUTE2) || echo 'There is no iproute2 here: the tests will be skipped.'
+	$$([ "$$(id -u)" != 0 ] || echo unshare $(APART)) $(BIN)/pytest -m cluster tests/cluster
 
 bench: .venv/.test
 	$(BIN)/python -m bench.train

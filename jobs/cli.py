@@ -186,7 +186,12 @@ def report(**options: Any) -> None:
 @main.command()
 @click.argument("image")
 @click.argument("prompt", required=False)
-@click.option("--llava", required=True, metavar="DIR_OR_ID", help="The LLaVA: a directory or a model id on the hub.")
+@click.option(
+    "--llava",
+    required=True,
+    metavar="DIR_OR_ID",
+    help="The LLaVA: a directory (a path or a URI) or a model id on the hub.",
+)
 @click.option(
     "--sae",
     required=True,

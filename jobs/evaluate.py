@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from sae_ray.store.activations import PIECE_BYTES
-from sae_ray.store.steps import Step
+from sae_ray.store.steps import Step, check_shared
 from sae_ray.study.plan import EvaluatePlan, StudyPlan
 
 from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share
@@ -55,6 +55,7 @@ def evaluated(sae: Any, activations: Any, step: Step, device: str, board: Any) -
     from sae_ray.store import ActivationStore
 
     started = time.monotonic()
+    check_shared(step.folder)
     fidelity = evaluate_store(
         load_sae(sae).to(device), ActivationStore(activations), lambda rows: board.set.remote(step.name, rows)
     )

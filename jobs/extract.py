@@ -29,6 +29,7 @@ import pyarrow as pa
 from sae_ray.encoders import Encoder, load_encoder, load_preprocess
 from sae_ray.encoders.part import encode_part
 from sae_ray.encoders.sites import Site
+from sae_ray.encoders.sources import named_by
 from sae_ray.errors import SaeRayError
 from sae_ray.images.part import Preparation, decode_part
 from sae_ray.store.activations import (
@@ -42,7 +43,7 @@ from sae_ray.store.activations import (
 )
 from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
-from sae_ray.store.steps import hold
+from sae_ray.store.steps import check_shared, hold
 from sae_ray.study.config import ExtractResources
 from sae_ray.study.plan import ExtractPlan, ImagePlan, StudyPlan
 
@@ -106,6 +107,8 @@ class EncoderJob:
     dtype: str
     at_least: int | None
     """For fast pixels: a JPEG decoded at reduced size keeps at least this many pixels per side. None: exact."""
+    field: str
+    """Of the study, that names the encoder."""
     steps: dict[str, list[SitePart]]
     """Name of the image set -> its steps."""
 
@@ -255,7 +258,7 @@ def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
         at_least = 2 * max(extract.info.image_size) if extract.step.config["pixels"] == "fast" else None
         # The revision resolved for the step: a branch may have moved since.
         key = (extract.info.model, extract.info.revision, extract.encoder.dtype, at_least)
-        job = jobs.setdefault(key, EncoderJob(*key, {}))
+        job = jobs.setdefault(key, EncoderJob(*key, extract.field, {}))
         part = SitePart(extract.step.folder, extract.site, extract.step.config["store_dtype"])
         job.steps.setdefault(extract.images.name, []).append(part)
     return tuple(jobs.values())
@@ -273,10 +276,7 @@ class PartDecoder:
         self.jobs = jobs
         self.run = run
         self.board = board
-        self.preparations = [
-            Preparation(load_preprocess(job.model, job.revision, job.at_least is not None), job.at_least)
-            for job in jobs
-        ]
+        self.preparations = [_preparation(job) for job in jobs]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         name = batch["images"][0].as_py()
@@ -303,11 +303,20 @@ class PartDecoder:
         return batch
 
 
+def _preparation(job: EncoderJob) -> Preparation:
+    with named_by(job.field, job.model):
+        return Preparation(load_preprocess(job.model, job.revision, job.at_least is not None), job.at_least)
+
+
 def begin_part(jobs: Sequence[EncoderJob], images: str, part: int, run: str, what: str) -> int:
-    """Notes an attempt, and returns how many there were before; those that ended with their node do not count."""
+    """Notes an attempt, and returns how many there were before; those that ended with their node do not count.
+
+    Raises SaeRayError where this node does not see the root.
+    """
     import ray
 
     first = next(step for job in jobs for step in job.steps.get(images, ()))
+    check_shared(first.folder)
     before = begin(first.folder, run, f"{part_name(part)}-{what}", ray.get_runtime_context().get_node_id())
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if before else set()
     return sum(node in alive for node in before)
@@ -347,7 +356,8 @@ class PartEncoder:
         """Loaded when it is first needed: an actor whose start fails cannot tell the driver why."""
         if number not in self.encoders:
             job = self.jobs[number]
-            self.encoders[number] = load_encoder(job.model, job.revision, self.device, job.dtype)
+            with named_by(job.field, job.model):
+                self.encoders[number] = load_encoder(job.model, job.revision, self.device, job.dtype)
         return self.encoders[number]
 
     def _write(self, images: str, part: int, batch: pa.Table) -> None:

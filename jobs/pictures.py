@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sae_ray.report.pictures import PicturesJob, Shown, Sprite, finish_pictures, make_sprite, pictures_job
+from sae_ray.store.steps import check_shared
 from sae_ray.study.config import PicturesResources
 from sae_ray.study.plan import PicturesPlan, StudyPlan
 
@@ -61,6 +62,7 @@ def _make(plan: StudyPlan, pictures: PicturesPlan, resources: PicturesResources)
 def made(job: PicturesJob, sprite: Sprite, device: str, board: Any) -> None:
     """The task."""
     piece = str(sprite.number)
+    check_shared(job.step)
     make_sprite(job, sprite, device, lambda done: board.set.remote(piece, done))
     board.set.remote(piece, 0)  # the driver counts it now
 

@@ -23,6 +23,7 @@ from sae_ray.scores.statistics import BlockImages, Entries, NeuronStats, neuron_
 from sae_ray.scores.tables import write_tables
 from sae_ray.store.activations import PIECE_BYTES, ActivationStore
 from sae_ray.store.files import Folder
+from sae_ray.store.steps import check_shared
 from sae_ray.study.config import ScoreResources
 from sae_ray.study.plan import ScorePlan, StudyPlan
 
@@ -171,7 +172,8 @@ class Pass:
         parts = {piece.part for piece in block}
         stores = (self._activations.only(parts), self._embeddings and self._embeddings.only(parts))
         piece = f"{self.scores[0].step.name} {self.n_submitted}"
-        results: Any = self._block.remote(self._saes, self._device, *stores, block, board, piece)
+        step = self.scores[0].step.folder
+        results: Any = self._block.remote(step, self._saes, self._device, *stores, block, board, piece)
         done, *entries = results
         self._waiting.append(entries)
         self.n_submitted += 1
@@ -199,6 +201,7 @@ class Pass:
 
 
 def block_entries(
+    step: Folder,
     saes: tuple[Folder | None, ...],
     device: str,
     activations: ActivationStore,
@@ -213,6 +216,7 @@ def block_entries(
     """
     import torch
 
+    check_shared(step)
     torch.set_num_threads(1)  # the last bits depend on the number of threads
     images, entries = read_block(
         _loaded(saes, device), activations, embeddings, block, lambda done: board.set.remote(piece, done)
@@ -247,6 +251,7 @@ def folded(
 
 def written(folder: Folder, *folded: NeuronStats) -> None:
     """The task that writes the tables of a pass; Ray hands over only what is an argument of its own."""
+    check_shared(folder)
     write_tables(folder, folded)
 
 

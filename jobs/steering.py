@@ -17,9 +17,11 @@ import pyarrow as pa
 
 from sae_ray.concepts.labelling import Concept, image_classes, label_concepts, mean_embeddings
 from sae_ray.concepts.naming import class_names
+from sae_ray.encoders.sources import named_by
 from sae_ray.encoders.text import load_text_encoder
 from sae_ray.errors import SaeRayError
 from sae_ray.images import decode_image
+from sae_ray.images.part import read_file
 from sae_ray.sae import load_sae
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering.config import Steering
@@ -40,7 +42,7 @@ from sae_ray.steering.protocol import (
 from sae_ray.steering.respondent import Respondent
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
-from sae_ray.store.steps import digest
+from sae_ray.store.steps import check_shared, digest
 from sae_ray.study.config import SteeringResources
 from sae_ray.study.plan import ImagePlan, ScorePlan, SteeringPlan, StudyPlan
 
@@ -229,6 +231,7 @@ class Actor:
 
     def class_sums(self, part: int, codes: Int[np.ndarray, " images"], n_classes: int) -> ClassSums:
         """Class sums of one part, for the DiffMean vectors."""
+        check_shared(self.step)
         return class_sums(self.activations, part, codes, n_classes)
 
     def answer(
@@ -237,9 +240,10 @@ class Actor:
         """Answers one block, writes its part, and returns the number of answers or the error."""
 
         def image(index: int) -> Image.Image:
-            return decode_image(images.read_bytes(ids[index]))
+            return decode_image(read_file(images, ids[index]))
 
         try:
+            check_shared(self.step)
             answers = self._respondent.answers(asked, image, self.batch_size)
         except SaeRayError as error:  # not raised: Ray would also report errors that the driver no longer waits for
             return error
@@ -248,7 +252,8 @@ class Actor:
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "texts d"]:
         """Embeds texts with the scorer."""
-        encoder = load_text_encoder(self.steering.scorer, self.steering.scorer_revision, self.device)
+        with named_by("steering.scorer", self.steering.scorer):
+            encoder = load_text_encoder(self.steering.scorer, self.steering.scorer_revision, self.device)
         return encoder.embed_texts(texts).double().numpy()
 
     @cached_property
@@ -257,7 +262,8 @@ class Actor:
         import torch
 
         steering = self.steering
-        llava = load_llava(steering.llava, steering.revision, self.device, steering.dtype)
+        with named_by("steering.llava", steering.llava):
+            llava = load_llava(steering.llava, steering.revision, self.device, steering.dtype)
         table = self.step.read_parquet(DIRECTIONS)
         vectors = (torch.tensor(vector) for vector in table["vector"].to_pylist())
         directions = dict(zip(table["label"].to_pylist(), vectors, strict=True))

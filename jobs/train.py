@@ -11,6 +11,7 @@ from typing import Any
 
 from sae_ray.sae import BundleJob, train_cells
 from sae_ray.store.files import Folder
+from sae_ray.store.steps import check_shared
 from sae_ray.study.plan import StudyPlan, TrainPlan
 
 from .cluster import beside_driver, gpus_or_default, n_cpus, n_gpus, require, user_error
@@ -110,6 +111,7 @@ def train_bundle(config: dict[str, Any]) -> None:
     context = ray_train.get_context()
     group = torch.distributed.group.WORLD if context.get_world_size() > 1 else None
     bundle: BundleJob = config["bundle"]
+    check_shared(bundle.cells[0].step.folder)
 
     def report(steps: int) -> None:
         if context.get_world_rank() == 0:

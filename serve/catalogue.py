@@ -161,7 +161,7 @@ def read_catalogue(root: str, llava: str, revision: str | None, names: Sequence[
             )
     if not there:
         raise UsageError(
-            f"{root} has no trained and scored SAE for layer {layer}, the layer that {llava} reads; "
+            f"{plan.root} has no trained and scored SAE for layer {layer}, the layer that {info.tower.name} reads; "
             f'train and score one at a site such as "layer{layer}:random:2"'
         )
     space = plan.text_space if plan.study.steering is not None else None

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_ray.errors import UsageError
+from sae_ray.store.files import readable_uri
 from sae_ray.study.root import recalled_plan
 
 Engine = Literal["transformers", "vllm"]
@@ -87,7 +88,7 @@ class ServeConfig(Selection):
     """The whole configuration of the application."""
 
     llava: str | None = None
-    """The LLaVA: a directory or a Hugging Face model id. Default: the study's."""
+    """The LLaVA: a directory (a path or a URI) or a Hugging Face model id. Default: the study's."""
     revision: str | None = None
     """Revision of the LLaVA on the hub."""
     device: str = "cpu"
@@ -120,5 +121,7 @@ def with_llava(config: ServeConfig) -> ServeConfig:
         return config
     steering = recalled_plan(config.root).study.steering
     if steering is None:
-        raise UsageError(f"the study in {config.root} has no LLaVA; set `llava` to a directory or a model id")
+        raise UsageError(
+            f"the study in {readable_uri(config.root)} has no LLaVA; set `llava` to a directory or a model id"
+        )
     return config.model_copy(update={"llava": steering.llava, "revision": steering.revision})

@@ -8,10 +8,11 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from sae_ray.encoders.sources import model_name
 
 from .catalogue import SaeEntry, read_catalogue
 from .config import Selection, ServeConfig
@@ -75,8 +76,7 @@ class Service:
         self.saes: dict[str, SaeEntry] = {}
         self.limiter = Limiter(config.limits.max_running, config.limits.max_waiting)
         self.metrics = Metrics(self.limiter)
-        is_path = config.model.startswith(("/", "~", "."))
-        self.model = PurePath(config.model).name if is_path else config.model
+        self.model = model_name(config.model)
         self.started = int(time.time())
 
     def load_saes(self, wanted: Selection) -> None:

@@ -15,6 +15,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 # By default Ray's workers give way to whatever else runs, so that beside other work some tests would wait for minutes.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray reads it in this spelling
+# Copies of models from object stores; workers of the cluster see it, too.
+os.environ["SAE_RAY_MODEL_CACHE"] = tempfile.mkdtemp(prefix="sae-ray-models-")
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +35,10 @@ settings.register_profile(
     "sae-ray", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("sae-ray")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["SAE_RAY_MODEL_CACHE"], ignore_errors=True)
 
 
 MARKS_BY_FIXTURE = {"ray_cluster": "ray", "server": "serve", "browser": "browser"}
@@ -123,6 +129,17 @@ def ray_cluster():
     yield
     ray.shutdown()
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an empty bucket of a real S3 server, to be formatted with a path."""
+    from sae_ray.jobs.cluster import free_port
+
+    from tests.object_store import object_store
+
+    with object_store(tmp_path_factory.mktemp("s3") / "log", "127.0.0.1", free_port()) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

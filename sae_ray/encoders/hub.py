@@ -12,6 +12,7 @@ import torch
 
 from sae_ray.encoders.sources import check_revision, directory_digest, local_directory
 from sae_ray.errors import UsageError
+from sae_ray.store.files import readable_uri
 
 _SILENT = 100
 _PATIENCE = 4.0
@@ -22,7 +23,7 @@ class Source(NamedTuple):
     """Where `from_pretrained` finds everything of a model."""
 
     model: str
-    """As it was named by the user."""
+    """As it was named by the user, without keys."""
     path: str
     revision: str | None
     """What pins the files; it is recorded."""
@@ -35,25 +36,25 @@ def find(model: str, revision: str | None, forms: str) -> Source:
     """Finds a model and reads its configuration.
 
     Args:
-        model: A directory or a hub id.
+        model: A directory, local or in an object store, or a hub id.
         revision: Pins it; the files found must be of that revision.
         forms: How such a model is named; ends every error message.
 
     Raises:
         UsageError: It does not exist, cannot be read or is not of the given revision; or the hub cannot be reached and
             the model is not in the cache.
+        SaeRayError: As `local_directory`.
     """
     from transformers import AutoConfig
     from transformers.utils.hub import cached_file
 
-    directory = local_directory(model)
+    directory = local_directory(model, revision, forms)
+    model = readable_uri(model)
     if directory is not None:
         digest = directory_digest(directory)
         check_revision(model, revision, digest)
         with refusing(model, forms):
             return Source(model, str(directory), digest, None, AutoConfig.from_pretrained(directory))
-    if model.startswith(("/", "./", "../", "~")):
-        raise UsageError(f"there is no directory {model}; {forms}")
     with refusing(model, forms, of_hub=True):
         # The cache keeps each commit's files in a folder named by it.
         commit = Path(str(cached_file(model, "config.json", revision=revision))).parent.name

@@ -8,6 +8,7 @@ from typing import Any, Literal, assert_never
 
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import UsageError
+from sae_ray.store.files import readable_uri
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class EncoderInfo:
     model: str
     """Its specification, as the user gave it."""
     revision: str | None
-    """What pins the weights: the commit on the hub, the SHA-256 of a local directory's files, or open_clip's tag."""
+    """What pins the weights: the commit on the hub, the SHA-256 of a directory's files, or open_clip's tag."""
     family: str
     """Such as `clip`, `llava` or `open_clip`."""
     n_layers: int
@@ -46,6 +47,11 @@ class EncoderInfo:
         return cls(**{**values, "image_size": (height, width)})
 
     @property
+    def name(self) -> str:
+        """The specification as it may be shown: without keys."""
+        return readable_uri(self.model)
+
+    @property
     def patch_grid(self) -> tuple[int, int]:
         """Rows and columns of the patches, in proportion to the image's sides; for towers that have patches."""
         n_patches = self.n_tokens - self.has_cls
@@ -72,17 +78,16 @@ def check_site(info: EncoderInfo, site: Site) -> None:
     """
     if info.width(site.point) is None:
         there = [point for point in ("residual", "projection", "pooled") if info.width(point) is not None]
-        raise UsageError(f"point is {site.point!r}, which {info.model} does not have; it has {', '.join(there)}")
+        raise UsageError(f"point is {site.point!r}, which {info.name} does not have; it has {', '.join(there)}")
     if site.layer is not None and site.layer >= info.n_layers:
         raise UsageError(
-            f"layer is {site.layer}, but {info.model} has {info.n_layers} layers; "
-            f"name one from 0 to {info.n_layers - 1}"
+            f"layer is {site.layer}, but {info.name} has {info.n_layers} layers; name one from 0 to {info.n_layers - 1}"
         )
     if site.tokens == "cls" and not info.has_cls:
-        raise UsageError(f"tokens is 'cls', but {info.model} has no CLS token; take mean, all or random:n")
+        raise UsageError(f"tokens is 'cls', but {info.name} has no CLS token; take mean, all or random:n")
     if site.n_random is not None and site.n_random > info.n_tokens:
         raise UsageError(
-            f"tokens is {site.tokens!r}, but {info.model} has {info.n_tokens} tokens per image; ask for at most "
+            f"tokens is {site.tokens!r}, but {info.name} has {info.n_tokens} tokens per image; ask for at most "
             f"{info.n_tokens}"
         )
 
@@ -94,7 +99,7 @@ def check_text_side(info: EncoderInfo) -> None:
         UsageError: It has no text side.
     """
     if not info.has_text:
-        raise UsageError(f"{info.model} does not embed texts; name a CLIP, SigLIP or open_clip model")
+        raise UsageError(f"{info.name} does not embed texts; name a CLIP, SigLIP or open_clip model")
 
 
 def site_width(info: EncoderInfo, site: Site) -> int:

@@ -22,6 +22,7 @@ from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.resizing import fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS, check_revision, directory_digest, local_directory
 from sae_ray.errors import UsageError
+from sae_ray.store.files import readable_uri
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 class _Source(NamedTuple):
     """How open_clip names a model, and its configuration."""
 
+    model: str
+    """As it was named by the user, without keys."""
     name: str
     """Architecture, or `local-dir:<path>`."""
     tag: str | None
@@ -112,7 +115,7 @@ def preprocess(model: str, revision: str | None, fast: bool = False) -> Preproce
 
 def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
     source = _find(info.model, info.revision)
-    tower = _create(info.model, source, device).visual.to(dtype)
+    tower = _create(source, device).visual.to(dtype)
     tower.output_tokens = False  # CoCa's towers give their tokens beside the embedding
     normalise = _transform(source)[-1]
     return Tower(
@@ -130,18 +133,18 @@ def load_text(model: str, revision: str | None, device: torch.device) -> Callabl
     import open_clip
 
     source = _find(model, revision)
-    module = _create(model, source, device)
-    with _refusing(model, source):
+    module = _create(source, device)
+    with _refusing(source):
         tokenizer = open_clip.get_tokenizer(source.name)
     return lambda texts: module.encode_text(tokenizer(texts).to(device))
 
 
-def _create(model: str, source: _Source, device: torch.device) -> Any:
+def _create(source: _Source, device: torch.device) -> Any:
     """The whole model; on the meta device its files are checked, but of safetensors only the header is read."""
     import open_clip
 
     empty = device.type == "meta"
-    with _refusing(model, source), warnings.catch_warnings(), device if empty else contextlib.nullcontext():
+    with _refusing(source), warnings.catch_warnings(), device if empty else contextlib.nullcontext():
         if empty:
             # Each weight that is not copied is reported.
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
@@ -158,7 +161,7 @@ def _create(model: str, source: _Source, device: torch.device) -> Any:
 
 
 @contextlib.contextmanager
-def _refusing(model: str, source: _Source) -> Iterator[None]:
+def _refusing(source: _Source) -> Iterator[None]:
     """Turns what open_clip raises on bad files into a UsageError."""
     from safetensors import SafetensorError
 
@@ -174,21 +177,22 @@ def _refusing(model: str, source: _Source) -> Iterator[None]:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ) as error:
-        raise refusal(model, error, unreachable or FORMS) from error
+        raise refusal(source.model, error, unreachable or FORMS) from error
 
 
 def _find(model: str, revision: str | None) -> _Source:
     import open_clip
 
+    shown = readable_uri(model)
     name = model.removeprefix("open_clip:")
     if name.startswith("local-dir:"):
-        directory = local_directory(name.removeprefix("local-dir:"))
+        directory = local_directory(name.removeprefix("local-dir:"), revision, FORMS)
         if directory is None or not (directory / "open_clip_config.json").is_file():
-            raise UsageError(f"{model} does not name a directory with an open_clip_config.json; {FORMS}")
+            raise UsageError(f"{shown} does not name a directory with an open_clip_config.json; {FORMS}")
         digest = directory_digest(directory)
-        check_revision(model, revision, digest)
+        check_revision(shown, revision, digest)
         model_config, preprocess_config = _read_config(directory / "open_clip_config.json")
-        return _Source(f"local-dir:{directory}", None, digest, model_config, preprocess_config)
+        return _Source(shown, f"local-dir:{directory}", None, digest, model_config, preprocess_config)
 
     architecture, _, tag = name.rpartition("/")
     architecture = architecture.replace("/", "-")
@@ -198,7 +202,7 @@ def _find(model: str, revision: str | None) -> _Source:
         raise UsageError(f"the encoder {model} is not known to open_clip; {there}")
     check_revision(model, revision, tag)
     model_config: Any = open_clip.get_model_config(architecture)
-    return _Source(architecture, tag, tag, model_config, open_clip.get_pretrained_cfg(architecture, tag))
+    return _Source(shown, architecture, tag, tag, model_config, open_clip.get_pretrained_cfg(architecture, tag))
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,23 +4,80 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from pathlib import Path
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
 
-from sae_ray.errors import UsageError
+from sae_ray.encoders.copies import local_copy
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.store.files import Folder, readable_uri
 
 FORMS = (
-    "an encoder is named by a local directory in the transformers format, a model id on the Hugging Face hub, "
-    "open_clip:<architecture>/<pretrained tag>, or open_clip:local-dir:<path>"
+    "an encoder is named by a directory in the transformers format (a path, or a URI such as s3://bucket/folder), a "
+    "model id on the Hugging Face hub, open_clip:<architecture>/<pretrained tag>, or open_clip:local-dir:<directory>"
 )
+
+_LOCAL_DIR = "open_clip:local-dir:"
 
 _CONFIGS = {"config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json"}
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
 
 
-def local_directory(path: str) -> Path | None:
-    """The directory at `path`, `~` expanded; None where there is none."""
-    expanded = Path(path).expanduser()
-    return expanded if expanded.is_dir() else None
+def local_directory(path: str, revision: str | None, forms: str) -> Path | None:
+    """The directory at a path or URI, if this names one: `~` is expanded, and what a URI names is copied to this node.
+
+    Args:
+        path: Of a directory; else a model id.
+        revision: What is wanted of it.
+        forms: How such a model is named; ends the error message.
+
+    Raises:
+        UsageError: `path` can only be that of a directory, and there is none; or as `local_copy`.
+        SaeRayError: There was one where the work was planned, but this node has none; or as `local_copy`.
+    """
+    if "://" in path:
+        folder = Folder(path)
+        if not folder.is_local:
+            return local_copy(folder)
+        path = folder.path
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    missing = f"there is no directory {path} on {socket.gethostname()}"
+    if is_digest(revision):
+        raise SaeRayError(
+            f"{missing}, though there was one where the study was planned; put it there on every node, or name a model "
+            "that every node can fetch: a directory as s3://bucket/folder, or a model id on the hub"
+        )
+    if is_path(path):
+        raise UsageError(f"{missing}; {forms}")
+    return None
+
+
+def is_path(model: str) -> bool:
+    """Whether this can only be the path or URI of a directory, and no model id."""
+    return "://" in model or model.startswith(("/", "./", "../", "~"))
+
+
+def model_name(model: str) -> str:
+    """A short name to show: a model id unchanged, the last part of a path or URI."""
+    path = model.removeprefix(_LOCAL_DIR)
+    return PurePath(readable_uri(path)).name if path != model or is_path(path) else model
+
+
+@contextmanager
+def named_by(field: str, model: str) -> Iterator[None]:
+    """Begins what is raised about a model with the field of the study that names it."""
+    try:
+        yield
+    except SaeRayError as error:
+        raise type(error)(f"{field} = {readable_uri(model)!r}: {error}") from error
+
+
+def is_digest(revision: str | None) -> bool:
+    """Whether a revision is that of a directory (`directory_digest`)."""
+    return revision is not None and len(revision) == 64
 
 
 def directory_digest(directory: Path) -> str:

@@ -63,12 +63,12 @@ def _of_transformers(
     kind = source.config.model_type
     if kind not in TEXT_TYPES:
         raise UsageError(
-            f"{model} is of the model type {kind}, which embeds no texts; name a CLIP, SigLIP or open_clip model"
+            f"{source.model} is of the model type {kind}, which embeds no texts; name a CLIP, SigLIP or open_clip model"
         )
     length = source.config.text_config.max_position_embeddings
-    with refusing(model, FORMS, of_hub=source.commit is not None):
+    with refusing(source.model, FORMS, of_hub=source.commit is not None):
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.commit)
-    check_tokenizer(model, tokenizer, FORMS)
+    check_tokenizer(source.model, tokenizer, FORMS)
     module: Any = load_weights(source, "AutoModel", device, dtype, FORMS)
 
     def embed(texts: list[str]) -> Tensor:

@@ -44,13 +44,13 @@ class _Plan(NamedTuple):
 
 def describe(model: str, revision: str | None) -> EncoderInfo:
     source = find(model, revision, FORMS)
-    plan = _plan(model, source.config)
+    plan = _plan(source.model, source.config)
     vision = plan.config
     height, width = preprocess(model, revision).image_size()
     if plan.loader.startswith(("CLIP", "Siglip")) and (height, width) != (vision.image_size, vision.image_size):
         raise UsageError(
-            f"{model} takes images of {vision.image_size} × {vision.image_size} pixels, but its preprocessing yields "
-            f"{height} × {width}; fix preprocessor_config.json"
+            f"{source.model} takes images of {vision.image_size} × {vision.image_size} pixels, but its preprocessing "
+            f"yields {height} × {width}; fix preprocessor_config.json"
         )
     has_cls = not plan.loader.startswith("Siglip")
     return EncoderInfo(
@@ -129,14 +129,14 @@ def preprocess(model: str, revision: str | None, fast: bool = False) -> Preproce
     from transformers import AutoImageProcessor
 
     source = find(model, revision, FORMS)
-    with refusing(model, FORMS, of_hub=source.commit is not None):
+    with refusing(source.model, FORMS, of_hub=source.commit is not None):
         processor = AutoImageProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
     return Preprocess(processor, _is_plain(processor), fast)
 
 
 def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
     source = find(info.model, info.revision, FORMS)
-    plan = _plan(info.model, source.config)
+    plan = _plan(source.model, source.config)
     settings = {"config": plan.config, "key_mapping": plan.key_mapping}
     module = load_weights(source, plan.loader, device, dtype, FORMS, **settings)
     processor = preprocess(info.model, info.revision).processor

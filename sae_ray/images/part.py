@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +12,12 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from sae_ray.errors import SaeRayError
 from sae_ray.images.decode import BadImage, decode_image
 from sae_ray.store.files import Folder
 
@@ -64,6 +67,8 @@ def decode_part(
         preparations: what each encoder wants done to them.
         apart: decode in a process of its own, slowly: an image that ends it is rejected, and costs only that process.
         after_image: called with the number of images done.
+
+    Raises SaeRayError where this node does not have the folder.
     """
     accepted, rejects = [], []
     pixels: list[list[np.ndarray]] = [[] for _ in preparations]
@@ -120,6 +125,7 @@ def read_file(folder: Folder, image_id: str) -> bytes:
 
     Raises:
         BadImage: the file cannot be read.
+        SaeRayError: this node does not have the folder.
         OSError: its store does not answer at all, which is not the fault of the image.
     """
     problem = OSError()
@@ -129,6 +135,11 @@ def read_file(folder: Folder, image_id: str) -> bytes:
         try:
             return folder.read_bytes(image_id)
         except FileNotFoundError as error:
+            if folder.is_local and not _has_files(Path(folder.path)):
+                raise SaeRayError(
+                    f"{folder} is missing or empty on {socket.gethostname()}; image folders must be on every node at "
+                    "the same path, or be named by a URI such as s3://bucket/folder"
+                ) from error
             raise BadImage("vanished since it was listed") from error
         except PermissionError as error:
             raise BadImage("no permission to read it") from error
@@ -137,6 +148,11 @@ def read_file(folder: Folder, image_id: str) -> bytes:
         time.sleep(wait or 0)
     reason = os.strerror(problem.errno) if problem.errno else "the store did not deliver it"
     raise BadImage(f"could not be read: {reason}") from problem
+
+
+def _has_files(folder: Path) -> bool:
+    """Not so for the place where a disk is to be mounted."""
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _prepared(preparations: Sequence[Preparation], data: bytes) -> list[np.ndarray]:

@@ -9,13 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae_ray.encoders.info import EncoderInfo
+from sae_ray.encoders.sources import model_name
 from sae_ray.report import plots
 from sae_ray.report.album import SIDE, Album, thumbnail_size
 from sae_ray.report.data import PER_CHUNK
 from sae_ray.report.heat import caution, why_none
 from sae_ray.report.neurons import Neurons
 from sae_ray.report.steering import SteeringResult, show
-from sae_ray.report.wording import count, duration, model_name, number, share
+from sae_ray.report.wording import count, duration, number, share
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.summary import BEST, CellSummary, compare
@@ -191,8 +193,8 @@ def _run(plan: StudyPlan) -> list[tuple[str, str]]:
         for package, found in record["versions"].items():
             versions.setdefault(package, set()).add(found)
     facts = [
-        ("encoder", _model(study.encoder.model, plan.encoder.revision)),
-        ("judge", _model(study.judge.model, plan.judge.revision)),
+        ("encoder", _model(plan.encoder)),
+        ("judge", _model(plan.judge)),
         *((SETS[name], str(images.folder)) for name, images in plan.images.items()),
         ("seed", str(study.seed)),
         ("git commit", ", ".join(commits) or "–"),
@@ -203,8 +205,8 @@ def _run(plan: StudyPlan) -> list[tuple[str, str]]:
     return facts
 
 
-def _model(model: str, revision: str | None) -> str:
-    return f"{model} @ {revision[:10]}" if revision else model
+def _model(info: EncoderInfo) -> str:
+    return f"{info.name} @ {info.revision[:10]}" if info.revision else info.name
 
 
 def _step(step) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from sae_ray.encoders import load_preprocess
+from sae_ray.encoders.sources import named_by
 from sae_ray.images import BadImage, decode_image
 from sae_ray.images.part import READS_AT_ONCE, read_file
 from sae_ray.report.album import SIDE, Album, sprite_of, thumbnail_size
@@ -141,7 +142,7 @@ def make_sprite(
 
     `after_batch` is called with the number of images done.
 
-    Raises UsageError if the encoder cannot be loaded.
+    Raises SaeRayError if the encoder cannot be loaded, or this node does not have the images.
     """
     preprocess = _preprocess(job.model, job.revision)
     with ThreadPoolExecutor(READS_AT_ONCE) as readers:
@@ -163,7 +164,8 @@ def _pixels(read: Future[bytes], preprocess: Callable) -> np.ndarray | None:
 
 @lru_cache(maxsize=1)
 def _preprocess(model: str, revision: str | None) -> Callable:
-    return load_preprocess(model, revision)
+    with named_by("encoder.model", model):
+        return load_preprocess(model, revision)
 
 
 def _heat_rows(
@@ -203,7 +205,8 @@ def _loaded(
 ) -> tuple[Encoder, list[HeatMaker]]:
     from sae_ray.encoders import load_encoder
 
-    encoder = load_encoder(model, revision, device, dtype)
+    with named_by("encoder.model", model):
+        encoder = load_encoder(model, revision, device, dtype)
     return encoder, [HeatMaker(cell, encoder) for cell in cells]
 
 

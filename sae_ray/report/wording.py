@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 
 def number(value: float | None, digits: int) -> str:
@@ -26,9 +25,3 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def model_name(model: str) -> str:
-    """A hub id unchanged; the last part of a path."""
-    path = model.removeprefix("open_clip:local-dir:")
-    return Path(path).name if path != model or path.startswith(("/", "~", ".")) else model

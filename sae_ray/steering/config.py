@@ -24,7 +24,7 @@ class Steering:
     __pydantic_config__ = STRICT
 
     llava: str
-    """The LLaVA whose vision tower is the encoder: a hub id or a directory."""
+    """The LLaVA whose vision tower is the encoder: a hub id or a directory, given as `encoder.model`."""
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
     dtype: Dtype = "float32"

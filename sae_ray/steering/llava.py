@@ -25,14 +25,18 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-FORMS = "a LLaVA is named by a local directory in the transformers format or a model id on the Hugging Face hub"
+FORMS = (
+    "a LLaVA is named by a directory in the transformers format (a path, or a URI such as s3://bucket/folder) or a "
+    "model id on the Hugging Face hub"
+)
 
 
 def load_llava(model: str, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> Llava:
     """Loads a `LlavaForConditionalGeneration` with a CLIP or SigLIP tower.
 
     Args:
-        model: A directory in the transformers format, or a model id on the Hugging Face hub.
+        model: A directory in the transformers format (a path, or a URI such as `s3://bucket/folder`), or a model id on
+            the Hugging Face hub.
         revision: Pins the weights: a commit, or the digest of a directory (`Llava.info.revision`).
         device: A torch device. `meta` checks all files as loading does, but of the weights reads the headers alone.
         dtype: What it computes in: `float32`, `bfloat16` or `float16`.
@@ -47,12 +51,12 @@ def load_llava(model: str, revision: str | None = None, device: str = "cpu", dty
     target, kind = placement(device, dtype)
     info = describe_llava(model, revision)
     source = find(model, info.tower.revision, FORMS)
-    with refusing(model, FORMS, of_hub=source.commit is not None):
+    with refusing(source.model, FORMS, of_hub=source.commit is not None):
         processor: Any = AutoProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
     if not hasattr(processor, "image_processor"):
         # transformers returns the tokenizer alone.
-        raise UsageError(f"{model} has no processor of images and texts; add processor_config.json ({FORMS})")
-    check_tokenizer(model, processor.tokenizer, FORMS)
+        raise UsageError(f"{source.model} has no processor of images and texts; add processor_config.json ({FORMS})")
+    check_tokenizer(source.model, processor.tokenizer, FORMS)
     network = load_weights(source, "LlavaForConditionalGeneration", target, kind, FORMS)
     return Llava(info.tower, info.layer, network, processor)
 
@@ -66,9 +70,9 @@ def describe_llava(model: str, revision: str | None = None) -> LlavaInfo:
     """
     source = find(model, revision, FORMS)
     if source.config.model_type != "llava":
-        raise UsageError(f"{model} is of the model type {source.config.model_type}, not llava; {FORMS}")
+        raise UsageError(f"{source.model} is of the model type {source.config.model_type}, not llava; {FORMS}")
     tower = describe(model, source.revision)
-    layer = _block_read(model, source.config.vision_feature_layer, tower.n_layers)
+    layer = _block_read(source.model, source.config.vision_feature_layer, tower.n_layers)
     drops_cls = tower.has_cls and source.config.vision_feature_select_strategy == "default"
     return LlavaInfo(tower, layer, tower.n_tokens - drops_cls)
 
@@ -252,12 +256,12 @@ class Llava:
     def _check(self, edit: Intervention) -> None:
         if edit.sae.d_in != self.width:
             raise UsageError(
-                f"the SAE has d_in = {edit.sae.d_in}, but the vision tower of {self.info.model} is {self.width} wide; "
+                f"the SAE has d_in = {edit.sae.d_in}, but the vision tower of {self.info.name} is {self.width} wide; "
                 f"take one that was trained there, at site layer{self.layer}:all or layer{self.layer}:random:2"
             )
         if edit.tokens is not None and max(edit.tokens) >= self.n_tokens:
             raise UsageError(
-                f"tokens has {max(edit.tokens)}, but {self.info.model} has tokens 0 to {self.n_tokens - 1} per image"
+                f"tokens has {max(edit.tokens)}, but {self.info.name} has tokens 0 to {self.n_tokens - 1} per image"
             )
 
     @contextlib.contextmanager

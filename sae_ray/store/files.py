@@ -51,11 +51,8 @@ class Folder:
         return Folder(f"{uri.rstrip('/')}/{name}{mark}{query}")
 
     def __str__(self) -> str:
-        """As users read it: without what a URI says of keys and of how its store is reached."""
-        address, _, _ = _without_query(self.uri)
-        scheme, mark, rest = address.partition("://")
-        store, slash, path = rest.partition("/")
-        return f"{scheme}{mark}{store.rpartition('@')[2]}{slash}{path}" if mark else address
+        """As users read it."""
+        return readable_uri(self.uri)
 
     def __repr__(self) -> str:
         return f"Folder({self.uri!r})"
@@ -175,6 +172,14 @@ def parent_and_name(uri: str) -> tuple[Folder, str]:
     path, mark, query = _without_query(uri)
     parent, slash, name = path.rpartition("/")
     return Folder(parent + slash + mark + query), name
+
+
+def readable_uri(uri: str) -> str:
+    """A path, or a URI without what it says of keys and of how its store is reached."""
+    address, _, _ = _without_query(uri)
+    scheme, mark, rest = address.partition("://")
+    store, slash, path = rest.partition("/")
+    return f"{scheme}{mark}{store.rpartition('@')[2]}{slash}{path}" if mark else address
 
 
 def _opened(uri: str) -> tuple[fs.FileSystem, str]:

@@ -255,6 +255,18 @@ def _lost(where: Folder) -> SaeRayError:
     )
 
 
+def check_shared(folder: Folder) -> None:
+    """Called by a worker before it works on the step in `folder`, whose lock its driver holds.
+
+    Raises SaeRayError where the lock is not seen: what the worker wrote would be on a disk that the driver cannot read.
+    """
+    if folder.is_local and not any(_is_lock(name) for name in folder.files()):
+        raise SaeRayError(
+            f"{socket.gethostname()} does not see the files that the driver writes to {folder}; --root must be a "
+            "directory that all nodes share, or a URI such as s3://bucket/folder"
+        )
+
+
 def live_locks(folder: Folder) -> dict[str, dict]:
     """Lock file -> its owner, for owners that may be alive. This machine's clock may be wrong."""
     now = time.time() - CLOCK_ERROR_SECONDS
@@ -271,10 +283,14 @@ class _Lock(NamedTuple):
 def _locks(folder: Folder) -> list[_Lock]:
     locks = []
     for name, renewed in folder.modified().items():
-        if name.startswith("lock-") and name.endswith(".json"):
+        if _is_lock(name):
             with suppress(FileNotFoundError, SaeRayError):  # released, or about to be written
                 locks.append(_Lock(name, folder.read_json(name), renewed))
     return locks
+
+
+def _is_lock(name: str) -> bool:
+    return name.startswith("lock-") and name.endswith(".json")
 
 
 def _surroundings() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, assert_never
 
-from sae_ray.errors import UsageError
+from sae_ray.encoders.sources import named_by
 from sae_ray.study.plan import ExtractPlan, SteeringPlan
 
 
@@ -44,10 +44,8 @@ def check_models(uses: Iterable[ModelUse]) -> None:
         UsageError: A model cannot be loaded. The message begins with the field.
     """
     for use in dict.fromkeys(uses):
-        try:
+        with named_by(use.field, use.model):
             _check(use)
-        except UsageError as error:
-            raise UsageError(f"{use.field} = {use.model!r}: {error}") from error
 
 
 def _check(use: ModelUse) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from sae_ray.encoders.info import EncoderInfo, check_site, check_text_side, rows_per_image, site_width
 from sae_ray.encoders.sites import Site
+from sae_ray.encoders.sources import is_digest
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.seeds import derived_seed
 from sae_ray.steering.config import Steering
@@ -404,8 +405,8 @@ class StudyPlan:
         tower, layer = llava.tower, llava.layer
         if (tower.residual_width, tower.n_tokens) != (self.encoder.residual_width, self.encoder.n_tokens):
             raise UsageError(
-                f"steering.llava = {steering.llava!r}: its vision tower has {tower.n_tokens} tokens of width "
-                f"{tower.residual_width}, the encoder {self.encoder.model} {self.encoder.n_tokens} of width "
+                f"steering.llava = {tower.name!r}: its vision tower has {tower.n_tokens} tokens of width "
+                f"{tower.residual_width}, the encoder {self.encoder.name} {self.encoder.n_tokens} of width "
                 f"{self.encoder.residual_width}; use that tower as the encoder"
             )
         steered = [
@@ -415,7 +416,7 @@ class StudyPlan:
         ]
         if not steered:
             raise UsageError(
-                f"steering.llava = {steering.llava!r}: its language model reads layer {layer}, but no SAE is "
+                f"steering.llava = {tower.name!r}: its language model reads layer {layer}, but no SAE is "
                 f'trained on tokens of it; add a [[grid]] with sites = ["layer{layer}:random:2"]'
             )
         return [self._steering(steering, train, llava) for train in steered]
@@ -576,6 +577,5 @@ def _table(step: Step, name: str) -> pa.Table:
 
 
 def _identity(info: EncoderInfo) -> list[str | None]:
-    """What identifies an encoder: the digest of a local directory, wherever it is, or else name and revision."""
-    is_digest = info.revision is not None and len(info.revision) == 64
-    return [info.revision] if is_digest else [info.model, info.revision]
+    """What identifies an encoder: the digest of a directory, wherever it is, or else name and revision."""
+    return [info.revision] if is_digest(info.revision) else [info.model, info.revision]

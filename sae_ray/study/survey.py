@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_ray.encoders.info import EncoderInfo
+from sae_ray.encoders.sources import named_by
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images.manifest import ImageList, labels_digest, list_images, manifest_digest, select_split
 from sae_ray.steering.info import LlavaInfo
@@ -120,10 +121,8 @@ def survey(study: Study) -> Survey:
 
 
 def _named(field: str, describe: Any, model: str, revision: str | None) -> Any:
-    try:
+    with named_by(field, model):
         return describe(model, revision)
-    except UsageError as error:
-        raise UsageError(f"{field} = {model!r}: {error}") from error
 
 
 def _list(field: str, images: ImageSet) -> ImageList:

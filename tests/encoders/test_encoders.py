@@ -540,7 +540,7 @@ def test_sites_that_do_not_exist_are_refused_with_what_there_is(loaded):
         ("/no/such/directory", "there is no directory /no/such/directory"),
         ("~/no/such/directory", "there is no directory"),
         ("nobody/no-such-model", "nobody/no-such-model cannot be loaded"),
-        ("open_clip:local-dir:/no/such/directory", "open_clip_config.json"),
+        ("open_clip:local-dir:/no/such/directory", "there is no directory /no/such/directory"),
         ("open_clip:ViT-B-32/no-such-tag", "laion2b_s34b_b79k"),
         ("open_clip:No-Such-Arch/openai", "open_clip:<architecture>/<pretrained tag>"),
         ("open_clip:ViT-B-32", "open_clip:<architecture>/<pretrained tag>"),

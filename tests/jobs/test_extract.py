@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from sae_ray.images import decode_image
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
+from sae_ray.store.steps import check_shared, hold
 
 
 def rows(folder: Folder) -> list[tuple[int, int, bytes]]:
@@ -113,9 +115,10 @@ def test_a_file_that_may_not_be_read_is_a_reject(ray_cluster, world, tmp_path):
             return super().read_bytes(name)
 
     names = [str(path.relative_to(world)) for path in sorted((world / "heldout").rglob("*.png"))[:12]]
+    (tmp_path / "lock-of-the-driver.json").touch()
     board = ray.remote(Board).remote()
     step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
-    job = extract.EncoderJob(f"{world}/clip", None, "float32", None, {"train": [step]})
+    job = extract.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]})
     decode = extract.PartDecoder({"train": Locked(str(world))}, [job], "run", board)
     batch = decode(pa.table({"images": ["train"], "part": [0], "image_ids": [names]}))
     locked = [name for name in names if name.endswith("0.png")]
@@ -154,15 +157,49 @@ def test_an_image_that_kills_its_decoder_becomes_a_reject(ray_cluster, make_plan
 
 def test_a_part_that_keeps_ending_its_process_is_an_error(ray_cluster, world, tmp_path):
     step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
-    jobs = (extract.EncoderJob(f"{world}/clip", None, "float32", None, {"train": [step]}),)
+    jobs = (extract.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]}),)
     encode = extract.PartEncoder(jobs, "cpu", 16, 0, "run", None)
     batch = pa.table({"images": ["train"], "part": [3], "image_ids": [["a.png", "b.png"]], "begun": [0]})
+    (tmp_path / "lock-of-the-driver.json").touch()
     for _ in range(extract.MOST_TRIES):
         begin(step.folder, "run", "part-00003-encode", "a node that was lost")
         assert extract.begin_part(jobs, "train", 3, "run", "encode") < extract.MOST_TRIES
     extract.begin_part(jobs, "train", 3, "another run", "encode")
     [problem] = encode(batch)["problem"].to_pylist()
     assert problem.startswith("part 3 of images.train (a.png to b.png) ended its process 5 times; if memory ran out, ")
+
+
+def test_what_only_the_driver_sees_is_missed_by_name(ray_cluster, make_plan, world, tmp_path, monkeypatch):
+    """Workers are processes of a node: they have another home than this driver."""
+    plan = make_plan(tmp_path / "root")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(world / "clip", tmp_path / "clip")
+    shutil.copytree(world / "heldout", tmp_path / "images")
+    homely = make_plan(tmp_path / "root", **{"encoder.model": "~/clip", "images.heldout.path": f"{tmp_path}/images"})
+    assert [step.name for step in homely.steps] == [step.name for step in plan.steps]
+    heldout = [one for one in homely.extracts if one.images.name == "heldout" and one.field == "encoder.model"]
+    with pytest.raises(SaeRayError) as missed:
+        extract.run_only(homely, heldout)
+    host = socket.gethostname()
+    assert str(missed.value).startswith(f"encoder.model = '~/clip': there is no directory ~/clip on {host}, though")
+
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    for there in (False, True):
+        if there:
+            (tmp_path / "images").mkdir()  # where a disk is to be mounted
+        heldout = [one for one in homely.extracts if one.field == "judge.model"]
+        with pytest.raises(SaeRayError, match=rf"{tmp_path}/images is missing or empty on {host}; image folders must"):
+            extract.run_only(homely, heldout)
+    assert not any(one.step.finished for one in homely.extracts)
+
+
+def test_a_node_that_does_not_share_the_root_is_refused(make_plan, world, tmp_path):
+    [train, *_] = make_plan(tmp_path / "root").extracts
+    folder = train.step.folder
+    with pytest.raises(SaeRayError, match=rf"{socket.gethostname()} does not see the files that the driver writes to"):
+        check_shared(folder)
+    with hold([train.step]):
+        check_shared(folder)
 
 
 def test_a_model_without_weights_is_told_of_plainly(ray_cluster, make_plan, world, tmp_path):

@@ -1,61 +1,31 @@
 """A study in an object store: a real S3 server, and the bits of the local run."""
 
-import subprocess
-import sys
-from collections.abc import Iterator
-from urllib.parse import quote
+from pathlib import Path
 
-import httpx
-import pytest
-from pyarrow.fs import LocalFileSystem, copy_files
 from sae_ray.jobs import study
-from sae_ray.jobs.cluster import free_port
 
 from sae_ray.store.activations import ActivationStore, finished_parts, read_parts
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import remember
-from tests.machine import until
+from tests.object_store import KEY, upload
 from tests.roots import differences
 
 
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory) -> Iterator[str]:
-    """Makes addresses of an empty bucket."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("s3") / "log"
-    with log.open("w") as output:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
-
-    def serves() -> bool:
-        try:
-            return httpx.get(f"{address}/moto-api/").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    try:
-        until(serves)
-        httpx.put(f"{address}/study").raise_for_status()
-        # The key is a part of the address, so that every worker of the cluster knows it.
-        yield f"s3://testing:testing@study/{{}}?endpoint_override={quote(address, safe='')}&region=us-east-1"
-    finally:
-        server.kill()
-        server.wait()
+def in_store(bucket: str, world: Path) -> dict[str, str]:
+    """Puts the images and models of the study into a bucket; the fields that name them."""
+    local = {"images.train.path": "train", "images.heldout.path": "heldout", "encoder.model": "clip"}
+    uris = {field: upload(world / name, bucket.format(f"world/{name}")) for field, name in local.items()}
+    judge = upload(world / "judge", bucket.format("world/judge"))
+    return uris | {"judge.model": f"open_clip:local-dir:{judge}"}
 
 
 def test_a_killed_study_in_a_store_resumes_to_the_bits_of_the_local_one(
     ray_cluster, bucket, finished, make_plan, world, study_values, kill_driver_when, capsys
 ):
-    images = {name: bucket.format(f"images/{name}") for name in ("train", "heldout")}
-    for name, uri in images.items():
-        target = Folder(uri)
-        copy_files(str(world / name), target.path, LocalFileSystem(), target.filesystem)
-    overrides = {f"images.{name}.path": uri for name, uri in images.items()}
-    plan = StudyPlan(Study.from_dict(study_values, overrides), Folder(bucket.format("root")))
-    local = make_plan(finished)
+    """Images, models and results are in the store; steps are named as those of the local models."""
+    plan = StudyPlan(Study.from_dict(study_values, in_store(bucket, world)), Folder(bucket.format("root")))
     remember(plan)
     step = next(one.step for one in plan.extracts if one.images.name == "train")
     two = ["--set", "resources.extract.workers=2"]
@@ -70,6 +40,8 @@ def test_a_killed_study_in_a_store_resumes_to_the_bits_of_the_local_one(
     assert not finished_parts(step.folder), "the markers are no longer needed"
     assert {f"data/{name}" for name in (step.folder / "data").files()} == listed
     shown = f"{study.summary_text(plan, summary)}{summary}{capsys.readouterr().err}"
+    shown += (plan.root / "report").read_bytes("index.html").decode()
     assert "s3://study/root" in shown
-    assert "testing" not in shown, "no key is shown"
-    assert not differences(plan, local)
+    assert "s3://study/world/clip" in shown
+    assert KEY not in shown, "no key is shown"
+    assert not differences(plan, make_plan(finished))
