@@ -1,5 +1,6 @@
 """A cluster of hosts of their own, an object store on another one, and the small study that they work on."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,10 +11,10 @@ from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from tests.cluster.hosts import Host, make_bridge, why_not
-from tests.cluster.nodes import Cluster
+from tests.cluster.nodes import KEYS, Cluster
 from tests.jobs.conftest import Ran, make_plan, ran, to_toml, world
 from tests.jobs.conftest import study_values as quick_values
-from tests.object_store import object_store, upload
+from tests.object_store import KEY, object_store, upload
 
 __all__ = ["make_plan", "quick_values", "ran", "world"]
 
@@ -41,10 +42,12 @@ def store_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bucket(network: None, store_log: Path) -> Iterator[str]:
+    """Its addresses are without keys, which the environment has: Ray shows the commands of jobs."""
     host = Host("store", 9)
+    os.environ.update(KEYS)
     try:
         with object_store(store_log, host.address, 5000, host.inside) as address:
-            yield address
+            yield address.replace(f"{KEY}:{KEY}@", "")
     finally:
         host.end()
 

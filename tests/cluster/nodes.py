@@ -12,8 +12,11 @@ import httpx
 
 from tests.cluster.hosts import HOME, Host
 from tests.machine import PATIENCE_S, until
+from tests.object_store import KEY
 
 BIN = Path(sys.executable).parent
+KEYS = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": KEY, "AWS_EC2_METADATA_DISABLED": "true"}
+"""The environment of whoever may use the object store."""
 SKEW_S = 300
 AHEAD = f"""
 import time
@@ -85,16 +88,20 @@ class Cluster:
 
     def start(self, host: Host, command: list[str], log: Path) -> subprocess.Popen:
         """Starts a command on a node."""
-        environment = self.client | {
-            "HF_HUB_OFFLINE": "1",
-            "HOME": HOME,
-            "LANG": "C.UTF-8",
-            "OMP_NUM_THREADS": "1",
-            "PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONPATH": CUSTOM,
-            "RAY_worker_niceness": "0",
-        }
+        environment = (
+            self.client
+            | KEYS
+            | {
+                "HF_HUB_OFFLINE": "1",
+                "HOME": HOME,
+                "LANG": "C.UTF-8",
+                "OMP_NUM_THREADS": "1",
+                "PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin",
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "PYTHONPATH": CUSTOM,
+                "RAY_worker_niceness": "0",
+            }
+        )
         given = [f"{name}={value}" for name, value in environment.items()]
         with log.open("a") as output:
             return subprocess.Popen(
