@@ -217,7 +217,7 @@ def require(field: str, workers: int, cpus: float, gpus: float, beside: float = 
     if os.environ.get("RAY_ADDRESS"):
         say(f"{problem}; they wait until it grows")
     else:
-        raise UsageError(f"{problem}; lower workers, cpus or gpus there")
+        raise UsageError(f"{problem}; lower their number, cpus or gpus there")
 
 
 def user_error(error: BaseException | None) -> SaeRayError | None:

@@ -41,12 +41,13 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
 
     resources = plan.study.resources.train
     gpus = gpus_or_default(resources.gpus)
-    require("resources.train", resources.workers, resources.cpus, gpus)
+    require("resources.train", resources.ranks, resources.cpus, gpus)
     # Without GPUs as extraction: logical CPUs may outnumber the cores.
     slots = n_gpus() / gpus if gpus else n_cpus() / (2 * max(resources.cpus, 1))
-    at_once = resources.bundles or max(1, int(slots / resources.workers))
+    at_once = resources.bundles or max(1, int(slots / resources.ranks))
     scaling = {
-        "workers": resources.workers,
+        "workers": resources.ranks,
+        "sharded": resources.shards > 1,
         "cpus": resources.cpus,
         "gpus": gpus,
         "max_failures": resources.max_failures,
@@ -87,7 +88,7 @@ def fit_bundle(bundle: BundleJob, scaling: dict[str, Any], root: Folder, board: 
     resources = {"CPU": scaling["cpus"], "GPU": scaling["gpus"]}
     trainer = TorchTrainer(
         train_bundle,
-        train_loop_config={"bundle": bundle, "board": board},
+        train_loop_config={"bundle": bundle, "sharded": scaling["sharded"], "board": board},
         scaling_config=ScalingConfig(
             num_workers=scaling["workers"], use_gpu=scaling["gpus"] > 0, resources_per_worker=resources
         ),
@@ -107,8 +108,11 @@ def train_bundle(config: dict[str, Any]) -> None:
     from ray import train as ray_train
     from ray.train.torch import get_device
 
+    from sae_ray.sae.ranks import Ranks, Split
+
     context = ray_train.get_context()
-    group = torch.distributed.group.WORLD if context.get_world_size() > 1 else None
+    ranks = Ranks(torch.distributed.group.WORLD if context.get_world_size() > 1 else None)
+    split = Split(latents=ranks) if config["sharded"] else Split(rows=ranks)
     bundle: BundleJob = config["bundle"]
 
     def report(steps: int) -> None:
@@ -119,7 +123,7 @@ def train_bundle(config: dict[str, Any]) -> None:
         if done % STEPS_PER_REPORT == 0:
             report(done)
 
-    train_cells(bundle, get_device(), group, after_step)
+    train_cells(bundle, get_device(), split, after_step)
     report(bundle.steps)
 
 

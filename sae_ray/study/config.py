@@ -175,7 +175,12 @@ class TrainResources:
     """SAEs that are trained together from one read of the data, at most. There are fewer where more bundles can be
     trained at the same time, and a very wide SAE is trained alone."""
     workers: Count = 1
-    """Data-parallel workers per bundle, a divisor of `training.batch_size`."""
+    """Data-parallel workers per bundle, a divisor of `training.batch_size`. Each reads a share of every batch and holds
+    all weights."""
+    shards: Count = 1
+    """Workers per bundle over which the latents of each SAE are split; not together with `workers` above 1. Each reads
+    the whole batch and holds the weights of its latents. Where an SAE has more latents than a batch has rows, shards
+    exchange less than data-parallel workers, and each needs only a share of the memory."""
     cpus: Amount = 1
     """CPUs per worker."""
     gpus: Amount | None = None
@@ -184,6 +189,16 @@ class TrainResources:
     """Steps between checkpoints."""
     max_failures: Annotated[int, Ge(0)] = 3
     """How often a bundle is restarted after losing a worker."""
+
+    def __post_init__(self):
+        check(self.workers == 1 or self.shards == 1, "resources.train.shards", self.shards,
+              f"make it 1, or resources.train.workers = {self.workers} 1: one bundle has workers or shards, not "
+              "both")  # fmt: skip
+
+    @property
+    def ranks(self) -> int:
+        """Ray Train workers per bundle."""
+        return self.workers * self.shards
 
 
 @dataclass(frozen=True)
