@@ -30,6 +30,7 @@ soak: .venv/.test
 
 bench: .venv/.test
 	$(BIN)/python -m bench.train
+	$(BIN)/python -m bench.exchange
 	$(BIN)/python -m bench.scoring
 	$(BIN)/python -m bench.extraction
 	$(BIN)/python -m bench.scale
