@@ -156,7 +156,8 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
     sites = dict.fromkeys(extract.site.name for extract in todo)
     total = sum(parts.images.n_images for parts in sets.values())
     missing = sum(parts.n_images(number) for parts in sets.values() for number in parts.missing)
-    with Progress(f"extract {' and '.join(sets)} ({', '.join(sites)})", total, "images", total - missing) as progress:
+    label, steps = f"extract {' and '.join(sets)} ({', '.join(sites)})", [extract.step for extract in todo]
+    with Progress(label, total, "images", total - missing, steps) as progress:
         for parts in sets.values():
             if not parts.missing:
                 finish(parts)

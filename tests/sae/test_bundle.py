@@ -66,7 +66,7 @@ def whole(store, tmp_path_factory) -> BundleJob:
 def rank_main(bundle: BundleJob, rank: int, size: int, rendezvous: str, killed_at: int | None) -> None:
     torch.set_num_threads(1)
 
-    def after_step(done: int) -> None:
+    def after_step(done: int, _: object) -> None:
         if done == killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -123,7 +123,7 @@ def test_a_killed_bundle_resumes_to_equal_weights(store: ActivationStore, whole:
     class Killed(BaseException):
         pass
 
-    def kill(done: int) -> None:
+    def kill(done: int, _: object) -> None:
         if done == 3 * EVERY + 2:
             raise Killed
 
