@@ -26,9 +26,8 @@ CELL = {
     "sae_ray_cell_l0": ("l0", "Active latents per sample in the last step."),
     "sae_ray_cell_dead": ("dead", "Latents that are dead, as a share of all."),
 }
-FAILURES = {"sae_ray_failures": "Ends of work on a step by an error."}
-"""A counter: Prometheus shows `…_total`."""
-STAGE_TAGS, CELL_TAGS, FAILURE_TAGS = ("root", "stage", "unit"), ("root", "step"), ("root", "stage", "step")
+FAILURES = "sae_ray_failures"
+"""A counter; Prometheus shows `sae_ray_failures_total`."""
 
 
 def show_stage(step: Step, pace: dict[str, Any]) -> None:
@@ -36,20 +35,19 @@ def show_stage(step: Step, pace: dict[str, Any]) -> None:
     tags = {"root": str(step.root), "stage": step.stage, "unit": pace["unit"]}
     for name, (part, description) in STAGE.items():
         if pace[part] is not None:
-            _metric("Gauge", name, description, STAGE_TAGS).set(pace[part], tags)
+            _metric("Gauge", name, description, tuple(tags)).set(pace[part], tags)
 
 
 def show_cell(step: Step, pace: dict[str, Any]) -> None:
     tags = {"root": str(step.root), "step": step.name}
     values = pace | {"dead": pace["n_dead"] / pace["d_sae"]}
     for name, (part, description) in CELL.items():
-        _metric("Gauge", name, description, CELL_TAGS).set(values[part], tags)
+        _metric("Gauge", name, description, tuple(tags)).set(values[part], tags)
 
 
 def count_failure(step: Step) -> None:
     tags = {"root": str(step.root), "stage": step.stage, "step": step.name}
-    for name, description in FAILURES.items():
-        _metric("Counter", name, description, FAILURE_TAGS).inc(tags=tags)
+    _metric("Counter", FAILURES, "How often work on a step ended with an error.", tuple(tags)).inc(tags=tags)
 
 
 @cache
