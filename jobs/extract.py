@@ -47,7 +47,7 @@ from sae_ray.study.plan import ExtractPlan, ImagePlan, StudyPlan
 
 from .cluster import at_most_a_node, gpus_or_default, n_cpus, n_gpus, require, room
 from .progress import Progress, say
-from .stage import at_work, unfinished
+from .stage import at_work, noting_failures, unfinished
 
 IMAGES_PER_REPORT = 16
 MOST_TRIES = 5
@@ -80,7 +80,7 @@ def _write_lists(images: ImagePlan) -> None:
     """The manifest and the labels."""
     for step, name in ((images.step, "manifest"), (images.labels_step, "labels")):
         if not step.finished:
-            with hold([step]):
+            with hold([step]), noting_failures([step]):
                 started = time.monotonic()
                 table = getattr(images, name)
                 step.folder.write_parquet(f"{name}.parquet", table)

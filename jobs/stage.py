@@ -45,7 +45,7 @@ def unfinished(plans: Sequence[P]) -> list[P]:
 def at_work(root: Folder, stage: str, todo: Sequence[Planned]) -> Iterator[Failures]:
     """Surrounds the work on some steps of one stage: checks, joins the cluster, keeps other drivers out.
 
-    An error that ends the work is noted in the steps that are left, but for those in which another one is noted already.
+    An error that ends the work is noted in the steps that are left, but for those in which one is noted already.
 
     Raises:
         SaeRayError: a step that is read is missing, the disk is too full, another driver is at work on one of the
@@ -58,7 +58,7 @@ def at_work(root: Folder, stage: str, todo: Sequence[Planned]) -> Iterator[Failu
     check_disk(root, stage, sum(one.bytes for one in todo))
     try:
         steps = [one.step for one in todo]
-        with hold(steps), Failures().of(steps) as failures:
+        with hold(steps), noting_failures(steps) as failures:
             connect()
             yield failures
     except SaeRayError as error:
@@ -72,20 +72,22 @@ def at_work(root: Folder, stage: str, todo: Sequence[Planned]) -> Iterator[Failu
         raise SaeRayError(problem) from error
 
 
+@contextmanager
+def noting_failures(steps: Sequence[Step]) -> Iterator[Failures]:
+    """Notes what the block raises in steps that this process holds."""
+    failures = Failures()
+    try:
+        yield failures
+    except Exception as error:
+        failures.note(steps, error)
+        raise
+
+
 class Failures:
     """Notes in steps why work on them ended, and counts it. The first error of a step is the one that is kept."""
 
     def __init__(self):
         self._noted: set[str] = set()
-
-    @contextmanager
-    def of(self, steps: Sequence[Step]) -> Iterator[Failures]:
-        """Notes what the block raises."""
-        try:
-            yield self
-        except Exception as error:
-            self.note(steps, error)
-            raise
 
     def note(self, steps: Sequence[Step], error: Exception) -> None:
         """Notes an error in those of the steps that are not finished."""

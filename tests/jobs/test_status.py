@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pyarrow import fs
 from sae_ray.jobs import progress, train
 from sae_ray.jobs.cli import main
+from sae_ray.jobs.cluster import reason
 from sae_ray.jobs.progress import duration, pace_of, pace_texts
-from sae_ray.jobs.stage import reason
 from sae_ray.jobs.status import status
 
 from sae_ray.errors import UsageError
