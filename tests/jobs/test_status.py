@@ -178,15 +178,15 @@ def test_reasons_are_one_line_without_keys(ray_cluster):
     assert re.fullmatch(r"WorkerCrashedError: The worker died unexpectedly.*", reason(raised.value))
 
 
-def exported() -> dict[tuple[str, str], float]:
-    """Name and step (or stage) of our metrics, as Prometheus reads them from the agent of this node -> value."""
+def exported(root: Path) -> dict[tuple[str, str], float]:
+    """Name and step (or stage) of a root's metrics, as Prometheus reads them from the agent of this node -> value."""
     [node] = ray.nodes()
     text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
     return {
         (sample.name, sample.labels.get("step", sample.labels.get("stage", ""))): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if "sae_ray" in sample.name
+        if sample.labels.get("root") == str(root)
     }
 
 
@@ -196,16 +196,19 @@ def test_a_training_is_seen_while_it_runs(ray_cluster, extracted, make_plan, tmp
     monkeypatch.setattr(progress, "POLL_SECONDS", 0.1)
     root = tmp_path / "root"
     shutil.copytree(extracted, root)
-    plan = make_plan(root, **{"training.steps": 2000, "resources.train.cells_per_bundle": 1})
+    bundles = {"cells_per_bundle": 1, "bundles": 2, "max_failures": 0}
+    plan = make_plan(root, **{"training.steps": 2000}, **{f"resources.train.{name}": n for name, n in bundles.items()})
     wrong, right = plan.trains
     save_checkpoint(wrong.step.folder / CHECKPOINTS, 5, {}, {"n_steps": 5, "failed": None, "attempts": []})
 
     seen: list[dict] = []
+    found: dict[tuple[str, str], float] = {}
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.1):
             seen.extend(entry for entry in status(plan) if entry["progress"])
+            found.update(exported(root))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -228,7 +231,12 @@ def test_a_training_is_seen_while_it_runs(ray_cluster, extracted, make_plan, tmp
     failure = entries[wrong.step.name]["failure"]
     assert failure["reason"].startswith("the checkpoint belongs to another cell")
 
-    until(lambda: ("ray_sae_ray_failures_total", wrong.step.name) in exported())
-    found = exported()
-    assert {name for name, _ in found} == exported_names()
-    assert found["ray_sae_ray_cell_steps_done", right.step.name] == 2000
+    def all_exported() -> bool:
+        found.update(exported(root))  # gauges vanish again
+        return exported_names() <= {name for name, _ in found}
+
+    until(all_exported)
+    assert found["ray_sae_ray_stage_units", "train"] == 2 * 2000
+    assert 0 < found["ray_sae_ray_cell_steps_done", right.step.name] <= 2000
+    assert 0 < found["ray_sae_ray_cell_l0", right.step.name] <= right.d_sae
+    assert found["ray_sae_ray_failures_total", wrong.step.name] == 1
