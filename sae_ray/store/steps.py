@@ -284,16 +284,16 @@ class Unfinished(NamedTuple):
     failure: dict[str, Any] | None
     """`reason`, `time` and `host` of the last failure."""
     files: dict[str, int]
-    """Relative path -> size in bytes."""
+    """Relative path -> size in bytes, without locks and the note of the failure."""
 
 
 def look(step: Step) -> Unfinished:
     """Looks at a step that has been begun and is not finished: two listings, one read per lock, one of the failure."""
-    files = step.folder.files(recursive=True)
+    files = {name: size for name, size in step.folder.files(recursive=True).items() if not name.startswith("lock-")}
     locks = _locks(step.folder)
     alive = _alive(locks)
     failure = None
-    if FAILURE in files:
+    if files.pop(FAILURE, None):
         with suppress(FileNotFoundError, SaeRayError):  # finished meanwhile
             failure = step.folder.read_json(FAILURE)
     told = [lock.owner["progress"] for lock in alive or locks if lock.owner.get("progress")]
