@@ -126,9 +126,7 @@ class Step:
 
         Raises SaeRayError if this process held a lock of the step which has vanished.
         """
-        lock = _HELD.get(self.folder)
-        if lock is not None and not self.folder.exists(lock):
-            raise _lost(self.folder)
+        _check_held(self.folder)
         present = self.folder.files(recursive=True)
         files = {name: size for name, size in present.items() if not _is_housekeeping(name)}
         record = {
@@ -256,6 +254,12 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
                 step.root.delete(step.name)
 
 
+def _check_held(folder: Folder) -> None:
+    lock = _HELD.get(folder)
+    if lock is not None and not folder.exists(lock):
+        raise _lost(folder)
+
+
 def _lost(where: Folder) -> SaeRayError:
     return SaeRayError(
         f"a lock of this driver under {where} has vanished: another driver took over, or somebody deleted it; nothing "
@@ -270,7 +274,11 @@ def tell(step: Step, progress: dict[str, Any]) -> None:
 
 
 def note_failure(step: Step, reason: str) -> None:
-    """Notes in a step that is not finished why the work on it ended. The note stays until the step is finished."""
+    """Notes in a step that is not finished why the work on it ended. The note stays until the step is finished.
+
+    Raises SaeRayError if this process held a lock of the step which has vanished.
+    """
+    _check_held(step.folder)
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     step.folder.write_json(FAILURE, {"reason": reason, "time": now, "host": socket.gethostname()})
 

@@ -360,6 +360,8 @@ def test_a_step_is_not_finished_by_a_driver_whose_lock_has_vanished(step: Step):
         step.folder.delete(lock)
         with pytest.raises(SaeRayError, match="has vanished"):
             step.finish(0.0, {})
+        with pytest.raises(SaeRayError, match="has vanished"):
+            note_failure(step, "the disk is full")
     assert step.folder.files() == {"weights": 1}
 
 
