@@ -312,7 +312,7 @@ def grid_rows() -> tuple[list[list[Any]], float]:
         together, alone = [], []
         since = time.perf_counter()
 
-        def after_step(done: int) -> None:
+        def after_step(done: int, _: object) -> None:
             """Takes the time of the bundle's step, then all steps of one cell."""
             nonlocal since
             together.append(1000 * (time.perf_counter() - since))

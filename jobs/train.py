@@ -6,19 +6,22 @@ workers read the data once and step every cell on it (`sae_ray.sae.bundle`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
-from sae_ray.sae import BundleJob, train_cells
+from sae_ray.sae import BundleJob, CellReport, train_cells
 from sae_ray.store.files import Folder
 from sae_ray.study.plan import StudyPlan, TrainPlan
 
 from .cluster import beside_driver, gpus_or_default, n_cpus, n_gpus, require, user_error
+from .metrics import count_failure
 from .placement import bundles
-from .progress import Progress, say
-from .stage import at_work, unfinished
+from .progress import Progress, pace_of, say
+from .stage import Failures, at_work, unfinished
 
-STEPS_PER_REPORT = 50
+REPORT_SECONDS = 1.0
+"""Between what workers tell of their cells."""
 
 
 def run(plan: StudyPlan) -> None:
@@ -32,11 +35,11 @@ def run(plan: StudyPlan) -> None:
     """
     todo = unfinished(plan.trains)
     if todo:
-        with at_work(plan.root, "train", todo):
-            _fit(plan, todo)
+        with at_work(plan.root, "train", todo) as failures:
+            _fit(plan, todo, failures)
 
 
-def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
+def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], failures: Failures) -> None:
     import ray
 
     resources = plan.study.resources.train
@@ -57,22 +60,25 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
     fit = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=beside_driver())(fit_bundle)
 
     waiting = bundles(plan, todo, at_once, "cuda" if gpus else "cpu")
-    running: list[Any] = []
+    running: dict[Any, BundleJob] = {}
     total = sum(bundle.steps * len(bundle.cells) for bundle in waiting)
     problems: list[Exception] = []
-    with Progress(f"train {len(todo)} SAEs", total, "steps") as progress:
+    with Progress(f"train {len(todo)} SAEs", total, "steps", steps=[train.step for train in todo]) as progress:
         board = progress.board()
         while waiting or running:
             while waiting and len(running) < at_once:
-                running.append(fit.remote(waiting.pop(0), scaling, plan.root, board))
-            finished, running = ray.wait(running)
-            for reference in finished:
-                try:
-                    ray.get(reference)
-                except Exception as error:  # the other bundles go on
-                    problems.append(error)
+                bundle = waiting.pop(0)
+                running[fit.remote(bundle, scaling, plan.root, board)] = bundle
+            [finished], _ = ray.wait(list(running), num_returns=1)
+            bundle = running.pop(finished)
+            try:
+                ray.get(finished)
+            except Exception as error:  # the other bundles go on
+                problems.append(error)
+                failures.note([job.step for job in bundle.cells], error)
     for train in todo:
         if reason := train.step.failure:
+            count_failure(train.step)
             say(f"{train.grid_cell.name} failed: {reason}")
     for problem in problems[1:]:
         say(f"another bundle failed: {user_error(problem) or problem}")
@@ -115,16 +121,31 @@ def train_bundle(config: dict[str, Any]) -> None:
     split = Split(latents=ranks) if config["sharded"] else Split(rows=ranks)
     bundle: BundleJob = config["bundle"]
 
-    def report(steps: int) -> None:
-        if context.get_world_rank() == 0:
-            config["board"].set.remote(bundle.name, steps * len(bundle.cells))
+    began = told = time.monotonic()
+    first: int | None = None
 
-    def after_step(done: int) -> None:
-        if done % STEPS_PER_REPORT == 0:
-            report(done)
+    def tell(done: int, cells: dict[str, dict[str, Any]]) -> None:
+        if context.get_world_rank() == 0:
+            config["board"].set.remote(bundle.name, done * len(bundle.cells), cells)
+
+    def after_step(done: int, reports: dict[str, CellReport]) -> None:
+        nonlocal began, first, told
+        now = time.monotonic()
+        if first is None:  # the first step is slower than others
+            began, first = now, done
+        if now - told >= REPORT_SECONDS or done == bundle.steps:
+            told = now
+            pace = pace_of(done, bundle.steps, "steps", done - first, now - began)
+            tell(done, {name: pace | cell_figures(report) for name, report in reports.items()})
 
     train_cells(bundle, get_device(), split, after_step)
-    report(bundle.steps)
+    tell(bundle.steps, {})  # however many cells failed, or were finished before
+
+
+def cell_figures(report: CellReport) -> dict[str, Any]:
+    """What is shown of a cell beside its pace."""
+    metrics = report.metrics
+    return {"of": "cell", "loss": metrics.loss, "l0": metrics.l0, "n_dead": metrics.n_dead, "d_sae": report.d_sae}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae.formats import save_latents, save_sae
 from sae_ray.sae.metrics import measure_latents
 from sae_ray.sae.ranks import ALONE
-from sae_ray.sae.training import CellTrainer, NonFiniteLoss
+from sae_ray.sae.training import CellTrainer, NonFiniteLoss, StepMetrics
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.checkpoints import newest_checkpoint, save_checkpoint
 from sae_ray.store.steps import digest
@@ -65,6 +65,13 @@ class BundleJob:
         return self.cells[0].cell.training.steps
 
 
+class CellReport(NamedTuple):
+    """A cell after a step."""
+
+    metrics: StepMetrics
+    d_sae: int
+
+
 class _Run(NamedTuple):
     job: CellJob
     trainer: CellTrainer
@@ -76,7 +83,7 @@ def train_cells(
     bundle: BundleJob,
     device: torch.device | str = "cpu",
     split: Split = ALONE,
-    after_step: Callable[[int], None] = lambda done: None,
+    after_step: Callable[[int, dict[str, CellReport]], None] = lambda done, reports: None,
 ) -> None:
     """Trains the cells of a bundle that are not finished and writes each one's step.
 
@@ -86,7 +93,8 @@ def train_cells(
 
     Args:
         split: every rank of it makes this call, the first one writes. Another attempt may have another.
-        after_step: called on every rank after each step, with the number of steps done.
+        after_step: called on every rank after each step, with the number of steps done and a report of every cell that
+            made this step, by the name of the cell's own step.
 
     Raises:
         UsageError: the batch or the latents of a cell cannot be split over the ranks.
@@ -113,11 +121,12 @@ def train_cells(
         rows = next(batches)
         waited += time.monotonic() - asked
         batch = rows[share].float() / scale
+        reports: dict[str, CellReport] = {}
         for run in list(running):
             if run.trainer.n_steps > step:
                 continue  # it resumed from a newer checkpoint than the others
             try:
-                run.trainer.step(batch)
+                reports[run.job.step.name] = CellReport(run.trainer.step(batch), run.trainer.d_sae)
             except NonFiniteLoss as error:
                 running.remove(run)
                 _fail(run, error, time.monotonic() - started)
@@ -125,7 +134,7 @@ def train_cells(
         if workers.rank == 0 and (done % bundle.checkpoint_every == 0 or done == bundle.steps):
             for run in running:
                 _save(run)
-        after_step(done)
+        after_step(done, reports)
         if not running:
             break
     del batches  # and the activations that it holds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import uuid
 from functools import cache
@@ -168,6 +169,11 @@ class Folder:
         while not here.exists():
             here = here.parent
         return shutil.disk_usage(here).free
+
+
+def without_keys(text: str) -> str:
+    """A text for users: its URIs lose what they say of keys and of how their store is reached."""
+    return re.sub(r"(\w+://)(?:[^/\s'\"]*@)?([^\s?'\"]*)(\?[^\s'\"]*)?", r"\1\2", text)
 
 
 def parent_and_name(uri: str) -> tuple[Folder, str]:

@@ -16,6 +16,7 @@ from sae_ray.sae import (
     BundleJob,
     Cell,
     CellJob,
+    CellReport,
     TrainingConfig,
     evaluate_store,
     load_sae,
@@ -67,7 +68,7 @@ def whole(store, tmp_path_factory) -> BundleJob:
 def rank_main(bundle: BundleJob, rank: int, size: int, by: str, rendezvous: str, killed_at: int | None) -> None:
     torch.set_num_threads(1)
 
-    def after_step(done: int) -> None:
+    def after_step(done: int, _: object) -> None:
         if done == killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -136,7 +137,7 @@ def test_a_killed_bundle_resumes_to_equal_weights(store: ActivationStore, whole:
     class Killed(BaseException):
         pass
 
-    def kill(done: int) -> None:
+    def kill(done: int, _: object) -> None:
         if done == 3 * EVERY + 2:
             raise Killed
 
@@ -146,7 +147,18 @@ def test_a_killed_bundle_resumes_to_equal_weights(store: ActivationStore, whole:
     newest = f"checkpoints/step-{3 * EVERY:09d}"
     for suffix in (".json", ".safetensors"):
         bundle.cells[1].step.folder.delete(newest + suffix)
-    train_cells(bundle)
+    reported: list[tuple[int, str, int, int]] = []
+
+    def note(done: int, reports: dict[str, CellReport]) -> None:
+        reported.extend((done, name, report.metrics.step, report.d_sae) for name, report in reports.items())
+
+    train_cells(bundle, after_step=note)
+    expected = [
+        (step + 1, job.step.name, step, job.cell.d_sae(D_IN))
+        for job, first in zip(bundle.cells, (3 * EVERY, 2 * EVERY, 3 * EVERY), strict=True)
+        for step in range(first, STEPS)
+    ]
+    assert sorted(reported) == sorted(expected), "of every cell the steps that it made"
     for job, reference in zip(bundle.cells, whole.cells, strict=True):
         for name in WEIGHTS:
             resumed, alone = (getattr(load_sae(one.step.folder), name) for one in (job, reference))
