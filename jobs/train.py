@@ -22,6 +22,8 @@ from .stage import Failures, at_work, unfinished
 
 REPORT_SECONDS = 1.0
 """Between what workers tell of their cells."""
+STEPS_PER_LOOK = 200
+"""After which workers ask whether a node of theirs is about to be taken away: they wait for one another to ask."""
 
 
 def run(plan: StudyPlan) -> None:
@@ -44,12 +46,13 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], failures: Failures) -> None
 
     resources = plan.study.resources.train
     gpus = gpus_or_default(resources.gpus)
-    require("resources.train", resources.ranks, resources.cpus, gpus)
+    least, most = (number * resources.shards for number in resources.workers_span)
+    require("resources.train", least, resources.cpus, gpus)
     # Without GPUs as extraction: logical CPUs may outnumber the cores.
     slots = n_gpus() / gpus if gpus else n_cpus() / (2 * max(resources.cpus, 1))
-    at_once = resources.bundles or max(1, int(slots / resources.ranks))
+    at_once = resources.bundles or max(1, int(slots / most))
     scaling = {
-        "workers": resources.ranks,
+        "workers": (least, most) if least < most else most,
         "sharded": resources.shards > 1,
         "cpus": resources.cpus,
         "gpus": gpus,
@@ -116,20 +119,27 @@ def train_bundle(config: dict[str, Any]) -> None:
 
     from sae_ray.sae.ranks import Ranks, Split
 
-    context = ray_train.get_context()
-    ranks = Ranks(torch.distributed.group.WORLD if context.get_world_size() > 1 else None)
-    split = Split(latents=ranks) if config["sharded"] else Split(rows=ranks)
     bundle: BundleJob = config["bundle"]
+    context = ray_train.get_context()
+    world, rank = context.get_world_size(), context.get_world_rank()
+    # Where Ray Train chose a number of workers which does not divide the batch, some of them have nothing to do.
+    used = world if config["sharded"] else most_that_divide(bundle.cells[0].cell.training.batch_size, world)
+    group = torch.distributed.new_group(range(used)) if world > 1 else None
+    if rank >= used:
+        return
+    ranks = Ranks(group if used > 1 else None)
+    split = Split(latents=ranks) if config["sharded"] else Split(rows=ranks)
 
     began = told = time.monotonic()
     first: int | None = None
+    warned = False
 
     def tell(done: int, cells: dict[str, dict[str, Any]]) -> None:
-        if context.get_world_rank() == 0:
+        if rank == 0:
             config["board"].set.remote(bundle.name, done * len(bundle.cells), cells)
 
-    def after_step(done: int, reports: dict[str, CellReport]) -> None:
-        nonlocal began, first, told
+    def after_step(done: int, reports: dict[str, CellReport]) -> bool:
+        nonlocal began, first, told, warned
         now = time.monotonic()
         if first is None:  # the first step is slower than others
             began, first = now, done
@@ -137,9 +147,18 @@ def train_bundle(config: dict[str, Any]) -> None:
             told = now
             pace = pace_of(done, bundle.steps, "steps", done - first, now - began)
             tell(done, {name: pace | cell_figures(report) for name, report in reports.items()})
+        if warned or used < world or done % STEPS_PER_LOOK:
+            return False
+        warned = ray_train.get_preemption_info() is not None
+        return warned
 
     train_cells(bundle, get_device(), split, after_step)
     tell(bundle.steps, {})  # however many cells failed, or were finished before
+
+
+def most_that_divide(batch_size: int, workers: int) -> int:
+    """How many of the workers can have equal shares of a batch."""
+    return next(number for number in range(workers, 0, -1) if batch_size % number == 0)
 
 
 def cell_figures(report: CellReport) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def train_cells(
     bundle: BundleJob,
     device: torch.device | str = "cpu",
     split: Split = ALONE,
-    after_step: Callable[[int, dict[str, CellReport]], None] = lambda done, reports: None,
+    after_step: Callable[[int, dict[str, CellReport]], bool] = lambda done, reports: False,
 ) -> None:
     """Trains the cells of a bundle that are not finished and writes each one's step.
 
@@ -94,7 +94,8 @@ def train_cells(
     Args:
         split: every rank of it makes this call, the first one writes. Another attempt may have another.
         after_step: called on every rank after each step, with the number of steps done and a report of every cell that
-            made this step, by the name of the cell's own step.
+            made this step, by the name of the cell's own step. Says whether checkpoints are to be written at once, on
+            all ranks alike.
 
     Raises:
         UsageError: the batch or the latents of a cell cannot be split over the ranks.
@@ -131,10 +132,10 @@ def train_cells(
                 running.remove(run)
                 _fail(run, error, time.monotonic() - started)
         done = step + 1
-        if workers.rank == 0 and (done % bundle.checkpoint_every == 0 or done == bundle.steps):
+        at_once = after_step(done, reports)
+        if workers.rank == 0 and (at_once or done % bundle.checkpoint_every == 0 or done == bundle.steps):
             for run in running:
                 _save(run)
-        after_step(done, reports)
         if not running:
             break
     del batches  # and the activations that it holds

@@ -68,9 +68,10 @@ def whole(store, tmp_path_factory) -> BundleJob:
 def rank_main(bundle: BundleJob, rank: int, size: int, by: str, rendezvous: str, killed_at: int | None) -> None:
     torch.set_num_threads(1)
 
-    def after_step(done: int, _: object) -> None:
+    def after_step(done: int, _: object) -> bool:
         if done == killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        return False
 
     group = None
     if size > 1:
@@ -131,15 +132,35 @@ def test_a_killed_bundle_resumes_on_other_ranks(
             torch.testing.assert_close(resumed.threshold, alone.threshold, rtol=1e-3, atol=0)
 
 
+def test_checkpoints_are_written_at_once_when_they_are_asked_for(store: ActivationStore, tmp_path: Path):
+    """As before a machine is taken away."""
+
+    class Gone(BaseException):
+        pass
+
+    def warn(done: int, _: object) -> bool:
+        if done == EVERY // 2 + 1:
+            raise Gone
+        return done == EVERY // 2
+
+    bundle = bundle_of(store, tmp_path)
+    with pytest.raises(Gone):
+        train_cells(bundle, after_step=warn)
+    for job in bundle.cells:
+        names = set((job.step.folder / "checkpoints").files())
+        assert names == {f"step-{EVERY // 2:09d}.{suffix}" for suffix in ("json", "safetensors")}
+
+
 def test_a_killed_bundle_resumes_to_equal_weights(store: ActivationStore, whole: BundleJob, tmp_path: Path):
     """In one process, the cells from different checkpoints."""
 
     class Killed(BaseException):
         pass
 
-    def kill(done: int, _: object) -> None:
+    def kill(done: int, _: object) -> bool:
         if done == 3 * EVERY + 2:
             raise Killed
+        return False
 
     bundle = bundle_of(store, tmp_path)
     with pytest.raises(Killed):
@@ -149,8 +170,9 @@ def test_a_killed_bundle_resumes_to_equal_weights(store: ActivationStore, whole:
         bundle.cells[1].step.folder.delete(newest + suffix)
     reported: list[tuple[int, str, int, int]] = []
 
-    def note(done: int, reports: dict[str, CellReport]) -> None:
+    def note(done: int, reports: dict[str, CellReport]) -> bool:
         reported.extend((done, name, report.metrics.step, report.d_sae) for name, report in reports.items())
+        return False
 
     train_cells(bundle, after_step=note)
     expected = [
