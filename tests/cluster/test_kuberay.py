@@ -178,7 +178,9 @@ def test_groups_scale(name):
     assert head["rayStartParams"]["num-cpus"] == "0"
     assert [group["groupName"] for group in workers] == ["cpu", "gpu"]
     for group in workers:
-        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    assert [group["minReplicas"] > 0 for group in workers] == [False, True], "stages use GPUs if there are any"
+    assert all(group["maxReplicas"] > group["minReplicas"] for group in workers)
     for container in containers(name):
         asked, limit = container["resources"]["requests"], container["resources"]["limits"]
         assert {"cpu", "memory"} <= set(asked)
