@@ -7,7 +7,7 @@ INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get insta
 # Tests of the cluster mostly wait for processes to start; meanwhile another process of pytest runs the others.
 TWO := -n 2 --no-loadscope-reorder
 
-.PHONY: demo test test-fast test-slow test-gpu soak bench bench-serve bench-gpu lint format clean
+.PHONY: demo test test-fast test-slow test-gpu soak bench bench-serve bench-gpu lint cluster-lint format clean
 
 demo: .venv/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
@@ -51,6 +51,11 @@ lint: .venv/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/hadolint cluster/Dockerfile
+
+# CRDS: where KubeRay's definitions lie, ray-operator/config/crd/bases of a checkout of it.
+cluster-lint: .venv/.test
+	$(BIN)/python cluster/lint.py $(CRDS)
 
 format: .venv/.lint
 	$(BIN)/ruff check --fix .
