@@ -365,11 +365,16 @@ def closed(tmp_path) -> Iterator[str]:
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
+class NoDashboard(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        """Standard error is that of the command."""
+
+
 def test_an_address_where_no_cluster_is(study_file, closed):
     said = refused(1, study_file, "--root", "/root", "--address", closed)
     assert closed in said
     assert "check the address" in said
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NoDashboard) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{other.server_port}"
         assert address in refused(1, study_file, "--root", "/root", "--address", address)
@@ -475,12 +480,12 @@ def test_the_upload_is_the_code_that_runs_here_and_the_study(upload, study_file,
     assert all((folder / name).read_bytes() == file.read_bytes() for name, file in code.items())
     assert (folder / "study.toml").read_text() == study_file.read_text()
 
-    shown = "import importlib.metadata as m, sae_ray.jobs.submit as j, sae_ray.serve.app as s, sae_ray as r"
-    shown += "; print(*(x.__file__ for x in (j, s, r)), m.version('sae-ray'), sep='\\n')"
-    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}  # as Ray sets it
+    shown = "from importlib import metadata, util; print(metadata.version('sae-ray'), *(util.find_spec(name).origin "
+    shown += "for name in ('sae_ray', 'sae_ray.jobs.study', 'sae_ray.serve.app')), sep='\\n')"
+    environment = os.environ | {"PYTHONPATH": str(folder)}  # as Ray sets it
     command = [sys.executable, "-c", shown]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
-    *files, version = done.stdout.splitlines()
+    version, *files = done.stdout.splitlines()
     assert [Path(file).is_relative_to(folder) for file in files] == [True] * 3
     assert (folder / f"sae_ray-{version}.dist-info" / "METADATA").exists()
 
