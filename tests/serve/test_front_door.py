@@ -18,8 +18,6 @@ import pytest
 import yaml
 from sae_ray.jobs.cluster import free_port
 
-from sae_ray.jobs.cluster import free_port
-
 from tests.machine import PATIENCE_S, RAY, head_options, until
 
 REPOSITORY = Path(__file__).parents[2]
@@ -55,7 +53,6 @@ def checkout(served_study, tmp_path) -> tuple[Path, str]:
     folder = tmp_path / "checkout"
     for room in ("sae_ray", "jobs", "serve", "cluster"):
         shutil.copytree(REPOSITORY / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(REPOSITORY / ".gitignore", folder)
     (folder / "runs").mkdir()
     (folder / "runs" / "demo").symlink_to(served_study)
     (folder / "studies").mkdir()
