@@ -8,9 +8,9 @@ checkout or is installed, so that every node runs the very code that runs here, 
     study.toml                the study file, if there is one
     arguments.json            the command line of `sae-ray run`: the study, its root, and what overrides fields
 
-The arguments are in a file since keys in a URI would otherwise show in the list of jobs. The same code and study make the
-same upload, which Ray names by its content. Nothing is installed when the job starts: the dependencies must be in the
-environment of the cluster.
+The arguments are in a file since keys in a URI would otherwise show in the list of jobs. The same code and study make
+the same upload, which Ray names by its content. Nothing is installed when the job starts: the dependencies must be in
+the environment of the cluster.
 
 The driver is the job's entry point. It asks for no resources: Ray then runs it on the head node, the last one that is
 taken away. It does not depend on the machine that submitted it.
