@@ -103,7 +103,7 @@ class Head:
 class Submitting:
     """A running `sae-ray submit`."""
 
-    def __init__(self, folder: Path, *words: object, patch: str = "", **environment: str | None):
+    def __init__(self, folder: Path, *words: object, patch: str = "pass", **environment: str | None):
         folder.mkdir()
         self._out, self._err = folder / "out", folder / "err"
         code = f"import sys; from sae_ray.jobs import submit; {patch}; from sae_ray.jobs.cli import main; main()"
@@ -216,7 +216,9 @@ def submit(head, tmp_path) -> Iterator[Callable[..., Submitting]]:
     """Starts `sae-ray submit` in a folder of its own; the gate is open again after the test."""
     started: list[Submitting] = []
 
-    def submit(*words: object, address: str = head.address, patch: str = "", **environment: str | None) -> Submitting:
+    def submit(
+        *words: object, address: str = head.address, patch: str = "pass", **environment: str | None
+    ) -> Submitting:
         words = (*words, "--address", address)
         folder = tmp_path / f"client-{len(started)}"
         started.append(Submitting(folder, *words, patch=patch, **head.environment | environment))
