@@ -52,11 +52,7 @@ class Folder:
         return Folder(f"{uri.rstrip('/')}/{name}{mark}{query}")
 
     def __str__(self) -> str:
-        """As users read it: without what a URI says of keys and of how its store is reached."""
-        address, _, _ = _without_query(self.uri)
-        scheme, mark, rest = address.partition("://")
-        store, slash, path = rest.partition("/")
-        return f"{scheme}{mark}{store.rpartition('@')[2]}{slash}{path}" if mark else address
+        return address_shown(self.uri)
 
     def __repr__(self) -> str:
         return f"Folder({self.uri!r})"
@@ -169,6 +165,14 @@ class Folder:
         while not here.exists():
             here = here.parent
         return shutil.disk_usage(here).free
+
+
+def address_shown(uri: str) -> str:
+    """A path or URI as users read it: without what a URI says of keys and of how its store is reached."""
+    address, _, _ = _without_query(uri)
+    scheme, mark, rest = address.partition("://")
+    store, slash, path = rest.partition("/")
+    return f"{scheme}{mark}{store.rpartition('@')[2]}{slash}{path}" if mark else address
 
 
 def without_keys(text: str) -> str:
