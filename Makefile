@@ -10,7 +10,7 @@ APART := --net --uts --ipc --mount --pid --fork --kill-child --mount-proc
 # Tests of the cluster mostly wait for processes to start; meanwhile another process of pytest runs the others.
 TWO := -n 2 --no-loadscope-reorder
 
-.PHONY: demo test test-fast test-slow test-gpu soak chaos cluster-test bench bench-serve bench-gpu lint format clean
+.PHONY: demo test test-fast test-slow test-gpu soak chaos cluster-test bench bench-serve bench-gpu lint cluster-lint format clean
 
 demo: .venv/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
@@ -44,6 +44,7 @@ cluster-test: .venv/.test
 
 bench: .venv/.test
 	$(BIN)/python -m bench.train
+	$(BIN)/python -m bench.exchange
 	$(BIN)/python -m bench.scoring
 	$(BIN)/python -m bench.extraction
 	$(BIN)/python -m bench.scale
@@ -64,6 +65,11 @@ lint: .venv/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/hadolint cluster/Dockerfile
+
+# CRDS: where KubeRay's definitions lie, ray-operator/config/crd/bases of a checkout of it.
+cluster-lint: .venv/.test
+	$(BIN)/python cluster/lint.py $(CRDS)
 
 format: .venv/.lint
 	$(BIN)/ruff check --fix .

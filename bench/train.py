@@ -312,7 +312,7 @@ def grid_rows() -> tuple[list[list[Any]], float]:
         together, alone = [], []
         since = time.perf_counter()
 
-        def after_step(done: int) -> None:
+        def after_step(done: int, _: object) -> bool:
             """Takes the time of the bundle's step, then all steps of one cell."""
             nonlocal since
             together.append(1000 * (time.perf_counter() - since))
@@ -325,6 +325,7 @@ def grid_rows() -> tuple[list[list[Any]], float]:
                     taken.append(1000 * (time.perf_counter() - started))
                 alone.append(mean(taken[STEADY]))
             since = time.perf_counter()
+            return False
 
         train_cells(bundle, after_step=after_step)
     joint, pure = mean(together[STEADY]), sum(alone)

@@ -67,6 +67,28 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @study_options
+@click.option(
+    "--address",
+    metavar="URL",
+    envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+    show_envvar=True,
+    help="The dashboard of the cluster, such as http://HOST:8265.",
+)
+@click.option("--detach", is_flag=True, help="Print the id of the job and do not follow it.")
+def submit(address: str | None, detach: bool, **options: Any) -> None:
+    """Run a whole study on a running Ray cluster and follow it.
+
+    The study runs on even if this command is interrupted or loses its connection. Submit again to follow it, or to
+    resume it once it has ended. A --root is needed: an absolute path that all nodes share, or a URI such as
+    s3://bucket/folder. `sae-ray status --root` shows from anywhere how far it is.
+    """
+    from . import submit as job
+
+    job.submit(address, detach, **options)
+
+
+@main.command()
+@study_options
 def extract(**options: Any) -> None:
     """Extract the activations and the judge's embeddings of all images of a study."""
     from sae_ray.study.models import check_models, models_needed

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.store.files import without_keys
 
 from .progress import say
 
@@ -221,7 +222,7 @@ def require(field: str, workers: int, cpus: float, gpus: float, beside: float = 
     if os.environ.get("RAY_ADDRESS"):
         say(f"{problem}; they wait until it grows")
     else:
-        raise UsageError(f"{problem}; lower workers, cpus or gpus there")
+        raise UsageError(f"{problem}; lower their number, cpus or gpus there")
 
 
 def user_error(error: BaseException | None) -> SaeRayError | None:
@@ -241,6 +242,14 @@ def loss(error: BaseException) -> str | None:
         if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
             return f"Ray lost a part of it ({type(cause).__name__}: {_first_line(cause)})"
     return f"Ray gave it up ({_first_line(error)})" if isinstance(error, TrainingFailedError) else None
+
+
+def reason(error: BaseException) -> str:
+    """Why work ended, in one line without keys."""
+    *_, innermost = _causes(error)
+    text = loss(error) or f"{type(innermost).__name__}: {_first_line(innermost)}"
+    known = user_error(error)
+    return without_keys(_first_line(known) if known else text.removesuffix(": "))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -37,7 +37,8 @@ def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
     memory = at_most_a_node(PROCESS_BYTES + max(sizes), resources.cpus, gpus)
     task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, memory=memory, max_retries=RETRIES)(evaluated)
     waiting, running = list(todo), []
-    with Progress(f"evaluate {len(todo)} SAEs", sum(one.rows for one in todo), "activations") as progress:
+    total = sum(one.rows for one in todo)
+    with Progress(f"evaluate {len(todo)} SAEs", total, "activations", steps=[one.step for one in todo]) as progress:
         board = progress.board()
         while waiting or running:
             while waiting and len(running) < at_once:

@@ -49,7 +49,7 @@ from sae_ray.study.plan import ExtractPlan, ImagePlan, StudyPlan
 
 from .cluster import at_most_a_node, gpus_or_default, n_cpus, n_gpus, require, room
 from .progress import Progress, say
-from .stage import at_work, unfinished
+from .stage import at_work, noting_failures, unfinished
 
 IMAGES_PER_REPORT = 16
 MOST_TRIES = 5
@@ -82,7 +82,7 @@ def _write_lists(images: ImagePlan) -> None:
     """The manifest and the labels."""
     for step, name in ((images.step, "manifest"), (images.labels_step, "labels")):
         if not step.finished:
-            with hold([step]):
+            with hold([step]), noting_failures([step]):
                 started = time.monotonic()
                 table = getattr(images, name)
                 step.folder.write_parquet(f"{name}.parquet", table)
@@ -160,7 +160,8 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
     sites = dict.fromkeys(extract.site.name for extract in todo)
     total = sum(parts.images.n_images for parts in sets.values())
     missing = sum(parts.n_images(number) for parts in sets.values() for number in parts.missing)
-    with Progress(f"extract {' and '.join(sets)} ({', '.join(sites)})", total, "images", total - missing) as progress:
+    label, steps = f"extract {' and '.join(sets)} ({', '.join(sites)})", [extract.step for extract in todo]
+    with Progress(label, total, "images", total - missing, steps) as progress:
         for parts in sets.values():
             if not parts.missing:
                 finish(parts)

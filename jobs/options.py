@@ -13,7 +13,9 @@ import click
 from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:
+    from sae_ray.study.config import Study
     from sae_ray.study.plan import StudyPlan
+    from sae_ray.study.root import Memory
 
 SHORTHANDS = {
     "--images": "images.train.path",
@@ -78,8 +80,6 @@ def open_plan(
 ) -> StudyPlan:
     """The plan of the study that the options name.
 
-    Without a study file, the study is the one that the root remembers, or what the flags alone describe.
-
     Args:
         list_again: list the image folders even if the root remembers them, and report changes.
         describe_again: describe the models even if the root remembers them.
@@ -88,7 +88,6 @@ def open_plan(
         UsageError: there is no study, something in it is invalid, or the root cannot be read or would be lost.
     """
     from sae_ray.store.files import Folder
-    from sae_ray.study.config import Study
     from sae_ray.study.root import changed_folders, plan_study, recall
 
     if root is not None and _in_job() and "://" not in root and not Path(root).expanduser().is_absolute():
@@ -96,18 +95,7 @@ def open_plan(
             f"--root {root} is relative to the directory of this Ray job, which is deleted after the job; "
             "give an absolute path or a URI"
         )
-    overrides = _overrides(settings, flags)
-    memory = None
-    if study is not None:
-        loaded = Study.load(study, overrides)
-    elif root is not None and (memory := recall(Folder(root))) is not None:
-        loaded = Study.from_dict(memory.study.to_dict(), overrides)
-    elif overrides:
-        loaded = Study.from_dict({"name": "study"}, overrides)
-    else:
-        raise UsageError(
-            "no study: give a study file, or --images, --encoder and --site, or the --root of an earlier study"
-        )
+    loaded, memory = read_study(study, root, settings, **flags)
     folder = Folder(root or _default_root(loaded.name))
     memory = memory or recall(folder)
     plan = plan_study(loaded, folder, memory, list_again, describe_again)
@@ -115,6 +103,46 @@ def open_plan(
         for line in changed_folders(plan, memory):
             click.echo(line, err=True)
     return plan
+
+
+def read_study(
+    study: str | None, root: str | None, settings: tuple[str, ...], **flags: Any
+) -> tuple[Study, Memory | None]:
+    """The study that the options name, and what the root remembers if the study comes from there.
+
+    Without a study file, it is the one that the root remembers, or what the flags alone describe.
+
+    Raises:
+        UsageError: there is no study, or something in it is invalid.
+    """
+    from sae_ray.store.files import Folder, address_shown
+    from sae_ray.study.config import Study
+    from sae_ray.study.root import recall
+
+    overrides = _overrides(settings, flags)
+    if study is not None:
+        return Study.load(study, overrides), None
+    if root is not None and (memory := recall(Folder(root))) is not None:
+        return Study.from_dict(memory.study.to_dict(), overrides), memory
+    if overrides:
+        return Study.from_dict({"name": "study"}, overrides), None
+    empty = f" (--root {address_shown(root)} remembers none)" if root is not None else ""
+    raise UsageError(
+        f"no study{empty}: give a study file, or --images, --encoder and --site, or the --root of an earlier study"
+    )
+
+
+def arguments(study: str | None, root: str | None, settings: tuple[str, ...], **flags: Any) -> list[str]:
+    """The command line that gives these options: the inverse of what `study_options` reads."""
+    words = [study] if study is not None else []
+    words += ["--root", root] if root is not None else []
+    for flag, field in SHORTHANDS.items():
+        given = flags[_parameter(field)]
+        for value in given if flag in LISTS else [given] if given else []:
+            words += [flag, value]
+    for setting in settings:
+        words += ["--set", setting]
+    return words
 
 
 def plan_to_work_on(**options: Any) -> StudyPlan:

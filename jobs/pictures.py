@@ -47,7 +47,7 @@ def _make(plan: StudyPlan, pictures: PicturesPlan, resources: PicturesResources)
     total = shown.album.n_pictured
     left = sum(len(sprite.images) for sprite in waiting)
     running: dict[Any, int] = {}
-    with Progress("pictures", total, "images", total - left) as progress:
+    with Progress("pictures", total, "images", total - left, [pictures.step]) as progress:
         board = progress.board()
         while waiting or running:
             while waiting and len(running) < at_once:

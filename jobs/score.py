@@ -63,7 +63,7 @@ def _score(todo: Sequence[ScorePlan], resources: ScoreResources) -> None:
     waiting = deque((one, block) for one in passes for block in one.blocks)
     running: dict[ray.ObjectRef, tuple[Pass, int]] = {}
     total = sum(score.activations.images.n_images for score in todo)
-    with Progress(f"score {len(todo)} cells", total, "images") as progress:
+    with Progress(f"score {len(todo)} cells", total, "images", steps=[score.step for score in todo]) as progress:
         board = progress.board()
         while waiting or running:
             # Bounded, so that the statistics in flight do not grow with the number of images.

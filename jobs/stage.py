@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
 
 from sae_ray.errors import SaeRayError
 from sae_ray.store.files import Folder
-from sae_ray.store.steps import Step, hold
+from sae_ray.store.steps import Step, hold, note_failure
 
-from .cluster import connect, loss, user_error
+from .cluster import connect, loss, reason, user_error
+from .metrics import count_failure
 
 SPARE = 1.1
 
@@ -41,8 +42,10 @@ def unfinished(plans: Sequence[P]) -> list[P]:
 
 
 @contextmanager
-def at_work(root: Folder, stage: str, todo: Sequence[Planned]) -> Iterator[None]:
+def at_work(root: Folder, stage: str, todo: Sequence[Planned]) -> Iterator[Failures]:
     """Surrounds the work on some steps of one stage: checks, joins the cluster, keeps other drivers out.
+
+    An error that ends the work is noted in the steps that are left, but for those in which one is noted already.
 
     Raises:
         SaeRayError: a step that is read is missing, the disk is too full, another driver is at work on one of the
@@ -54,9 +57,10 @@ def at_work(root: Folder, stage: str, todo: Sequence[Planned]) -> Iterator[None]
             raise SaeRayError(f"{step.label} does not exist yet; run the {step.stage} stage first")
     check_disk(root, stage, sum(one.bytes for one in todo))
     try:
-        with hold([one.step for one in todo]):
+        steps = [one.step for one in todo]
+        with hold(steps), noting_failures(steps) as failures:
             connect()
-            yield
+            yield failures
     except SaeRayError as error:
         raise user_error(error) or error from None
     except Exception as error:
@@ -66,6 +70,33 @@ def at_work(root: Folder, stage: str, todo: Sequence[Planned]) -> Iterator[None]
             raise
         problem = f"{stage} stopped: {lost}; finished work is kept: run the same command to resume"
         raise SaeRayError(problem) from error
+
+
+@contextmanager
+def noting_failures(steps: Sequence[Step]) -> Iterator[Failures]:
+    """Notes what the block raises in steps that this process holds."""
+    failures = Failures()
+    try:
+        yield failures
+    except Exception as error:
+        failures.note(steps, error)
+        raise
+
+
+class Failures:
+    """Notes in steps why work on them ended, and counts it. The first error of a step is the one that is kept."""
+
+    def __init__(self):
+        self._noted: set[str] = set()
+
+    def note(self, steps: Sequence[Step], error: Exception) -> None:
+        """Notes an error in those of the steps that are not finished."""
+        for step in steps:
+            with suppress(OSError, SaeRayError):  # the disk may be full, or the step torn: that must not hide the error
+                if step.name not in self._noted and not step.finished:
+                    self._noted.add(step.name)
+                    count_failure(step)
+                    note_failure(step, reason(error))
 
 
 def check_disk(root: Folder, stage: str, needed: int) -> None:

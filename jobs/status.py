@@ -7,15 +7,19 @@ from typing import Any
 
 from sae_ray.errors import SaeRayError
 from sae_ray.store.activations import READS_AT_ONCE, finished_parts
-from sae_ray.store.steps import Step
+from sae_ray.store.steps import Step, look
 from sae_ray.study.plan import StudyPlan
 from sae_ray.text_table import table_lines
 
+from .progress import pace_texts
 from .stage import readable
 
 
 def status(plan: StudyPlan) -> list[dict[str, Any]]:
-    """One entry per step, in the order of work: name, stage, status, rows, bytes, seconds."""
+    """One entry per step, in the order of work: name, stage, status, rows, bytes, seconds.
+
+    Of steps that are not finished also `progress`, as their driver told it some seconds ago, and the last `failure`.
+    """
     present = set(plan.root.folders())  # a step that has not begun costs no request
     with ThreadPoolExecutor(READS_AT_ONCE) as readers:
         return list(readers.map(lambda step: _entry(step, step.name in present), plan.steps))
@@ -29,37 +33,55 @@ def _entry(step: Step, present: bool) -> dict[str, Any]:
         except SaeRayError as error:  # torn, or of another version
             problem = str(error)
     counts = record["counts"] if record else {}
-    begun = present and not record
-    files = record["files"] if record else step.folder.files(recursive=True) if begun else {}
+    begun = look(step) if present and not record else None
     return {
         "step": step.name,
         "stage": step.stage,
-        "status": record["status"] if record else step.status() if begun else "missing",
+        "status": record["status"] if record else "torn" if problem else begun.status if begun else "missing",
         "reason": record["reason"] if record else problem,
         "rows": counts.get("rows", counts.get("images")),
         "parts": len(finished_parts(step.folder)) if begun and step.stage == "extract" else None,
-        "bytes": sum(files.values()),
+        "bytes": sum((record["files"] if record else begun.files if begun else {}).values()),
         "seconds": record["seconds"] if record else None,
+        "progress": begun.progress if begun else None,
+        "failure": begun.failure if begun else None,
     }
 
 
 def status_lines(entries: list[dict[str, Any]]) -> list[str]:
     """The entries as text."""
-    table = table_lines([_status_cells(entry) for entry in entries], "<<>>>")
+    figures = table_lines([_figures(entry) for entry in entries], ">>>")
+    progress = [_progress(entry) if entry["status"] == "running" else "" for entry in entries]
+    rows = [
+        [entry["status"], entry["step"], pace or line]
+        for entry, pace, line in zip(entries, progress, figures, strict=True)
+    ]
     lines = []
-    for entry, line in zip(entries, table, strict=True):
+    for entry, line in zip(entries, table_lines(rows, "<<<"), strict=True):
         lines.append(line)
         if entry["reason"]:
             lines.append(f"    {entry['reason']}")
+        if entry["status"] == "partial" and entry["progress"]:
+            lines.append(f"    stopped: {_progress(entry)}")
+        if failure := entry["failure"]:
+            lines.append(f"    last failure, {failure['time']} on {failure['host']}: {failure['reason']}")
     return lines
 
 
-def _status_cells(entry: dict[str, Any]) -> list[str]:
+def _figures(entry: dict[str, Any]) -> list[str]:
     rows = "" if entry["rows"] is None else f"{entry['rows']:,} rows"
     if entry["parts"]:
         rows = f"{entry['parts']:,} parts"
     seconds = "" if entry["seconds"] is None else f"{entry['seconds']:.1f} s"
-    return [entry["status"], entry["step"], rows, readable(entry["bytes"]) if entry["bytes"] else "", seconds]
+    return [rows, readable(entry["bytes"]) if entry["bytes"] else "", seconds]
+
+
+def _progress(entry: dict[str, Any]) -> str:
+    pace = entry["progress"]
+    if not pace:
+        return ""
+    text = "  ".join(pace_texts(pace, running=entry["status"] == "running"))
+    return f"stage: {text}" if pace["of"] == "stage" else text
 
 
 def dry_run(plan: StudyPlan) -> dict[str, Any]:

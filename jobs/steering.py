@@ -170,7 +170,7 @@ class Actors:
         )
         activations = ActivationStore(plan.scores.activations.step.folder)
         given = (plan.steering, plan.sae.step.folder, activations, plan.step.folder, resources.batch_size, gpus > 0)
-        self.name, self.folder = plan.name, plan.step.folder
+        self.name, self.step = plan.name, plan.step
         self._n_parts = len(activations.parts)
         self._actors: list[Any] = [actor.remote(*given) for _ in range(n_actors)]
         self._pool = ActorPool(self._actors)
@@ -189,7 +189,7 @@ class Actors:
 
         A part is named after its questions, so parts of other questions or of another block size are not taken for it.
         """
-        folder = self.folder / phase
+        folder = self.step.folder / phase
         blocks = [asked[start : start + QUESTIONS_PER_BLOCK] for start in range(0, len(asked), QUESTIONS_PER_BLOCK)]
         files = [f"part-{number:05d}-{digest(block)[:16]}.parquet" for number, block in enumerate(blocks)]
         present = folder.files()
@@ -201,7 +201,7 @@ class Actors:
             return actor.answer.remote(folder, files[place], blocks[place], images.folder, ids)
 
         done = len(asked) - sum(len(blocks[place]) for place in missing)
-        with Progress(f"steer {self.name}: {phase}", len(asked), "answers", done) as progress:
+        with Progress(f"steer {self.name}: {phase}", len(asked), "answers", done, [self.step]) as progress:
             answered: Any = self._pool.map_unordered(submit, missing)
             for found in answered:
                 if isinstance(found, SaeRayError):

@@ -6,20 +6,25 @@ workers read the data once and step every cell on it (`sae_ray.sae.bundle`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
-from sae_ray.sae import BundleJob, train_cells
+from sae_ray.sae import BundleJob, CellReport, train_cells
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
 from sae_ray.study.plan import StudyPlan, TrainPlan
 
 from .cluster import beside_driver, gpus_or_default, n_cpus, n_gpus, require, user_error
+from .metrics import count_failure
 from .placement import bundles
-from .progress import Progress, say
-from .stage import at_work, unfinished
+from .progress import Progress, pace_of, say
+from .stage import Failures, at_work, unfinished
 
-STEPS_PER_REPORT = 50
+REPORT_SECONDS = 1.0
+"""Between what workers tell of their cells."""
+STEPS_PER_LOOK = 200
+"""After which workers ask whether a node of theirs is about to be taken away: they wait for one another to ask."""
 
 
 def run(plan: StudyPlan) -> None:
@@ -33,21 +38,23 @@ def run(plan: StudyPlan) -> None:
     """
     todo = unfinished(plan.trains)
     if todo:
-        with at_work(plan.root, "train", todo):
-            _fit(plan, todo)
+        with at_work(plan.root, "train", todo) as failures:
+            _fit(plan, todo, failures)
 
 
-def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
+def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], failures: Failures) -> None:
     import ray
 
     resources = plan.study.resources.train
     gpus = gpus_or_default(resources.gpus)
-    require("resources.train", resources.workers, resources.cpus, gpus)
+    least, most = (number * resources.shards for number in resources.workers_span)
+    require("resources.train", least, resources.cpus, gpus)
     # Without GPUs as extraction: logical CPUs may outnumber the cores.
     slots = n_gpus() / gpus if gpus else n_cpus() / (2 * max(resources.cpus, 1))
-    at_once = resources.bundles or max(1, int(slots / resources.workers))
+    at_once = resources.bundles or max(1, int(slots / most))
     scaling = {
-        "workers": resources.workers,
+        "workers": (least, most) if least < most else most,
+        "sharded": resources.shards > 1,
         "cpus": resources.cpus,
         "gpus": gpus,
         "max_failures": resources.max_failures,
@@ -57,22 +64,25 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan]) -> None:
     fit = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=beside_driver())(fit_bundle)
 
     waiting = bundles(plan, todo, at_once, "cuda" if gpus else "cpu")
-    running: list[Any] = []
+    running: dict[Any, BundleJob] = {}
     total = sum(bundle.steps * len(bundle.cells) for bundle in waiting)
     problems: list[Exception] = []
-    with Progress(f"train {len(todo)} SAEs", total, "steps") as progress:
+    with Progress(f"train {len(todo)} SAEs", total, "steps", steps=[train.step for train in todo]) as progress:
         board = progress.board()
         while waiting or running:
             while waiting and len(running) < at_once:
-                running.append(fit.remote(waiting.pop(0), scaling, plan.root, board))
-            finished, running = ray.wait(running)
-            for reference in finished:
-                try:
-                    ray.get(reference)
-                except Exception as error:  # the other bundles go on
-                    problems.append(error)
+                bundle = waiting.pop(0)
+                running[fit.remote(bundle, scaling, plan.root, board)] = bundle
+            [finished], _ = ray.wait(list(running), num_returns=1)
+            bundle = running.pop(finished)
+            try:
+                ray.get(finished)
+            except Exception as error:  # the other bundles go on
+                problems.append(error)
+                failures.note([job.step for job in bundle.cells], error)
     for train in todo:
         if reason := train.step.failure:
+            count_failure(train.step)
             say(f"{train.grid_cell.name} failed: {reason}")
     for problem in problems[1:]:
         say(f"another bundle failed: {user_error(problem) or problem}")
@@ -88,7 +98,7 @@ def fit_bundle(bundle: BundleJob, scaling: dict[str, Any], root: Folder, board: 
     resources = {"CPU": scaling["cpus"], "GPU": scaling["gpus"]}
     trainer = TorchTrainer(
         train_bundle,
-        train_loop_config={"bundle": bundle, "board": board},
+        train_loop_config={"bundle": bundle, "sharded": scaling["sharded"], "board": board},
         scaling_config=ScalingConfig(
             num_workers=scaling["workers"], use_gpu=scaling["gpus"] > 0, resources_per_worker=resources
         ),
@@ -108,21 +118,55 @@ def train_bundle(config: dict[str, Any]) -> None:
     from ray import train as ray_train
     from ray.train.torch import get_device
 
-    context = ray_train.get_context()
-    group = torch.distributed.group.WORLD if context.get_world_size() > 1 else None
+    from sae_ray.sae.ranks import Ranks, Split
+
     bundle: BundleJob = config["bundle"]
     check_shared(bundle.cells[0].step.folder)
+    context = ray_train.get_context()
+    world, rank = context.get_world_size(), context.get_world_rank()
+    # Where Ray Train chose a number of workers which does not divide the batch, some of them have nothing to do.
+    used = world if config["sharded"] else most_that_divide(bundle.cells[0].cell.training.batch_size, world)
+    group = torch.distributed.new_group(range(used)) if world > 1 else None
+    if rank >= used:
+        return
+    ranks = Ranks(group if used > 1 else None)
+    split = Split(latents=ranks) if config["sharded"] else Split(rows=ranks)
 
-    def report(steps: int) -> None:
-        if context.get_world_rank() == 0:
-            config["board"].set.remote(bundle.name, steps * len(bundle.cells))
+    began = told = time.monotonic()
+    first: int | None = None
+    warned = False
 
-    def after_step(done: int) -> None:
-        if done % STEPS_PER_REPORT == 0:
-            report(done)
+    def tell(done: int, cells: dict[str, dict[str, Any]]) -> None:
+        if rank == 0:
+            config["board"].set.remote(bundle.name, done * len(bundle.cells), cells)
 
-    train_cells(bundle, get_device(), group, after_step)
-    report(bundle.steps)
+    def after_step(done: int, reports: dict[str, CellReport]) -> bool:
+        nonlocal began, first, told, warned
+        now = time.monotonic()
+        if first is None:  # the first step is slower than others
+            began, first = now, done
+        if now - told >= REPORT_SECONDS or done == bundle.steps:
+            told = now
+            pace = pace_of(done, bundle.steps, "steps", done - first, now - began)
+            tell(done, {name: pace | cell_figures(report) for name, report in reports.items()})
+        if warned or used < world or done % STEPS_PER_LOOK:
+            return False
+        warned = ray_train.get_preemption_info() is not None
+        return warned
+
+    train_cells(bundle, get_device(), split, after_step)
+    tell(bundle.steps, {})  # however many cells failed, or were finished before
+
+
+def most_that_divide(batch_size: int, workers: int) -> int:
+    """How many of the workers can have equal shares of a batch."""
+    return next(number for number in range(workers, 0, -1) if batch_size % number == 0)
+
+
+def cell_figures(report: CellReport) -> dict[str, Any]:
+    """What is shown of a cell beside its pace."""
+    metrics = report.metrics
+    return {"of": "cell", "loss": metrics.loss, "l0": metrics.l0, "n_dead": metrics.n_dead, "d_sae": report.d_sae}
 
 
 if __name__ == "__main__":

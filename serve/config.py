@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_ray.errors import UsageError
-from sae_ray.store.files import readable_uri
+from sae_ray.store.files import address_shown
 from sae_ray.study.root import recalled_plan
 
 Engine = Literal["transformers", "vllm"]
@@ -122,6 +122,6 @@ def with_llava(config: ServeConfig) -> ServeConfig:
     steering = recalled_plan(config.root).study.steering
     if steering is None:
         raise UsageError(
-            f"the study in {readable_uri(config.root)} has no LLaVA; set `llava` to a directory or a model id"
+            f"the study in {address_shown(config.root)} has no LLaVA; set `llava` to a directory or a model id"
         )
     return config.model_copy(update={"llava": steering.llava, "revision": steering.revision})

@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.store.files import readable_uri
+from sae_ray.store.files import address_shown
 
 from .config import API_KEY, ServeConfig, with_llava
 
@@ -98,7 +98,7 @@ def run(config: ServeConfig, host: str, port: int, connect: Callable[[], None], 
         except RuntimeError as error:
             raise SaeRayError(f"the application did not start: {_why_not_deployed()}") from error
         key = f", API key from {API_KEY}" if has_key else ""
-        served = f"{readable_uri(config.model)} steered by {readable_uri(config.root)}"
+        served = f"{address_shown(config.model)} steered by {address_shown(config.root)}"
         say(f"Serving {served} after {time.monotonic() - started:.0f} s{key}")
         say(f"  playground  http://{host}:{port}/")
         say(f"  API         http://{host}:{port}/v1   (documentation: /docs)")

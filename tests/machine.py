@@ -6,10 +6,22 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import NamedTuple
+
+from sae_ray.jobs.cluster import free_port
 
 PATIENCE_S = 300
 """How long tests wait for what must come about. Only what never comes takes that long, however slow the machine."""
+
+
+RAY = """
+from sae_ray.jobs.cluster import allow_slow_starts
+allow_slow_starts()
+from ray.scripts.scripts import main
+main()
+"""
+"""`ray`, with more patience than it has on a busy machine."""
 
 
 class Actor(NamedTuple):
@@ -33,6 +45,17 @@ def processes_with_torch() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "sae_ray.sae.bundle"])
     return context
+
+
+def head_options(folder: Path, dashboard: int, cpus: int) -> list[str]:
+    """What `ray start --head` needs to share the machine with other heads. `folder`: its own, with a short path."""
+    options = [
+        *("--temp-dir", folder, "--num-cpus", cpus, "--object-store-memory", 200 * 2**20),
+        *("--port", free_port(), "--dashboard-port", dashboard, "--ray-client-server-port", free_port()),
+        *("--dashboard-agent-listen-port", free_port(), "--dashboard-agent-grpc-port", free_port()),
+        *("--min-worker-port", 0, "--max-worker-port", 0, "--disable-usage-stats"),
+    ]
+    return [str(option) for option in options]
 
 
 def until(holds: Callable[[], bool], seconds: float = PATIENCE_S) -> None:

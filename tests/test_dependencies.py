@@ -14,7 +14,7 @@ import pytest
 from tests.test_imports import imports_of, that_run
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("sae_ray", "jobs", "serve", "tests", "bench")
+OURS = ("sae_ray", "jobs", "serve", "cluster", "tests", "bench")
 USED = {
     "sae_ray": ("vllm",),
     "jobs": (),

@@ -12,7 +12,7 @@ import torch
 
 from sae_ray.encoders.sources import check_revision, directory_digest, local_directory
 from sae_ray.errors import UsageError
-from sae_ray.store.files import readable_uri
+from sae_ray.store.files import address_shown
 
 _SILENT = 100
 _PATIENCE = 4.0
@@ -49,7 +49,7 @@ def find(model: str, revision: str | None, forms: str) -> Source:
     from transformers.utils.hub import cached_file
 
     directory = local_directory(model, revision, forms)
-    model = readable_uri(model)
+    model = address_shown(model)
     if directory is not None:
         digest = directory_digest(directory)
         check_revision(model, revision, digest)

@@ -8,7 +8,7 @@ from typing import Any, Literal, assert_never
 
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import UsageError
-from sae_ray.store.files import readable_uri
+from sae_ray.store.files import address_shown
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class EncoderInfo:
     @property
     def name(self) -> str:
         """The specification as it may be shown: without keys."""
-        return readable_uri(self.model)
+        return address_shown(self.model)
 
     @property
     def patch_grid(self) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.resizing import fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS, check_revision, directory_digest, local_directory
 from sae_ray.errors import UsageError
-from sae_ray.store.files import readable_uri
+from sae_ray.store.files import address_shown
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -183,7 +183,7 @@ def _refusing(source: _Source) -> Iterator[None]:
 def _find(model: str, revision: str | None) -> _Source:
     import open_clip
 
-    shown = readable_uri(model)
+    shown = address_shown(model)
     name = model.removeprefix("open_clip:")
     if name.startswith("local-dir:"):
         directory = local_directory(name.removeprefix("local-dir:"), revision, FORMS)

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 
 from sae_ray.encoders.copies import local_copy
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.store.files import Folder, readable_uri
+from sae_ray.store.files import Folder, address_shown
 
 FORMS = (
     "an encoder is named by a directory in the transformers format (a path, or a URI such as s3://bucket/folder), a "
@@ -63,7 +63,7 @@ def is_path(model: str) -> bool:
 def model_name(model: str) -> str:
     """A short name to show: a model id unchanged, the last part of a path or URI."""
     path = model.removeprefix(_LOCAL_DIR)
-    return PurePath(readable_uri(path)).name if path != model or is_path(path) else model
+    return PurePath(address_shown(path)).name if path != model or is_path(path) else model
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def named_by(field: str, model: str) -> Iterator[None]:
     try:
         yield
     except SaeRayError as error:
-        raise type(error)(f"{field} = {readable_uri(model)!r}: {error}") from error
+        raise type(error)(f"{field} = {address_shown(model)!r}: {error}") from error
 
 
 def is_digest(revision: str | None) -> bool:

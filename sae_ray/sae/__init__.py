@@ -10,6 +10,7 @@ from sae_ray.lazy import exports
 if TYPE_CHECKING:
     from sae_ray.sae.bundle import BundleJob as BundleJob
     from sae_ray.sae.bundle import CellJob as CellJob
+    from sae_ray.sae.bundle import CellReport as CellReport
     from sae_ray.sae.bundle import train_cells as train_cells
     from sae_ray.sae.config import Cell as Cell
     from sae_ray.sae.config import TrainingConfig as TrainingConfig
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __getattr__ = exports(
     __name__,
     {
-        "bundle": ["BundleJob", "CellJob", "train_cells"],
+        "bundle": ["BundleJob", "CellJob", "CellReport", "train_cells"],
         "config": ["Cell", "TrainingConfig"],
         "formats": ["load_sae", "save_latents", "save_sae"],
         "metrics": ["Fidelity", "FidelitySummary", "LatentStatistics", "evaluate", "evaluate_store", "measure_latents"],

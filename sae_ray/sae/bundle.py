@@ -1,7 +1,7 @@
 """Training a bundle: cells that read the same activations share one stream and resume from their newest checkpoints.
 
 A cell keeps its own optimizer, counters, checkpoints and failure. Its SAE does not depend on the bundle nor, up to
-rounding, on the number of ranks.
+rounding, on the number of ranks and on what they split.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ import torch
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae.formats import save_latents, save_sae
 from sae_ray.sae.metrics import measure_latents
-from sae_ray.sae.ranks import Ranks
-from sae_ray.sae.training import CellTrainer, NonFiniteLoss
+from sae_ray.sae.ranks import ALONE
+from sae_ray.sae.training import CellTrainer, NonFiniteLoss, StepMetrics
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.checkpoints import newest_checkpoint, save_checkpoint
 from sae_ray.store.steps import digest
 from sae_ray.store.stream import TrainingStream
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from sae_ray.sae.config import Cell
+    from sae_ray.sae.ranks import Split
     from sae_ray.store.files import Folder
     from sae_ray.store.steps import Step
 
@@ -66,18 +65,25 @@ class BundleJob:
         return self.cells[0].cell.training.steps
 
 
+class CellReport(NamedTuple):
+    """A cell after a step."""
+
+    metrics: StepMetrics
+    d_sae: int
+
+
 class _Run(NamedTuple):
     job: CellJob
     trainer: CellTrainer
     attempts: list[dict[str, Any]]
-    """First step, workers and device of every attempt; this attempt is the last."""
+    """First step, workers, shards and device of every attempt; this attempt is the last."""
 
 
 def train_cells(
     bundle: BundleJob,
     device: torch.device | str = "cpu",
-    process_group: ProcessGroup | None = None,
-    after_step: Callable[[int], None] = lambda done: None,
+    split: Split = ALONE,
+    after_step: Callable[[int, dict[str, CellReport]], bool] = lambda done, reports: False,
 ) -> None:
     """Trains the cells of a bundle that are not finished and writes each one's step.
 
@@ -86,26 +92,28 @@ def train_cells(
     failed; the others continue.
 
     Args:
-        process_group: every rank of it makes this call, the first one writes. Its size may change between attempts.
-        after_step: called on every rank after each step, with the number of steps done.
+        split: every rank of it makes this call, the first one writes. Another attempt may have another.
+        after_step: called on every rank after each step, with the number of steps done and a report of every cell that
+            made this step, by the name of the cell's own step. Says whether checkpoints are to be written at once, on
+            all ranks alike.
 
     Raises:
-        UsageError: the batch cannot be split over the ranks.
+        UsageError: the batch or the latents of a cell cannot be split over the ranks.
         SaeRayError: the activations are not finished, or torn.
     """
     started = time.monotonic()
-    device, ranks = torch.device(device), Ranks(process_group)
+    device, workers = torch.device(device), split.rows
     batch_size = bundle.cells[0].cell.training.batch_size
-    if batch_size % ranks.size:
+    if batch_size % workers.size:
         raise UsageError(
-            f"resources.train.workers = {ranks.size}: choose a divisor of training.batch_size = {batch_size}"
+            f"resources.train.workers = {workers.size}: choose a divisor of training.batch_size = {batch_size}"
         )
-    rows_per_rank = batch_size // ranks.size
-    share = slice(ranks.rank * rows_per_rank, (ranks.rank + 1) * rows_per_rank)
+    rows_per_rank = batch_size // workers.size
+    share = slice(workers.rank * rows_per_rank, (workers.rank + 1) * rows_per_rank)
 
     store = ActivationStore(bundle.activations)
     scale = store.root_mean_square_norm
-    running = [_resumed(job, store.d, device, ranks) for job in bundle.cells if not job.step.finished]
+    running = [_resumed(job, store.d, device, split) for job in bundle.cells if not job.step.finished]
     first = min((run.trainer.n_steps for run in running), default=bundle.steps)
     batches = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows, device).batches(first)
     waited = 0.0
@@ -114,30 +122,29 @@ def train_cells(
         rows = next(batches)
         waited += time.monotonic() - asked
         batch = rows[share].float() / scale
+        reports: dict[str, CellReport] = {}
         for run in list(running):
             if run.trainer.n_steps > step:
                 continue  # it resumed from a newer checkpoint than the others
             try:
-                run.trainer.step(batch)
+                reports[run.job.step.name] = CellReport(run.trainer.step(batch), run.trainer.d_sae)
             except NonFiniteLoss as error:
                 running.remove(run)
-                if ranks.rank == 0:
-                    _fail(run, error, time.monotonic() - started)
+                _fail(run, error, time.monotonic() - started)
         done = step + 1
-        if ranks.rank == 0 and (done % bundle.checkpoint_every == 0 or done == bundle.steps):
-            for job, trainer, attempts in running:
-                tensors, facts = trainer.state()
-                save_checkpoint(job.step.folder / CHECKPOINTS, trainer.n_steps, tensors, facts | {"attempts": attempts})
-        after_step(done)
+        at_once = after_step(done, reports)
+        if workers.rank == 0 and (at_once or done % bundle.checkpoint_every == 0 or done == bundle.steps):
+            for run in running:
+                _save(run)
         if not running:
             break
     del batches  # and the activations that it holds
-    if ranks.rank == 0:
+    if workers.rank == 0:
         _write(running, store, scale, started, waited)
 
 
-def _resumed(job: CellJob, d_in: int, device: torch.device, ranks: Ranks) -> _Run:
-    trainer = CellTrainer(job.cell, d_in, device, ranks.group)
+def _resumed(job: CellJob, d_in: int, device: torch.device, split: Split) -> _Run:
+    trainer = CellTrainer(job.cell, d_in, device, split)
     earlier: list[dict[str, Any]] = []
     checkpoint = newest_checkpoint(job.step.folder / CHECKPOINTS)
     if checkpoint is not None:
@@ -145,12 +152,23 @@ def _resumed(job: CellJob, d_in: int, device: torch.device, ranks: Ranks) -> _Ru
         trainer.restore(tensors, facts)
         earlier = facts["attempts"]
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return _Run(job, trainer, [*earlier, {"first_step": trainer.n_steps, "workers": ranks.size, "device": kind}])
+    this = {"first_step": trainer.n_steps, "workers": split.rows.size, "shards": split.latents.size, "device": kind}
+    return _Run(job, trainer, [*earlier, this])
+
+
+def _save(run: _Run) -> None:
+    """On all ranks that hold a part of it; the first writes."""
+    job, trainer, attempts = run
+    tensors, facts = trainer.state()
+    if tensors:
+        save_checkpoint(job.step.folder / CHECKPOINTS, trainer.n_steps, tensors, facts | {"attempts": attempts})
 
 
 def _fail(run: _Run, error: SaeRayError, seconds: float) -> None:
-    ran = {"attempts": run.attempts}
-    run.job.step.finish(seconds, {"steps": run.trainer.n_steps}, "failed", str(error), ran)
+    """On all ranks; the first writes."""
+    if run.trainer.split.ranks.rank == 0:
+        ran = {"attempts": run.attempts}
+        run.job.step.finish(seconds, {"steps": run.trainer.n_steps}, "failed", str(error), ran)
 
 
 def _write(running: list[_Run], store: ActivationStore, scale: float, started: float, waited: float) -> None:
@@ -160,9 +178,12 @@ def _write(running: list[_Run], store: ActivationStore, scale: float, started: f
     while running:
         run = running.pop(0)  # frees its moments before the next SAE is made
         try:
-            saes.append((run.job.step, run.attempts, run.trainer.export(scale)))
+            sae = run.trainer.export(scale)
         except SaeRayError as error:
             _fail(run, error, trained)
+            continue
+        if sae is not None:
+            saes.append((run.job.step, run.attempts, sae))
     for (step, attempts, sae), latents in zip(saes, measure_latents([sae for *_, sae in saes], store), strict=True):
         save_sae(sae, step.folder)
         save_latents(latents, step.folder)

@@ -167,9 +167,12 @@ class Cell:
             "settings": changed(self.settings),
         }
 
-    def check(self, d_in: int) -> None:
-        """Raises UsageError when this cell cannot be trained on activations `d_in` wide."""
+    def check(self, d_in: int, shards: int = 1) -> None:
+        """Raises UsageError when it cannot be trained on activations `d_in` wide, its latents split over `shards`."""
         self.group_sizes(d_in)
+        d_sae = self.d_sae(d_in)
+        check(shards <= d_sae, "resources.train.shards", shards,
+              f"choose at most {d_sae}, the latents of an SAE with expansion {self.expansion:g}")  # fmt: skip
 
     def d_sae(self, d_in: int) -> int:
         """The number of latents for inputs `d_in` wide; UsageError when `expansion` or `k` does not fit."""

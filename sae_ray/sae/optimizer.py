@@ -30,7 +30,7 @@ class RowGradient(NamedTuple):
 
     @classmethod
     def of(cls, gradient: Tensor, ranks: Ranks) -> RowGradient:
-        """From what autograd gives, sparse or dense, averaged over ranks."""
+        """From what autograd gives, sparse or dense, averaged over the ranks that split the rows."""
         if not gradient.is_sparse:
             return cls(torch.arange(len(gradient), device=gradient.device), ranks.mean(gradient.contiguous()))
         gradient = gradient.coalesce()

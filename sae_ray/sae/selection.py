@@ -1,4 +1,7 @@
-"""Which entries are the largest: of the whole batch over all ranks, or of each row. Ties go to the lower flat index."""
+"""Which entries are the largest, of the whole batch or of each row, over all ranks.
+
+Ties go to the lower flat index into the whole matrix. Every rank gets those of its own part, as indices into that.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_ray.sae.kernels import kernels_for
-from sae_ray.sae.ranks import ALONE, Ranks
+from sae_ray.sae.ranks import ALONE, Ranks, Split
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -23,21 +26,21 @@ _DIGIT_BITS = 11
 class BatchSelection:
     """Selects the `k * batch` largest values of the batch of all ranks, step after step."""
 
-    def __init__(self, k: int, ranks: Ranks):
-        self.k, self.ranks = k, ranks
+    def __init__(self, k: int, split: Split):
+        self.k, self.split = k, split
         self._smallest = 0.0
         """Smallest value of the last selection."""
         self._margin = 0.1
         """How far below it the next search starts, as a fraction. Only the speed depends on it."""
 
-    def __call__(self, pre: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " nnz"]:
-        """Ascending flat indices into this rank's equal share of the batch."""
-        flat, count = pre.flatten(), self.k * len(pre) * self.ranks.size
+    def __call__(self, pre: Float[Tensor, "rows latents"]) -> Int[Tensor, " nnz"]:
+        """Ascending flat indices into this rank's part."""
+        count, ranks = self.k * len(pre) * self.split.rows.size, self.split.ranks
         guess = (1 - self._margin) * self._smallest
-        found, n_found = _candidates(flat, count, guess, self.ranks)
-        chosen = _largest(flat, found, n_found, count, self.ranks)
-        kept = flat[chosen]
-        smallest = self.ranks.smallest(torch.cat([kept, kept.new_full((1,), torch.inf)]).amin())
+        found, n_found = _candidates(pre.flatten(), count, guess, ranks)
+        chosen = _largest(pre, found, n_found, count, self.split)
+        kept = pre.flatten()[chosen]
+        smallest = ranks.smallest(torch.cat([kept, kept.new_full((1,), torch.inf)]).amin())
         self._smallest = smallest.item()
         if self._smallest < guess or n_found < 1.1 * count:
             self._margin = min(0.5, 1.5 * self._margin)
@@ -47,21 +50,21 @@ class BatchSelection:
 
 
 def largest_positive(
-    matrix: Float[Tensor, "rows d_sae"], count: int, guess: float = 0.0, ranks: Ranks = ALONE
+    matrix: Float[Tensor, "rows latents"], count: int, guess: float = 0.0, split: Split = ALONE
 ) -> Int[Tensor, " nnz"]:
     """Ascending flat indices of the `count` largest values of the whole matrix; fewer where fewer are above 0.
 
-    With several ranks the matrix is split over them by rows, in rank order: each gets the indices of its own part.
-
     Args:
+        matrix: this rank's part.
         guess: A value slightly below the smallest of these, the same on all ranks. It affects the speed, but never the
             result.
     """
-    flat = matrix.flatten()
-    return _largest(flat, *_candidates(flat, count, guess, ranks), count, ranks)
+    return _largest(matrix, *_candidates(matrix.flatten(), count, guess, split.ranks), count, split)
 
 
-def largest_positive_per_row(matrix: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, " nnz"]:
+def largest_positive_per_row(
+    matrix: Float[Tensor, "rows latents"], k: int, split: Split = ALONE
+) -> Int[Tensor, " nnz"]:
     """Ascending flat indices of the `k` largest values of each row; fewer where fewer are above 0."""
     flat, maxima = matrix.flatten(), _block_maxima(matrix, k)
     found = _at_least(flat, maxima, _bound(maxima, k))
@@ -70,7 +73,33 @@ def largest_positive_per_row(matrix: Float[Tensor, "batch d_sae"], k: int) -> In
     by_row = rows.argsort(stable=True)
     rows, falling = rows[by_row], falling[by_row]
     rank = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
-    return found[falling[rank < k]].sort().values
+    return largest_of_rows(matrix, found[falling[rank < k]].sort().values, k, split.latents)
+
+
+def largest_of_rows(
+    matrix: Float[Tensor, "rows latents"], found: Int[Tensor, " found"], k: int, latents: Ranks
+) -> Int[Tensor, " nnz"]:
+    """Those of the found entries that are among the `k` largest of their row, over the ranks that split the latents.
+
+    Args:
+        matrix: float32.
+        found: ascending flat indices of this rank's `k` largest of each row, or fewer.
+    """
+    if latents.size == 1:
+        return found
+    n_rows, width = matrix.shape
+    rows, own = found // width, found % width
+    # An entry as one number: the value's bits, which order floats of one sign, then what is lower for a higher latent.
+    bits = matrix.flatten()[found].view(torch.int32)
+    rising = torch.where(bits < 0, bits ^ torch.iinfo(torch.int32).max, bits).long()
+    keys = (rising << 32) - latents.places(own)
+    lowest = torch.iinfo(torch.int64).min
+    # Each rank looks for the smallest kept number of some of the rows.
+    by_row = keys.new_full((n_rows + -n_rows % latents.size, k), lowest)
+    by_row[rows, torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)] = keys
+    of_all = latents.exchange(by_row).transpose(0, 1).flatten(1)
+    smallest = latents.gather(of_all.topk(k, dim=1, sorted=False).values.amin(1))
+    return found[keys >= smallest[rows]]
 
 
 def _candidates(flat: Float[Tensor, " n"], count: int, guess: float, ranks: Ranks) -> tuple[Int[Tensor, " found"], int]:
@@ -95,16 +124,28 @@ def _candidates(flat: Float[Tensor, " n"], count: int, guess: float, ranks: Rank
 
 
 def _largest(
-    flat: Float[Tensor, " n"], found: Int[Tensor, " found"], n_found: int, count: int, ranks: Ranks
+    matrix: Float[Tensor, "rows latents"], found: Int[Tensor, " found"], n_found: int, count: int, split: Split
 ) -> Int[Tensor, " nnz"]:
     """Of these candidates the `count` largest of all ranks, this rank's part."""
     if n_found <= count:
         return found
-    values = flat[found]
-    smallest, n_ties = _smallest_kept(values, count, ranks)
+    values = matrix.flatten()[found]
+    smallest, n_ties = _smallest_kept(values, count, split.ranks)
     tied = values == smallest
-    own_ties = n_ties - ranks.sum_before(tied.sum())
-    return found[(values > smallest) | (tied & (tied.cumsum(0) <= own_ties))]
+    return found[(values > smallest) | (tied & _among_first(found, tied, n_ties, matrix.shape[1], split))]
+
+
+def _among_first(
+    found: Int[Tensor, " found"], tied: Bool[Tensor, " found"], count: Int[Tensor, ""], width: int, split: Split
+) -> Bool[Tensor, " found"]:
+    """Whether the entries that are tied are among the first `count` of the whole matrix that are."""
+    if split.latents.size == 1:  # all ranks before this one hold earlier entries
+        return tied.cumsum(0) <= count - split.rows.sum_before(tied.sum())
+    places = (found // width << 32) + split.latents.places(found % width)  # rise as indices into the whole matrix do
+    first = places.new_full((int(count),), torch.iinfo(torch.int64).max)
+    own = places[tied][: len(first)]
+    first[: len(own)] = own
+    return places <= split.latents.gather(first).kthvalue(len(first)).values
 
 
 def _smallest_kept(

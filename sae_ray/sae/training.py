@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,16 +15,16 @@ from sae_ray.sae.auxk import auxk_loss
 from sae_ray.sae.kernels import kernels_for
 from sae_ray.sae.model import SAE
 from sae_ray.sae.optimizer import RowAdam, RowGradient
-from sae_ray.sae.ranks import Ranks
+from sae_ray.sae.ranks import ALONE
 from sae_ray.sae.weights import Weights
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
-    from torch.distributed import ProcessGroup
 
     from sae_ray.sae.architectures.base import Forward
     from sae_ray.sae.config import Cell
+    from sae_ray.sae.ranks import Split
 
 
 class NonFiniteLoss(SaeRayError):
@@ -58,9 +59,10 @@ class StepMetrics(NamedTuple):
 class CellTrainer:
     """Trains the SAE of one cell on batches that the caller has divided by the norm scale.
 
-    With a process group each rank calls `step` with its equal share of the rows, in rank order. Latents are selected
-    among those of the whole batch, gradients and statistics are reduced over ranks, and all ranks hold the same weights
-    after every step: those of one process, up to rounding.
+    Several ranks train together the SAE of one process, up to rounding. Latents are selected among those of the whole
+    batch. Where ranks split the rows, each calls `step` with its equal share of the batch, in rank order; gradients are
+    averaged, and all ranks hold the same weights. Where they split the latents, each calls `step` with the whole batch
+    and holds the weights of its latents and `b_dec`; reconstructions are summed.
     """
 
     def __init__(
@@ -68,19 +70,22 @@ class CellTrainer:
         cell: Cell,
         d_in: int,
         device: torch.device | str = "cpu",
-        process_group: ProcessGroup | None = None,
+        split: Split = ALONE,
     ):
-        """Raises UsageError when the cell does not fit `d_in`."""
+        """Raises UsageError when the cell does not fit `d_in`, or has fewer latents than ranks that split them."""
         self.cell = cell
+        cell.check(d_in, split.latents.size)
         self.d_in, self.d_sae = d_in, cell.d_sae(d_in)
         self.device = torch.device(device)
-        self.ranks = Ranks(process_group)
-        self.architecture = cell.kind(cell, d_in, self.ranks)
-        self.weights = Weights(d_in, self.d_sae, cell.seed, self.architecture.learned_threshold, self.device)
+        self.split = split
+        self.architecture = cell.kind(cell, d_in, split)
+        threshold = self.architecture.learned_threshold
+        self.weights = Weights(d_in, self.d_sae, cell.seed, threshold, self.device, split)
         self.optimizer = RowAdam(self.weights)
         self.n_steps = 0
         """Steps done."""
-        self.samples_since_fired = torch.zeros(self.d_sae, dtype=torch.int64, device=self.device)
+        self.samples_since_fired = torch.zeros(len(self.weights.W_dec), dtype=torch.int64, device=self.device)
+        """Of this rank's latents."""
         self.threshold = torch.tensor(math.nan, device=self.device)
         """Moving average of the smallest kept value, float32; NaN until there is one."""
         self.failed: str | None = None
@@ -92,29 +97,28 @@ class CellTrainer:
         Raises:
             UsageError: the batch is not [batch, d_in], or the share of a rank is not `training.batch_size` divided by
                 the number of ranks.
-            NonFiniteLoss: `failed` then holds the reason, and every later step raises it again.
+            NonFiniteLoss: on all ranks. `failed` then holds the reason, and every later step raises it again.
         """
         if self.failed is not None:
             raise NonFiniteLoss(self.failed)
         if batch.ndim != 2 or batch.shape[1] != self.d_in:
             raise UsageError(f"the batch has shape {list(batch.shape)}; this trainer takes [batch, {self.d_in}]")
-        size = self.cell.training.batch_size
-        if self.ranks.size > 1 and len(batch) * self.ranks.size != size:
+        size, sharers = self.cell.training.batch_size, self.split.rows
+        if sharers.size > 1 and len(batch) * sharers.size != size:
             raise UsageError(
-                f"the share of rank {self.ranks.rank} has {len(batch)} rows; each of {self.ranks.size} ranks takes "
+                f"the share of rank {sharers.rank} has {len(batch)} rows; each of {sharers.size} ranks takes "
                 f"training.batch_size = {size} divided by their number"
             )
         x = batch.to(self.device, torch.float32)
         if self.n_steps == 0:
-            self.weights.b_dec.data.copy_(geometric_median(self.ranks.gather(x)))
+            self.weights.b_dec.data.copy_(geometric_median(sharers.gather(x)))
 
         forward = self.architecture.forward(self.weights, x)
-        n_rows = len(x) * self.ranks.size
-        self._count_firing(forward, n_rows)
+        self._count_firing(forward, len(x) * sharers.size)
         training = self.cell.training
         auxk = x.new_zeros(())
         if self.architecture.revives and training.auxk_weight > 0:
-            auxk = auxk_loss(self.weights, x, forward, self._dead(), training.auxk_select, self.ranks)
+            auxk = auxk_loss(self.weights, x, forward, self._dead(), training.auxk_select, self.split)
         sparsity = (self.cell.sparsity or 0.0) * training.sparsity_warmup_at(self.n_steps)
         loss = forward.reconstruction_loss + sparsity * forward.sparsity_penalty + training.auxk_weight * auxk
         gradients, gradient_norm = self._gradients(loss)
@@ -130,8 +134,10 @@ class CellTrainer:
         self.n_steps += 1
         return metrics
 
-    def export(self, norm_scale: float) -> SAE:
+    def export(self, norm_scale: float) -> SAE | None:
         """The SAE for inputs that are not normalised; training can continue.
+
+        Where ranks split the latents, all of them make this call: the first gets the SAE, the others None.
 
         Args:
             norm_scale: what the batches were divided by. `b_enc`, `b_dec` and the threshold are multiplied by it.
@@ -139,16 +145,18 @@ class CellTrainer:
         Raises:
             SaeRayError: the threshold has not been estimated yet.
         """
-        weights = {name: value.detach().clone() for name, value in self.weights.named().items()}
+        if self.architecture.estimates_threshold and torch.isnan(self.threshold):
+            start = self.cell.training.effective("threshold_start_step")
+            raise SaeRayError(
+                f"after {self.n_steps} steps no inference threshold has been estimated: it is averaged after step "
+                f"training.threshold_start_step = {start}, over batches in which a latent is active; "
+                "train longer or lower that step"
+            )
+        weights = self._whole(self.weights.named(), self.device)
+        if not weights:
+            return None
         threshold = weights.get("threshold")
         if self.architecture.estimates_threshold:
-            if torch.isnan(self.threshold):
-                start = self.cell.training.effective("threshold_start_step")
-                raise SaeRayError(
-                    f"after {self.n_steps} steps no inference threshold has been estimated: it is averaged after step "
-                    f"training.threshold_start_step = {start}, over batches in which a latent is active; "
-                    "train longer or lower that step"
-                )
             threshold = self.threshold.expand(self.d_sae).clone()
         return SAE(
             architecture=self.cell.architecture,
@@ -162,48 +170,61 @@ class CellTrainer:
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that `restore` needs to continue bit-identically: tensors, and plain JSON values."""
-        tensors = {name: parameter.detach().clone() for name, parameter in self.weights.named().items()}
-        for name, parameter in self.weights.named().items():
-            if self.n_steps:
-                for moment, value in self.optimizer.state[parameter].items():
-                    tensors[f"adam.{moment}.{name}"] = value.clone()
-        tensors["samples_since_fired"] = self.samples_since_fired.clone()
-        tensors["threshold_estimate"] = self.threshold.clone()
+        """Everything that `restore` needs to continue bit-identically: tensors on the CPU, and plain JSON values.
+
+        Where ranks split the latents, all of them make this call: the first gets the tensors, the others none.
+        """
         facts = {"d_in": self.d_in, "cell": self.cell.identity(), "n_steps": self.n_steps, "failed": self.failed}
-        return tensors, facts
+        return self._whole(self._tensors(), torch.device("cpu")), facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Restores a state. Raises UsageError when it belongs to another cell."""
+        """Restores a state, whatever split its entries. Raises UsageError when it belongs to another cell."""
         own = {"d_in": self.d_in, "cell": self.cell.identity()}
         if own != {name: facts.get(name) for name in own}:
             raise UsageError(f"the checkpoint belongs to another cell: it holds {facts}, this one is {own}; delete it")
         self.n_steps, self.failed = facts["n_steps"], facts["failed"]
-        for name, parameter in self.weights.named().items():
-            parameter.data.copy_(tensors[name])
-            if self.n_steps:
+        for name, tensor in self._tensors().items():
+            tensor.copy_(tensors[name] if _on_all_ranks(name) else self.split.latents.own(tensors[name]))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What training changes, as this rank holds it."""
+        tensors = {name: parameter.detach() for name, parameter in self.weights.named().items()}
+        if self.n_steps:
+            for name, parameter in self.weights.named().items():
                 for moment, value in self.optimizer.state[parameter].items():
-                    value.copy_(tensors[f"adam.{moment}.{name}"])
-        self.samples_since_fired.copy_(tensors["samples_since_fired"])
-        self.threshold.copy_(tensors["threshold_estimate"])
+                    tensors[f"adam.{moment}.{name}"] = value
+        return tensors | {"samples_since_fired": self.samples_since_fired, "threshold_estimate": self.threshold}
+
+    def _whole(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Copies of these tensors for all latents, one after the other; none where another rank gets them."""
+        latents, whole = self.split.latents, {}
+        for name, tensor in tensors.items():
+            if not _on_all_ranks(name):
+                whole[name] = latents.whole(tensor.detach(), self.d_sae, device)
+            elif latents.rank == 0:
+                whole[name] = tensor.detach().to(device, copy=True)
+        return whole if latents.rank == 0 else {}
 
     def _dead(self) -> Bool[Tensor, " d_sae"]:
         return self.samples_since_fired >= self.cell.training.dead_after_samples
 
     def _count_firing(self, forward: Forward, n_rows: int) -> None:
-        fired = self.ranks.sum(forward.fired.float()) > 0
+        fired = self.split.rows.sum(forward.fired.float()) > 0
         self.samples_since_fired += n_rows
         self.samples_since_fired[fired] = 0
 
     def _gradients(self, loss: Tensor) -> tuple[dict[str, RowGradient], Float[Tensor, ""]]:
-        """Averaged over ranks, without what only scales decoder rows, clipped; and the norm before clipping."""
+        """Of the whole batch, without what only scales decoder rows, clipped; and the norm before clipping."""
         named = self.weights.named()
         gradients = {
-            name: RowGradient.of(gradient, self.ranks)
+            name: RowGradient.of(gradient, self.split.rows)
             for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)
         }
         self._orthogonalise(*gradients["W_dec"])
-        norm = torch.nn.utils.get_total_norm([gradient.values for gradient in gradients.values()])
+        latents = self.split.latents
+        # What all ranks hold counts once.
+        own = [gradient.values for name, gradient in gradients.items() if latents.rank == 0 or not _on_all_ranks(name)]
+        norm = latents.sum(torch.nn.utils.get_total_norm(own).square()).sqrt()
         factor = (self.cell.training.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients.values():
             gradient.values.mul_(factor)
@@ -225,17 +246,20 @@ class CellTrainer:
         start = self.cell.training.effective("threshold_start_step")
         if not self.architecture.estimates_threshold or self.n_steps <= start:
             return
-        smallest = self.ranks.smallest(forward.smallest_active)
+        smallest = self.split.ranks.smallest(forward.smallest_active)
         beta = self.cell.training.threshold_beta
         averaged = torch.where(self.threshold.isnan(), smallest, beta * self.threshold + (1 - beta) * smallest)
         self.threshold = torch.where(smallest.isfinite(), averaged, self.threshold)
 
     @torch.no_grad()
     def _metrics(self, loss: Tensor, auxk: Tensor, forward: Forward, gradient_norm: Tensor) -> StepMetrics:
-        l0 = forward.n_active / len(forward.pre)
-        means = self.ranks.mean(torch.stack([loss, forward.reconstruction_loss, auxk, forward.sparsity_penalty, l0]))
-        threshold = self.threshold if self.weights.threshold is None else self.weights.threshold.mean()
-        same_on_all_ranks = torch.stack([self._dead().sum(), threshold, gradient_norm])
+        learned = self.weights.threshold
+        own = [forward.n_active, self._dead().sum(), loss.new_zeros(()) if learned is None else learned.sum()]
+        n_active, n_dead, total_threshold = self.split.latents.sum(torch.stack(own))
+        losses = [loss, forward.reconstruction_loss, auxk, forward.sparsity_penalty]
+        means = self.split.rows.mean(torch.stack([*losses, n_active / len(forward.pre)]))
+        threshold = self.threshold if learned is None else total_threshold / self.d_sae
+        same_on_all_ranks = torch.stack([n_dead, threshold, gradient_norm])
         # One transfer from the device for all of them.
         *averaged, n_dead, threshold, gradient_norm = torch.cat([means, same_on_all_ranks]).tolist()
         learning_rate = self.cell.training.learning_rate_at(self.n_steps, self.d_sae)
@@ -252,6 +276,11 @@ def geometric_median(points: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
         if torch.linalg.vector_norm(median - previous) < 1e-5:
             break
     return median
+
+
+def _on_all_ranks(name: str) -> bool:
+    """Whether a tensor of a state is the same on all ranks that split the latents; of others each has its rows."""
+    return name.endswith(("b_dec", "threshold_estimate"))
 
 
 def _plain(cell: Cell) -> dict[str, Any]:

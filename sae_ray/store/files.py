@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import uuid
 from functools import cache
@@ -51,8 +52,7 @@ class Folder:
         return Folder(f"{uri.rstrip('/')}/{name}{mark}{query}")
 
     def __str__(self) -> str:
-        """As users read it."""
-        return readable_uri(self.uri)
+        return address_shown(self.uri)
 
     def __repr__(self) -> str:
         return f"Folder({self.uri!r})"
@@ -167,19 +167,24 @@ class Folder:
         return shutil.disk_usage(here).free
 
 
+def address_shown(uri: str) -> str:
+    """A path or URI as users read it: without what a URI says of keys and of how its store is reached."""
+    address, _, _ = _without_query(uri)
+    scheme, mark, rest = address.partition("://")
+    store, slash, path = rest.partition("/")
+    return f"{scheme}{mark}{store.rpartition('@')[2]}{slash}{path}" if mark else address
+
+
+def without_keys(text: str) -> str:
+    """A text for users: its URIs lose what they say of keys and of how their store is reached."""
+    return re.sub(r"(\w+://)(?:[^/\s'\"]*@)?([^\s?'\"]*)(\?[^\s'\"]*)?", r"\1\2", text)
+
+
 def parent_and_name(uri: str) -> tuple[Folder, str]:
     """The folder and the name of a file, from a local path or a URI."""
     path, mark, query = _without_query(uri)
     parent, slash, name = path.rpartition("/")
     return Folder(parent + slash + mark + query), name
-
-
-def readable_uri(uri: str) -> str:
-    """A path, or a URI without what it says of keys and of how its store is reached."""
-    address, _, _ = _without_query(uri)
-    scheme, mark, rest = address.partition("://")
-    store, slash, path = rest.partition("/")
-    return f"{scheme}{mark}{store.rpartition('@')[2]}{slash}{path}" if mark else address
 
 
 def _opened(uri: str) -> tuple[fs.FileSystem, str]:

@@ -37,12 +37,15 @@ SCHEMA_VERSIONS = {
 }
 """Of every stage; raised when the format or the meaning of what it writes changes. Steps of the other stages stay."""
 RECORD = "step.json"
+FAILURE = "failure.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
 CLOCK_ERROR_SECONDS = 600.0
 """By which the clocks of machines may differ."""
 _HELD: dict[Folder, str] = {}
 """Folders of the steps that this process has locked -> the name of its lock there."""
+_TOLD: dict[Folder, dict[str, Any]] = {}
+"""Of the same: what their locks tell of the work."""
 SCRATCH = ("checkpoints", "calibration", "answers", "parts", "attempts")
 """Folders that are only needed until a step is finished."""
 
@@ -91,7 +94,7 @@ class Step:
             return "torn"
         if record is not None:
             return record["status"]
-        if live_locks(self.folder):
+        if _alive(_locks(self.folder)):
             return "running"
         return "partial" if self.folder.exists() else "missing"
 
@@ -114,7 +117,7 @@ class Step:
         reason: str | None = None,
         ran: dict[str, Any] | None = None,
     ) -> None:
-        """Writes `step.json` as the last file, then deletes the folders in `SCRATCH`.
+        """Writes `step.json` as the last file, then deletes the folders in `SCRATCH` and the note of the last failure.
 
         Args:
             seconds: the time spent in this process.
@@ -123,10 +126,9 @@ class Step:
 
         Raises SaeRayError if this process held a lock of the step which has vanished.
         """
-        lock = _HELD.get(self.folder)
-        if lock is not None and not self.folder.exists(lock):
-            raise _lost(self.folder)
-        files = {name: size for name, size in self.folder.files(recursive=True).items() if not _is_housekeeping(name)}
+        _check_held(self.folder)
+        present = self.folder.files(recursive=True)
+        files = {name: size for name, size in present.items() if not _is_housekeeping(name)}
         record = {
             "schema_version": SCHEMA_VERSIONS[self.stage],
             "stage": self.stage,
@@ -144,6 +146,8 @@ class Step:
         self.folder.write_json(RECORD, record)
         for name in SCRATCH:
             self.folder.delete(name)
+        if FAILURE in present:
+            self.folder.delete(FAILURE)
 
 
 def read_record(folder: Folder) -> dict:
@@ -208,7 +212,8 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
                         # A real signal: it ends what the main thread waits for.
                         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                         return
-                    step.folder.write_json(lock, owner | {"time": time.time()})
+                    progress = _TOLD.get(step.folder)
+                    step.folder.write_json(lock, owner | {"time": time.time(), "progress": progress})
 
     heartbeat = threading.Thread(target=beat, daemon=True)
     held: list[Step] = []
@@ -243,9 +248,16 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
             heartbeat.join()
         for step in held:
             _HELD.pop(step.folder, None)
+            _TOLD.pop(step.folder, None)
             step.folder.delete(lock)
             if not step.folder.files(recursive=True):
                 step.root.delete(step.name)
+
+
+def _check_held(folder: Folder) -> None:
+    lock = _HELD.get(folder)
+    if lock is not None and not folder.exists(lock):
+        raise _lost(folder)
 
 
 def _lost(where: Folder) -> SaeRayError:
@@ -267,10 +279,45 @@ def check_shared(folder: Folder) -> None:
         )
 
 
-def live_locks(folder: Folder) -> dict[str, dict]:
-    """Lock file -> its owner, for owners that may be alive. This machine's clock may be wrong."""
-    now = time.time() - CLOCK_ERROR_SECONDS
-    return {lock.name: lock.owner for lock in _locks(folder) if _is_alive(lock, now)}
+def tell(step: Step, progress: dict[str, Any]) -> None:
+    """Has the lock that this process holds on a step tell of the work, from its next renewal on. Costs no request."""
+    if step.folder in _HELD:
+        _TOLD[step.folder] = _finite(progress)
+
+
+def note_failure(step: Step, reason: str) -> None:
+    """Notes in a step that is not finished why the work on it ended. The note stays until the step is finished.
+
+    Raises SaeRayError if this process held a lock of the step which has vanished.
+    """
+    _check_held(step.folder)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    step.folder.write_json(FAILURE, {"reason": reason, "time": now, "host": socket.gethostname()})
+
+
+class Unfinished(NamedTuple):
+    """What others see of a step that is not finished."""
+
+    status: Literal["running", "partial"]
+    progress: dict[str, Any] | None
+    """What the driver's lock told last. Of a driver that died: where it stopped."""
+    failure: dict[str, Any] | None
+    """`reason`, `time` and `host` of the last failure."""
+    files: dict[str, int]
+    """Relative path -> size in bytes, without locks and the note of the failure."""
+
+
+def look(step: Step) -> Unfinished:
+    """Looks at a step that has been begun and is not finished: two listings, one read per lock, one of the failure."""
+    files = {name: size for name, size in step.folder.files(recursive=True).items() if not name.startswith("lock-")}
+    locks = _locks(step.folder)
+    alive = _alive(locks)
+    failure = None
+    if files.pop(FAILURE, None):
+        with suppress(FileNotFoundError, SaeRayError):  # finished meanwhile
+            failure = step.folder.read_json(FAILURE)
+    told = [lock.owner["progress"] for lock in alive or locks if lock.owner.get("progress")]
+    return Unfinished("running" if alive else "partial", told[-1] if told else None, failure, files)
 
 
 class _Lock(NamedTuple):
@@ -291,6 +338,12 @@ def _locks(folder: Folder) -> list[_Lock]:
 
 def _is_lock(name: str) -> bool:
     return name.startswith("lock-") and name.endswith(".json")
+
+
+def _alive(locks: list[_Lock]) -> list[_Lock]:
+    """Those whose owners may be alive, for one who holds none himself: this machine's clock may be wrong."""
+    now = time.time() - CLOCK_ERROR_SECONDS
+    return [lock for lock in locks if _is_alive(lock, now)]
 
 
 def _surroundings() -> dict[str, Any]:
@@ -321,7 +374,8 @@ def _is_alive(lock: _Lock, now: float) -> bool:
 
 
 def _is_housekeeping(name: str) -> bool:
-    return name == RECORD or name.startswith("lock-") or name.endswith(".tmp") or name.split("/")[0] in SCRATCH
+    parent = name.split("/")[0]
+    return name in (RECORD, FAILURE) or name.startswith("lock-") or name.endswith(".tmp") or parent in SCRATCH
 
 
 def _finite(value: Any) -> Any:

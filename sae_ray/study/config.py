@@ -175,8 +175,14 @@ class TrainResources:
     cells_per_bundle: Count = 16
     """SAEs that are trained together from one read of the data, at most. There are fewer where more bundles can be
     trained at the same time, and a very wide SAE is trained alone."""
-    workers: Count = 1
-    """Data-parallel workers per bundle, a divisor of `training.batch_size`."""
+    workers: int | tuple[int, int] = 1
+    """Data-parallel workers per bundle, a divisor of `training.batch_size`. Each reads a share of every batch and holds
+    all weights. Two numbers, as in `[1, 8]`: as many as the cluster has room for; the bundle resumes from its newest
+    checkpoints with fewer workers when some are lost, and with more when there is room again."""
+    shards: Count = 1
+    """Workers per bundle over which the latents of each SAE are split; not together with `workers` above 1. Each reads
+    the whole batch and holds the weights of its latents. Where an SAE has more latents than a batch has rows, shards
+    exchange less than data-parallel workers, and each needs only a share of the memory."""
     cpus: Amount = 1
     """CPUs per worker."""
     gpus: Amount | None = None
@@ -184,7 +190,21 @@ class TrainResources:
     checkpoint_every: Count = 2000
     """Steps between checkpoints."""
     max_failures: Annotated[int, Ge(0)] = 3
-    """How often a bundle is restarted after losing a worker."""
+    """How often a bundle is restarted after losing a worker. The loss of a node that was announced, as that of a spot
+    instance is, does not count: the bundle writes checkpoints before."""
+
+    def __post_init__(self):
+        least, most = self.workers_span
+        check(1 <= least <= most, "resources.train.workers", self.workers if least == most else [least, most],
+              "make it a number above 0, or two of them, the smaller one first")  # fmt: skip
+        check(most == 1 or self.shards == 1, "resources.train.shards", self.shards,
+              f"make it 1, or resources.train.workers = {self.workers} 1: one bundle has workers or shards, not "
+              "both")  # fmt: skip
+
+    @property
+    def workers_span(self) -> tuple[int, int]:
+        """How many data-parallel workers a bundle has at least and at most."""
+        return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
 
 
 @dataclass(frozen=True)
@@ -322,8 +342,8 @@ class Study:
         check(bool(self.grid), "grid", [], "add a [[grid]] with at least one site")
         check(self.steering is None or self.scoring.pictures == "train", "scoring.pictures", self.scoring.pictures,
               'steering takes its concepts from training images; choose "train"')  # fmt: skip
-        check(self.training.batch_size % self.resources.train.workers == 0, "resources.train.workers",
-              self.resources.train.workers,
+        least, _ = self.resources.train.workers_span
+        check(self.training.batch_size % least == 0, "resources.train.workers", least,
               f"choose a divisor of training.batch_size = {self.training.batch_size}")  # fmt: skip
         self.cells()  # raises for invalid cells
 

@@ -335,7 +335,7 @@ class StudyPlan:
         for cell in study.cells():
             for site in (cell.site, cell.score_site):
                 check_site(self.encoder, site)
-            cell.cell.check(site_width(self.encoder, cell.site))
+            cell.cell.check(site_width(self.encoder, cell.site), study.resources.train.shards)
         self.judge_site = Site(point=study.judge.point)
         check_site(self.judge, self.judge_site)
         self.images = {name: self._images(name) for name in ("train", "heldout")}

@@ -8,7 +8,7 @@ from typing import Any
 
 from sae_ray.errors import UsageError
 from sae_ray.images.manifest import describe_change
-from sae_ray.store.files import Folder, readable_uri
+from sae_ray.store.files import Folder, address_shown
 from sae_ray.store.steps import Step
 from sae_ray.study.config import Images, Study
 from sae_ray.study.plan import StudyPlan
@@ -89,7 +89,7 @@ def recalled_plan(root: str) -> StudyPlan:
     memory = recall(folder)
     if memory is None:
         raise UsageError(
-            f"root = {readable_uri(root)!r} has no {FILE}; name the root of a study that `sae-ray run` wrote"
+            f"root = {address_shown(root)!r} has no {FILE}; name the root of a study that `sae-ray run` wrote"
         )
     return StudyPlan(memory.study, folder, memory.survey)
 

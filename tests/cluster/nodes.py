@@ -116,17 +116,13 @@ class Cluster:
 
     def submitted(self, study: Path, *options: str) -> subprocess.Popen[str]:
         """As `submit`, without waiting."""
-        command = [
-            str(BIN / "ray"),
-            "job",
-            "submit",
-            f"--address={self.dashboard}",
-            f"--working-dir={study.parent}",
-            "--",
-        ]
-        command += ["python", "-m", "sae_ray.jobs.cli", "run", study.name, *options]
-        environment = os.environ | self.client
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            [str(BIN / "sae-ray"), "submit", str(study), f"--address={self.dashboard}", *options],
+            env=os.environ | self.client,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def _host(self, name: str) -> Host:
         self._number += 1

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from sae_ray.store.steps import live_locks
 from sae_ray.study.plan import StudyPlan
 from tests.cluster.hosts import HOME, Host
 from tests.cluster.nodes import SKEW_S
@@ -128,7 +127,8 @@ def test_a_killed_driver_resumes_to_the_same_bits(cluster, submitted, alone, sto
     plan = submitted.plan("killed")
     job = cluster.submitted(submitted.file, "--root", plan.root.uri)
     until(lambda: len(writers(store_log, plan, "train")) >= 2 or job.poll() is not None)
-    [driver] = live_locks(plan.trains[0].step.folder).values()
+    folder = plan.trains[0].step.folder
+    [driver] = [folder.read_json(name) for name in folder.files() if name.startswith("lock-")]
     subprocess.run([*cluster.head.inside, "kill", "-KILL", str(driver["pid"])], check=True)
     output, _ = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 1, output

@@ -63,6 +63,10 @@ def test_folder_of_broken_images_only(ray_cluster, study_file, tmp_path):
     result = call("extract", study_file, "--root", root, "--images", tmp_path / "broken")
     refused(result, 1, "20 of 20 images", "0.jpg", "images.max_bad_fraction")
     assert not list(root.glob("activations-train-*/step.json"))
+    entries = json.loads(call("status", "--root", root, "--json").stdout)
+    reasons = {entry["step"].rsplit("-", 1)[0]: entry["failure"]["reason"] for entry in entries if entry["failure"]}
+    assert "activations-train-projection" in reasons
+    assert all(reason.startswith("20 of 20 images") and "\n" not in reason for reason in reasons.values())
 
 
 def test_unknown_encoder(study_file, tmp_path):
@@ -235,8 +239,9 @@ def test_ctrl_c_leaves_a_state_that_resumes(study_file, world, tmp_path):
     assert "run the same command to resume" in errors
     assert "Traceback" not in errors
     assert not list(root.glob("*/lock-*"))
-    statuses = {entry["status"] for entry in json.loads(call("status", study_file, "--root", root, "--json").stdout)}
-    assert "partial" in statuses
+    entries = json.loads(call("status", study_file, "--root", root, "--json").stdout)
+    assert "partial" in {entry["status"] for entry in entries}
+    assert all(entry["failure"] is None for entry in entries), "it was interrupted, which is no failure"
 
 
 def test_a_root_of_another_layout_is_refused(finished, study_file, study_values, tmp_path):

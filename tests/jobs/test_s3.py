@@ -1,5 +1,9 @@
 """A study in an object store: a real S3 server, and the bits of the local run."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from sae_ray.jobs import study
@@ -45,3 +49,24 @@ def test_a_killed_study_in_a_store_resumes_to_the_bits_of_the_local_one(
     assert "s3://study/world/clip" in shown
     assert KEY not in shown, "no key is shown"
     assert not differences(plan, make_plan(finished))
+
+
+def test_status_from_anywhere_needs_the_store_alone(bucket, ran, tmp_path):
+    """Neither a cluster, nor the study file, nor the images, nor anything in the user's home."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "sae_ray.jobs.cli", "status", "--root", str(ran.root)], capture_output=True, text=True
+    )
+    root = Folder(upload(ran.root, bucket.format("elsewhere")))
+    memory = root.read_bytes("study.json").decode()
+    for name in ("train", "heldout"):
+        path = json.loads(memory)["study"]["images"][name]["path"]
+        memory = memory.replace(path, f"s3://no-such-bucket/{name}")
+    root.write_bytes("study.json", memory.encode())
+    bare = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    (tmp_path / "here").mkdir()
+    command = [sys.executable, "-m", "sae_ray.jobs.cli", "status", "--root", root.uri]
+    done = subprocess.run(command, cwd=tmp_path / "here", env=bare, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == shown.stdout
+    assert done.stdout.count("done") == len(done.stdout.splitlines()) > 5
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]

@@ -5,6 +5,7 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from sae_ray.jobs import train
 from sae_ray.jobs.placement import bundles
@@ -56,7 +57,7 @@ def test_a_step_says_how_it_was_trained(finished, make_plan):
     for one in make_plan(finished).trains:
         record = one.step.record()
         assert {name: record["counts"][name] for name in ("steps", "d_sae")} == {"steps": 120, "d_sae": one.d_sae}
-        assert record["ran"] == {"attempts": [{"first_step": 0, "workers": 1, "device": "cpu"}]}
+        assert record["ran"] == {"attempts": [{"first_step": 0, "workers": 1, "shards": 1, "device": "cpu"}]}
         assert one.step.folder.exists("latents.parquet")
 
 
@@ -120,21 +121,26 @@ def test_a_cell_that_diverges_is_reported_and_the_others_go_on(ray_cluster, extr
     assert torch.equal(weights(healthy.step.folder)["W_enc"], weights(same.step.folder)["W_enc"])
 
 
-def test_two_workers_train_the_sae_of_one(ray_cluster, extracted, make_plan, tmp_path):
+@pytest.mark.parametrize("by", ["workers", "shards"])
+def test_two_ranks_train_the_sae_of_one(ray_cluster, extracted, make_plan, tmp_path, by):
     """A few steps only: sums over ranks round differently, and Adam enlarges rounding where a gradient is 0."""
     few = {"training.steps": 12, "training.threshold_start_step": 5, "grid.architectures": ["batch_topk"]}
     trained = []
-    for workers in (1, 2):
-        root = tmp_path / str(workers)
+    for ranks in (1, 2):
+        root = tmp_path / str(ranks)
         shutil.copytree(extracted, root)
-        plan = make_plan(root, **few, **{"resources.train.workers": workers})
-        if workers == 1:
+        plan = make_plan(root, **few, **{f"resources.train.{by}": ranks})
+        if ranks == 1:
             [bundle] = bundles(plan, plan.trains, 1, "cpu")
             train_cells(bundle)
         else:
             train.run(plan)
         (one,) = plan.trains
-        assert [ran["workers"] for ran in one.step.record()["ran"]["attempts"]] == [workers]
-        trained.append(weights(one.step.folder))
-    for name, tensor in trained[0].items():
-        torch.testing.assert_close(trained[1][name], tensor, rtol=1e-4, atol=1e-5)
+        record = one.step.record()
+        expected = {"workers": 1, "shards": 1} | {by: ranks}
+        assert record["ran"]["attempts"] == [{"first_step": 0, **expected, "device": "cpu"}]
+        trained.append((one.step.name, record["counts"]["d_sae"], weights(one.step.folder)))
+    (name, d_sae, expected), (found_name, found_d_sae, found) = trained
+    assert (found_name, found_d_sae) == (name, d_sae)
+    for one, tensor in expected.items():
+        torch.testing.assert_close(found[one], tensor, rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ from sae_ray.sae import (
     BundleJob,
     Cell,
     CellJob,
+    CellReport,
     TrainingConfig,
     evaluate_store,
     load_sae,
@@ -23,6 +24,7 @@ from sae_ray.sae import (
     metrics,
     train_cells,
 )
+from sae_ray.sae.ranks import Ranks, Split
 from sae_ray.steering import load_max_token
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
@@ -63,28 +65,31 @@ def whole(store, tmp_path_factory) -> BundleJob:
     return bundle
 
 
-def rank_main(bundle: BundleJob, rank: int, size: int, rendezvous: str, killed_at: int | None) -> None:
+def rank_main(bundle: BundleJob, rank: int, size: int, by: str, rendezvous: str, killed_at: int | None) -> None:
     torch.set_num_threads(1)
 
-    def after_step(done: int) -> None:
+    def after_step(done: int, _: object) -> bool:
         if done == killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        return False
 
     group = None
     if size > 1:
         timeout = datetime.timedelta(minutes=5)
         dist.init_process_group("gloo", f"file://{rendezvous}", timeout, size, rank)
         group = dist.group.WORLD
-    train_cells(bundle, process_group=group, after_step=after_step)
+    train_cells(bundle, split=Split(**{by: Ranks(group)}), after_step=after_step)
     if group is not None:
         dist.destroy_process_group()
 
 
-def attempt(bundle: BundleJob, size: int, scratch: Path, killed_at: int | None = None) -> list[int | None]:
+def attempt(
+    bundle: BundleJob, size: int, scratch: Path, killed_at: int | None = None, by: str = "rows"
+) -> list[int | None]:
     """Exit codes of the ranks."""
     context = processes_with_torch()
     rendezvous = str(scratch / f"rendezvous-{size}-{killed_at}")
-    ranks = [context.Process(target=rank_main, args=(bundle, n, size, rendezvous, killed_at)) for n in range(size)]
+    ranks = [context.Process(target=rank_main, args=(bundle, n, size, by, rendezvous, killed_at)) for n in range(size)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -92,23 +97,33 @@ def attempt(bundle: BundleJob, size: int, scratch: Path, killed_at: int | None =
     return [process.exitcode for process in ranks]
 
 
-def test_a_killed_bundle_resumes_on_another_number_of_ranks(store: ActivationStore, whole: BundleJob, tmp_path: Path):
-    """One, two, then four ranks; each attempt but the last is killed between two checkpoints."""
+@pytest.mark.parametrize(
+    "attempts",
+    [[(1, "rows"), (2, "rows"), (4, "rows")], [(4, "latents"), (2, "rows"), (2, "latents")]],
+    ids=["more workers", "shards, workers, shards"],
+)
+def test_a_killed_bundle_resumes_on_other_ranks(
+    store: ActivationStore, whole: BundleJob, tmp_path: Path, attempts: list[tuple[int, str]]
+):
+    """Each attempt but the last is killed between two checkpoints."""
     bundle = bundle_of(store, tmp_path / "steps")
-    for size, killed_at in ((1, 2 * EVERY + 3), (2, 4 * EVERY + 1)):
-        exits = attempt(bundle, size, tmp_path, killed_at)
+    *killed, (size, by) = attempts
+    for (killed_size, killed_by), killed_at in zip(killed, (2 * EVERY + 3, 4 * EVERY + 1), strict=True):
+        exits = attempt(bundle, killed_size, tmp_path, killed_at, killed_by)
         assert -signal.SIGKILL in exits, "the others may die of their neighbour's death"
         assert not any(exit == 0 for exit in exits)
         assert not any(job.step.finished for job in bundle.cells)
-    assert attempt(bundle, 4, tmp_path) == [0, 0, 0, 0]
+    assert attempt(bundle, size, tmp_path, by=by) == [0] * size
     for job, reference in zip(bundle.cells, whole.cells, strict=True):
-        record = job.step.record()
+        record, expected = job.step.record(), reference.step.record()
         assert record is not None
-        assert [(one["first_step"], one["workers"]) for one in record["ran"]["attempts"]] == [
-            (0, 1),
-            (2 * EVERY, 2),
-            (4 * EVERY, 4),
+        assert expected is not None
+        assert [(one["first_step"], one["workers"], one["shards"]) for one in record["ran"]["attempts"]] == [
+            (first, size if by == "rows" else 1, size if by == "latents" else 1)
+            for first, (size, by) in zip((0, 2 * EVERY, 4 * EVERY), attempts, strict=True)
         ]
+        assert record["counts"].keys() == expected["counts"].keys()
+        assert job.step.folder.files().keys() == reference.step.folder.files().keys()
         resumed, alone = load_sae(job.step.folder), load_sae(reference.step.folder)
         for name in WEIGHTS:
             expected = getattr(alone, name)
@@ -117,15 +132,35 @@ def test_a_killed_bundle_resumes_on_another_number_of_ranks(store: ActivationSto
             torch.testing.assert_close(resumed.threshold, alone.threshold, rtol=1e-3, atol=0)
 
 
+def test_checkpoints_are_written_at_once_when_they_are_asked_for(store: ActivationStore, tmp_path: Path):
+    """As before a machine is taken away."""
+
+    class Gone(BaseException):
+        pass
+
+    def warn(done: int, _: object) -> bool:
+        if done == EVERY // 2 + 1:
+            raise Gone
+        return done == EVERY // 2
+
+    bundle = bundle_of(store, tmp_path)
+    with pytest.raises(Gone):
+        train_cells(bundle, after_step=warn)
+    for job in bundle.cells:
+        names = set((job.step.folder / "checkpoints").files())
+        assert names == {f"step-{EVERY // 2:09d}.{suffix}" for suffix in ("json", "safetensors")}
+
+
 def test_a_killed_bundle_resumes_to_equal_weights(store: ActivationStore, whole: BundleJob, tmp_path: Path):
     """In one process, the cells from different checkpoints."""
 
     class Killed(BaseException):
         pass
 
-    def kill(done: int) -> None:
+    def kill(done: int, _: object) -> bool:
         if done == 3 * EVERY + 2:
             raise Killed
+        return False
 
     bundle = bundle_of(store, tmp_path)
     with pytest.raises(Killed):
@@ -133,7 +168,19 @@ def test_a_killed_bundle_resumes_to_equal_weights(store: ActivationStore, whole:
     newest = f"checkpoints/step-{3 * EVERY:09d}"
     for suffix in (".json", ".safetensors"):
         bundle.cells[1].step.folder.delete(newest + suffix)
-    train_cells(bundle)
+    reported: list[tuple[int, str, int, int]] = []
+
+    def note(done: int, reports: dict[str, CellReport]) -> bool:
+        reported.extend((done, name, report.metrics.step, report.d_sae) for name, report in reports.items())
+        return False
+
+    train_cells(bundle, after_step=note)
+    expected = [
+        (step + 1, job.step.name, step, job.cell.d_sae(D_IN))
+        for job, first in zip(bundle.cells, (3 * EVERY, 2 * EVERY, 3 * EVERY), strict=True)
+        for step in range(first, STEPS)
+    ]
+    assert sorted(reported) == sorted(expected), "of every cell the steps that it made"
     for job, reference in zip(bundle.cells, whole.cells, strict=True):
         for name in WEIGHTS:
             resumed, alone = (getattr(load_sae(one.step.folder), name) for one in (job, reference))
@@ -153,7 +200,7 @@ def test_a_step_holds_the_sae_its_latents_and_how_it_was_trained(store: Activati
             "d_sae": sae.d_sae,
         }
         assert 0 <= counts["waiting_for_data"] < 1
-        assert record["ran"] == {"attempts": [{"first_step": 0, "workers": 1, "device": "cpu"}]}
+        assert record["ran"] == {"attempts": [{"first_step": 0, "workers": 1, "shards": 1, "device": "cpu"}]}
         codes = sae.encode(x).double()
         table = job.step.folder.read_parquet("latents.parquet")
         assert table["latent"].to_pylist() == list(range(sae.d_sae))

@@ -87,6 +87,11 @@ def test_what_depends_on_the_width_is_checked_with_it():
         Cell("topk", 0.1, k=1).check(8)
     with pytest.raises(UsageError, match=r"architectures\.matryoshka_batch_topk\.group_fractions"):
         Cell("matryoshka_batch_topk", 1, k=1).check(8)
+    with pytest.raises(
+        UsageError, match=r"resources\.train\.shards = 17: choose at most 16, the latents of an SAE with"
+    ):
+        Cell("topk", 2, k=1).check(8, shards=17)
+    Cell("topk", 2, k=1).check(8, shards=16)
     assert Cell("batch_topk", 1, k=1).group_sizes(8) == [8]
 
 

@@ -16,6 +16,7 @@ from sae_ray.errors import UsageError
 from sae_ray.sae import BundleJob, Cell, CellJob, CellTrainer, NonFiniteLoss, TrainingConfig, train_cells
 from sae_ray.sae.architectures import Architecture
 from sae_ray.sae.architectures.jumprelu import JumpReLUSettings
+from sae_ray.sae.ranks import Ranks, Split
 from sae_ray.sae.weights import Weights
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
@@ -49,7 +50,7 @@ def share(rows: torch.Tensor, rank: int, size: int) -> torch.Tensor:
 
 def train(cell: Cell, rank: int, size: int, group, stop: int = STEPS, start: Path | None = None):
     """The state after `stop` steps, from a saved state or from the start."""
-    trainer = CellTrainer(cell, D_IN, process_group=group)
+    trainer = CellTrainer(cell, D_IN, split=Split(Ranks(group)))
     if start is not None:
         facts = {**trainer.state()[1], "n_steps": stop - STEPS_PER_SIZE}
         trainer.restore(load_file(start), facts)
@@ -69,7 +70,7 @@ def exact(seed: int) -> tuple[Architecture, Weights, torch.Tensor]:
 
 def select(seed: int, rank: int, size: int, group) -> torch.Tensor:
     """Flat indices into the whole batch."""
-    architecture = CellTrainer(CELLS[BATCH_TOPK], D_IN, process_group=group).architecture
+    architecture = CellTrainer(CELLS[BATCH_TOPK], D_IN, split=Split(Ranks(group))).architecture
     alone, weights, x = exact(seed)
     with torch.no_grad():
         chosen = architecture.select(alone.pre_activations(weights, share(x, rank, size)))
@@ -81,12 +82,12 @@ def refusals(rank: int, size: int, group) -> None:
     odd = replace(CELLS[TOPK], training=replace(TRAINING, batch_size=BATCH + 1))
     bundle = BundleJob(Folder("none"), (CellJob(Step(Folder("none"), "train", "sae", {}), odd),), 0, 1, 1)
     with pytest.raises(UsageError, match=f"resources.train.workers = {size}: .* training.batch_size = {BATCH + 1}"):
-        train_cells(bundle, process_group=group)
+        train_cells(bundle, split=Split(Ranks(group)))
     uneven = make_batches()[0].split([BATCH - 3 * (size - 1)] + [3] * (size - 1))[rank]
     with pytest.raises(UsageError, match=f"training.batch_size = {BATCH}"):
-        CellTrainer(CELLS[BATCH_TOPK], D_IN, process_group=group).step(uneven)
+        CellTrainer(CELLS[BATCH_TOPK], D_IN, split=Split(Ranks(group))).step(uneven)
     for cell in CELLS:
-        trainer = CellTrainer(cell, D_IN, process_group=group)
+        trainer = CellTrainer(cell, D_IN, split=Split(Ranks(group)))
         first, second, *_ = (share(batch, rank, size).clone() for batch in make_batches())
         trainer.step(first)
         if rank == size - 1:

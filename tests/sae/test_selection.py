@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sae_ray.sae.ranks import ALONE, Ranks
-from sae_ray.sae.selection import BatchSelection, largest_positive, largest_positive_per_row
+from sae_ray.sae.ranks import Ranks, Split
+from sae_ray.sae.selection import BatchSelection, largest_of_rows, largest_positive, largest_positive_per_row
 from tests.sae.thread_ranks import on_ranks
+
+Select = Callable[[torch.Tensor], torch.Tensor]
+SPLITS = ("rows", "latents")
 
 
 def normal(shape: tuple[int, int], seed: int, mean: float) -> torch.Tensor:
@@ -33,11 +39,35 @@ def sorted_selection(matrix: torch.Tensor, count: int) -> torch.Tensor:
     return order[matrix.flatten()[order] > 0].sort().values
 
 
-def over_ranks(size: int, matrix: torch.Tensor, count: int, guess: float = 0.0) -> torch.Tensor:
-    """Flat indices into the whole matrix."""
-    shares = matrix.chunk(size)
-    found = on_ranks(size, lambda ranks: largest_positive(shares[ranks.rank], count, guess, ranks))
-    return torch.cat([part + rank * shares[0].numel() for rank, part in enumerate(found)])
+def on_splits(size: int, by: str, matrices: list[torch.Tensor], start: Callable[[Split], Select]) -> list[torch.Tensor]:
+    """What ranks that split the rows or the latents select together of each matrix: flat indices into the whole.
+
+    `start` gives each rank what selects from its parts.
+    """
+
+    def work(ranks: Ranks) -> list[torch.Tensor]:
+        split = Split(**{by: ranks})
+        select, selected = start(split), []
+        for matrix in matrices:
+            n_rows, width = len(matrix) // split.rows.size, split.latents.share(matrix.shape[1])
+            part = split.latents.own(matrix.split(n_rows)[split.rows.rank].T).T.contiguous()
+            found = select(part)
+            assert (found.diff() > 0).all(), "ascending"
+            rows = found // width + n_rows * split.rows.rank
+            selected.append(rows * matrix.shape[1] + split.latents.places(found % width))
+        return selected
+
+    return [torch.cat(parts).sort().values for parts in zip(*on_ranks(size, work), strict=True)]
+
+
+def over_ranks(size: int, matrix: torch.Tensor, count: int, guess: float = 0.0, by: str = "rows") -> torch.Tensor:
+    [found] = on_splits(size, by, [matrix], lambda split: lambda part: largest_positive(part, count, guess, split))
+    return found
+
+
+def rows_over_shards(size: int, matrix: torch.Tensor, k: int) -> torch.Tensor:
+    [found] = on_splits(size, "latents", [matrix], lambda split: lambda part: largest_positive_per_row(part, k, split))
+    return found
 
 
 @given(matrices, st.integers(1, 300))
@@ -47,9 +77,9 @@ def test_it_is_what_sorting_gives_however_many_ranks_there_are(matrix: torch.Ten
     expected = sorted_selection(matrix, count)
     for guess in (0.0, 0.5, 1.0, 1e6, matrix.max().item(), matrix.median().item()):
         assert torch.equal(largest_positive(matrix, count, guess), expected)
-    for size in (2, 4):
+    for size, by in product((2, 4), SPLITS):
         for guess in (0.0, 1.0, 1e6, matrix.median().item()):
-            assert torch.equal(over_ranks(size, matrix, count, guess), expected)
+            assert torch.equal(over_ranks(size, matrix, count, guess, by), expected)
 
 
 @given(matrices, st.integers(1, 60))
@@ -57,23 +87,45 @@ def test_per_row_it_is_what_sorting_each_row_gives(matrix: torch.Tensor, k: int)
     width = matrix.shape[1]
     expected = torch.cat([sorted_selection(row, k) + number * width for number, row in enumerate(matrix)])
     assert torch.equal(largest_positive_per_row(matrix, min(k, width)), expected)
+    for size in (2, 4):
+        assert torch.equal(rows_over_shards(size, matrix, min(k, width)), expected)
 
 
+@given(matrices, st.integers(1, 60))
+def test_candidates_of_a_row_compete_over_shards_with_whatever_sign(matrix: torch.Tensor, k: int):
+    def strongest(part: torch.Tensor) -> torch.Tensor:
+        """Ascending flat indices of the `k` largest values of each row, be they below 0."""
+        columns = part.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return (columns + part.shape[1] * torch.arange(len(part)).unsqueeze(1)).flatten().sort().values
+
+    for size in (2, 4):
+        [found] = on_splits(
+            size,
+            "latents",
+            [matrix],
+            lambda split: lambda part: largest_of_rows(part, strongest(part), k, split.latents),
+        )
+        assert torch.equal(found, strongest(matrix))
+
+
+@pytest.mark.parametrize("by", SPLITS)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_ties_at_the_boundary_go_to_the_first_rows(size: int):
-    matrix = torch.ones(4, 64)
+def test_ties_at_the_boundary_go_to_the_first_rows(size: int, by: str):
+    matrix = torch.ones(4, 63)
     matrix[3, 5] = 2
-    expected = torch.tensor([*range(70), 3 * 64 + 5])
-    assert torch.equal(over_ranks(size, matrix, 71), expected)
+    expected = torch.tensor([*range(70), 3 * 63 + 5])
+    assert torch.equal(over_ranks(size, matrix, 71, by=by), expected)
 
 
+@pytest.mark.parametrize("by", SPLITS)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_one_rank_may_hold_all_or_none_of_them(size: int):
-    matrix = torch.full((4, 64), -1.0)
-    matrix[2] = torch.arange(64) + 1.0
-    assert torch.equal(over_ranks(size, matrix, 10), 2 * 64 + torch.arange(54, 64))
-    assert torch.equal(over_ranks(size, matrix, 100), 2 * 64 + torch.arange(64))
-    assert over_ranks(size, -matrix.abs(), 10).numel() == 0
+def test_one_rank_may_hold_all_or_none_of_them(size: int, by: str):
+    matrix = torch.full((64, 64), -1.0)
+    matrix[2 if by == "rows" else slice(None), 2 if by == "latents" else slice(None)] = torch.arange(64) + 1.0
+    order = matrix.flatten().argsort(descending=True)
+    assert torch.equal(over_ranks(size, matrix, 10, by=by), order[:10].sort().values)
+    assert torch.equal(over_ranks(size, matrix, 100, by=by), order[:64].sort().values)
+    assert over_ranks(size, -matrix.abs(), 10, by=by).numel() == 0
 
 
 def test_values_of_any_size_are_told_apart():
@@ -82,21 +134,17 @@ def test_values_of_any_size_are_told_apart():
     values = torch.stack([start, start.nextafter(torch.tensor(torch.inf))]).flatten()
     for count in range(1, 11):
         assert torch.equal(largest_positive(values.view(2, 5), count), sorted_selection(values, count))
-        assert torch.equal(over_ranks(2, values.view(2, 5), count), sorted_selection(values, count))
+        for by in SPLITS:
+            assert torch.equal(over_ranks(2, values.view(2, 5), count, by=by), sorted_selection(values, count))
     double = (1 + torch.arange(1.0, 9, dtype=torch.float64) * 2**-52).view(2, 4)
     assert torch.equal(largest_positive(double, 3), torch.tensor([5, 6, 7]))
 
 
+@pytest.mark.parametrize("by", SPLITS)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_batch_after_batch_selects_k_per_sample(size: int):
+def test_batch_after_batch_selects_k_per_sample(size: int, by: str):
     """Values rise, fall, vanish and come back: where the last selection lay misleads the next."""
-    batches = [scale * normal((8, 40), seed, 0) for seed, scale in enumerate((1, 100, 1, 0.01, -0.0, 1, 1))]
-
-    def work(ranks: Ranks) -> list[torch.Tensor]:
-        select = BatchSelection(3, ranks)
-        return [select(batch.chunk(size)[ranks.rank]) for batch in batches]
-
-    found = on_ranks(size, work) if size > 1 else [work(ALONE)]
-    for number, batch in enumerate(batches):
-        chosen = torch.cat([part[number] + rank * 8 // size * 40 for rank, part in enumerate(found)])
+    batches = [scale * normal((8, 39), seed, 0) for seed, scale in enumerate((1, 100, 1, 0.01, -0.0, 1, 1))]
+    found = on_splits(size, by, batches, lambda split: BatchSelection(3, split))
+    for batch, chosen in zip(batches, found, strict=True):
         assert torch.equal(chosen, sorted_selection(batch, 24))

@@ -22,12 +22,15 @@ class _ThreadRanks(Ranks):
         self._barrier, self._parts = barrier, parts
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self._exchange(rows))
+        return torch.cat(self._tell(rows))
+
+    def exchange(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.stack([part.unflatten(0, (self.size, -1))[self.rank] for part in self._tell(rows)])
 
     def _reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
-        return REDUCE[op](torch.stack(self._exchange(tensor))).to(tensor.dtype)
+        return REDUCE[op](torch.stack(self._tell(tensor))).to(tensor.dtype)
 
-    def _exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def _tell(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         self._parts[self.rank] = tensor.clone()
         self._barrier.wait()
         parts = list(self._parts)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from sae_ray.jobs.cluster import free_port
 
-from tests.machine import PATIENCE_S, until
+from tests.machine import PATIENCE_S, RAY, head_options, until
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.serve]
@@ -34,14 +34,6 @@ training = {{ batch_size = 64, steps = 60, warmup_steps = 5, threshold_start_ste
 resources = {{ extract.workers = 1, evaluate.workers = 1, score.workers = 1 }}
 """
 
-START = """
-from sae_ray.jobs.cluster import allow_slow_starts
-allow_slow_starts()
-from ray.scripts.scripts import main
-main()
-"""
-"""`ray`, with more patience than it has on a busy machine."""
-
 
 def lines_to_deploy() -> str:
     """The indented lines of the comment at the head of the configuration."""
@@ -51,8 +43,8 @@ def lines_to_deploy() -> str:
 
 def lines_to_submit() -> str:
     fences = re.findall(r"^```\w*\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    [lines] = [fence for fence in fences if "ray job submit" in fence]
-    return lines
+    [lines] = [fence for fence in fences if "sae-ray submit" in fence]
+    return lines.replace("http://127.0.0.1:8265", "$RAY_DASHBOARD_ADDRESS")
 
 
 @pytest.fixture
@@ -61,7 +53,6 @@ def checkout(served_study, tmp_path) -> tuple[Path, str]:
     folder = tmp_path / "checkout"
     for room in ("sae_ray", "jobs", "serve", "cluster"):
         shutil.copytree(REPOSITORY / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(REPOSITORY / ".gitignore", folder)
     (folder / "runs").mkdir()
     (folder / "runs" / "demo").symlink_to(served_study)
     (folder / "studies").mkdir()
@@ -90,14 +81,9 @@ def shell(checkout, home) -> Iterator[Callable[[str], str]]:
     folder, _ = checkout
     scratch = Path(tempfile.mkdtemp(prefix="sr", dir="/tmp"))  # Ray's sockets need a short path
     dashboard = free_port()
-    isolated = [
-        *("--temp-dir", scratch / "ray", "--num-cpus", 8, "--object-store-memory", 200 * 2**20),
-        *("--port", free_port(), "--dashboard-port", dashboard, "--ray-client-server-port", free_port()),
-        *("--dashboard-agent-listen-port", free_port(), "--dashboard-agent-grpc-port", free_port()),
-        *("--min-worker-port", 0, "--max-worker-port", 0, "--disable-usage-stats"),
-    ]
+    isolated = head_options(scratch / "ray", dashboard, cpus=8)
     ours = Path(sys.executable).parent
-    start = f'exec {ours}/python -c "{START}" "$@" {" ".join(map(str, isolated))}'
+    start = f'exec {ours}/python -c "{RAY}" "$@" {" ".join(isolated)}'
     (scratch / "ray-command").write_text(f'#!/bin/sh\nif [ "$1" = start ]; then {start}; fi\nexec {ours}/ray "$@"\n')
     (scratch / "bin").mkdir()
     (scratch / "ray-command").chmod(0o755)

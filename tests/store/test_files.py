@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pyarrow.fs import FileSystem
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.store.files import Folder, parent_and_name
+from sae_ray.store.files import Folder, parent_and_name, without_keys
 
 
 def test_nothing_is_created_until_something_is_written(tmp_path: Path):
@@ -30,6 +30,21 @@ def test_nothing_is_created_until_something_is_written(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
     folder.write_bytes("c/x", b"12")
     assert (tmp_path / "a" / "b" / "c" / "x").read_bytes() == b"12"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "s3://key:secret@study/root/a?endpoint_override=http%3A%2F%2F1.2.3.4&region=x is full",
+            "s3://study/root/a is full",
+        ),
+        ("no Folder('s3://key:secret@study/a?region=x') and no s3://b/c", "no Folder('s3://study/a') and no s3://b/c"),
+        ("write to me@here.org? yes: /tmp/a@b", "write to me@here.org? yes: /tmp/a@b"),
+    ],
+)
+def test_texts_lose_the_keys_of_their_uris(text: str, shown: str):
+    assert without_keys(text) == shown
 
 
 def test_what_is_written_is_read(tmp_path: Path):

@@ -31,9 +31,12 @@ from sae_ray.store.steps import (
     Step,
     digest,
     hold,
+    look,
+    note_failure,
     read_record,
+    tell,
 )
-from tests.machine import PATIENCE_S
+from tests.machine import PATIENCE_S, until
 
 TRAIN = SCHEMA_VERSIONS["train"]
 
@@ -58,12 +61,15 @@ def finished(step: Step) -> Step:
 
 @contextmanager
 def other_driver(step: Step) -> Iterator[subprocess.Popen]:
-    """A process that holds a step until it is told to end, by its standard input or by a signal."""
+    """A process that holds a step until it is told to end, by its standard input or a signal. It tells of its work."""
     code = """
 import sys
+from sae_ray.store import steps
 from sae_ray.store.files import Folder
-from sae_ray.store.steps import Step, hold
-with hold([Step(Folder(sys.argv[1]), "train", "sae-x", {"k": 4})]):
+steps.HEARTBEAT_SECONDS = 0.05
+step = steps.Step(Folder(sys.argv[1]), "train", "sae-x", {"k": 4})
+with steps.hold([step]):
+    steps.tell(step, {"done": 3})
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -200,9 +206,9 @@ def test_files_that_are_added_later_do_no_harm(step: Step):
 def test_a_torn_or_foreign_step_is_refused(step: Step, tear: Any, message: str):
     place = Path(str(finished(step).folder))
     tear(place, (place / RECORD).read_text())
-    for look in (step.record, lambda: read_record(step.folder)):
+    for read in (step.record, lambda: read_record(step.folder)):
         with pytest.raises(SaeRayError) as raised:
-            look()
+            read()
         assert message in str(raised.value)
         assert str(step.folder) in str(raised.value)
     assert step.status() == "torn"
@@ -243,6 +249,47 @@ def test_the_lock_of_a_killed_driver_is_taken_over_at_once(step: Step):
             assert step.status() == "running"
     assert step.folder.files() == {"half": 1}
     assert step.status() == "partial"
+
+
+def test_a_lock_tells_of_the_work(step: Step, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(steps, "HEARTBEAT_SECONDS", 0.01)
+    tell(step, {"done": 1})  # by nobody who holds it
+    with hold([step]):
+        assert (look(step).status, look(step).progress) == ("running", None)
+        tell(step, {"done": 2, "loss": float("nan")})
+        until(lambda: look(step).progress == {"done": 2, "loss": None})
+        tell(step, {"done": 3})
+        until(lambda: look(step).progress == {"done": 3})
+        step.folder.write_bytes("half", b"1")
+    assert look(step) == ("partial", None, None, {"half": 1})
+
+
+def test_a_dead_driver_has_told_where_it_stopped(step: Step):
+    with other_driver(step) as driver:
+        until(lambda: look(step).progress == {"done": 3})
+        assert look(step).status == "running"
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        assert (look(step).status, look(step).progress) == ("partial", {"done": 3})
+        with hold([step]):
+            assert (look(step).status, look(step).progress) == ("running", None)
+
+
+@pytest.mark.parametrize("status", ["done", "failed"])
+def test_the_last_failure_is_kept_until_the_step_is_finished(step: Step, status: Any):
+    with hold([step]):
+        note_failure(step, "the disk is full")
+        note_failure(step, "a node was lost")
+    assert step.status() == look(step).status == "partial"
+    with hold([step]):
+        found = look(step).failure
+        assert found is not None
+        assert found["reason"] == "a node was lost"
+        assert found.keys() == {"reason", "time", "host"}
+        step.folder.write_bytes("weights", b"12345")
+        step.finish(0.0, {}, status=status, reason="the loss is NaN")
+    assert sorted(step.folder.files()) == [RECORD, "weights"]
+    assert (step.record() or {})["files"] == {"weights": 5}
 
 
 def lock_of_another(step: Step, owner: dict, renewed: float, clock_error: float = 0.0) -> None:
@@ -313,6 +360,8 @@ def test_a_step_is_not_finished_by_a_driver_whose_lock_has_vanished(step: Step):
         step.folder.delete(lock)
         with pytest.raises(SaeRayError, match="has vanished"):
             step.finish(0.0, {})
+        with pytest.raises(SaeRayError, match="has vanished"):
+            note_failure(step, "the disk is full")
     assert step.folder.files() == {"weights": 1}
 
 

@@ -199,6 +199,11 @@ def test_all_problems_are_told_at_once():
         ({"architectures.jumprelu.bandwidth": 0}, "architectures.jumprelu.bandwidth = 0.0: make it a number above 0"),
         ({"architectures.jumprelu": 3}, "architectures.jumprelu = 3: Input should be a dictionary"),
         ({"resources.train.workers": 3}, "resources.train.workers = 3: choose a divisor of training.batch_size = 4096"),
+        (
+            {"resources.train.workers": 4, "resources.train.shards": 2},
+            "resources.train.shards = 2: make it 1, or resources.train.workers = 4 1: one bundle has workers or shards",
+        ),
+        ({"resources.train.shards": 0}, "resources.train.shards = 0: Input should be greater than or equal"),
         ({"resources.extract.workers": 0}, "resources.extract.workers = 0: Input should be greater than or equal"),
         ({"resources.score.gpus": -1}, "resources.score.gpus = -1: Input should be greater than or equal"),
         ({"resources.steering.batch_size": 0}, "resources.steering.batch_size = 0: Input should be"),
@@ -443,8 +448,9 @@ def test_resources_and_root_change_no_step(make_plan: MakePlan, tmp_path: Path):
         for stage, fields in resources.items()
         for name, value in fields.items()
     }
-    assert len(overrides) == 25
-    assert names(make_plan(overrides)) == before
+    assert len(overrides) == 26
+    shards = {"resources.train.shards": overrides.pop("resources.train.shards")}  # never beside several workers
+    assert names(make_plan(overrides)) == names(make_plan(shards)) == before
     assert names(make_plan(root=tmp_path / "elsewhere")) == before
 
 
@@ -500,6 +506,7 @@ def test_a_study_that_was_remembered_is_the_same_steps(make_plan: MakePlan):
     ("overrides", "message"),
     [
         ({"grid.k": [4, 33]}, "cell.k = 33: make it at most d_sae = 32"),
+        ({"resources.train.shards": 33}, "resources.train.shards = 33: choose at most 32, the latents of an SAE with"),
         ({"grid.expansions": [0.01]}, "cell.expansion = 0.01: make it at least 1/16: the input is 16 wide"),
         ({"grid.sites": ["projection", "layer2:cls"]}, "layer is 2, but .*clip has 2 layers; name one from 0 to 1"),
         ({"grid.sites": ["layer0:random:6"]}, "clip has 5 tokens per image; ask for at most 5"),

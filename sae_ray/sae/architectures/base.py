@@ -19,28 +19,29 @@ if TYPE_CHECKING:
 
     from sae_ray.sae.config import Cell
     from sae_ray.sae.model import SAE
-    from sae_ray.sae.ranks import Ranks
+    from sae_ray.sae.ranks import Split
     from sae_ray.sae.sparse import Pattern
     from sae_ray.sae.weights import Weights
 
 
 class Forward(NamedTuple):
-    """One batch through an SAE in training."""
+    """This rank's rows of one batch through an SAE in training. Losses and residual are those of all latents."""
 
     reconstruction_loss: Float[Tensor, ""]
     """With gradient."""
     sparsity_penalty: Float[Tensor, ""]
     """With gradient, before its coefficient; 0 where sparsity is by selection."""
-    residual: Float[Tensor, "batch d_in"]
-    """x minus the reconstruction from all latents; no gradient."""
-    pre: Float[Tensor, "batch d_sae"]
-    """Pre-activations; no gradient. On a CPU they hold until the next forward pass in this thread, of any cell."""
-    fired: Bool[Tensor, " d_sae"]
-    """Latents that were active at least once."""
+    residual: Float[Tensor, "rows d_in"]
+    """x minus the reconstruction; no gradient."""
+    pre: Float[Tensor, "rows latents"]
+    """Pre-activations of this rank's latents; no gradient. On a CPU they hold until the next forward pass in this
+    thread, of any cell."""
+    fired: Bool[Tensor, " latents"]
+    """Those that were active at least once."""
     n_active: Float[Tensor, ""]
-    """Number of active entries."""
+    """Number of this rank's active entries."""
     smallest_active: Float[Tensor, ""]
-    """The smallest active value, infinite when there is none."""
+    """Their smallest value, infinite when there is none."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,11 @@ class Architecture(ABC):
 
     # Training
 
-    def __init__(self, cell: Cell, d_in: int, ranks: Ranks):
-        """`ranks`: they hold equal shares of a batch; a selection over the batch is over all of them."""
-        self.cell = cell
-        self.group_sizes = cell.group_sizes(d_in)
+    def __init__(self, cell: Cell, d_in: int, split: Split):
+        """`split`: how rows and latents are split over ranks. Weights and inputs are this rank's."""
+        self.cell, self.split = cell, split
+        self.prefixes = [split.latents.share(end) for end in accumulate(cell.group_sizes(d_in))]
+        """How many of this rank's latents each nested prefix has."""
 
     @property
     def learned_threshold(self) -> float | None:
@@ -107,7 +109,7 @@ class Architecture(ABC):
         from sae_ray.sae.kernels import kernels_for
         from sae_ray.sae.product import affine
 
-        centred = x - weights.b_dec
+        centred = x - self.split.latents.shared(weights.b_dec)
         if self.cell.training.dtype == "bfloat16":
             rough, W_enc = centred.bfloat16(), weights.W_enc_t.bfloat16().T
             if x.is_cuda and not torch.is_grad_enabled():
@@ -155,8 +157,8 @@ class SelectingArchitecture(Architecture):
     uses = Architecture.uses | {"auxk_weight", "auxk_select", "dead_after_samples"}
 
     @abstractmethod
-    def select(self, pre: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " nnz"]:
-        """Ascending flat indices of the active entries, all of them above 0."""
+    def select(self, pre: Float[Tensor, "rows latents"]) -> Int[Tensor, " nnz"]:
+        """Ascending flat indices of this rank's active entries, all of them above 0."""
 
     def forward(self, weights: Weights, x: Tensor) -> Forward:
         import torch
@@ -167,7 +169,8 @@ class SelectingArchitecture(Architecture):
             pre = self.pre_activations(weights, x)
             flat = self.select(pre)
         pattern = Pattern.of_flat(flat, *pre.shape)
-        values = encode_entries(pre.flatten()[flat], x, weights.W_enc_t, weights.b_enc, weights.b_dec, pattern)
+        b_dec = self.split.latents.shared(weights.b_dec)
+        values = encode_entries(pre.flatten()[flat], x, weights.W_enc_t, weights.b_enc, b_dec, pattern)
         errors = x - self._reconstruct_prefixes(values, pattern, weights)
         n_prefixes = len(errors)
         kept = values.detach()
@@ -184,20 +187,21 @@ class SelectingArchitecture(Architecture):
 
     def _reconstruct_prefixes(
         self, values: Float[Tensor, " nnz"], pattern: Pattern, weights: Weights
-    ) -> Float[Tensor, "n_prefixes batch d_in"]:
+    ) -> Float[Tensor, "n_prefixes rows d_in"]:
         import torch
 
         from sae_ray.sae.sparse import Pattern, decode_entries
 
-        if len(self.group_sizes) == 1:
-            return (decode_entries(values, weights.W_dec, pattern) + weights.b_dec).unsqueeze(0)
-        ends = torch.tensor(list(accumulate(self.group_sizes)), device=values.device)
+        joined = self.split.latents.joined
+        if len(self.prefixes) == 1:
+            return (joined(decode_entries(values, weights.W_dec, pattern)) + weights.b_dec).unsqueeze(0)
+        ends = torch.tensor(self.prefixes, device=values.device)
         group = torch.bucketize(pattern.latents, ends, right=True)
         # Each group decodes into a batch of its own; a prefix is the sum of the groups up to its end.
         rows = group * pattern.n_rows + pattern.rows
         order = rows.argsort(stable=True)
         grouped = Pattern(rows[order], pattern.latents[order], len(ends) * pattern.n_rows, pattern.n_latents)
-        parts = decode_entries(values[order], weights.W_dec, grouped)
+        parts = joined(decode_entries(values[order], weights.W_dec, grouped))
         return parts.view(len(ends), pattern.n_rows, -1).cumsum(0) + weights.b_dec
 
 
@@ -208,20 +212,21 @@ class PenalisedArchitecture(Architecture):
     uses = Architecture.uses | {"sparsity_warmup_steps"}
 
     @abstractmethod
-    def activate(self, pre: Tensor, weights: Weights) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, ""]]:
-        """Codes and sparsity penalty."""
+    def activate(self, pre: Tensor, weights: Weights) -> tuple[Float[Tensor, "rows latents"], Float[Tensor, ""]]:
+        """Codes and sparsity penalty of this rank's latents; penalties are added up over latents."""
 
     def forward(self, weights: Weights, x: Tensor) -> Forward:
         import torch
 
         pre = self.pre_activations(weights, x)
         codes, penalty = self.activate(pre, weights)
-        error = x - (codes @ weights.W_dec + weights.b_dec)
+        joined = self.split.latents.joined
+        error = x - (joined(codes @ weights.W_dec) + weights.b_dec)
         kept = codes.detach()
         active = kept > 0
         return Forward(
             reconstruction_loss=error.square().sum(-1).mean(),
-            sparsity_penalty=penalty,
+            sparsity_penalty=joined(penalty),
             residual=error.detach(),
             pre=pre.detach(),
             fired=active.any(0),

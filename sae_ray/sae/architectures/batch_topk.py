@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_ray.sae.config import Cell
-    from sae_ray.sae.ranks import Ranks
+    from sae_ray.sae.ranks import Split
 
 
 class BatchTopK(SelectingArchitecture):
@@ -21,12 +21,12 @@ class BatchTopK(SelectingArchitecture):
     has_threshold = estimates_threshold = True
     sae_lens = "jumprelu"
 
-    def __init__(self, cell: Cell, d_in: int, ranks: Ranks):
+    def __init__(self, cell: Cell, d_in: int, split: Split):
         from sae_ray.sae.selection import BatchSelection
 
-        super().__init__(cell, d_in, ranks)
+        super().__init__(cell, d_in, split)
         assert cell.k is not None
-        self._selection = BatchSelection(cell.k, ranks)
+        self._selection = BatchSelection(cell.k, split)
 
     def select(self, pre: Tensor) -> Tensor:
         return self._selection(pre)

@@ -25,7 +25,7 @@ class TopK(SelectingArchitecture):
         from sae_ray.sae.selection import largest_positive_per_row
 
         assert self.cell.k is not None
-        return largest_positive_per_row(pre, self.cell.k)
+        return largest_positive_per_row(pre, self.cell.k, self.split)
 
     @classmethod
     def check_sae(cls, sae: SAE) -> None:
