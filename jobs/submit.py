@@ -139,8 +139,8 @@ def check_paths(study: Study) -> None:
         path = model.removeprefix("open_clip:local-dir:")
         is_path = path != model or path.startswith(".") or Path(path).is_dir()  # else the id of a model on the hub
         check(not is_path or _is_absolute(path), field, model,
-              "a relative path is one of this machine; give an absolute path that all nodes of the cluster have, or "
-              "the id of a model on the hub")  # fmt: skip
+              "a relative path is one of this machine; give an absolute path that all nodes of the cluster have, a "
+              "URI such as s3://bucket/folder, or the id of a model on the hub")  # fmt: skip
 
 
 def _is_absolute(path: str) -> bool:
