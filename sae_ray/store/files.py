@@ -6,6 +6,10 @@ import json
 import re
 import shutil
 import uuid
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +26,8 @@ OBJECT_STORES = ("s3", "gcs", "abfs")
 S3_ATTEMPTS = 12
 """Of a request that S3 refuses (500, 503) or does not answer: it is made again after 25 ms, and then after twice the
 time before, for 50 to 100 seconds in all. By default pyarrow gives up after seconds."""
+LISTED_AHEAD = 4
+"""Folders, so that the store's answers need not be waited for one by one."""
 
 
 class Folder:
@@ -107,6 +113,32 @@ class Folder:
         found = [info for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
         return {info.base_name: info.mtime_ns / 1e9 for info in found}
 
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """Relative path and size of each file below, sorted by path, without hidden files and folders.
+
+        Folders are listed one by one: what is in memory depends on the largest of them, not on their number.
+        """
+        prefix = len(self.path.rstrip("/")) + 1
+
+        def listed(path: str) -> list[fs.FileInfo]:
+            found = self.filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+            visible = [info for info in found if not info.base_name.startswith(".")]
+            return sorted(visible, key=lambda info: info.path + "/" * (info.type == fs.FileType.Directory))
+
+        def below(infos: list[fs.FileInfo]) -> Iterator[tuple[str, int]]:
+            folders = (info for info in infos if info.type == fs.FileType.Directory)
+            coming: deque[Future[list[fs.FileInfo]]] = deque()
+            for info in infos:
+                if info.type == fs.FileType.File:
+                    yield info.path[prefix:], info.size
+                elif info.type == fs.FileType.Directory:
+                    while len(coming) < LISTED_AHEAD and (following := next(folders, None)):
+                        coming.append(reader.submit(listed, following.path))
+                    yield from below(coming.popleft().result())
+
+        with ThreadPoolExecutor(LISTED_AHEAD) as reader:
+            yield from below(listed(self.path))
+
     def folders(self) -> list[str]:
         """Names of the direct sub-folders, sorted."""
         selector = fs.FileSelector(self.path, recursive=False, allow_not_found=True)
@@ -124,18 +156,28 @@ class Folder:
         except ValueError as error:
             raise SaeRayError(f"{self / name} is not JSON ({error}); delete its folder and run again") from error
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    @contextmanager
+    def _appearing(self, name: str) -> Iterator[str]:
+        """The path to write a file to, which gets its name when the block ends."""
         path = self.path_to_write(name)
         target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if self.is_local else path
         try:
-            with self.filesystem.open_output_stream(target) as stream:
-                stream.write(data)
+            yield target
             if self.is_local:
                 self.filesystem.move(target, path)
         except BaseException:
             if self.is_local:
                 Path(target).unlink(missing_ok=True)
             raise
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        with self._appearing(name) as target, self.filesystem.open_output_stream(target) as stream:
+            stream.write(data)
+
+    def write_copy(self, name: str, source: Folder, source_name: str) -> None:
+        """Copies a file of another folder, of any size."""
+        with self._appearing(name) as target:
+            fs.copy_files(source.path_of(source_name), target, source.filesystem, self.filesystem)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
