@@ -20,7 +20,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +41,8 @@ from sae_ray.store.activations import (
 )
 from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
-from sae_ray.store.steps import hold
+from sae_ray.store.steps import Step, hold
+from sae_ray.store.tables import StoredTable
 from sae_ray.study.config import ExtractResources
 from sae_ray.study.plan import ExtractPlan, ImagePlan, StudyPlan
 
@@ -78,13 +79,29 @@ def run_only(plan: StudyPlan, wanted: Sequence[ExtractPlan]) -> None:
 
 def _write_lists(images: ImagePlan) -> None:
     """The manifest and the labels."""
-    for step, name in ((images.step, "manifest"), (images.labels_step, "labels")):
+    lists: list[tuple[Step, Literal["manifest", "labels"]]]
+    lists = [(images.step, "manifest"), (images.labels_step, "labels")]
+    for step, name in lists:
         if not step.finished:
             with hold([step]), noting_failures([step]):
                 started = time.monotonic()
-                table = getattr(images, name)
-                step.folder.write_parquet(f"{name}.parquet", table)
+                table = images.stored(name)
+                step.folder.write_copy(f"{name}.parquet", table.folder, table.name)
                 step.finish(time.monotonic() - started, {"images": table.num_rows})
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """What a decoder needs to know about one image set."""
+
+    folder: Folder
+    manifest: StoredTable
+    """The one under the root, which every node can read."""
+    per_part: int
+
+    def image_ids(self, part: int) -> list[str]:
+        """Of the images of a part."""
+        return self.manifest.slice(part * self.per_part, self.per_part)["image_id"].to_pylist()
 
 
 @dataclass(frozen=True)
@@ -118,24 +135,20 @@ class PartsOf:
         self.per_part = per_part = todo[0].step.config["images_per_part"]
         present = [finished_parts(extract.step.folder) for extract in todo]
         numbers = range(-(-images.n_images // per_part))
-        self.missing = [number for number in numbers if any(number not in parts for parts in present)]
+        self.missing = {number for number in numbers if any(number not in parts for parts in present)}
 
     def n_images(self, number: int) -> int:
         return min(self.per_part, self.images.n_images - number * self.per_part)
 
     @property
+    def source(self) -> ImageSource:
+        manifest = StoredTable(self.images.step.folder, "manifest.parquet")
+        return ImageSource(self.images.folder, manifest, self.per_part)
+
+    @property
     def rows(self) -> list[dict[str, Any]]:
         """The missing parts as rows of the dataset."""
-        ids = self.images.manifest["image_id"]
-        return [
-            {
-                "images": self.images.name,
-                "part": number,
-                "first_image": number * self.per_part,
-                "image_ids": ids.slice(number * self.per_part, self.per_part).to_pylist(),
-            }
-            for number in self.missing
-        ]
+        return [{"images": self.images.name, "part": number} for number in sorted(self.missing)]
 
 
 def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
@@ -193,7 +206,7 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[
     workers, gpus, decoders = _shares(resources, memory)
     rows = [row for parts in sets for row in parts.rows]
     run = uuid.uuid4().hex
-    decode = PartDecoder({parts.images.name: parts.images.folder for parts in sets}, jobs, run, board)
+    decode = PartDecoder({parts.images.name: parts.source for parts in sets}, jobs, run, board)
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
@@ -263,12 +276,12 @@ def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
 class PartDecoder:
     """The task that decodes: a row of `PartsOf` -> the same with pixels for every encoder, and the rejects.
 
-    It adds `begun`, too: how often the part was begun before.
+    It adds the part's images, and `begun`: how often it was begun before.
     """
 
-    def __init__(self, folders: dict[str, Folder], jobs: Sequence[EncoderJob], run: str, board: Any):
-        """`folders`: of every image set, by name."""
-        self.folders = folders
+    def __init__(self, sources: dict[str, ImageSource], jobs: Sequence[EncoderJob], run: str, board: Any):
+        """`sources`: every image set, by name."""
+        self.sources = sources
         self.jobs = jobs
         self.run = run
         self.board = board
@@ -278,18 +291,22 @@ class PartDecoder:
         ]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        name = batch["images"][0].as_py()
+        name, part = batch["images"][0].as_py(), batch["part"][0].as_py()
+        source = self.sources[name]
         used = [number for number, job in enumerate(self.jobs) if name in job.steps]
         preparations = [self.preparations[number] for number in used]
-        begun = begin_part(self.jobs, name, batch["part"][0].as_py(), self.run, "decode")
-        ids = batch["image_ids"][0].as_py() if begun < MOST_TRIES else []
-        piece = f"{name} {batch['part'][0].as_py()}"
+        begun = begin_part(self.jobs, name, part, self.run, "decode")
+        image_ids = source.image_ids(part)
+        piece = f"{name} {part}"
 
         def tell(done: int) -> None:
             if done % IMAGES_PER_REPORT == 0:
                 self.board.set.remote(piece, done // 2)  # the other half is encoding
 
-        decoded = decode_part(self.folders[name], ids, preparations, begun > 0, tell)
+        wanted = image_ids if begun < MOST_TRIES else []
+        decoded = decode_part(source.folder, wanted, preparations, begun > 0, tell)
+        batch = batch.append_column("first_image", pa.array([part * source.per_part]))
+        batch = batch.append_column("image_ids", pa.array([image_ids], pa.list_(pa.string())))
         batch = batch.append_column("begun", pa.array([begun]))
         batch = batch.append_column("accepted", pa.array([decoded.accepted], pa.list_(pa.int64())))
         batch = batch.append_column("rejects", pa.array([decoded.rejects], pa.list_(pa.struct(REJECTS_SCHEMA))))

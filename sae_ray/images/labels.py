@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import csv
 import io
-import os
+import math
+import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePosixPath
 
@@ -126,16 +127,14 @@ def _parent(image_ids: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _n_shared(parents: Iterable[str]) -> int | None:
-    """How many leading folders all share. The last is a class even if all share it. None if an image is in no folder."""
-    shared: list[str] | None = None
-    fewest = 0
+    """How many leading folders all images share, without the last one of any. None if an image is in no folder."""
+    shared, most = None, math.inf
     for parent in parents:
         if not parent:
             return None
-        folders = parent.split("/")
-        fewest = len(folders) if shared is None else min(fewest, len(folders))
-        shared = folders if shared is None else os.path.commonprefix([shared, folders])
-    return None if shared is None else min(len(shared), fewest - 1)
+        shared = parent if shared is None else posixpath.commonpath([shared, parent])
+        most = min(most, parent.count("/"))
+    return None if shared is None else int(min(most, len(shared.split("/")) if shared else 0))
 
 
 def _from_csv(file: str, text: str, parent: Folder, image_ids: list[str]) -> dict[str, str]:

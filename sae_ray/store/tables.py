@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect, bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from tempfile import TemporaryDirectory
@@ -44,13 +45,12 @@ class StoredTable:
                 yield file.read_row_group(number, columns)
 
     def slice(self, start: int, length: int) -> pa.Table:
-        """Some rows. The row groups that they are in are read whole, the last one but once for several calls."""
-        ends = list(itertools.accumulate(_group_rows(self.folder, self.name), initial=0))
-        wanted = [n for n, (first, end) in enumerate(itertools.pairwise(ends)) if first < start + length and start < end]
-        if not wanted:
-            return self.schema.empty_table()
-        found = pa.concat_tables([_group(self.folder, self.name, number) for number in wanted])
-        return found.slice(start - ends[wanted[0]], length)
+        """Some rows. Their row groups are read whole; a process keeps the last ones for the next call."""
+        ends = _ends(self.folder, self.name)
+        wanted = range(bisect(ends, start), bisect_left(ends, start + length) + 1)
+        groups = [_group(self.folder, self.name, number) for number in wanted if number < len(ends)]
+        first = ends[wanted[0] - 1] if wanted[0] else 0
+        return pa.concat_tables([self.schema.empty_table(), *groups]).slice(start - first, length)
 
     def read(self) -> pa.Table:
         """The whole table."""
@@ -88,9 +88,10 @@ def _metadata(folder: Folder, name: str) -> pq.FileMetaData:
 
 
 @lru_cache(maxsize=4)
-def _group_rows(folder: Folder, name: str) -> list[int]:
+def _ends(folder: Folder, name: str) -> list[int]:
+    """The row after the last one of each row group."""
     found = _metadata(folder, name)
-    return [found.row_group(number).num_rows for number in range(found.num_row_groups)]
+    return list(itertools.accumulate(found.row_group(number).num_rows for number in range(found.num_row_groups)))
 
 
 @lru_cache(maxsize=2)

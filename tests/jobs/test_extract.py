@@ -18,8 +18,10 @@ from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import decode_image
+from sae_ray.images.manifest import MANIFEST_SCHEMA
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
+from sae_ray.store.tables import spooled
 
 
 def rows(folder: Folder) -> list[tuple[int, int, bytes]]:
@@ -115,8 +117,10 @@ def test_a_file_that_may_not_be_read_is_a_reject(ray_cluster, world, tmp_path):
     board = ray.remote(Board).remote()
     step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
     job = extract.EncoderJob(f"{world}/clip", None, "float32", None, {"train": [step]})
-    decode = extract.PartDecoder({"train": Locked(str(world))}, [job], "run", board)
-    batch = decode(pa.table({"images": ["train"], "part": [0], "image_ids": [names]}))
+    manifest = spooled(MANIFEST_SCHEMA, [pa.table([range(12), names, [1] * 12], schema=MANIFEST_SCHEMA)])
+    source = extract.ImageSource(Locked(str(world)), manifest, 12)
+    decode = extract.PartDecoder({"train": source}, [job], "run", board)
+    batch = decode(pa.table({"images": ["train"], "part": [0]}))
     locked = [name for name in names if name.endswith("0.png")]
     assert batch["rejects"][0].as_py() == [{"image_id": name, "reason": "no permission to read it"} for name in locked]
     assert len(batch["accepted"][0]) == batch["shape_0"][0].as_py()[0] == len(names) - len(locked) > 0
