@@ -26,7 +26,7 @@ OBJECT_STORES = ("s3", "gcs", "abfs")
 S3_ATTEMPTS = 12
 """Of a request that S3 refuses (500, 503) or does not answer: it is made again after 25 ms, and then after twice the
 time before, for 50 to 100 seconds in all. By default pyarrow gives up after seconds."""
-LISTED_AHEAD = 4
+LISTED_AHEAD = 8
 """Folders, so that the store's answers need not be waited for one by one."""
 
 
@@ -118,23 +118,30 @@ class Folder:
 
         Folders are listed one by one: what is in memory depends on the largest of them, not on their number.
         """
-        prefix = len(self.path.rstrip("/")) + 1
+        prefix = len(self.path_of(""))
 
-        def listed(path: str) -> list[fs.FileInfo]:
-            found = self.filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-            visible = [info for info in found if not info.base_name.startswith(".")]
-            return sorted(visible, key=lambda info: info.path + "/" * (info.type == fs.FileType.Directory))
-
-        def below(infos: list[fs.FileInfo]) -> Iterator[tuple[str, int]]:
-            folders = (info for info in infos if info.type == fs.FileType.Directory)
-            coming: deque[Future[list[fs.FileInfo]]] = deque()
-            for info in infos:
-                if info.type == fs.FileType.File:
-                    yield info.path[prefix:], info.size
+        def listed(path: str) -> list[tuple[str, int | None]]:
+            """Files with their sizes and folders, whose names end in a slash, as whole paths are sorted."""
+            found = []
+            for info in self.filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+                if info.base_name[:1] == ".":
+                    continue
+                if info.size is not None:  # quicker to ask for than the type
+                    found.append((info.path[prefix:], info.size))
                 elif info.type == fs.FileType.Directory:
-                    while len(coming) < LISTED_AHEAD and (following := next(folders, None)):
-                        coming.append(reader.submit(listed, following.path))
-                    yield from below(coming.popleft().result())
+                    found.append((info.path[prefix:] + "/", None))
+            return sorted(found)
+
+        def below(found: list[tuple[str, int | None]]) -> Iterator[tuple[str, int]]:
+            folders = (name for name, size in found if size is None)
+            coming: deque[Future[list[tuple[str, int | None]]]] = deque()
+            for name, size in found:
+                if size is not None:
+                    yield name, size
+                    continue
+                while len(coming) < LISTED_AHEAD and (following := next(folders, None)):
+                    coming.append(reader.submit(listed, self.path_of(following.rstrip("/"))))
+                yield from below(coming.popleft().result())
 
         with ThreadPoolExecutor(LISTED_AHEAD) as reader:
             yield from below(listed(self.path))
