@@ -11,14 +11,15 @@ decoded image by image in a process of its own, and one that still ends its proc
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 import uuid
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from threading import Lock
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from sae_ray.errors import SaeRayError
 from sae_ray.images.part import Preparation, decode_part
 from sae_ray.store.activations import (
     REJECTS_SCHEMA,
+    Part,
     finish_store,
     finished_parts,
     part_name,
@@ -50,7 +52,8 @@ from .cluster import at_most_a_node, gpus_or_default, n_cpus, n_gpus, require, r
 from .progress import Progress, say
 from .stage import at_work, noting_failures, unfinished
 
-IMAGES_PER_REPORT = 16
+REPORT_SECONDS = 1.0
+"""Between two reports on a part: more of them from hundreds of workers would drown the board."""
 MOST_TRIES = 5
 """How often a part may be begun in one run."""
 ENCODER_BYTES = 3 * 2**29
@@ -136,6 +139,8 @@ class PartsOf:
         present = [finished_parts(extract.step.folder) for extract in todo]
         numbers = range(-(-images.n_images // per_part))
         self.missing = {number for number in numbers if any(number not in parts for parts in present)}
+        self.written: dict[str, dict[int, Part]] = {extract.step.name: {} for extract in todo}
+        """Name of the step -> its parts that this run wrote: their markers need not be read."""
 
     def n_images(self, number: int) -> int:
         return min(self.per_part, self.images.n_images - number * self.per_part)
@@ -163,7 +168,7 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
         nonlocal started
         seconds = time.monotonic() - started
         for extract in parts.todo:
-            _finish(extract, seconds, plan.study.images.max_bad_fraction)
+            _finish(extract, parts.written.pop(extract.step.name), seconds, plan.study.images.max_bad_fraction)
         started = time.monotonic()
 
     sites = dict.fromkeys(extract.site.name for extract in todo)
@@ -177,16 +182,19 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
         # Closed, so that nothing is written any more once the locks are released.
         left = [parts for parts in sets.values() if parts.missing]
         with closing(_encoded(left, plan, progress.board())) as encoded:
-            for name, number in encoded:
+            for name, number, written in encoded:
                 parts = sets[name]
                 parts.missing.remove(number)
+                for step, part in written.items():
+                    parts.written[step][number] = part
                 progress.advance(parts.n_images(number))
                 if not parts.missing:
                     finish(parts)
 
 
-def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[tuple[str, int]]:
-    """Runs the dataset over the missing parts; yields the image set and the number of each part as it is written.
+def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[tuple[str, int, dict[str, Part]]]:
+    """Runs the dataset over the missing parts; yields of each as it is written its image set, its number, and by the
+    name of the step what was written.
 
     `board` is told of the images of unfinished parts.
     """
@@ -239,7 +247,8 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[
     for row in dataset.iter_rows():
         if row["problem"]:
             raise SaeRayError(row["problem"])
-        yield row["images"], row["part"]
+        written = {step: Part.from_json(marker) for step, marker in json.loads(row["written"]).items()}
+        yield row["images"], row["part"], written
 
 
 def _bytes_of_a_part(parts: PartsOf) -> int:
@@ -299,9 +308,9 @@ class PartDecoder:
         image_ids = source.image_ids(part)
         piece = f"{name} {part}"
 
+        @now_and_then
         def tell(done: int) -> None:
-            if done % IMAGES_PER_REPORT == 0:
-                self.board.set.remote(piece, done // 2)  # the other half is encoding
+            self.board.set.remote(piece, done // 2)  # the other half is encoding
 
         wanted = image_ids if begun < MOST_TRIES else []
         decoded = decode_part(source.folder, wanted, preparations, begun > 0, tell)
@@ -317,6 +326,19 @@ class PartDecoder:
             shape = pa.array([None if of_encoder is None else of_encoder.shape], pa.list_(pa.int64()))
             batch = batch.append_column(f"pixels_{number}", value).append_column(f"shape_{number}", shape)
         return batch
+
+
+def now_and_then(tell: Callable[[int], None]) -> Callable[[int], None]:
+    """As `tell`, which is called at most every `REPORT_SECONDS`."""
+    last = time.monotonic()
+
+    def seldom(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            tell(done)
+
+    return seldom
 
 
 def begin_part(jobs: Sequence[EncoderJob], images: str, part: int, run: str, what: str) -> int:
@@ -349,11 +371,11 @@ class PartEncoder:
     def __call__(self, batch: pa.Table) -> pa.Table:
         images, part = batch["images"][0].as_py(), batch["part"][0].as_py()
         try:
-            self._write(images, part, batch)
-            problem = ""
+            written, problem = self._write(images, part, batch), ""
         except SaeRayError as error:  # as a row: an exception would reach the driver without its type
-            problem = str(error)
-        return pa.table({"images": [images], "part": [part], "problem": [problem]})
+            written, problem = {}, str(error)
+        columns = {"images": images, "part": part, "problem": problem, "written": json.dumps(written, default=asdict)}
+        return pa.table({name: [value] for name, value in columns.items()})
 
     def _encoder(self, number: int) -> Encoder:
         """Loaded when it is first needed: an actor whose start fails cannot tell the driver why."""
@@ -362,7 +384,8 @@ class PartEncoder:
             self.encoders[number] = load_encoder(job.model, job.revision, self.device, job.dtype)
         return self.encoders[number]
 
-    def _write(self, images: str, part: int, batch: pa.Table) -> None:
+    def _write(self, images: str, part: int, batch: pa.Table) -> dict[str, Part]:
+        """What was written, by the name of the step."""
         ids = batch["image_ids"][0].as_py()
         begun = begin_part(self.jobs, images, part, self.run, "encode")
         if max(begun, batch["begun"][0].as_py()) >= MOST_TRIES:
@@ -380,10 +403,12 @@ class PartEncoder:
 
         piece, n = f"{images} {part}", len(accepted)
 
+        @now_and_then
         def tell(encoded: int) -> None:
             share = encoded / max(1, n * len(wanted))
             self.board.set.remote(piece, int(n * (1 + share) / 2))  # decoding was the other half
 
+        written = {}
         for turn, (number, steps) in enumerate(wanted.items()):
             pixels = np.frombuffer(batch[f"pixels_{number}"][0].as_buffer(), dtype=np.uint8)
             pixels = pixels.reshape(batch[f"shape_{number}"][0].as_py())
@@ -394,13 +419,14 @@ class PartEncoder:
                     after_batch=lambda done, before=turn * n: tell(before + done),
                 )
             for step, rows in zip(steps, found, strict=True):
-                write_part(step.folder, part, rows, rejects)
+                written[step.folder.name] = write_part(step.folder, part, rows, rejects)
         self.board.set.remote(piece, 0)  # the driver counts it now
+        return written
 
 
-def _finish(extract: ExtractPlan, seconds: float, max_bad_fraction: float) -> None:
+def _finish(extract: ExtractPlan, written: dict[int, Part], seconds: float, max_bad_fraction: float) -> None:
     images = extract.images
-    parts = read_parts(extract.step.folder)
+    parts = read_parts(extract.step.folder, written)
     rejects = write_rejects(extract.step.folder, parts)
     if len(rejects) > max_bad_fraction * images.n_images or len(rejects) == images.n_images:
         listed = "\n".join(f"  {image_id}: {reason}" for image_id, reason in rejects[:20])
