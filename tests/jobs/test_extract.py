@@ -3,6 +3,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -153,6 +154,17 @@ def test_an_image_that_kills_its_decoder_becomes_a_reject(ray_cluster, make_plan
     assert rejects == [{"image_id": "deadly.png", "reason": "ends the process that decodes it"}]
     assert ActivationStore(train.step.folder).n_images == 10
     assert not (train.step.folder / "attempts").exists()
+
+
+def test_reports_are_rare_however_short_the_work(monkeypatch):
+    clock = iter(np.arange(0, 100, 0.3))
+    monkeypatch.setattr(extract, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    told: list[int] = []
+    tell = extract.now_and_then(told.append)
+    for done in range(20):
+        tell(done)
+    assert 3 <= len(told) <= 6
+    assert told == sorted(told)
 
 
 def test_a_part_that_keeps_ending_its_process_is_an_error(make_plan, world, tmp_path):
