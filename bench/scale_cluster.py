@@ -11,6 +11,7 @@ import heapq
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from math import ceil
@@ -18,15 +19,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from sae_ray.jobs.placement import bundles
 
 from bench.record import RESULTS, Table, record
 from bench.scale import object_store
+from sae_ray.encoders.info import EncoderInfo
 from sae_ray.store.activations import finish_store, read_parts, write_part
 from sae_ray.store.attempts import begin
 from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import LISTED_AHEAD, Folder
 from sae_ray.store.steps import Step
 from sae_ray.study.config import GridCell, Study
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.survey import Survey, SurveyedImages, SurveyedModels
 
 IMAGES = (1_281_167, 100_000_000)
 GPUS = (8, 64, 512)
@@ -62,7 +67,7 @@ class Requests(NamedTuple):
     written: float
     """The part of a site and its marker."""
     finished: float
-    """The marker of a site read again, and what was needed until then deleted."""
+    """Of a site: what was needed until then is deleted."""
 
 
 def main() -> None:
@@ -188,11 +193,19 @@ DRIVER_CPU = "CPU time of the driver per part: ms"
 
 
 @cache
-def cells_of_grid() -> list[GridCell]:
-    values = Study.load(STUDY).to_dict()
-    values["steering"] = None
+def study_plan(n_images: int) -> StudyPlan:
+    """Of the grid of the paper, without its LLaVA. Nothing is listed or loaded."""
+    values = Study.load(STUDY).to_dict() | {"steering": None}
     values["grid"] = [one for one in values["grid"] if list(one["sites"]) != RANDOM["sites"]] + [RANDOM]
-    return Study.from_dict(values).cells()
+    images = {name: SurveyedImages(n, name, name) for name, n in (("train", n_images), ("heldout", HELDOUT))}
+    clip = EncoderInfo("clip", None, "clip", 24, 1024, 768, 1024, True, 0, 577, (336, 336), True)
+    judge = replace(clip, model="judge", projection_width=None, pooled_width=768, has_text=False)
+    return StudyPlan(Study.from_dict(values), Folder("/nowhere"), Survey(images, SurveyedModels(clip, judge)))
+
+
+@cache
+def cells_of_grid() -> list[GridCell]:
+    return [train.grid_cell for train in study_plan(IMAGES[0]).trains]
 
 
 def sites() -> dict[str, list[GridCell]]:
@@ -240,8 +253,8 @@ def extraction(n_images: int, n_gpus: int) -> Stage:
 
 
 def training(n_images: int, n_gpus: int) -> Stage:
-    """Bundles of equally many cells, longest first, each to the GPU that is free first."""
-    found = [bundle_seconds(site, cells, n_images) for site, cells in bundles(n_gpus)]
+    """The bundles of the product, each on the GPU that is free first."""
+    found = [bundle_seconds(site, cells, n_images) for site, cells in bundled(n_images, n_gpus)]
     times = [max(pair) for pair in found]
     last = placed(times, n_gpus)
     reading = sum(read for read, _ in found) > sum(stepping for _, stepping in found)
@@ -251,20 +264,26 @@ def training(n_images: int, n_gpus: int) -> Stage:
     return Stage(last, "reading of one bundle" if read > stepping else "steps of one bundle")
 
 
-def bundles(n_gpus: int) -> Iterator[tuple[str, list[GridCell]]]:
-    most = max(1, len(cells_of_grid()) // n_gpus)
-    for site, cells in sites().items():
-        ordered = sorted(cells, key=step_seconds, reverse=True)
-        for start in range(0, len(cells), most):
-            yield site, ordered[start : start + most]
+def bundled(n_images: int, n_gpus: int) -> Iterator[tuple[str, list[GridCell]]]:
+    """The site and the cells of every bundle."""
+    plan = study_plan(n_images)
+    cells = {train.step.name: train.grid_cell for train in plan.trains}
+    for bundle in bundles(plan, plan.trains, n_gpus, "cuda"):
+        found = [cells[job.step.name] for job in bundle.cells]
+        yield found[0].site.name, found
 
 
 def bundle_seconds(site: str, cells: Sequence[GridCell], n_images: int) -> tuple[float, float]:
     """Reading, which goes on beside the steps, and these."""
     steps = cells[0].cell.training.steps
-    rows = n_images * tokens(site)
-    read = rows if rows <= Study.load(STUDY).shuffle_rows else steps * cells[0].cell.training.batch_size
-    return START_SECONDS + read / streamed(), START_SECONDS + steps * sum(map(step_seconds, cells))
+    stepping = START_SECONDS + steps * sum(map(step_seconds, cells))
+    return START_SECONDS + bundle_rows(site, cells, n_images) / streamed(), stepping
+
+
+def bundle_rows(site: str, cells: Sequence[GridCell], n_images: int) -> int:
+    """Rows that are read: all of them once where they fit into memory, else those of every step."""
+    rows, training = n_images * tokens(site), cells[0].cell.training
+    return rows if rows <= study_plan(n_images).study.shuffle_rows else training.steps * training.batch_size
 
 
 def placed(times: Sequence[float], n_workers: int) -> float:
@@ -317,10 +336,12 @@ def share(n_images: int, n_gpus: int, extraction_seconds: float, total: float) -
 def moved(n_images: int, requests: Requests) -> list[tuple[str, str]]:
     parts, n_sites = n_parts(n_images), len(sites())
     stored = sum(n_images * tokens(site) * row_bytes(site) for site in sites())
-    trained = {
-        n_gpus: sum(bundle_rows(*one, n_images) * row_bytes(one[0]) for one in bundles(n_gpus)) for n_gpus in GPUS
+    read = {
+        n_gpus: [(site, bundle_rows(site, cells, n_images)) for site, cells in bundled(n_images, n_gpus)]
+        for n_gpus in GPUS
     }
-    trained_parts = sum(bundle_rows(*one, n_images) / (PER_PART * tokens(one[0])) for one in bundles(GPUS[0]))
+    trained = {n_gpus: sum(rows * row_bytes(site) for site, rows in found) for n_gpus, found in read.items()}
+    trained_parts = sum(rows / (PER_PART * tokens(site)) for site, rows in read[GPUS[0]])
     pixels = n_images * 3 * 336 * 336
     writes = parts * (requests.attempts + n_sites * (requests.written + requests.finished))
     return [
@@ -338,11 +359,6 @@ def moved(n_images: int, requests: Requests) -> list[tuple[str, str]]:
     ]
 
 
-def bundle_rows(site: str, cells: Sequence[GridCell], n_images: int) -> float:
-    read, _ = bundle_seconds(site, cells, n_images)
-    return (read - START_SECONDS) * streamed()
-
-
 def counted() -> Requests:
     """Requests per part, from the difference of two stores."""
 
@@ -354,10 +370,9 @@ def counted() -> Requests:
             for what in ("decode", "encode"):
                 begin(step.folder, "run", f"part-{number:05d}-{what}")
         seen.append(n_requests())
-        for number in range(n):
-            write_part(step.folder, number, rows, [])
+        parts = [write_part(step.folder, number, rows, []) for number in range(n)]
         seen.append(n_requests())
-        finish_store(step, read_parts(step.folder), 4, 0.0)
+        finish_store(step, read_parts(step.folder, dict(enumerate(parts))), 4, 0.0)
         seen.append(n_requests())
         return np.diff(seen).tolist()
 
