@@ -12,16 +12,17 @@ is an error.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 import uuid
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,7 @@ from sae_ray.errors import SaeRayError
 from sae_ray.images.part import Preparation, decode_part
 from sae_ray.store.activations import (
     REJECTS_SCHEMA,
+    Part,
     finish_store,
     finished_parts,
     part_name,
@@ -43,7 +45,8 @@ from sae_ray.store.activations import (
 )
 from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
-from sae_ray.store.steps import check_shared, hold
+from sae_ray.store.steps import Step, check_shared, hold
+from sae_ray.store.tables import StoredTable
 from sae_ray.study.config import ExtractResources
 from sae_ray.study.plan import ExtractPlan, ImagePlan, StudyPlan
 
@@ -51,7 +54,8 @@ from .cluster import at_most_a_node, gpus_or_default, n_cpus, n_gpus, require, r
 from .progress import Progress, say
 from .stage import at_work, noting_failures, unfinished
 
-IMAGES_PER_REPORT = 16
+REPORT_SECONDS = 1.0
+"""Between two reports on a part: more of them from hundreds of workers would drown the board."""
 MOST_TRIES = 5
 """How often a part may be begun in one run."""
 ENCODER_BYTES = 3 * 2**29
@@ -80,13 +84,29 @@ def run_only(plan: StudyPlan, wanted: Sequence[ExtractPlan]) -> None:
 
 def _write_lists(images: ImagePlan) -> None:
     """The manifest and the labels."""
-    for step, name in ((images.step, "manifest"), (images.labels_step, "labels")):
+    lists: list[tuple[Step, Literal["manifest", "labels"]]]
+    lists = [(images.step, "manifest"), (images.labels_step, "labels")]
+    for step, name in lists:
         if not step.finished:
             with hold([step]), noting_failures([step]):
                 started = time.monotonic()
-                table = getattr(images, name)
-                step.folder.write_parquet(f"{name}.parquet", table)
+                table = images.stored(name)
+                step.folder.write_copy(f"{name}.parquet", table.folder, table.name)
                 step.finish(time.monotonic() - started, {"images": table.num_rows})
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """What a decoder needs to know about one image set."""
+
+    folder: Folder
+    manifest: StoredTable
+    """The one under the root, which every node can read."""
+    per_part: int
+
+    def image_ids(self, part: int) -> list[str]:
+        """Of the images of a part."""
+        return self.manifest.slice(part * self.per_part, self.per_part)["image_id"].to_pylist()
 
 
 @dataclass(frozen=True)
@@ -122,24 +142,22 @@ class PartsOf:
         self.per_part = per_part = todo[0].step.config["images_per_part"]
         present = [finished_parts(extract.step.folder) for extract in todo]
         numbers = range(-(-images.n_images // per_part))
-        self.missing = [number for number in numbers if any(number not in parts for parts in present)]
+        self.missing = {number for number in numbers if any(number not in parts for parts in present)}
+        self.written: dict[str, dict[int, Part]] = {extract.step.name: {} for extract in todo}
+        """Name of the step -> its parts that this run wrote: their markers need not be read."""
 
     def n_images(self, number: int) -> int:
         return min(self.per_part, self.images.n_images - number * self.per_part)
 
     @property
+    def source(self) -> ImageSource:
+        manifest = StoredTable(self.images.step.folder, "manifest.parquet")
+        return ImageSource(self.images.folder, manifest, self.per_part)
+
+    @property
     def rows(self) -> list[dict[str, Any]]:
         """The missing parts as rows of the dataset."""
-        ids = self.images.manifest["image_id"]
-        return [
-            {
-                "images": self.images.name,
-                "part": number,
-                "first_image": number * self.per_part,
-                "image_ids": ids.slice(number * self.per_part, self.per_part).to_pylist(),
-            }
-            for number in self.missing
-        ]
+        return [{"images": self.images.name, "part": number} for number in sorted(self.missing)]
 
 
 def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
@@ -154,7 +172,7 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
         nonlocal started
         seconds = time.monotonic() - started
         for extract in parts.todo:
-            _finish(extract, seconds, plan.study.images.max_bad_fraction)
+            _finish(extract, parts.written.pop(extract.step.name), seconds, plan.study.images.max_bad_fraction)
         started = time.monotonic()
 
     sites = dict.fromkeys(extract.site.name for extract in todo)
@@ -168,16 +186,19 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
         # Closed, so that nothing is written any more once the locks are released.
         left = [parts for parts in sets.values() if parts.missing]
         with closing(_encoded(left, plan, progress.board())) as encoded:
-            for name, number in encoded:
+            for name, number, written in encoded:
                 parts = sets[name]
                 parts.missing.remove(number)
+                for step, part in written.items():
+                    parts.written[step][number] = part
                 progress.advance(parts.n_images(number))
                 if not parts.missing:
                     finish(parts)
 
 
-def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[tuple[str, int]]:
-    """Runs the dataset over the missing parts; yields the image set and the number of each part as it is written.
+def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[tuple[str, int, dict[str, Part]]]:
+    """Runs the dataset over the missing parts; yields of each as it is written its image set, its number, and by the
+    name of the step what was written.
 
     `board` is told of the images of unfinished parts.
     """
@@ -198,7 +219,7 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[
     workers, gpus, decoders = _shares(resources, memory)
     rows = [row for parts in sets for row in parts.rows]
     run = uuid.uuid4().hex
-    decode = PartDecoder({parts.images.name: parts.images.folder for parts in sets}, jobs, run, board)
+    decode = PartDecoder({parts.images.name: parts.source for parts in sets}, jobs, run, board)
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
@@ -231,7 +252,8 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[
     for row in dataset.iter_rows():
         if row["problem"]:
             raise SaeRayError(row["problem"])
-        yield row["images"], row["part"]
+        written = {step: Part.from_json(marker) for step, marker in json.loads(row["written"]).items()}
+        yield row["images"], row["part"], written
 
 
 def _bytes_of_a_part(parts: PartsOf) -> int:
@@ -268,30 +290,34 @@ def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
 class PartDecoder:
     """The task that decodes: a row of `PartsOf` -> the same with pixels for every encoder, and the rejects.
 
-    It adds `begun`, too: how often the part was begun before.
+    It adds the part's images, and `begun`: how often it was begun before.
     """
 
-    def __init__(self, folders: dict[str, Folder], jobs: Sequence[EncoderJob], run: str, board: Any):
-        """`folders`: of every image set, by name."""
-        self.folders = folders
+    def __init__(self, sources: dict[str, ImageSource], jobs: Sequence[EncoderJob], run: str, board: Any):
+        """`sources`: every image set, by name."""
+        self.sources = sources
         self.jobs = jobs
         self.run = run
         self.board = board
         self.preparations = [_preparation(job) for job in jobs]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        name = batch["images"][0].as_py()
+        name, part = batch["images"][0].as_py(), batch["part"][0].as_py()
+        source = self.sources[name]
         used = [number for number, job in enumerate(self.jobs) if name in job.steps]
         preparations = [self.preparations[number] for number in used]
-        begun = begin_part(self.jobs, name, batch["part"][0].as_py(), self.run, "decode")
-        ids = batch["image_ids"][0].as_py() if begun < MOST_TRIES else []
-        piece = f"{name} {batch['part'][0].as_py()}"
+        begun = begin_part(self.jobs, name, part, self.run, "decode")
+        image_ids = source.image_ids(part)
+        piece = f"{name} {part}"
 
+        @now_and_then
         def tell(done: int) -> None:
-            if done % IMAGES_PER_REPORT == 0:
-                self.board.set.remote(piece, done // 2)  # the other half is encoding
+            self.board.set.remote(piece, done // 2)  # the other half is encoding
 
-        decoded = decode_part(self.folders[name], ids, preparations, begun > 0, tell)
+        wanted = image_ids if begun < MOST_TRIES else []
+        decoded = decode_part(source.folder, wanted, preparations, begun > 0, tell)
+        batch = batch.append_column("first_image", pa.array([part * source.per_part]))
+        batch = batch.append_column("image_ids", pa.array([image_ids], pa.list_(pa.string())))
         batch = batch.append_column("begun", pa.array([begun]))
         batch = batch.append_column("accepted", pa.array([decoded.accepted], pa.list_(pa.int64())))
         batch = batch.append_column("rejects", pa.array([decoded.rejects], pa.list_(pa.struct(REJECTS_SCHEMA))))
@@ -307,6 +333,19 @@ class PartDecoder:
 def _preparation(job: EncoderJob) -> Preparation:
     with named_by(job.field, job.model):
         return Preparation(load_preprocess(job.model, job.revision, job.at_least is not None), job.at_least)
+
+
+def now_and_then(tell: Callable[[int], None]) -> Callable[[int], None]:
+    """As `tell`, which is called at most every `REPORT_SECONDS`."""
+    last = time.monotonic()
+
+    def seldom(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            tell(done)
+
+    return seldom
 
 
 def begin_part(jobs: Sequence[EncoderJob], images: str, part: int, run: str, what: str) -> int:
@@ -347,11 +386,11 @@ class PartEncoder:
     def __call__(self, batch: pa.Table) -> pa.Table:
         images, part = batch["images"][0].as_py(), batch["part"][0].as_py()
         try:
-            self._write(images, part, batch)
-            problem = ""
+            written, problem = self._write(images, part, batch), ""
         except SaeRayError as error:  # as a row: an exception would reach the driver without its type
-            problem = str(error)
-        return pa.table({"images": [images], "part": [part], "problem": [problem]})
+            written, problem = {}, str(error)
+        columns = {"images": images, "part": part, "problem": problem, "written": json.dumps(written, default=asdict)}
+        return pa.table({name: [value] for name, value in columns.items()})
 
     def _encoder(self, number: int) -> Encoder:
         """Loaded when it is first needed: an actor whose start fails cannot tell the driver why."""
@@ -361,7 +400,8 @@ class PartEncoder:
                 self.encoders[number] = load_encoder(job.model, job.revision, self.device, job.dtype)
         return self.encoders[number]
 
-    def _write(self, images: str, part: int, batch: pa.Table) -> None:
+    def _write(self, images: str, part: int, batch: pa.Table) -> dict[str, Part]:
+        """What was written, by the name of the step."""
         ids = batch["image_ids"][0].as_py()
         begun = begin_part(self.jobs, images, part, self.run, "encode")
         if max(begun, batch["begun"][0].as_py()) >= MOST_TRIES:
@@ -379,10 +419,12 @@ class PartEncoder:
 
         piece, n = f"{images} {part}", len(accepted)
 
+        @now_and_then
         def tell(encoded: int) -> None:
             share = encoded / max(1, n * len(wanted))
             self.board.set.remote(piece, int(n * (1 + share) / 2))  # decoding was the other half
 
+        written = {}
         for turn, (number, steps) in enumerate(wanted.items()):
             pixels = np.frombuffer(batch[f"pixels_{number}"][0].as_buffer(), dtype=np.uint8)
             pixels = pixels.reshape(batch[f"shape_{number}"][0].as_py())
@@ -393,13 +435,14 @@ class PartEncoder:
                     after_batch=lambda done, before=turn * n: tell(before + done),
                 )
             for step, rows in zip(steps, found, strict=True):
-                write_part(step.folder, part, rows, rejects)
+                written[step.folder.name] = write_part(step.folder, part, rows, rejects)
         self.board.set.remote(piece, 0)  # the driver counts it now
+        return written
 
 
-def _finish(extract: ExtractPlan, seconds: float, max_bad_fraction: float) -> None:
+def _finish(extract: ExtractPlan, written: dict[int, Part], seconds: float, max_bad_fraction: float) -> None:
     images = extract.images
-    parts = read_parts(extract.step.folder)
+    parts = read_parts(extract.step.folder, written)
     rejects = write_rejects(extract.step.folder, parts)
     if len(rejects) > max_bad_fraction * images.n_images or len(rejects) == images.n_images:
         listed = "\n".join(f"  {image_id}: {reason}" for image_id, reason in rejects[:20])

@@ -38,7 +38,14 @@ P = TypeVar("P", bound=Planned)
 
 def unfinished(plans: Sequence[P]) -> list[P]:
     """The plans that are left to do: not finished, and reading no step that failed permanently."""
-    return [one for one in plans if not one.step.finished and not any(step.failure for step in one.inputs)]
+    left = [one for one in plans if not one.step.finished]
+    failed = {name for name, step in _inputs(left).items() if step.failure}
+    return [one for one in left if failed.isdisjoint(_inputs([one]))]
+
+
+def _inputs(plans: Sequence[Planned]) -> dict[str, Step]:
+    """What is read, each step once: to tell whether one is whole its files are listed, which may be very many."""
+    return {step.name: step for one in plans for step in one.inputs}
 
 
 @contextmanager
@@ -52,7 +59,7 @@ def at_work(root: Folder, stage: str, todo: Sequence[Planned]) -> Iterator[Failu
             steps, a worker raised an error that a user can fix, or more was lost (processes, nodes, the disk, the
             object store) than Ray restores.
     """
-    for step in (step for one in todo for step in one.inputs):
+    for step in _inputs(todo).values():
         if not step.finished:
             raise SaeRayError(f"{step.label} does not exist yet; run the {step.stage} stage first")
     check_disk(root, stage, sum(one.bytes for one in todo))

@@ -23,13 +23,20 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+import math
+import posixpath
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from sae_ray.errors import UsageError
 from sae_ray.store.files import Folder, parent_and_name
+from sae_ray.store.tables import StoredTable
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+IMAGE = r"(?i)\.(jpg|jpeg|png|webp)$"
+"""What paths of images match."""
 SYNSET_MAPPING = "LOC_synset_mapping.txt"
 FORMS = (
     "labels must be auto, none, or the path of a CSV file with the header image_id,label, of Kaggle's "
@@ -37,27 +44,43 @@ FORMS = (
 )
 
 
-def read_labels(labels: str, folder: Folder, paths: list[str]) -> tuple[list[str], list[str | None]]:
-    """The files of `folder` that are not label files, and the class name of each.
+Naming = Callable[[pa.ChunkedArray], pa.Array]
+"""From a column of `image_id` to the class names; null where there is none."""
 
-    Args:
-        labels: One of the values above.
-        folder: The image folder.
-        paths: Relative paths of its files, sorted.
 
-    Raises:
-        UsageError: The label file is missing, has an unknown format, or does not fit the images.
+def label_files(labels: str, folder: Folder) -> set[str]:
+    """Paths below the image folder that hold its labels, and so are no images.
+
+    Raises UsageError if the label file is missing.
     """
-    if labels == "none":
-        return paths, [None] * len(paths)
-    if labels == "auto":
-        return paths, _from_folders(paths)
-
+    if labels in ("none", "auto"):
+        return set()
     parent, name = parent_and_name(labels)
     if not parent.exists(name):
         raise UsageError(f"the label file {labels} does not exist; {FORMS}")
-    label_files = {parent.path_of(name), parent.path_of(SYNSET_MAPPING)}
-    image_ids = [path for path in paths if folder.path_of(path) not in label_files]
+    below = folder.path_of("")
+    files = (parent.path_of(name), parent.path_of(SYNSET_MAPPING))
+    return {path.removeprefix(below) for path in files if path.startswith(below)}
+
+
+def read_labels(labels: str, manifest: StoredTable) -> Naming:
+    """Reads what there is to read; returns what names the class of each image.
+
+    `auto` keeps nothing but the names of shared folders in memory, a label file itself and all paths.
+
+    Args:
+        labels: One of the values above.
+        manifest: Of the image folder, without label files.
+
+    Raises:
+        UsageError: The label file has an unknown format, or does not fit the images.
+    """
+    if labels == "none":
+        return lambda image_ids: pa.nulls(len(image_ids), pa.string())
+    if labels == "auto":
+        return _from_folders(manifest)
+
+    parent, name = parent_and_name(labels)
     try:
         text = parent.read_bytes(name).decode("utf-8-sig")
     except OSError as error:
@@ -66,26 +89,52 @@ def read_labels(labels: str, folder: Folder, paths: list[str]) -> tuple[list[str
         raise UsageError(f"{labels} is not UTF-8 text ({error}); {FORMS}") from error
     match PurePosixPath(name).suffix.lower():
         case ".csv":
-            named = _from_csv(labels, text, parent, image_ids)
+            named = _from_csv(labels, text, parent, manifest["image_id"].to_pylist())
         case ".txt":
-            named = _from_devkit(labels, text, image_ids)
+            named = _from_devkit(labels, text, manifest["image_id"].to_pylist())
         case _:
             raise UsageError(f"labels is {labels!r}; {FORMS}")
-    return image_ids, [named.get(image_id) for image_id in image_ids]
+    return lambda image_ids: pa.array(map(named.get, image_ids.to_pylist()), pa.string())
 
 
 def _images(paths: list[str]) -> list[str]:
-    return [path for path in paths if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES] or paths
+    found = pa.array(paths, pa.string())
+    return found.filter(pc.match_substring_regex(found, IMAGE)).to_pylist() or paths
 
 
-def _from_folders(paths: list[str]) -> list[str | None]:
-    parents = [path.rpartition("/")[0].split("/") for path in _images(paths)]
-    if not parents or [""] in parents:
-        return [None] * len(paths)
-    # If all images are in one folder, its name is the class.
-    last = min(len(parent) for parent in parents) - 1
-    shared = next((i for i in range(last) if len({parent[i] for parent in parents}) > 1), last)
-    return ["/".join(path.split("/")[shared:-1]) or None for path in paths]
+def _from_folders(manifest: StoredTable) -> Naming:
+    def parents(pattern: str) -> Iterator[str]:
+        for group in manifest.groups(["image_id"]):
+            image_ids = group["image_id"]
+            found = image_ids.filter(pc.match_substring_regex(image_ids, pattern))
+            yield from pc.unique(_parent(found)).to_pylist()
+
+    has_images = any(True for _ in parents(IMAGE))
+    n_shared = _n_shared(parents(IMAGE if has_images else ""))
+
+    def named(image_ids: pa.ChunkedArray) -> pa.Array:
+        if n_shared is None:
+            return pa.nulls(len(image_ids), pa.string())
+        found = _parent(image_ids).combine_chunks().dictionary_encode()
+        names = ["/".join(parent.split("/")[n_shared:]) or None for parent in found.dictionary.to_pylist()]
+        return pa.array(names, pa.string()).take(found.indices)
+
+    return named
+
+
+def _parent(image_ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.replace_substring_regex(image_ids, "/?[^/]*$", "")
+
+
+def _n_shared(parents: Iterable[str]) -> int | None:
+    """How many leading folders all images share, without the last one of any. None if an image is in no folder."""
+    shared, most = None, math.inf
+    for parent in parents:
+        if not parent:
+            return None
+        shared = parent if shared is None else posixpath.commonpath([shared, parent])
+        most = min(most, parent.count("/"))
+    return None if shared is None else int(min(most, len(shared.split("/")) if shared else 0))
 
 
 def _from_csv(file: str, text: str, parent: Folder, image_ids: list[str]) -> dict[str, str]:

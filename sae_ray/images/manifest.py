@@ -3,21 +3,33 @@
 The manifest lists **every** file under the folder, at any depth, except hidden ones (a path component that starts with
 a dot) and the label files in use. A file that turns out not to be an image keeps its `image_index` and is rejected,
 with a reason, when it is decoded: nothing is left out silently.
+
+A list may be of any length: its tables are files, which are read piece by piece.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
-from typing import Literal, NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from operator import itemgetter
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import fs
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.images.labels import read_labels
+from sae_ray.images.labels import label_files, read_labels
 from sae_ray.store.files import Folder
+from sae_ray.store.tables import GROUP_ROWS, StoredTable, spooled
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -38,9 +50,9 @@ LABELS_SCHEMA = pa.schema(
 class ImageList(NamedTuple):
     """The images of a set. Both tables have one row per file, in the same order."""
 
-    manifest: pa.Table
+    manifest: StoredTable
     """`MANIFEST_SCHEMA`: what the images are."""
-    labels: pa.Table
+    labels: StoredTable
     """`LABELS_SCHEMA`: what is said of them. `label` is dense over the sorted names, and null without a label."""
 
 
@@ -61,21 +73,33 @@ def list_images(folder: Folder, labels: str = "auto") -> ImageList:
     if folder.filesystem.get_file_info(folder.path).type != fs.FileType.Directory:
         raise UsageError(f"there is no image folder {folder}; give a folder of JPEG, PNG or WebP files")
     try:
-        sizes = folder.files(recursive=True)
+        manifest = spooled(MANIFEST_SCHEMA, _manifest(folder, label_files(labels, folder)))
     except UnicodeDecodeError as error:
         raise SaeRayError(f"{folder} contains a file whose name is not UTF-8: {error.object!r}; rename it") from error
-    visible = [path for path in sizes if not any(part[0] == "." for part in path.split("/"))]
-    image_ids, label_names = read_labels(labels, folder, sorted(visible, key=lambda path: path.encode()))
-    if not image_ids:
+    if not manifest.num_rows:
         raise SaeRayError(f"the image folder {folder} contains no files; give a folder of JPEG, PNG or WebP files")
-    classes = {name: label for label, name in enumerate(sorted({name for name in label_names if name is not None}))}
-    index = pa.array(np.arange(len(image_ids)))
-    n_bytes = pa.array([sizes[image_id] for image_id in image_ids], pa.int64())
-    codes = pa.array([None if name is None else classes[name] for name in label_names], pa.int32())
-    return ImageList(
-        pa.table([index, pa.array(image_ids, pa.string()), n_bytes], schema=MANIFEST_SCHEMA),
-        pa.table([index, codes, pa.array(label_names, pa.string())], schema=LABELS_SCHEMA),
-    )
+    return ImageList(manifest, spooled(LABELS_SCHEMA, _labels(labels, manifest)))
+
+
+def _manifest(folder: Folder, label_files: set[str]) -> Iterator[pa.Table]:
+    files = (file for file in folder.walk() if file[0] not in label_files)
+    first = 0
+    while some := list(islice(files, GROUP_ROWS)):
+        image_ids, sizes = zip(*some, strict=True)
+        index = np.arange(first, first + len(some))
+        yield pa.table([index, pa.array(image_ids, pa.string()), pa.array(sizes)], schema=MANIFEST_SCHEMA)
+        first += len(some)
+
+
+def _labels(labels: str, manifest: StoredTable) -> Iterator[pa.Table]:
+    named = read_labels(labels, manifest)
+    names: set[str | None] = set()
+    for group in manifest.groups(["image_id"]):
+        names.update(pc.unique(named(group["image_id"])).to_pylist())
+    classes = pa.array(sorted(name for name in names if name is not None), pa.string())
+    for group in manifest.groups(["image_index", "image_id"]):
+        found = named(group["image_id"])
+        yield pa.table([group["image_index"], pc.index_in(found, value_set=classes), found], schema=LABELS_SCHEMA)
 
 
 def select_split(images: ImageList, heldout_fraction: float, part: Literal["train", "heldout"]) -> ImageList:
@@ -88,39 +112,69 @@ def select_split(images: ImageList, heldout_fraction: float, part: Literal["trai
         raise UsageError(f"heldout_fraction is {heldout_fraction}; it must be between 0 and 1")
     if part not in ("train", "heldout"):
         raise UsageError(f"part is {part!r}; it must be train or heldout")
-    digests = (hashlib.sha256(image_id.encode()).digest() for image_id in images.manifest["image_id"].to_pylist())
-    heldout = np.fromiter((int.from_bytes(digest[:6]) / 2**48 for digest in digests), float) < heldout_fraction
-    kept = pa.array(heldout if part == "heldout" else ~heldout)
+    parts = [_heldout(group["image_id"], heldout_fraction) for group in images.manifest.groups(["image_id"])]
+    heldout = np.concatenate([np.zeros(0, bool), *parts])
+    kept = heldout if part == "heldout" else ~heldout
 
-    def side(table: pa.Table) -> pa.Table:
-        rows = table.filter(kept)
-        return rows.set_column(0, MANIFEST_SCHEMA.field("image_index"), pa.array(np.arange(rows.num_rows)))
+    def side(table: StoredTable) -> Iterator[pa.Table]:
+        first = seen = 0
+        for group in table.groups():
+            rows = group.filter(pa.array(kept[seen : seen + group.num_rows]))
+            index = pa.array(np.arange(first, first + rows.num_rows))
+            yield rows.set_column(0, MANIFEST_SCHEMA.field("image_index"), index)
+            first, seen = first + rows.num_rows, seen + group.num_rows
 
-    return ImageList(side(images.manifest), side(images.labels))
+    return ImageList(spooled(MANIFEST_SCHEMA, side(images.manifest)), spooled(LABELS_SCHEMA, side(images.labels)))
 
 
-def manifest_digest(manifest: pa.Table) -> str:
+def _heldout(image_ids: pa.ChunkedArray, fraction: float) -> Bool[np.ndarray, " images"]:
+    digests = (hashlib.sha256(image_id.encode()).digest() for image_id in image_ids.to_pylist())
+    return np.fromiter((int.from_bytes(digest[:6]) / 2**48 for digest in digests), float) < fraction
+
+
+def manifest_digest(manifest: StoredTable) -> str:
     """SHA-256, in hexadecimal, over the ids and sizes of the images, in order."""
-    return _digest([manifest[name].to_pylist() for name in ("image_id", "n_bytes")])
+    return _digest(manifest, ["image_id", "n_bytes"])
 
 
-def labels_digest(labels: pa.Table) -> str:
+def labels_digest(labels: StoredTable) -> str:
     """SHA-256, in hexadecimal, over the labels of the images, in order."""
-    return _digest([labels[name].to_pylist() for name in ("label", "label_name")])
+    return _digest(labels, ["label", "label_name"])
 
 
-def describe_change(before: pa.Table, after: pa.Table) -> str:
-    """How a manifest differs from an earlier one, as `3 added, 1 removed`; empty where it does not."""
-    old, new = (
-        dict(zip(one["image_id"].to_pylist(), one["n_bytes"].to_pylist(), strict=True)) for one in (before, after)
-    )
-    counts = {
-        "added": len(new.keys() - old.keys()),
-        "removed": len(old.keys() - new.keys()),
-        "changed": sum(old[image_id] != new[image_id] for image_id in old.keys() & new.keys()),
-    }
+def describe_change(before: Iterable[pa.Table], after: Iterable[pa.Table]) -> str:
+    """How a manifest differs from an earlier one, as `3 added, 1 removed`; empty where it does not.
+
+    Args:
+        before: the groups of the earlier one (`StoredTable.groups`).
+        after: those of the later one.
+    """
+
+    def images(groups: Iterable[pa.Table], side: str) -> Iterator[tuple[str, str, int]]:
+        for group in groups:
+            for image_id, n_bytes in zip(group["image_id"].to_pylist(), group["n_bytes"].to_pylist(), strict=True):
+                yield image_id, side, n_bytes
+
+    # Both are sorted by `image_id`.
+    both = heapq.merge(images(before, "removed"), images(after, "added"))
+    counts = Counter({"added": 0, "removed": 0, "changed": 0})
+    for _, same in groupby(both, key=itemgetter(0)):
+        (_, side, n_bytes), *others = same
+        if not others:
+            counts[side] += 1
+        elif others[0][2] != n_bytes:
+            counts["changed"] += 1
     return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
 
-def _digest(columns: list[list]) -> str:
-    return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
+def _digest(table: StoredTable, columns: Sequence[str]) -> str:
+    """Of the columns as a JSON list of lists, which is never in memory as a whole."""
+    found = hashlib.sha256()
+    for place, name in enumerate(columns):
+        found.update(b", [" if place else b"[[")
+        for number, group in enumerate(table.groups([name])):
+            values = json.dumps(group[name].to_pylist())[1:-1]
+            found.update(f"{', ' if number else ''}{values}".encode())
+        found.update(b"]")
+    found.update(b"]")
+    return found.hexdigest()

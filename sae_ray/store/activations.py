@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -45,7 +45,7 @@ PIECE_BYTES = 256 * 2**20
 """Of vectors, which a task has in memory at once. Scores are summed piece by piece, so it is a part of their format."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """What is known of a part without reading it."""
 
@@ -59,6 +59,11 @@ class Part:
     """Sum over rows of the squared norm, for the scale that training divides by."""
     rejects: tuple[tuple[str, str], ...] = ()
     """(`image_id`, reason) of the images of this range that could not be read. `parts.parquet` does not repeat them."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Part:
+        """The inverse of `asdict`, for what JSON makes of it."""
+        return cls(**{**values, "rejects": tuple(map(tuple, values["rejects"]))})
 
 
 class Rows(NamedTuple):
@@ -115,12 +120,12 @@ def finished_parts(folder: Folder) -> set[int]:
     return {int(name.removeprefix("part-").removesuffix(".json")) for name in markers if name.endswith(".json")}
 
 
-def read_parts(folder: Folder) -> list[Part]:
-    """All markers, in order."""
+def read_parts(folder: Folder, known: Mapping[int, Part] | None = None) -> list[Part]:
+    """All parts that exist, in order. Markers are read of those that are not `known`."""
+    known = known or {}
 
     def read(number: int) -> Part:
-        marker = folder.read_json(f"parts/{part_name(number)}.json")
-        return Part(**{**marker, "rejects": tuple(map(tuple, marker["rejects"]))})
+        return known.get(number) or Part.from_json(folder.read_json(f"parts/{part_name(number)}.json"))
 
     with ThreadPoolExecutor(READS_AT_ONCE) as readers:
         return list(readers.map(read, sorted(finished_parts(folder))))

@@ -6,6 +6,10 @@ import json
 import re
 import shutil
 import uuid
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +26,8 @@ OBJECT_STORES = ("s3", "gcs", "abfs")
 S3_ATTEMPTS = 12
 """Of a request that S3 refuses (500, 503) or does not answer: it is made again after 25 ms, and then after twice the
 time before, for 50 to 100 seconds in all. By default pyarrow gives up after seconds."""
+LISTED_AHEAD = 8
+"""Folders, so that the store's answers need not be waited for one by one."""
 
 
 class Folder:
@@ -107,6 +113,39 @@ class Folder:
         found = [info for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
         return {info.base_name: info.mtime_ns / 1e9 for info in found}
 
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """Relative path and size of each file below, sorted by path, without hidden files and folders.
+
+        Folders are listed one by one: what is in memory depends on the largest of them, not on their number.
+        """
+        prefix = len(self.path_of(""))
+
+        def listed(path: str) -> list[tuple[str, int | None]]:
+            """Files with their sizes and folders, whose names end in a slash, as whole paths are sorted."""
+            found = []
+            for info in self.filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+                if info.base_name[:1] == ".":
+                    continue
+                if info.size is not None:  # quicker to ask for than the type
+                    found.append((info.path[prefix:], info.size))
+                elif info.type == fs.FileType.Directory:
+                    found.append((info.path[prefix:] + "/", None))
+            return sorted(found)
+
+        def below(found: list[tuple[str, int | None]]) -> Iterator[tuple[str, int]]:
+            folders = (name for name, size in found if size is None)
+            coming: deque[Future[list[tuple[str, int | None]]]] = deque()
+            for name, size in found:
+                if size is not None:
+                    yield name, size
+                    continue
+                while len(coming) < LISTED_AHEAD and (following := next(folders, None)):
+                    coming.append(reader.submit(listed, self.path_of(following.rstrip("/"))))
+                yield from below(coming.popleft().result())
+
+        with ThreadPoolExecutor(LISTED_AHEAD) as reader:
+            yield from below(listed(self.path))
+
     def folders(self) -> list[str]:
         """Names of the direct sub-folders, sorted."""
         selector = fs.FileSelector(self.path, recursive=False, allow_not_found=True)
@@ -124,18 +163,28 @@ class Folder:
         except ValueError as error:
             raise SaeRayError(f"{self / name} is not JSON ({error}); delete its folder and run again") from error
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    @contextmanager
+    def _appearing(self, name: str) -> Iterator[str]:
+        """The path to write a file to, which gets its name when the block ends."""
         path = self.path_to_write(name)
         target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if self.is_local else path
         try:
-            with self.filesystem.open_output_stream(target) as stream:
-                stream.write(data)
+            yield target
             if self.is_local:
                 self.filesystem.move(target, path)
         except BaseException:
             if self.is_local:
                 Path(target).unlink(missing_ok=True)
             raise
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        with self._appearing(name) as target, self.filesystem.open_output_stream(target) as stream:
+            stream.write(data)
+
+    def write_copy(self, name: str, source: Folder, source_name: str) -> None:
+        """Copies a file of another folder, of any size."""
+        with self._appearing(name) as target:
+            fs.copy_files(source.path_of(source_name), target, source.filesystem, self.filesystem)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import pyarrow as pa
 
@@ -19,6 +20,7 @@ from sae_ray.steering.info import LlavaInfo
 from sae_ray.store.files import Folder
 from sae_ray.store.identity import changed, defaults
 from sae_ray.store.steps import Step
+from sae_ray.store.tables import StoredTable
 from sae_ray.study.config import EncoderConfig, Extraction, GridCell, JudgeConfig, Scoring, Study
 from sae_ray.study.survey import Survey, SurveyedImages, survey
 
@@ -48,15 +50,24 @@ class ImagePlan:
     def n_images(self) -> int:
         return self.surveyed.n_images
 
+    def stored(self, name: Literal["manifest", "labels"]) -> StoredTable:
+        """One of the lists, to be read piece by piece. Raises SaeRayError when it is neither surveyed nor written."""
+        if self.surveyed.found:
+            return getattr(self.surveyed.found, name)
+        step = self.step if name == "manifest" else self.labels_step
+        if not step.finished:
+            raise SaeRayError(f"{step.folder} does not exist yet; run the extract stage first")
+        return StoredTable(step.folder, f"{name}.parquet")
+
     @cached_property
     def manifest(self) -> pa.Table:
-        """`MANIFEST_SCHEMA`. Raises SaeRayError when it is neither surveyed nor written."""
-        return self.surveyed.found.manifest if self.surveyed.found else _table(self.step, "manifest")
+        """`MANIFEST_SCHEMA`, all of it in memory. Raises as `stored`."""
+        return self.stored("manifest").read()
 
     @cached_property
     def labels(self) -> pa.Table:
-        """`LABELS_SCHEMA`, row by row as the manifest. Raises SaeRayError when it is neither surveyed nor written."""
-        return self.surveyed.found.labels if self.surveyed.found else _table(self.labels_step, "labels")
+        """`LABELS_SCHEMA`, row by row as the manifest, all of it in memory. Raises as `stored`."""
+        return self.stored("labels").read()
 
 
 @dataclass(frozen=True)
@@ -568,12 +579,6 @@ def images_per_part(at_most: int, n_images: int) -> int:
     """Small sets have smaller parts, `FEWEST_PARTS` of them where that leaves `SMALLEST_PART` images in each."""
     whole = -(-n_images // (FEWEST_PARTS * SMALLEST_PART))
     return min(at_most, SMALLEST_PART * max(1, whole))
-
-
-def _table(step: Step, name: str) -> pa.Table:
-    if not step.finished:
-        raise SaeRayError(f"{step.folder} does not exist yet; run the extract stage first")
-    return step.folder.read_parquet(f"{name}.parquet")
 
 
 def _identity(info: EncoderInfo) -> list[str | None]:

@@ -10,6 +10,7 @@ from sae_ray.errors import UsageError
 from sae_ray.images.manifest import describe_change
 from sae_ray.store.files import Folder, address_shown
 from sae_ray.store.steps import Step
+from sae_ray.store.tables import StoredTable
 from sae_ray.study.config import Images, Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.survey import Survey, survey_images, survey_models
@@ -103,8 +104,8 @@ def changed_folders(plan: StudyPlan, memory: Memory | None) -> list[str]:
         before = memory.survey.images[name]
         if before.manifest_digest != images.surveyed.manifest_digest:
             step = Step(plan.root, "manifest", f"manifest-{name}", {"images": before.manifest_digest})
-            known = step.folder.read_parquet("manifest.parquet") if step.finished else images.manifest.slice(0, 0)
-            what = describe_change(known, images.manifest)
+            known = StoredTable(step.folder, "manifest.parquet").groups() if step.finished else ()
+            what = describe_change(known, images.stored("manifest").groups())
             lines.append(
                 f"images.{name}: {images.folder} has changed since the last run ({what}); its steps are redone"
             )

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import signal
 import struct
+import tracemalloc
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from hashlib import sha256
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +21,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from pyarrow import fs
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import BadImage, ImageList, decode_image, list_images, manifest_digest, select_split
+from sae_ray.images import manifest as manifest_module
 from sae_ray.images.manifest import LABELS_SCHEMA, MANIFEST_SCHEMA, describe_change, labels_digest
 from sae_ray.images.part import Preparation, decode_part
+from sae_ray.store import tables
 from sae_ray.store.files import Folder
+from sae_ray.store.tables import spooled
 
 
 def fill(folder: Path, *paths: str) -> Folder:
@@ -202,9 +211,11 @@ def test_links_are_followed(tmp_path):
 def listing(image_ids: list[str]) -> ImageList:
     n = len(image_ids)
     index = pa.array(range(n), pa.int64())
+    manifest = [index, pa.array(image_ids, pa.string()), pa.array([9] * n, pa.int64())]
+    labels = [index, pa.array([0] * n, pa.int32()), pa.array(image_ids, pa.string())]
     return ImageList(
-        pa.table([index, pa.array(image_ids, pa.string()), pa.array([9] * n, pa.int64())], schema=MANIFEST_SCHEMA),
-        pa.table([index, pa.array([0] * n, pa.int32()), pa.array(image_ids, pa.string())], schema=LABELS_SCHEMA),
+        spooled(MANIFEST_SCHEMA, [pa.table(manifest, schema=MANIFEST_SCHEMA)]),
+        spooled(LABELS_SCHEMA, [pa.table(labels, schema=LABELS_SCHEMA)]),
     )
 
 
@@ -232,8 +243,9 @@ def test_the_split_holds_out_its_fraction():
     table = listing([f"{i:05}.png" for i in range(10_000)])
     # Six standard deviations of a binomial count are 240.
     assert abs(select_split(table, 0.2, "heldout").manifest.num_rows - 2000) < 240
-    assert select_split(table, 0, "train") == table
-    assert select_split(table, 1, "heldout") == table
+    for fraction, part in ((0, "train"), (1, "heldout")):
+        for side, whole in zip(select_split(table, fraction, part), table, strict=True):
+            assert side.read().equals(whole.read())
     for fraction, part, words in ((1.5, "train", "heldout_fraction is 1.5"), (0.5, "test", "part is 'test'")):
         with pytest.raises(UsageError, match=words):
             select_split(table, fraction, part)
@@ -249,16 +261,81 @@ def test_images_and_labels_have_digests_of_their_own(tmp_path):
     assert digests[0][0] == digests[2][0] != digests[3][0]
     assert len({labels for _, labels in digests}) == 3
     assert {len(digest) for pair in digests for digest in pair} == {64}
-    assert manifest_digest(first.manifest.slice(0, 1)) != digests[0][0]
+    assert manifest_digest(spooled(MANIFEST_SCHEMA, [first.manifest.slice(0, 1)])) != digests[0][0]
+
+
+@given(st.lists(st.tuples(st.text(max_size=5), st.integers(0, 9), st.none() | st.text(max_size=3)), max_size=25))
+def test_digests_are_those_of_the_columns_as_json(rows):
+    """They name steps, so they must never change."""
+    image_ids, sizes, names = ([row[column] for row in rows] for column in range(3))
+    index, codes = range(len(rows)), [None if name is None else len(name) for name in names]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "GROUP_ROWS", 7)
+        manifest = spooled(MANIFEST_SCHEMA, [pa.table([index, image_ids, sizes], schema=MANIFEST_SCHEMA)])
+        labels = spooled(LABELS_SCHEMA, [pa.table([index, codes, names], schema=LABELS_SCHEMA)])
+    assert manifest_digest(manifest) == sha256(json.dumps([image_ids, sizes]).encode()).hexdigest()
+    assert labels_digest(labels) == sha256(json.dumps([codes, names]).encode()).hexdigest()
+
+
+class Endless(fs.FileSystemHandler):
+    """A folder of any number of folders of 500 images each. Nothing can be read."""
+
+    def __init__(self, n_folders: int):
+        self.n_folders = n_folders
+
+    def get_type_name(self) -> str:
+        return "endless"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
+        return [fs.FileInfo(path, fs.FileType.Directory) for path in paths]
+
+    def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+        name = selector.base_dir
+        if name == "/images":
+            folders = (f"/images/n{number:08}" for number in range(self.n_folders))
+            return [fs.FileInfo(folder, fs.FileType.Directory) for folder in folders]
+        return [fs.FileInfo(f"{name}/{number:05}.JPEG", fs.FileType.File, size=number) for number in range(500)]
+
+    def unused(self, *given):
+        raise NotImplementedError
+
+    create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = delete_file = move = copy_file = unused
+    open_input_stream = open_input_file = open_output_stream = open_append_stream = unused
+
+
+def peak_of_a_survey(n_folders: int) -> int:
+    """Bytes of Python and of Arrow that listing, splitting and naming a folder take at most in this process."""
+    for module in (manifest_module, tables):
+        module.GROUP_ROWS = 1000
+    folder = Folder("/images")
+    folder.filesystem, folder.is_local = fs.PyFileSystem(Endless(n_folders)), False
+    tracemalloc.start()
+    whole = list_images(folder)
+    sides = [select_split(whole, 0.1, "train"), select_split(whole, 0.1, "heldout")]
+    digests = [(manifest_digest(side.manifest), labels_digest(side.labels)) for side in sides]
+    peak = tracemalloc.get_traced_memory()[1] + pa.default_memory_pool().max_memory()
+    assert digests[0] != digests[1]
+    assert sum(side.manifest.num_rows for side in sides) == 500 * n_folders
+    assert set(sides[1].labels["label_name"].to_pylist()) == {f"n{number:08}" for number in range(n_folders)}
+    return peak
+
+
+def test_the_memory_of_a_survey_does_not_grow_with_the_images():
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
+        few, many = fresh.map(peak_of_a_survey, (10, 50))
+    assert many - few < 20 * 20_000, "names alone would take five times as much"
 
 
 def test_a_changed_folder_is_described(tmp_path):
     before = list_images(fill(tmp_path, "a.jpg", "b.jpg", "c.jpg")).manifest
-    assert describe_change(before, before) == ""
+    assert describe_change(before.groups(), before.groups()) == ""
     (tmp_path / "a.jpg").unlink()
     (tmp_path / "b.jpg").write_bytes(b"another picture")
     after = list_images(fill(tmp_path, "d.jpg", "e.jpg")).manifest
-    assert describe_change(before, after) == "2 added, 1 removed, 1 changed"
+    assert describe_change(before.groups(), after.groups()) == "2 added, 1 removed, 1 changed"
 
 
 # Decoding

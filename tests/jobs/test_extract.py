@@ -4,6 +4,7 @@ import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +20,12 @@ from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import decode_image
+from sae_ray.images.manifest import MANIFEST_SCHEMA
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared, hold
+from sae_ray.store.tables import spooled
 
 
 def rows(folder: Folder) -> list[tuple[int, int, bytes]]:
@@ -119,8 +122,10 @@ def test_a_file_that_may_not_be_read_is_a_reject(ray_cluster, world, tmp_path):
     board = ray.remote(Board).remote()
     step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
     job = extract.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]})
-    decode = extract.PartDecoder({"train": Locked(str(world))}, [job], "run", board)
-    batch = decode(pa.table({"images": ["train"], "part": [0], "image_ids": [names]}))
+    manifest = spooled(MANIFEST_SCHEMA, [pa.table([range(12), names, [1] * 12], schema=MANIFEST_SCHEMA)])
+    source = extract.ImageSource(Locked(str(world)), manifest, 12)
+    decode = extract.PartDecoder({"train": source}, [job], "run", board)
+    batch = decode(pa.table({"images": ["train"], "part": [0]}))
     locked = [name for name in names if name.endswith("0.png")]
     assert batch["rejects"][0].as_py() == [{"image_id": name, "reason": "no permission to read it"} for name in locked]
     assert len(batch["accepted"][0]) == batch["shape_0"][0].as_py()[0] == len(names) - len(locked) > 0
@@ -153,6 +158,17 @@ def test_an_image_that_kills_its_decoder_becomes_a_reject(ray_cluster, make_plan
     assert rejects == [{"image_id": "deadly.png", "reason": "ends the process that decodes it"}]
     assert ActivationStore(train.step.folder).n_images == 10
     assert not (train.step.folder / "attempts").exists()
+
+
+def test_reports_are_rare_however_short_the_work(monkeypatch):
+    clock = iter(np.arange(0, 100, 0.3))
+    monkeypatch.setattr(extract, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    told: list[int] = []
+    tell = extract.now_and_then(told.append)
+    for done in range(20):
+        tell(done)
+    assert 3 <= len(told) <= 6
+    assert told == sorted(told)
 
 
 def test_a_part_that_keeps_ending_its_process_is_an_error(ray_cluster, world, tmp_path):

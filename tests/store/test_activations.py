@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from pyarrow import fs
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.store.activations import (
     ActivationStore,
+    Part,
     finish_store,
     finished_parts,
     read_parts,
@@ -233,6 +235,23 @@ def test_a_store_of_many_parts_opens_with_few_requests(tmp_path: Path, monkeypat
     counting.asked = 0
     assert [len(handed.read(number)[0]) for number in handed.parts] == [4] * 8
     assert counting.asked == 8
+
+
+def test_markers_are_read_of_what_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In a store of many parts each marker is a request that takes its time."""
+    counting = Counting(LocalFileSystem())
+    store = (fs.PyFileSystem(counting), str(tmp_path))
+    monkeypatch.setattr("sae_ray.store.files._store", lambda uri: store)
+    folder = Folder("counting://store/root")
+    rejects = [("é.jpg", "truncated")]
+    parts = [
+        write_part(folder, n, stored_rows(*rows(2 * n, 2), "float32"), rejects if n == 2 else []) for n in range(5)
+    ]
+    assert read_parts(folder) == parts
+    known = {number: Part.from_json(json.loads(json.dumps(asdict(parts[number])))) for number in (0, 2, 4)}
+    counting.asked = 0
+    assert read_parts(folder, known) == parts
+    assert counting.asked == 1 + 2
 
 
 def test_only_a_finished_extraction_is_opened(tmp_path: Path):
