@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 FOLDER = REPOSITORY / "cluster" / "kuberay"
 VERSION = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
 KUBERNETES = "1.34"
-DASHBOARD, CLIENT, GCS, HTTP = 8265, 10001, 6379, 8000
+DASHBOARD, CLIENT, GCS, METRICS, HTTP = 8265, 10001, 6379, 8080, 8000
 CLUSTERS = {
     "cluster.yaml": ("spec",),
     "study.yaml": ("spec", "rayClusterSpec"),
@@ -127,7 +127,7 @@ def test_the_network_is_closed_but_for_http_and_the_operator():
                 opened[namespace] = {port["port"] for port in rule["ports"]}
             else:
                 assert peer == {"podSelector": {}}, "the pods of this namespace"
-    assert opened == {"ingress-nginx": {HTTP}, "kuberay": {DASHBOARD, HTTP}}
+    assert opened == {"ingress-nginx": {HTTP}, "kuberay": {DASHBOARD, HTTP}, "monitoring": {METRICS, HTTP}}
 
 
 @each_cluster
@@ -191,8 +191,7 @@ def test_groups_scale(name):
 @each_cluster
 def test_ports_are_rays(name):
     ports = {port["name"]: port["containerPort"] for port in containers(name)[0]["ports"]}
-    assert ports.pop("metrics") == 8080
-    expected = {"gcs-server": GCS, "dashboard": DASHBOARD, "client": CLIENT}
+    expected = {"gcs-server": GCS, "dashboard": DASHBOARD, "client": CLIENT, "metrics": METRICS}
     assert ports == expected | ({"serve": HTTP} if name == "serve.yaml" else {})
 
 
