@@ -260,7 +260,7 @@ def follow(client: JobSubmissionClient, job_id: str) -> tuple[JobDetails, int]:
             if f"{job_id} does not exist" in str(error):
                 raise SaeRayError(f"the cluster no longer knows {job_id}; submit again to resume") from error
             if not is_lost:
-                say(f"{job_id}: the connection is lost ({_last_line(error)}); connecting again, the job goes on")
+                say(f"{job_id}: the connection is lost ({type(error).__name__}); connecting again, the job goes on")
             is_lost = True
             time.sleep(RETRY_SECONDS)
             continue
