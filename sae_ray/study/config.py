@@ -182,7 +182,7 @@ class TrainResources:
     """GPUs per worker. Default: 1 if the cluster has GPUs."""
     checkpoint_every: Count = 2000
     """Steps between checkpoints."""
-    max_failures: Annotated[int, Ge(0)] = 10
+    max_failures: Annotated[int, Ge(0)] = 3
     """How often a bundle is restarted after losing a worker."""
 
 
