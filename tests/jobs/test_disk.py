@@ -22,6 +22,8 @@ STAGES = {
     "pictures": (pictures, "pictures-*"),
 }
 """Stage -> its module and its steps."""
+QUICK = ("extract", "train", "evaluate")
+"""By Ray Data, by Ray Train, and by tasks, as the others."""
 
 
 @pytest.fixture
@@ -45,13 +47,15 @@ def fill(disk: Path) -> Path:
     return ballast
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STAGES]
+)
 def test_a_disk_that_fills_up_is_named_and_the_stage_resumes(
     ray_cluster, steered, make_steered, disk, monkeypatch, record_fault, name
 ):
     module, steps = STAGES[name]
     root = shutil.copytree(steered, disk / "root", ignore=shutil.ignore_patterns(steps, ".ray-train", "report"))
-    plan = make_steered(root)
+    plan = make_steered(root, **{"resources.train.max_failures": 0})
     connect = stage.connect
 
     def connect_and_fill() -> None:
