@@ -24,6 +24,7 @@ STAGES = {
 """Stage -> its module and its steps."""
 QUICK = ("extract", "train", "evaluate")
 """By Ray Data, by Ray Train, and by tasks, as the others."""
+SLOW = [name for name in STAGES if name not in QUICK]
 
 
 @pytest.fixture
@@ -47,9 +48,7 @@ def fill(disk: Path) -> Path:
     return ballast
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STAGES]
-)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_disk_that_fills_up_is_named_and_the_stage_resumes(
     ray_cluster, steered, make_steered, disk, monkeypatch, record_fault, name
 ):
