@@ -368,7 +368,7 @@ def counted() -> Requests:
         seen = [n_requests()]
         for number in range(n):
             for what in ("decode", "encode"):
-                begin(step.folder, "run", f"part-{number:05d}-{what}")
+                begin(step.folder, "run", f"part-{number:05d}-{what}", "node")
         seen.append(n_requests())
         parts = [write_part(step.folder, number, rows, []) for number in range(n)]
         seen.append(n_requests())
