@@ -92,6 +92,13 @@ class Head:
         found = [job for job in self.get("/api/jobs/").json() if (job["metadata"] or {}).get("root") == str(root)]
         return sorted(Job(job["submission_id"], job["status"], job["metadata"]) for job in found)
 
+    def supervisor(self) -> int:
+        """The process of the only job that runs."""
+        wanted = {"class_name": "JobSupervisor", "state": "ALIVE"}
+        query = "&".join(f"filter_keys={key}&filter_predicates=%3D&filter_values={wanted[key]}" for key in wanted)
+        (actor,) = self.get(f"/api/v0/actors?detail=1&{query}").json()["data"]["result"]["result"]
+        return actor["pid"]
+
     def log(self, job_id: str) -> str:
         return self.get(f"/api/jobs/{job_id}/logs").json()["logs"]
 
@@ -318,6 +325,27 @@ def test_a_job_that_fails_or_is_stopped(head, submit, study_values, tmp_path):
     head.stop(later.id)
     assert stopped.code() == 1
     assert f"Error: {later.id} was stopped" in stopped.err
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_job_whose_supervisor_is_killed_resumes(head, submit, ran, make_plan, tmp_path, record_fault):
+    left = shutil.ignore_patterns("sae-*", "fidelity-*", "scores-*", "pictures-*", "report")
+    root = shutil.copytree(ran.root, tmp_path / "root", ignore=left)
+    plan = make_plan(root)
+    client = submit(ran.study, "--root", root)
+    client.until(lambda: bool(list(root.glob("sae-*/checkpoints/*.json"))))
+    (job,) = head.jobs(root)
+    os.kill(head.supervisor(), signal.SIGKILL)
+    assert client.code() == 1
+    assert f"Error: {job.id} failed" in client.err
+    until(lambda: not any(live_locks(one.step.folder) for one in plan.trains))
+
+    again = submit(ran.study, "--root", root)
+    assert again.code() == 0, again.out + again.err
+    assert not differences(plan, make_plan(ran.root))
+    assert all(one.step.record()["ran"]["attempts"][-1]["first_step"] > 0 for one in plan.trains)
+    record_fault("the supervisor of a job is killed", "train", "same bits, after submitting again")
 
 
 @pytest.mark.ray

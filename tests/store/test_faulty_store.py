@@ -46,7 +46,7 @@ def store(tmp_path_factory) -> Iterator[str]:
         *(pytest.param(fault, 30, marks=pytest.mark.slow) for fault in ("500", "503", "slow")),
     ],
 )
-def test_requests_outlast_a_fault(store: str, fault: str, seconds: float):
+def test_requests_outlast_a_fault(store: str, fault: str, seconds: float, record_fault):
     folder = Folder(f"s3://testing:testing@study/{fault}?endpoint_override={quote(store, safe='')}&region=us-east-1")
     large = bytes(20_000_000)  # in several requests
     folder.write_bytes("small", b"1")
@@ -66,6 +66,8 @@ def test_requests_outlast_a_fault(store: str, fault: str, seconds: float):
     assert int(httpx.get(f"{store}/-/refused").text) >= 4
     assert folder.read_bytes("large") == large
     assert list(folder.files()) == ["large", "small"]
+    how = "does not answer" if fault == "slow" else f"answers {fault}"
+    record_fault(f"the object store {how} for {seconds} s", "any", "requests are made again until it does")
 
 
 def test_a_store_that_is_not_there_is_noticed_within_seconds():
