@@ -27,6 +27,7 @@ from sae_ray.jobs.options import arguments
 from sae_ray.jobs.submit import write_upload
 
 from tests.machine import PATIENCE_S, RAY, head_options, until
+from tests.roots import differences
 
 from .conftest import to_toml
 
@@ -339,7 +340,7 @@ def test_a_job_whose_supervisor_is_killed_resumes(head, submit, ran, make_plan, 
     os.kill(head.supervisor(), signal.SIGKILL)
     assert client.code() == 1
     assert f"Error: {job.id} failed" in client.err
-    until(lambda: not any(live_locks(one.step.folder) for one in plan.trains))
+    until(lambda: {one.step.status() for one in plan.trains} == {"partial"})
 
     again = submit(ran.study, "--root", root)
     assert again.code() == 0, again.out + again.err
