@@ -77,7 +77,7 @@ def allow_slow_starts() -> None:
     for name, value in START_LIMITS.items():
         os.environ.setdefault(name, value)
     from ray._private.node import Node
-    from ray._raylet import persist_port
+    from ray._raylet import persist_port  # pyright: ignore[reportAttributeAccessIssue]
 
     start = Node.start_ray_processes
     if start.__name__ == "start_with_ports":
@@ -90,7 +90,7 @@ def allow_slow_starts() -> None:
             persist_port(node._session_dir, node._node_id, name, port)
         start(node)
 
-    Node.start_ray_processes = start_with_ports
+    Node.start_ray_processes = start_with_ports  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def free_port() -> int:

@@ -126,7 +126,7 @@ def train_bundle(config: dict[str, Any]) -> None:
     world, rank = context.get_world_size(), context.get_world_rank()
     # Where Ray Train chose a number of workers which does not divide the batch, some of them have nothing to do.
     used = world if config["sharded"] else most_that_divide(bundle.cells[0].cell.training.batch_size, world)
-    group = torch.distributed.new_group(range(used)) if world > 1 else None
+    group: Any = torch.distributed.new_group(range(used)) if world > 1 else None
     if rank >= used:
         return
     ranks = Ranks(group if used > 1 else None)
