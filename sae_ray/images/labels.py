@@ -27,6 +27,7 @@ import math
 import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -98,16 +99,18 @@ def read_labels(labels: str, manifest: StoredTable) -> Naming:
 
 
 def _images(paths: list[str]) -> list[str]:
-    found = pa.array(paths, pa.string())
-    return found.filter(pc.match_substring_regex(found, IMAGE)).to_pylist() or paths
+    return _matching(pa.array(paths, pa.string()), IMAGE).to_pylist() or paths
+
+
+def _matching(paths: Any, pattern: str) -> Any:
+    """Those of a column that match."""
+    return paths.filter(pc.call_function("match_substring_regex", [paths], pc.MatchSubstringOptions(pattern)))
 
 
 def _from_folders(manifest: StoredTable) -> Naming:
     def parents(pattern: str) -> Iterator[str]:
         for group in manifest.groups(["image_id"]):
-            image_ids = group["image_id"]
-            found = image_ids.filter(pc.match_substring_regex(image_ids, pattern))
-            yield from pc.unique(_parent(found)).to_pylist()
+            yield from _parent(_matching(group["image_id"], pattern)).unique().to_pylist()
 
     has_images = any(True for _ in parents(IMAGE))
     n_shared = _n_shared(parents(IMAGE if has_images else ""))
@@ -123,7 +126,8 @@ def _from_folders(manifest: StoredTable) -> Naming:
 
 
 def _parent(image_ids: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.replace_substring_regex(image_ids, "/?[^/]*$", "")
+    options = pc.ReplaceSubstringOptions("/?[^/]*$", "")
+    return pc.call_function("replace_substring_regex", [image_ids], options)
 
 
 def _n_shared(parents: Iterable[str]) -> int | None:

@@ -95,11 +95,12 @@ def _labels(labels: str, manifest: StoredTable) -> Iterator[pa.Table]:
     named = read_labels(labels, manifest)
     names: set[str | None] = set()
     for group in manifest.groups(["image_id"]):
-        names.update(pc.unique(named(group["image_id"])).to_pylist())
+        names.update(named(group["image_id"]).unique().to_pylist())
     classes = pa.array(sorted(name for name in names if name is not None), pa.string())
     for group in manifest.groups(["image_index", "image_id"]):
         found = named(group["image_id"])
-        yield pa.table([group["image_index"], pc.index_in(found, value_set=classes), found], schema=LABELS_SCHEMA)
+        codes = pc.call_function("index_in", [found], pc.SetLookupOptions(classes))
+        yield pa.table([group["image_index"], codes, found], schema=LABELS_SCHEMA)
 
 
 def select_split(images: ImageList, heldout_fraction: float, part: Literal["train", "heldout"]) -> ImageList:
