@@ -10,7 +10,7 @@ APART := --net --uts --ipc --mount --pid --fork --kill-child --mount-proc
 # Tests of the cluster mostly wait for processes to start; meanwhile another process of pytest runs the others.
 TWO := -n 2 --no-loadscope-reorder
 
-.PHONY: demo test test-fast test-slow test-gpu soak chaos cluster-test bench bench-serve bench-gpu lint cluster-lint format clean
+.PHONY: demo test test-fast test-slow test-gpu soak chaos cluster-test bench bench-scale bench-serve bench-gpu lint cluster-lint format clean
 
 demo: .venv/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
@@ -49,6 +49,12 @@ bench: .venv/.test
 	$(BIN)/python -m bench.extraction
 	$(BIN)/python -m bench.scale
 	$(BIN)/python -m bench.all_tokens
+	$(BIN)/python -m bench.tables
+
+# 100 million images: about an hour on two cores.
+bench-scale: .venv/.test
+	$(BIN)/python -m bench.scale_planning
+	$(BIN)/python -m bench.scale_cluster
 	$(BIN)/python -m bench.tables
 
 # Needs vLLM, which the set-up of the tests installs where torch has no CUDA: elsewhere `pip install -e '.[vllm]'` first.

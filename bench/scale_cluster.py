@@ -175,14 +175,21 @@ def raw_seconds() -> float:
 
 
 def planned_seconds() -> float:
-    """Of one image, without waiting for a store."""
-    columns = ("listed, labelled, digests: s", "lists written: s")
-    return sum(measured("scale_planning", "Planning", 100_000_000, one) for one in columns) / 1e8
+    """Of one image, without waiting for a store: of the largest list that was planned."""
+    row = planning_results()["tables"][0]["rows"][-1]
+    n_images, listed, _, written, *_ = row
+    return (listed + written) / n_images
 
 
-def driver(row: str) -> float:
-    """Seconds per part."""
-    return measured("scale_planning", "The driver", row, "value") / 1000
+def driver(row: str) -> float | None:
+    """Seconds per part; None where they were not measured."""
+    scheduled = planning_results()["tables"][1:]
+    return measured("scale_planning", "The driver", row, "value") / 1000 if scheduled else None
+
+
+@cache
+def planning_results() -> dict:
+    return json.loads((RESULTS / "scale_planning.json").read_text(encoding="utf-8"))
 
 
 HANDED_OUT = "wall time per part, until the last is written: ms"
@@ -246,8 +253,9 @@ def extraction(n_images: int, n_gpus: int) -> Stage:
         "GPUs": encoded() * n_gpus,
         "decoding": decoded() * nodes * CORES_PER_NODE,
         "network": NODE_BYTES_PER_SECOND * nodes / JPEG_BYTES,
-        "driver": PER_PART / driver(HANDED_OUT),
     }
+    if handed_out := driver(HANDED_OUT):
+        per_second["driver"] = PER_PART / handed_out
     limit = min(per_second, key=lambda one: per_second[one])
     return Stage(START_SECONDS + n_images / per_second[limit], limit)
 
@@ -324,10 +332,12 @@ def scoring(n_images: int, n_gpus: int) -> Stage:
 
 
 def share(n_images: int, n_gpus: int, extraction_seconds: float, total: float) -> list:
-    cpu = n_parts(n_images) * driver(DRIVER_CPU)
-    asked = encoded() * n_gpus / PER_PART
-    percent = (f"{100 * cpu / seconds:.1f} %" for seconds in (extraction_seconds, total))
-    return [n_images, n_gpus, round(asked, 1), round(1 / driver(HANDED_OUT), 1), *percent]
+    asked = round(encoded() * n_gpus / PER_PART, 1)
+    handed_out, cpu = driver(HANDED_OUT), driver(DRIVER_CPU)
+    if handed_out is None or cpu is None:
+        return [n_images, n_gpus, asked, "unmeasured", "unmeasured", "unmeasured"]
+    percent = (f"{100 * n_parts(n_images) * cpu / seconds:.1f} %" for seconds in (extraction_seconds, total))
+    return [n_images, n_gpus, asked, round(1 / handed_out, 1), *percent]
 
 
 # Bytes, objects, requests
@@ -409,7 +419,9 @@ def ingredients(requests: Requests) -> list[list]:
         ],
         [
             "ms per part handed out, and of the driver's CPU",
-            f"{1000 * driver(HANDED_OUT):.2f}, {1000 * driver(DRIVER_CPU):.2f}",
+            ", ".join(
+                "unmeasured" if one is None else f"{1000 * one:.2f}" for one in map(driver, (HANDED_OUT, DRIVER_CPU))
+            ),
             "bench.scale_planning",
         ],
         [

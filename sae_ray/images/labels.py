@@ -99,20 +99,18 @@ def read_labels(labels: str, manifest: StoredTable) -> Naming:
 
 
 def _images(paths: list[str]) -> list[str]:
-    found = pa.array(paths, pa.string())
-    return found.filter(_matches(found, IMAGE)).to_pylist() or paths
+    return _matching(pa.array(paths, pa.string()), IMAGE).to_pylist() or paths
 
 
-def _matches(texts: pa.Array | pa.ChunkedArray, pattern: str) -> Any:
-    return pc.call_function("match_substring_regex", [texts], pc.MatchSubstringOptions(pattern))
+def _matching(paths: Any, pattern: str) -> Any:
+    """Those of a column that match."""
+    return paths.filter(pc.call_function("match_substring_regex", [paths], pc.MatchSubstringOptions(pattern)))
 
 
 def _from_folders(manifest: StoredTable) -> Naming:
     def parents(pattern: str) -> Iterator[str]:
         for group in manifest.groups(["image_id"]):
-            image_ids = group["image_id"]
-            found = image_ids.filter(_matches(image_ids, pattern))
-            yield from _parent(found).unique().to_pylist()
+            yield from _parent(_matching(group["image_id"], pattern)).unique().to_pylist()
 
     has_images = any(True for _ in parents(IMAGE))
     n_shared = _n_shared(parents(IMAGE if has_images else ""))
