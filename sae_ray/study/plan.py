@@ -39,12 +39,18 @@ class ImagePlan:
 
     name: str
     """`train` or `heldout`."""
-    folder: Folder
+    path: str
+    """Of the folder, as the study gives it."""
     surveyed: SurveyedImages
     step: Step
     """The manifest: which images there are."""
     labels_step: Step
     """What they are labelled as."""
+
+    @cached_property
+    def folder(self) -> Folder:
+        """Opened when it is needed: `status`, for one, works while the store of the images is away."""
+        return Folder(self.path)
 
     @property
     def n_images(self) -> int:
@@ -475,7 +481,7 @@ class StudyPlan:
         step = Step(self.root, "manifest", f"manifest-{name}", {"images": surveyed.manifest_digest})
         config = {"manifest": step.name, "labels": surveyed.labels_digest}
         labels_step = Step(self.root, "labels", f"labels-{name}", config)
-        return ImagePlan(name, Folder(image_set.path), surveyed, step, labels_step)
+        return ImagePlan(name, image_set.path, surveyed, step, labels_step)
 
     def _activations(self, images: ImagePlan, site: Site) -> ExtractPlan:
         label = f"activations-{images.name}-{site.name}"

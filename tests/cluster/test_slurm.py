@@ -115,6 +115,7 @@ def sbatch(tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.skipif(not can_make_nodes(), reason="namespaces cannot be made here: no unshare, no ip, or no right to")
 def test_a_command_runs_on_a_cluster_of_all_nodes(sbatch, tmp_path):
     (tmp_path / "command.py").write_text(COMMAND)

@@ -22,7 +22,7 @@ STAGES = {
     "pictures": (pictures, "pictures-*"),
 }
 """Stage -> its module and its steps."""
-QUICK = ("extract", "train", "evaluate")
+QUICK = ("extract", "evaluate")
 """By Ray Data, by Ray Train, and by tasks, as the others."""
 SLOW = [name for name in STAGES if name not in QUICK]
 

@@ -15,6 +15,7 @@ from sae_ray.encoders import describe_encoder
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.steering.evaluation import rates
 from sae_ray.steering.protocol import Question
+from sae_ray.store.steps import hold
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import remember
 
@@ -120,7 +121,8 @@ def test_only_answers_to_the_same_questions_are_taken_over(ray_cluster, scored, 
     plan = make_steered(root)
     evaluation = steering.Evaluation(plan.steerings[0], plan.study.seed)
     actors = steering.Actors(evaluation.plan, plan.study.resources.steering)
-    evaluation._directions(actors)
+    with hold([evaluation.plan.step]):
+        evaluation._directions(actors)
     prompt = evaluation.steering.prompt
     questions = [Question("unsteered", -1, None, 0.0, image, prompt) for image in evaluation.heldout.usable[::20][:8]]
     parts = evaluation.folder / "answers"
@@ -129,17 +131,18 @@ def test_only_answers_to_the_same_questions_are_taken_over(ray_cluster, scored, 
         monkeypatch.setattr(steering, "QUESTIONS_PER_BLOCK", block)
         return actors.answers("answers", asked, evaluation.heldout)
 
-    told = answers(questions, 4)
-    assert len(set(told)) > 1
-    for file in parts.files():
-        parts.write_parquet(file, pa.table({"answer": ["forged"] * 4}))  # so that it shows what is taken over
-    assert answers(questions, 4) == ["forged"] * 8
-    assert answers(questions[:4], 4) == ["forged"] * 4
-    assert answers(questions, 3) == told
-    assert answers(questions[::-1], 4) == told[::-1]
-    other = [question._replace(kind="reconstruction") for question in questions[:4]]
-    assert answers(other + questions[4:], 4)[4:] == ["forged"] * 4
-    assert "forged" not in answers(other, 4)
+    with hold([evaluation.plan.step]):
+        told = answers(questions, 4)
+        assert len(set(told)) > 1
+        for file in parts.files():
+            parts.write_parquet(file, pa.table({"answer": ["forged"] * 4}))  # so that it shows what is taken over
+        assert answers(questions, 4) == ["forged"] * 8
+        assert answers(questions[:4], 4) == ["forged"] * 4
+        assert answers(questions, 3) == told
+        assert answers(questions[::-1], 4) == told[::-1]
+        other = [question._replace(kind="reconstruction") for question in questions[:4]]
+        assert answers(other + questions[4:], 4)[4:] == ["forged"] * 4
+        assert "forged" not in answers(other, 4)
 
 
 def test_what_is_missing_is_named(scored, make_steered):

@@ -132,7 +132,7 @@ def folders(tmp_path: Path) -> list[ImagePlan]:
             path = tmp_path / name / f"{number:03}.png"
             Image.new("RGB", (28, 28), (red, number, 0)).save(path)
         folder, step = Folder(tmp_path / name), Step(Folder(tmp_path), "", "", {})
-        sets.append(ImagePlan(name, folder, SurveyedImages.of(list_images(folder)), step, step))
+        sets.append(ImagePlan(name, folder.uri, SurveyedImages.of(list_images(folder)), step, step))
     (tmp_path / "train" / "002.png").write_bytes(b"")
     return sets
 
