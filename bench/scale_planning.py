@@ -34,6 +34,7 @@ from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import recalled_plan, remember
 from sae_ray.world import write_world
+from tests.endless import Endless
 
 PLANNED = (1_000_000, 10_000_000, 100_000_000)
 """Images that are listed and planned."""
@@ -43,36 +44,6 @@ SCHEDULED_PARTS = 195_313
 CPUS = (2, 1, 1)
 """Logical CPUs of the nodes."""
 ENDLESS = "/endless"
-
-
-class Endless(fs.FileSystemHandler):
-    """A folder of any number of images, in one folder per class. None of them can be read."""
-
-    def __init__(self, n_images: int):
-        self.n_images = n_images
-
-    def get_type_name(self) -> str:
-        return "endless"
-
-    def normalize_path(self, path: str) -> str:
-        return path
-
-    def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
-        return [fs.FileInfo(path, fs.FileType.Directory) for path in paths]
-
-    def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
-        folder = selector.base_dir
-        if folder == ENDLESS:
-            classes = range(self.n_images // PER_FOLDER)
-            return [fs.FileInfo(f"{folder}/n{number:08}", fs.FileType.Directory) for number in classes]
-        start = f"{folder}/{folder.rpartition('/')[2]}_"
-        return [fs.FileInfo(f"{start}{n}.JPEG", fs.FileType.File, size=100_000 + n) for n in range(PER_FOLDER)]
-
-    def unused(self, *given: Any) -> Any:
-        raise NotImplementedError
-
-    create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = delete_file = move = copy_file = unused
-    open_input_stream = open_input_file = open_output_stream = open_append_stream = unused
 
 
 def main() -> None:
@@ -102,7 +73,8 @@ def own_process(*arguments: str) -> list:
 def plan(root: str, world: str, n_images: str) -> list[float]:
     """Plans a study of made-up images, and writes their lists under the root."""
     endless = Folder(ENDLESS)
-    endless.filesystem, endless.is_local = fs.PyFileSystem(Endless(int(n_images))), False
+    made_up = Endless(ENDLESS, int(n_images) // PER_FOLDER, PER_FOLDER)
+    endless.filesystem, endless.is_local = fs.PyFileSystem(made_up), False
     vars(surveying).update(Folder=lambda uri: endless if uri == ENDLESS else Folder(uri))
     study = Study.from_dict(
         {

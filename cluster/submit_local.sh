@@ -6,9 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -d .venv ]; then PATH="$PWD/.venv/bin:$PATH"; fi
 
-free_port() {
-    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-}
+free_port() { python -c 'from jobs.cluster import free_port; print(free_port())'; }
 
 # Ray listens on the machine's network address, not only on loopback. A random token keeps others out.
 export RAY_AUTH_MODE=token
@@ -22,8 +20,7 @@ scratch=$(mktemp -d /tmp/sae-ray.XXXX)
 ray_start='from jobs.cluster import allow_slow_starts as allow; allow(); from ray.scripts.scripts import main; main()'
 setsid python -c "$ray_start" start --head --block --disable-usage-stats --num-cpus "${NUM_CPUS:-4}" --temp-dir "$scratch" \
     --port "$(free_port)" --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
-    --dashboard-agent-listen-port "$(free_port)" --dashboard-agent-grpc-port "$(free_port)" \
-    --metrics-export-port "$(free_port)" --ray-client-server-port "$(free_port)" >"$scratch/head.log" 2>&1 &
+    --ray-client-server-port "$(free_port)" >"$scratch/head.log" 2>&1 &
 head=$!
 stop() {
     kill -TERM -- "-$head" 2>/dev/null || true

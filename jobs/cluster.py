@@ -157,6 +157,12 @@ def n_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
+def slots(cpus: float, gpus: float) -> float:
+    """How many workers of these resources run at once by default: one per GPU, or one per two CPUs, since logical CPUs
+    may outnumber the cores."""
+    return n_gpus() / gpus if gpus else n_cpus() / (2 * max(cpus, 1))
+
+
 def gpus_or_default(gpus: float | None) -> float:
     """GPUs of a worker: as many as are asked for, else 1 where the cluster has any."""
     return float(n_gpus() > 0) if gpus is None else gpus

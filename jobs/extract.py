@@ -50,7 +50,7 @@ from sae_ray.store.tables import StoredTable
 from sae_ray.study.config import ExtractResources
 from sae_ray.study.plan import ExtractPlan, ImagePlan, StudyPlan
 
-from .cluster import at_most_a_node, gpus_or_default, n_cpus, n_gpus, require, room
+from .cluster import at_most_a_node, gpus_or_default, n_cpus, require, room, slots
 from .progress import Progress, say
 from .stage import at_work, noting_failures, unfinished
 
@@ -267,8 +267,8 @@ def _shares(resources: ExtractResources, memory: float) -> tuple[int, float, int
     """Encoder actors, GPUs of each, decode tasks at once. `memory`: bytes of an actor."""
     gpus = gpus_or_default(resources.gpus)
     # Without GPUs an actor decodes as well, two parts at a time.
-    at_most = n_gpus() / gpus if gpus else n_cpus() / (2 * max(resources.cpus, 1))
-    workers = resources.workers or max(1, min(int(at_most), room(resources.cpus, gpus, memory)))
+    at_most = int(slots(resources.cpus, gpus))
+    workers = resources.workers or max(1, min(at_most, room(resources.cpus, gpus, memory)))
     # Ray decodes in the actors themselves where they ask for just what its tasks do, 1 CPU.
     fused = not gpus and resources.cpus == 1
     require("resources.extract", workers, resources.cpus, gpus, beside=0 if fused else 1)

@@ -68,8 +68,6 @@ def at_work(root: Folder, stage: str, todo: Sequence[Planned]) -> Iterator[Failu
         with hold(steps), noting_failures(steps) as failures:
             connect()
             yield failures
-    except SaeRayError as error:
-        raise user_error(error) or error from None
     except Exception as error:
         if known := user_error(error):
             raise known from None

@@ -15,7 +15,7 @@ from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
 from sae_ray.study.plan import StudyPlan, TrainPlan
 
-from .cluster import beside_driver, gpus_or_default, n_cpus, n_gpus, require, user_error
+from .cluster import beside_driver, gpus_or_default, require, slots, user_error
 from .metrics import count_failure
 from .placement import bundles
 from .progress import Progress, pace_of, say
@@ -49,9 +49,7 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], failures: Failures) -> None
     gpus = gpus_or_default(resources.gpus)
     least, most = (number * resources.shards for number in resources.workers_span)
     require("resources.train", least, resources.cpus, gpus)
-    # Without GPUs as extraction: logical CPUs may outnumber the cores.
-    slots = n_gpus() / gpus if gpus else n_cpus() / (2 * max(resources.cpus, 1))
-    at_once = resources.bundles or max(1, int(slots / most))
+    at_once = resources.bundles or max(1, int(slots(resources.cpus, gpus) / most))
     scaling = {
         "workers": (least, most) if least < most else most,
         "sharded": resources.shards > 1,

@@ -47,12 +47,20 @@ def processes_with_torch() -> ForkServerContext:
     return context
 
 
+def in_ranks(main: Callable[..., None], folder: Path, size: int) -> Path:
+    """Runs `main(rank, folder)` in so many processes, and returns the folder."""
+    import torch
+
+    method = processes_with_torch().get_start_method()
+    torch.multiprocessing.start_processes(main, (str(folder),), size, start_method=method)
+    return folder
+
+
 def head_options(folder: Path, dashboard: int, cpus: int) -> list[str]:
     """What `ray start --head` needs to share the machine with other heads. `folder`: its own, with a short path."""
     options = [
         *("--temp-dir", folder, "--num-cpus", cpus, "--object-store-memory", 200 * 2**20),
         *("--port", free_port(), "--dashboard-port", dashboard, "--ray-client-server-port", free_port()),
-        *("--dashboard-agent-listen-port", free_port(), "--dashboard-agent-grpc-port", free_port()),
         *("--min-worker-port", 0, "--max-worker-port", 0, "--disable-usage-stats"),
     ]
     return [str(option) for option in options]

@@ -28,10 +28,21 @@ def object_store(log: Path, host: str, port: int, inside: Sequence[str] = ()) ->
         host: the server's own address.
         inside: the command that runs another one where the server shall run.
     """
-    with log.open("w") as output:
-        command = [*inside, sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)]
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     address = f"http://{host}:{port}"
+    with served([*inside, sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)], address, log):
+        yield bucket(address)
+
+
+def bucket(address: str) -> str:
+    """The URI of what a server keeps, to be formatted with a path."""
+    return f"s3://{KEY}:{KEY}@study/{{}}?endpoint_override={quote(address, safe='')}&region=us-east-1"
+
+
+@contextmanager
+def served(command: Sequence[str], address: str, log: Path) -> Iterator[None]:
+    """Runs a server of moto's kind, with an empty bucket."""
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
     def serves() -> bool:
         try:
@@ -43,7 +54,7 @@ def object_store(log: Path, host: str, port: int, inside: Sequence[str] = ()) ->
     try:
         until(serves)
         httpx.put(f"{address}/study").raise_for_status()
-        yield f"s3://{KEY}:{KEY}@study/{{}}?endpoint_override={quote(address, safe='')}&region=us-east-1"
+        yield
     finally:
         server.kill()
         server.wait()

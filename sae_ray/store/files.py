@@ -102,16 +102,12 @@ class Folder:
 
     def files(self, recursive: bool = False) -> dict[str, int]:
         """Relative path -> size in bytes of each file, sorted by path; empty if the folder does not exist."""
-        selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
-        found = [info for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
         prefix = len(self.path.rstrip("/")) + 1
-        return dict(sorted((info.path[prefix:], info.size) for info in found))
+        return dict(sorted((info.path[prefix:], info.size) for info in self._infos(fs.FileType.File, recursive)))
 
     def modified(self) -> dict[str, float]:
         """Name -> when it was last written, in seconds by the clock of the store, of each file that is not deeper."""
-        selector = fs.FileSelector(self.path, recursive=False, allow_not_found=True)
-        found = [info for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
-        return {info.base_name: info.mtime_ns / 1e9 for info in found}
+        return {info.base_name: info.mtime_ns / 1e9 for info in self._infos(fs.FileType.File)}
 
     def walk(self) -> Iterator[tuple[str, int]]:
         """Relative path and size of each file below, sorted by path, without hidden files and folders.
@@ -148,9 +144,11 @@ class Folder:
 
     def folders(self) -> list[str]:
         """Names of the direct sub-folders, sorted."""
-        selector = fs.FileSelector(self.path, recursive=False, allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
-        return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+        return sorted(info.base_name for info in self._infos(fs.FileType.Directory))
+
+    def _infos(self, kind: fs.FileType, recursive: bool = False) -> list[fs.FileInfo]:
+        selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+        return [info for info in self.filesystem.get_file_info(selector) if info.type == kind]
 
     def read_bytes(self, name: str) -> bytes:
         with self.filesystem.open_input_stream(self.path_of(name)) as stream:

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 
 from tests.cluster.hosts import HOME, Host
-from tests.machine import PATIENCE_S, until
+from tests.machine import PATIENCE_S, RAY, until
 from tests.object_store import KEY
 
 BIN = Path(sys.executable).parent
@@ -28,13 +28,6 @@ time.time_ns = lambda: real[1]() + {SKEW_S} * 10**9
 CUSTOM = "/tmp/custom"
 """The folder on every node that Python processes look into first."""
 STORE_BYTES = 100 * 2**20
-RAY = """
-from sae_ray.jobs.cluster import allow_slow_starts
-from ray.scripts.scripts import main
-allow_slow_starts()
-main()
-"""
-"""The command `ray`, for busy machines."""
 
 
 class Cluster:

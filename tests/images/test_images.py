@@ -31,6 +31,7 @@ from sae_ray.images.part import Preparation, decode_part
 from sae_ray.store import tables
 from sae_ray.store.files import Folder
 from sae_ray.store.tables import spooled
+from tests.endless import Endless
 
 
 def fill(folder: Path, *paths: str) -> Folder:
@@ -277,41 +278,12 @@ def test_digests_are_those_of_the_columns_as_json(rows):
     assert labels_digest(labels) == sha256(json.dumps([codes, names]).encode()).hexdigest()
 
 
-class Endless(fs.FileSystemHandler):
-    """A folder of any number of folders of 500 images each. Nothing can be read."""
-
-    def __init__(self, n_folders: int):
-        self.n_folders = n_folders
-
-    def get_type_name(self) -> str:
-        return "endless"
-
-    def normalize_path(self, path: str) -> str:
-        return path
-
-    def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
-        return [fs.FileInfo(path, fs.FileType.Directory) for path in paths]
-
-    def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
-        name = selector.base_dir
-        if name == "/images":
-            folders = (f"/images/n{number:08}" for number in range(self.n_folders))
-            return [fs.FileInfo(folder, fs.FileType.Directory) for folder in folders]
-        return [fs.FileInfo(f"{name}/{number:05}.JPEG", fs.FileType.File, size=number) for number in range(500)]
-
-    def unused(self, *given):
-        raise NotImplementedError
-
-    create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = delete_file = move = copy_file = unused
-    open_input_stream = open_input_file = open_output_stream = open_append_stream = unused
-
-
 def peak_of_a_survey(n_folders: int) -> int:
     """Bytes of Python and of Arrow that listing, splitting and naming a folder take at most in this process."""
     for module in (manifest_module, tables):
         module.GROUP_ROWS = 1000
     folder = Folder("/images")
-    folder.filesystem, folder.is_local = fs.PyFileSystem(Endless(n_folders)), False
+    folder.filesystem, folder.is_local = fs.PyFileSystem(Endless("/images", n_folders, 500)), False
     tracemalloc.start()
     whole = list_images(folder)
     sides = [select_split(whole, 0.1, "train"), select_split(whole, 0.1, "heldout")]

@@ -27,6 +27,7 @@ from sae_ray.store import steps
 from sae_ray.store.checkpoints import save_checkpoint
 from sae_ray.store.steps import CLOCK_ERROR_SECONDS, STALE_SECONDS, hold, note_failure, tell
 from sae_ray.study.root import remember
+from tests.counting import Counting
 from tests.machine import until
 from tests.test_monitoring import exported_names
 
@@ -102,17 +103,6 @@ def test_status_shows_the_last_failure(make_plan, tmp_path):
     with hold([step]):
         assert "running" in line_of(step, tmp_path)
         assert last in shown(tmp_path)
-
-
-class Counting(fs.FSSpecHandler):
-    """A local folder as a store that counts what it is asked."""
-
-    asked = 0
-
-    def __getattribute__(self, name: str):
-        if name in ("get_file_info", "get_file_info_selector", "open_input_stream", "open_input_file"):
-            self.asked += 1
-        return super().__getattribute__(name)
 
 
 def test_what_status_asks_of_a_store(make_plan, tmp_path, monkeypatch):

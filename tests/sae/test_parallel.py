@@ -20,7 +20,7 @@ from sae_ray.sae.ranks import Ranks, Split
 from sae_ray.sae.weights import Weights
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
-from tests.machine import processes_with_torch
+from tests.machine import in_ranks
 
 D_IN, BATCH, STEPS, STEPS_PER_SIZE = 16, 32, 24, 8
 SIZES = (1, 2, 4)
@@ -126,10 +126,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    method = processes_with_torch().get_start_method()
-    torch.multiprocessing.start_processes(rank_main, (str(folder),), SIZES[-1], start_method=method)
-    return folder
+    return in_ranks(rank_main, tmp_path_factory.mktemp("ranks"), SIZES[-1])
 
 
 def results(folder: Path, name: str, size: int) -> list[dict[str, torch.Tensor]]:

@@ -18,7 +18,7 @@ from sae_ray.sae import Cell, CellTrainer, NonFiniteLoss, StepMetrics, TrainingC
 from sae_ray.sae.architectures import ARCHITECTURES
 from sae_ray.sae.architectures.jumprelu import JumpReLUSettings
 from sae_ray.sae.ranks import ALONE, Ranks, Split
-from tests.machine import processes_with_torch
+from tests.machine import in_ranks
 
 D_IN, D_SAE, BATCH, K = 16, 127, 32, 3
 """No number of ranks divides the latents."""
@@ -128,10 +128,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    method = processes_with_torch().get_start_method()
-    torch.multiprocessing.start_processes(rank_main, (str(folder),), max(SIZES), start_method=method)
-    return folder
+    return in_ranks(rank_main, tmp_path_factory.mktemp("shards"), max(SIZES))
 
 
 def load(folder: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:

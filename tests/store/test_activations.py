@@ -38,6 +38,7 @@ from sae_ray.store.activations import (
 from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
+from tests.counting import Counting
 
 WriteStore = Callable[..., ActivationStore]
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -199,17 +200,6 @@ def test_squares_of_large_float16_do_not_overflow(tmp_path: Path, write_store: W
     large = np.full((2, 4), 60000.0, np.float32)
     store = write_store(tmp_path, [(np.arange(2), np.zeros(2), large)], "float16")
     assert store.root_mean_square_norm == pytest.approx(2 * float(np.float16(60000)))
-
-
-class Counting(fs.FSSpecHandler):
-    """A local folder as a store that counts what it is asked."""
-
-    asked = 0
-
-    def __getattribute__(self, name: str):
-        if name in ("get_file_info", "get_file_info_selector", "open_input_stream", "open_input_file"):
-            self.asked += 1
-        return super().__getattribute__(name)
 
 
 def test_a_store_of_many_parts_opens_with_few_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

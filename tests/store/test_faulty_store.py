@@ -1,42 +1,26 @@
 """An object store that fails for a while costs time, and nothing else."""
 
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import quote
 
 import httpx
 import pytest
 from sae_ray.jobs.cluster import free_port
 
 from sae_ray.store.files import Folder
-from tests.machine import until
+from tests.object_store import bucket, served
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Iterator[str]:
     """The address of a server with the bucket `study`."""
     port = free_port()
-    with (tmp_path_factory.mktemp("store") / "log").open("w") as log:
-        command = [sys.executable, "-m", "tests.faulty_store", str(port)]
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
-
-    def serves() -> bool:
-        try:
-            return httpx.get(f"{address}/moto-api/").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    try:
-        until(serves)
-        httpx.put(f"{address}/study").raise_for_status()
+    command = [sys.executable, "-m", "tests.faulty_store", str(port)]
+    with served(command, address, tmp_path_factory.mktemp("store") / "log"):
         yield address
-    finally:
-        server.kill()
-        server.wait()
 
 
 @pytest.mark.parametrize(
@@ -47,7 +31,7 @@ def store(tmp_path_factory) -> Iterator[str]:
     ],
 )
 def test_requests_outlast_a_fault(store: str, fault: str, seconds: float, record_fault):
-    folder = Folder(f"s3://testing:testing@study/{fault}?endpoint_override={quote(store, safe='')}&region=us-east-1")
+    folder = Folder(bucket(store).format(fault))
     large = bytes(20_000_000)  # in several requests
     folder.write_bytes("small", b"1")
     folder.write_bytes("old", b"2")
