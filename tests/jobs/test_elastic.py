@@ -57,7 +57,8 @@ def lose():
     if announced:
         time.sleep(3)  # into the steps
         preempted = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        GcsClient(cluster.address).drain_node(at_work[0], preempted, "the spot instance is taken back", 120_000)
+        deadline = int(1000 * (time.time() + 120))
+        GcsClient(cluster.address).drain_node(at_work[0], preempted, "the spot instance is taken back", deadline)
         while not steps():
             time.sleep(0.02)
     print(json.dumps(max(steps())), flush=True)  # what the test reads
@@ -80,7 +81,7 @@ def trained(root: Path, study_values: dict, overrides: dict, announced: bool) ->
     return step
 
 
-ONE = {"grid.architectures": ["batch_topk"], "training.steps": 3000}
+ONE = {"grid.architectures": ["batch_topk"], "training.steps": 10_000}
 
 
 def test_a_node_that_is_taken_away_after_a_notice_costs_what_came_after_it(
