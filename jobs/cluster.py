@@ -25,6 +25,9 @@ START_LIMITS = {
 }
 """What Ray allows its own processes to start: more than its 30 and 60 seconds, which can be too few on a busy machine,
 but less for one request, which is made again."""
+KEEPALIVE = {"RAY_grpc_client_keepalive_time_ms": "30000", "RAY_grpc_client_keepalive_timeout_ms": "20000"}
+"""When a process gives up a call to a machine that vanished without a word: after 50 seconds. Ray's default is seven
+minutes, in which all else waits. Nodes need these variables, too (`cluster/Dockerfile`)."""
 AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
 """As `RayParams` and the files in a session's folder name them."""
 
@@ -44,6 +47,8 @@ def connect() -> None:
     # Ray Train polls its workers; at the default of two seconds short runs spend most of their time waiting.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are not about anything a user can change
+    for name, value in KEEPALIVE.items():
+        os.environ.setdefault(name, value)
     allow_slow_starts()
     import ray
 

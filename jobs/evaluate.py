@@ -54,12 +54,14 @@ def evaluated(sae: Any, activations: Any, step: Step, device: str, board: Any) -
     from sae_ray.sae import load_sae, save_latents
     from sae_ray.sae.metrics import evaluate_store
     from sae_ray.store import ActivationStore
+    from sae_ray.store.copies import shared_activations
 
     started = time.monotonic()
     check_shared(step.folder)
-    fidelity = evaluate_store(
-        load_sae(sae).to(device), ActivationStore(activations), lambda rows: board.set.remote(step.name, rows)
-    )
+    with shared_activations(activations) as place:
+        fidelity = evaluate_store(
+            load_sae(sae).to(device), ActivationStore(place), lambda rows: board.set.remote(step.name, rows)
+        )
     save_latents(fidelity.latents(), step.folder)
     step.finish(time.monotonic() - started, fidelity.summary()._asdict())
 

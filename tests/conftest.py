@@ -15,8 +15,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 # By default Ray's workers give way to whatever else runs, so that beside other work some tests would wait for minutes.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray reads it in this spelling
-# Copies of models from object stores; workers of the cluster see it, too.
-os.environ["SAE_RAY_MODEL_CACHE"] = tempfile.mkdtemp(prefix="sae-ray-models-")
+# Copies from object stores; workers of the cluster see it, too.
+os.environ["SAE_RAY_CACHE"] = tempfile.mkdtemp(prefix="sae-ray-cache-")
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ settings.load_profile("sae-ray")
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["SAE_RAY_MODEL_CACHE"], ignore_errors=True)
+    shutil.rmtree(os.environ["SAE_RAY_CACHE"], ignore_errors=True)
 
 
 MARKS_BY_FIXTURE = {"ray_cluster": "ray", "server": "serve", "browser": "browser"}

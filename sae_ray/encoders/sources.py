@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 
-from sae_ray.encoders.copies import local_copy
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.store.copies import local_copy
 from sae_ray.store.files import Folder, address_shown
 
 FORMS = (
@@ -20,7 +20,8 @@ FORMS = (
 
 _LOCAL_DIR = "open_clip:local-dir:"
 
-_CONFIGS = {"config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json"}
+_MODEL_CONFIGS = ("config.json", "open_clip_config.json")
+_CONFIGS = {*_MODEL_CONFIGS, "preprocessor_config.json", "processor_config.json"}
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
 
 
@@ -39,7 +40,7 @@ def local_directory(path: str, revision: str | None, forms: str) -> Path | None:
     if "://" in path:
         folder = Folder(path)
         if not folder.is_local:
-            return local_copy(folder)
+            return local_copy(folder, "models", _MODEL_CONFIGS)
         path = folder.path
     directory = Path(path).expanduser()
     if directory.is_dir():

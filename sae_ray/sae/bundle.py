@@ -20,6 +20,7 @@ from sae_ray.sae.ranks import ALONE
 from sae_ray.sae.training import CellTrainer, NonFiniteLoss, StepMetrics
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.checkpoints import newest_checkpoint, save_checkpoint
+from sae_ray.store.copies import shared_activations
 from sae_ray.store.steps import digest
 from sae_ray.store.stream import TrainingStream
 
@@ -101,17 +102,24 @@ def train_cells(
         UsageError: the batch or the latents of a cell cannot be split over the ranks.
         SaeRayError: the activations are not finished, or torn.
     """
+    workers, batch_size = split.rows.size, bundle.cells[0].cell.training.batch_size
+    if batch_size % workers:
+        raise UsageError(f"resources.train.workers = {workers}: choose a divisor of training.batch_size = {batch_size}")
+    with shared_activations(bundle.activations) as activations:
+        _train(bundle, ActivationStore(activations), torch.device(device), split, after_step)
+
+
+def _train(
+    bundle: BundleJob,
+    store: ActivationStore,
+    device: torch.device,
+    split: Split,
+    after_step: Callable[[int, dict[str, CellReport]], bool],
+) -> None:
     started = time.monotonic()
-    device, workers = torch.device(device), split.rows
-    batch_size = bundle.cells[0].cell.training.batch_size
-    if batch_size % workers.size:
-        raise UsageError(
-            f"resources.train.workers = {workers.size}: choose a divisor of training.batch_size = {batch_size}"
-        )
+    workers, batch_size = split.rows, bundle.cells[0].cell.training.batch_size
     rows_per_rank = batch_size // workers.size
     share = slice(workers.rank * rows_per_rank, (workers.rank + 1) * rows_per_rank)
-
-    store = ActivationStore(bundle.activations)
     scale = store.root_mean_square_norm
     running = [_resumed(job, store.d, device, split) for job in bundle.cells if not job.step.finished]
     first = min((run.trainer.n_steps for run in running), default=bundle.steps)

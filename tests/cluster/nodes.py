@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import httpx
+from sae_ray.jobs.cluster import KEEPALIVE
 
 from tests.cluster.hosts import HOME, Host
 from tests.machine import PATIENCE_S, RAY, until
@@ -83,6 +84,7 @@ class Cluster:
         """Starts a command on a node."""
         environment = (
             self.client
+            | KEEPALIVE
             | KEYS
             | {
                 "HF_HUB_OFFLINE": "1",

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from sae_ray.jobs.cluster import KEEPALIVE
 
 from tests.test_wheel import ROOMS
 
@@ -46,3 +47,10 @@ def test_nobody_is_root_and_a_token_is_asked_for():
     last = DOCKERFILE[DOCKERFILE.rindex("\nFROM ") :]
     assert re.findall(r"^USER (.*)$", last, re.MULTILINE) == ["1000"]
     assert "RAY_AUTH_MODE=token" in re.findall(r"^ENV (.*)$", last, re.MULTILINE)[-1].split()
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "slurm/on_ray.sbatch"])
+def test_nodes_give_up_machines_as_soon_as_drivers_do(file: str):
+    text = (REPOSITORY / "cluster" / file).read_text(encoding="utf-8")
+    [values] = re.findall(r"^(?:ENV|export) (RAY_grpc_client_keepalive_time_ms=.*)$", text, re.MULTILINE)
+    assert values.split() == [f"{name}={value}" for name, value in KEEPALIVE.items()]

@@ -1,8 +1,10 @@
-"""Models in an object store: the same models as in a local directory, copied once by each node."""
+"""Models and activations in an object store: the same as on a disk, copied once by each node."""
 
 from __future__ import annotations
 
+import itertools
 import re
+import shutil
 import subprocess
 import sys
 import uuid
@@ -10,15 +12,19 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from sae_ray.encoders import Site, copies, describe_encoder, load_encoder
-from sae_ray.encoders.copies import local_copy
+from sae_ray.encoders import Site, describe_encoder, load_encoder
 from sae_ray.encoders.text import load_text_encoder
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.steering.llava import describe_llava, load_llava
+from sae_ray.store import copies
+from sae_ray.store.activations import ActivationStore
+from sae_ray.store.copies import local_copy, shared_activations
 from sae_ray.store.files import Folder
+from sae_ray.store.stream import TrainingStream
 from sae_ray.world.write import MODELS
 from tests.object_store import KEY, upload
 
@@ -29,7 +35,7 @@ OPEN_CLIP = "open_clip:local-dir:"
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Of a node that has no copy yet."""
     monkeypatch.setenv(copies.CACHE, str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return tmp_path / "cache" / "models"
 
 
 @pytest.fixture
@@ -74,12 +80,12 @@ def test_a_llava_in_a_store_is_the_one_of_the_directory(uploaded, cache):
 
 COPY = """
 import os, sys
-from sae_ray.encoders.copies import local_copy
+from sae_ray.store.copies import local_copy
 from sae_ray.store.files import Folder
 folder = Folder(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
-copy = local_copy(folder)
+copy = local_copy(folder, "models")
 print(copy, os.stat(copy).st_ino)
 """
 
@@ -105,12 +111,12 @@ def test_processes_that_need_a_model_at_once_copy_it_once(uploaded, cache):
 
 def test_a_damaged_copy_and_what_a_killed_process_left_are_replaced(uploaded, cache):
     folder = Folder(uploaded("clip"))
-    copy = local_copy(folder)
+    copy = local_copy(folder, "models")
     (copy / "model.safetensors").write_bytes(b"torn")
     left = copy.with_name(f"{copy.name}.partial")
     left.mkdir()
     (left / "strange.bin").write_bytes(b"from a killed process")
-    assert local_copy(folder) == copy
+    assert local_copy(folder, "models") == copy
     assert bits(copy) == bits(MODELS / "clip")
     assert [path for path in cache.iterdir() if path.is_dir()] == [copy]
 
@@ -136,14 +142,14 @@ def test_a_model_that_changes_while_it_is_copied_is_refused(uploaded, cache, mon
 
     monkeypatch.setattr(copies, "copy_files", copy_and_change)
     with pytest.raises(SaeRayError, match="/clip changed while it was copied; wait until its upload is complete"):
-        local_copy(folder)
+        local_copy(folder, "models")
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: folder.delete("config.json"), "there is no model in s3://study/.*/clip, which has neither"),
+        (lambda folder: folder.delete("config.json"), "there are no models in s3://study/.*/clip, which has none of"),
         (lambda folder: folder.delete("model.safetensors"), "s3://study/.*/clip cannot be loaded: .*model.safetensors"),
         (
             lambda folder: folder.write_bytes("model.safetensors", folder.read_bytes("model.safetensors")[:-1]),
@@ -162,7 +168,7 @@ def test_a_faulty_model_is_refused_and_no_key_is_shown(spoil, words, uploaded, c
 
 def test_a_cache_that_cannot_be_written_is_named(uploaded, monkeypatch):
     monkeypatch.setenv(copies.CACHE, "/proc/nowhere")
-    with pytest.raises(SaeRayError, match=r"cannot be copied to /proc/nowhere .*variable SAE_RAY_MODEL_CACHE"):
+    with pytest.raises(SaeRayError, match=r"cannot be copied to /proc/nowhere/models .*variable SAE_RAY_CACHE"):
         load_encoder(uploaded("clip"))
 
 
@@ -171,3 +177,79 @@ def test_a_directory_that_was_there_when_the_study_was_planned_is_missed_by_name
     with pytest.raises(SaeRayError, match=r"no directory /gone on .*, though there was one .*s3://") as refusal:
         load_encoder("/gone", described.revision)
     assert refusal.value.exit_code == 1
+
+
+@pytest.fixture
+def stored(bucket: str, write_store) -> Callable[[int], ActivationStore]:
+    """Activations in the object store, each call's in a root of its own."""
+
+    def make(seed: int) -> ActivationStore:
+        rows = np.random.default_rng(seed).standard_normal((3, 40, 8), dtype=np.float32)
+        parts = [(np.arange(40) + 40 * number, np.zeros(40), vectors) for number, vectors in enumerate(rows)]
+        return write_store(bucket.format(uuid.uuid4().hex), parts)
+
+    return make
+
+
+def batches(folder: Folder) -> torch.Tensor:
+    stream = TrainingStream(ActivationStore(folder), batch_size=50, seed=0, shuffle_rows=60)
+    return torch.stack(list(itertools.islice(stream.batches(), 7)))
+
+
+def copied(cache: Path) -> list[Path]:
+    return [path for path in (cache.parent / "activations").iterdir() if path.is_dir()]
+
+
+def test_activations_are_read_from_a_copy_that_stays(stored, cache):
+    folder = stored(0).folder
+    with shared_activations(folder) as first, shared_activations(folder) as second:
+        assert first == second
+        assert first.is_local
+        assert torch.equal(batches(first), batches(folder))
+    assert copied(cache) == [Path(first.path)]
+    with shared_activations(first) as on_disk:
+        assert on_disk == first, "no copy of what lies on a disk"
+    assert copied(cache) == [Path(first.path)]
+
+
+READ = """
+import sys
+from sae_ray.store.copies import shared_activations
+from sae_ray.store.files import Folder
+with shared_activations(Folder(sys.argv[1])) as place:
+    print(place.is_local, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_short_space_takes_copies_that_nobody_reads_and_none_that_is_read(stored, cache, monkeypatch):
+    """A copy is read by another process, which is then killed."""
+    old, read, wanted = (stored(seed).folder for seed in range(3))
+    with shared_activations(old) as place:
+        gone = Path(place.path)
+    reader = subprocess.Popen([sys.executable, "-c", READ, read.uri], stdin=-1, stdout=-1, text=True)
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "True\n"
+    [kept] = set(copied(cache)) - {gone}
+
+    usage = shutil.disk_usage(cache.parent)
+
+    def disk_usage(path: Path) -> object:
+        return usage._replace(free=0) if copied(cache) else usage
+
+    monkeypatch.setattr(copies.shutil, "disk_usage", disk_usage)
+    with shared_activations(wanted) as place:
+        assert place == wanted, "it is read from the store: there is no space while the other copy is read"
+    assert copied(cache) == [kept], "what nobody reads has gone"
+    reader.kill()
+    reader.wait()
+    with shared_activations(wanted) as place:
+        assert place.is_local
+        assert copied(cache) == [Path(place.path)]
+
+
+def test_activations_are_read_from_the_store_where_no_copy_can_be_made(stored, monkeypatch):
+    monkeypatch.setenv(copies.CACHE, "/proc/nowhere")
+    folder = stored(0).folder
+    with shared_activations(folder) as place:
+        assert place == folder
