@@ -7,7 +7,7 @@ INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get insta
 INSTALL_IPROUTE2 := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends iproute2 >/dev/null; }
 APART := --net --uts --ipc --mount --pid --fork --kill-child --mount-proc
 
-# Tests of the cluster mostly wait for processes to start; meanwhile another process of pytest runs the others.
+# Tests on a cluster mostly wait for processes to start: one process of pytest has those of jobs, another those of serve.
 TWO := -n 2 --no-loadscope-reorder
 
 .PHONY: demo test test-fast test-slow test-gpu soak chaos cluster-test bench bench-scale bench-serve bench-gpu lint cluster-lint format clean

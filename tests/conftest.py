@@ -48,7 +48,7 @@ FAULTS = Path(__file__).parents[1] / "docs" / "faults"
 
 
 ON_A_CLUSTER = ("tests/jobs/", "tests/serve/")
-"""Folders whose tests share the cluster. They take longest, so they begin first."""
+"""Folders whose tests share a cluster. They take longest, so they begin first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,7 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for fixture, mark in MARKS_BY_FIXTURE.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(mark)
-    items.sort(key=lambda item: not item.nodeid.startswith(ON_A_CLUSTER))
+    items.sort(key=lambda item: ON_A_CLUSTER.index(_folder(item.nodeid)) if _folder(item.nodeid) else len(ON_A_CLUSTER))
+
+
+def _folder(nodeid: str) -> str | None:
+    """Of `ON_A_CLUSTER`; None for other tests."""
+    return next((folder for folder in ON_A_CLUSTER if nodeid.startswith(folder)), None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,18 +82,19 @@ def record_fault(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str,
 
     yield record
     if rows and request.config.getoption("--record-faults"):
+        FAULTS.mkdir(exist_ok=True)
         file = FAULTS / f"{request.node.name}.json"
         file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Of several processes (`make test` starts two), one gets all tests of the cluster; others get a file at a time."""
+    """Processes (`make test` starts two) get all tests of a folder that share a cluster, or else a file at a time."""
     from xdist.scheduler.loadscope import LoadScopeScheduling
 
     class ByCluster(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "cluster" if nodeid.startswith(ON_A_CLUSTER) else super()._split_scope(nodeid)
+            return _folder(nodeid) or super()._split_scope(nodeid)
 
     return ByCluster(config, log)
 

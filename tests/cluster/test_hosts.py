@@ -42,7 +42,9 @@ def test_hosts_that_share_nothing_write_the_bits_of_one_machine(cluster, submitt
     assert KEY not in done.stdout, "no key is shown"
     workers = cluster.workers.values()
     assert set(writers(store_log, plan, "extract")) == {host.address for host in workers}, "every worker writes parts"
-    assert [models_on(host) for host in workers] == [["clip", "judge"]] * len(workers), "each copied each model once"
+    copied = [models_on(host) for host in workers]
+    assert all(models in (["clip"], ["clip", "judge"]) for models in copied), "once each, and only what it needed"
+    assert ["clip", "judge"] in copied, "the judge's few images may all be on one host"
     record_fault("the clocks of two hosts differ by five minutes", "all", SAME_BITS)
 
 
