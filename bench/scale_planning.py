@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 from pyarrow import fs
 from sae_ray.jobs import extract
+from sae_ray.jobs.cluster import allow_slow_starts
 
 from bench.record import Table, record
 from sae_ray.images.part import DecodedPart
@@ -90,7 +91,7 @@ def plan(root: str, world: str, n_images: str) -> list[float]:
     made_up *= int(n_images) / PER_FOLDER / 100
     planned = StudyPlan(study, Folder(root), surveyed)
     remember(planned)
-    _, writing = timed(lambda: extract._write_lists(planned.images["train"]))
+    _, writing = timed(lambda: [extract._write_lists(images) for images in planned.images.values()])
     manifest = StoredTable(planned.images["train"].step.folder, "manifest.parquet")
     source = extract.ImageSource(endless, manifest, 512)
     parts = random.Random(0).sample(range(int(n_images) // 512), 50)
@@ -123,6 +124,7 @@ def schedule(root: str, n_parts: str) -> list[list]:
             super().__init__(*given)
             self.missing = {number for number in self.missing if number < int(n_parts)}
 
+    allow_slow_starts()
     vars(extract).update(PartsOf=Some, PartDecoder=NoDecoder, PartEncoder=NoEncoder)
     recalled, recalling = timed(lambda: recalled_plan(root))
     cluster = Cluster()

@@ -12,6 +12,7 @@ free_port() { python -c 'from jobs.cluster import free_port; print(free_port())'
 export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
+export no_proxy=127.0.0.1
 dashboard=$(free_port)
 scratch=$(mktemp -d /tmp/sae-ray.XXXX)
 
@@ -22,8 +23,9 @@ setsid python -c "$ray_start" start --head --block --disable-usage-stats --num-c
     --port "$(free_port)" --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
     --ray-client-server-port "$(free_port)" >"$scratch/head.log" 2>&1 &
 head=$!
+following=$head
 stop() {
-    kill -TERM -- "-$head" 2>/dev/null || true
+    kill -TERM -- "$following" "-$head" 2>/dev/null || true
     # Left alone, Ray waits half a minute for processes that have nothing left to do.
     for _ in $(seq 5); do
         kill -0 "$head" 2>/dev/null || break
@@ -34,11 +36,19 @@ stop() {
     rm -rf "$scratch" 2>/dev/null || { sleep 1; rm -rf "$scratch"; } || true
 }
 trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
+# Bash attends to a signal at once only while it waits for what runs in the background.
+submit() {
+    ray job submit "$@" &
+    following=$!
+    wait "$following"
+}
 export RAY_ADDRESS="http://127.0.0.1:$dashboard"
 for _ in $(seq 30); do
-    if ray job submit -- true >/dev/null 2>&1; then break; fi # the head responds before it can run jobs
+    if submit -- true >/dev/null 2>&1; then break; fi # the head responds before it can run jobs
     kill -0 "$head" 2>/dev/null || { cat "$scratch/head.log" >&2; exit 1; }
     sleep 1
 done
-ray job submit --working-dir . -- python -m jobs.study "$@"
+submit --working-dir . -- python -m jobs.study "$@"

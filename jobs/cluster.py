@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from sae_ray.errors import SaeRayError, UsageError
@@ -35,6 +36,8 @@ RETRIES = 10
 """How often a task or an actor is begun again that lost its process or its node. Ray's 3 are too few for a long stage
 on machines that come and go; without a bound, work that ends its own process would be begun for ever."""
 
+LONGEST_DIRECTORY = 40
+"""Characters of the path of Ray's directory: it adds about 65, and the path of a socket has 107 at most."""
 PROCESS_BYTES = 2**29
 """Memory of a worker that has loaded torch and holds nothing yet."""
 
@@ -65,12 +68,41 @@ def connect() -> None:
             # Logical CPUs: readers and actors that mostly wait need more than two of them to run at once.
             ray.init(
                 address="local",
-                num_cpus=max(4, os.cpu_count() or 1),
+                num_cpus=max(4, usable_cpus()),
                 include_dashboard=False,
+                _temp_dir=directory_for_ray(),
                 logging_level=logging.WARNING,
                 log_to_driver=False,
             )
     _show_messages_of_ray_on_stderr()
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: not those outside its affinity, its container's quota or its share in Slurm."""
+    import joblib
+
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(joblib.cpu_count(), int(given) if given.isdigit() else sys.maxsize)
+
+
+def directory_for_ray() -> str:
+    """Ray's usual directory for files and sockets; where it belongs to somebody else, another one beside it.
+
+    Raises:
+        SaeRayError: there is no place for one.
+    """
+    from ray._common.utils import get_default_ray_temp_dir
+
+    usual = get_default_ray_temp_dir()
+    own = f"ray-{os.getuid()}"
+    for place in (Path(usual), Path(usual).with_name(own), Path("/tmp", own)):
+        there = next(folder for folder in (place, *place.parents) if folder.exists())
+        if len(str(place)) <= LONGEST_DIRECTORY and os.access(there, os.W_OK | os.X_OK):
+            return str(place)
+    raise SaeRayError(
+        f"Ray can write neither to {usual} nor to /tmp/{own}; name a directory of yours in the environment variable "
+        f"RAY_TMPDIR, by a path of at most {LONGEST_DIRECTORY - len('/' + own)} characters"
+    )
 
 
 def allow_slow_starts() -> None:

@@ -217,6 +217,10 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[
     resources = plan.study.resources.extract
     memory = ENCODER_BYTES + 2 * max(_bytes_of_a_part(parts) for parts in sets)
     workers, gpus, decoders = _shares(resources, memory)
+    actor = {"num_cpus": resources.cpus, "num_gpus": gpus, "memory": at_most_a_node(memory, resources.cpus, gpus)}
+    # Where tasks ask for what the actors do, Ray runs both in the actors. Tasks of their own find no CPU where lost
+    # nodes leave so few that the actors, which wait for these tasks, take them all.
+    task = {} if decoders else actor
     rows = [row for parts in sets for row in parts.rows]
     run = uuid.uuid4().hex
     decode = PartDecoder({parts.images.name: parts.source for parts in sets}, jobs, run, board)
@@ -226,7 +230,8 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[
             decode,
             batch_size=1,
             batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=min(decoders, len(rows))),
+            compute=TaskPoolStrategy(size=min(decoders, len(rows)) if decoders else None),
+            **task,
         )
         .map_batches(
             PartEncoder,
@@ -244,9 +249,7 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[
             compute=ActorPoolStrategy(
                 size=min(workers, len(rows)), max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
             ),
-            num_cpus=resources.cpus,
-            num_gpus=gpus,
-            memory=at_most_a_node(memory, resources.cpus, gpus),
+            **actor,
         )
     )
     for row in dataset.iter_rows():
@@ -263,16 +266,17 @@ def _bytes_of_a_part(parts: PartsOf) -> int:
     return int(parts.per_part * sum(sizes.values()) + share * sum(extract.bytes for extract in parts.todo))
 
 
-def _shares(resources: ExtractResources, memory: float) -> tuple[int, float, int]:
-    """Encoder actors, GPUs of each, decode tasks at once. `memory`: bytes of an actor."""
+def _shares(resources: ExtractResources, memory: float) -> tuple[int, float, int | None]:
+    """Encoder actors, GPUs of each, decode tasks at once; None if actors decode. `memory`: bytes of an actor."""
     gpus = gpus_or_default(resources.gpus)
     # Without GPUs an actor decodes as well, two parts at a time.
     at_most = int(slots(resources.cpus, gpus))
     workers = resources.workers or max(1, min(at_most, room(resources.cpus, gpus, memory)))
-    # Ray decodes in the actors themselves where they ask for just what its tasks do, 1 CPU.
-    fused = not gpus and resources.cpus == 1
-    require("resources.extract", workers, resources.cpus, gpus, beside=0 if fused else 1)
-    return workers, gpus, resources.decoders or max(1, int(n_cpus() - workers * resources.cpus))
+    decoders = resources.decoders
+    if gpus and not decoders:
+        decoders = max(1, int(n_cpus() - workers * resources.cpus))
+    require("resources.extract", workers, resources.cpus, gpus, beside=1 if decoders else 0)
+    return workers, gpus, decoders
 
 
 def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:

@@ -33,6 +33,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import click
@@ -176,6 +177,8 @@ class Client(JobSubmissionClient):
 
 def connect(address: str) -> Client:
     """The client of a cluster that answers. Raises SaeRayError if it wants a token."""
+    if urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1"):
+        os.environ["no_proxy"] = "*"  # a proxy has a loopback of its own
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # otherwise this variable and RAY_ADDRESS override the argument
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.WARNING)

@@ -24,6 +24,13 @@ main()
 """`ray`, with more patience than it has on a busy machine."""
 
 
+DEAD_PROXY = dict.fromkeys(
+    ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
+    "http://127.0.0.1:9",
+)
+"""The environment of a machine that reaches others through a proxy, which does not answer."""
+
+
 class Actor(NamedTuple):
     """A living actor of the cluster that this process is connected to."""
 

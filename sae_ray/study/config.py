@@ -158,8 +158,8 @@ class ExtractResources:
     gpus: Amount | None = None
     """GPUs per encoder actor. Default: 1 if the cluster has GPUs."""
     decoders: Count | None = None
-    """Number of tasks that read and decode images at the same time. Default: the remaining CPUs. Encoder actors with
-    one CPU and no GPU decode their images themselves."""
+    """Number of tasks, of one CPU each, that read and decode images at the same time. Default: the remaining CPUs if
+    encoder actors have GPUs; otherwise these decode their images themselves."""
     batch_size: Count = 64
     """Images per forward pass."""
 

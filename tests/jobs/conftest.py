@@ -18,7 +18,7 @@ from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.world import write_world
-from tests.machine import PATIENCE_S
+from tests.machine import DEAD_PROXY, PATIENCE_S
 
 N_TRAIN = 500
 N_HELDOUT = 150
@@ -138,14 +138,18 @@ class Ran(NamedTuple):
 
 @pytest.fixture(scope="session")
 def ran(study_values, tmp_path_factory) -> Ran:
-    """The whole study by `sae-ray run`, as a user runs it: with a cluster of its own, and a new home."""
+    """The whole study by `sae-ray run`, as a user runs it: with a cluster of its own, and a new home.
+
+    A proxy does not answer: nothing asks it.
+    """
     home = tmp_path_factory.mktemp("home")
     study, root = home / "small.toml", home / "root"
     study.write_text(to_toml(study_values))
     command = [sys.executable, "-m", "sae_ray.jobs.cli", "run", str(study), "--root", str(root)]
     command += ["--set", "resources.extract.workers=2"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(command, env=environment | {"HOME": str(home)}, capture_output=True, text=True)
+    environment |= DEAD_PROXY | {"HOME": str(home)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (home / ".ray").exists(), "a token there would lock the user out of heads that ask for one"
     return Ran(study, root, done.stderr)

@@ -2,18 +2,21 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
-from sae_ray.jobs.cluster import loss, require, user_error
+from sae_ray.jobs.cluster import directory_for_ray, loss, require, usable_cpus, user_error
 from sae_ray.jobs.stage import at_work
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
-from tests.machine import PATIENCE_S
+from tests.machine import DEAD_PROXY, PATIENCE_S
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,53 @@ def test_agents_that_are_slow_to_start_are_waited_for(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", START], env=environment, capture_output=True, text=True)
     assert done.stdout == "it runs\n", done.stderr
+
+
+CAPABILITIES = "-dac_override,-dac_read_search,-fowner"
+UNPRIVILEGED = ["setpriv", f"--bounding-set={CAPABILITIES}", f"--inh-caps={CAPABILITIES}"] if os.geteuid() == 0 else []
+"""Begins a command that may only write where its user may."""
+
+
+@pytest.mark.ray
+def test_a_cluster_starts_on_a_machine_of_others():
+    """Ray's directory is another user's, HOME cannot be written, and a proxy that does not answer is to be used."""
+    scratch = Path(tempfile.mkdtemp(prefix="sr", dir="/tmp"))  # Ray's sockets need a short path
+    theirs = scratch / "ray"
+    theirs.mkdir(0o555)
+    environment = os.environ | DEAD_PROXY | {"TMPDIR": str(scratch), "HOME": "/proc/nowhere"}
+    try:
+        done = subprocess.run(
+            [*UNPRIVILEGED, sys.executable, "-c", START], env=environment, capture_output=True, text=True
+        )
+        assert (done.stdout, done.stderr) == ("it runs\n", "")
+        assert not list(theirs.iterdir())
+        assert list((scratch / f"ray-{os.getuid()}").iterdir())
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def test_no_place_for_ray_is_said(monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setenv("RAY_TMPDIR", "/scratch")
+    with pytest.raises(
+        SaeRayError, match=r"neither to /scratch/ray nor to /tmp/ray-\d+; name .* RAY_TMPDIR, by a path"
+    ):
+        directory_for_ray()
+
+
+def test_cpus_are_those_that_may_be_used(monkeypatch):
+    before = os.sched_getaffinity(0)
+    assert usable_cpus() <= len(before)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert usable_cpus() == 1
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "100000")
+    assert usable_cpus() <= len(before)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert usable_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 MESSAGES = """

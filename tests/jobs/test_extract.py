@@ -55,8 +55,8 @@ def test_activations_are_those_of_the_encoder(extracted, make_plan, world):
 
 
 def test_images_decoded_in_tasks_of_their_own_give_identical_values(ray_cluster, extracted, make_plan, tmp_path):
-    """As where encoders have GPUs: an actor that asks for more than one CPU does not decode itself."""
-    plan = make_plan(tmp_path / "root", **{"resources.extract.cpus": 2})
+    """As where encoders have GPUs."""
+    plan = make_plan(tmp_path / "root", **{"resources.extract.decoders": 2})
     extract.run(plan)
     for one, reference in zip(plan.extracts, make_plan(extracted).extracts, strict=True):
         assert rows(one.step.folder) == rows(reference.step.folder)
@@ -250,10 +250,20 @@ def test_fast_pixels_are_another_step(ray_cluster, make_plan, world, tmp_path):
     assert not np.allclose(found["exact"], found["fast"], atol=1e-3)
 
 
-@pytest.mark.parametrize(("cpus", "workers"), [(1, 5), (4, 1)])
-def test_actors_that_would_wait_for_ever_are_refused(ray_cluster, make_plan, tmp_path, cpus, workers):
-    """Four actors of one CPU decode themselves; one of four CPUs would leave none for the tasks that decode."""
-    asked = {"resources.extract.cpus": cpus, "resources.extract.workers": workers}
+def test_actors_that_take_all_cpus_decode_themselves(ray_cluster, extracted, make_plan, tmp_path):
+    """As on the nodes that are left when others are lost. Tasks of their own would never run."""
+    plan = make_plan(tmp_path / "root", **{"resources.extract.workers": 4})
+    extract.run(plan)
+    for one, reference in zip(plan.extracts, make_plan(extracted).extracts, strict=True):
+        assert rows(one.step.folder) == rows(reference.step.folder)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"workers": 5}, {"workers": 1, "cpus": 4, "decoders": 1}, {"workers": 4, "decoders": 1}]
+)
+def test_actors_that_would_wait_for_ever_are_refused(ray_cluster, make_plan, tmp_path, asked):
+    """Four actors of one CPU fit, but leave none for tasks that decode."""
+    asked = {f"resources.extract.{name}": value for name, value in asked.items()}
     with pytest.raises(UsageError, match=r"resources\.extract: .* do not fit in the cluster of 4 CPUs"):
         extract.run(make_plan(tmp_path / "root", **asked))
 

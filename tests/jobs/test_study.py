@@ -1,11 +1,15 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from sae_ray.jobs import study
+
+from tests.machine import DEAD_PROXY, PATIENCE_S, until
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -39,10 +43,14 @@ def test_the_summary_shows_where_everything_lies(finished, make_plan):
 
 @pytest.mark.ray
 def test_a_study_is_submitted_by_the_script_that_users_have(ran, tmp_path):
-    """`ray start --head` and `ray job submit` for real. What is done already is not done again."""
+    """`ray start --head` and `ray job submit` for real. A proxy does not answer, HOME cannot be written.
+
+    What is done already is not done again.
+    """
     root = shutil.copytree(ran.root, tmp_path / "root")
     command = ["cluster/submit_local.sh", str(ran.study), "--root", str(root)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= DEAD_PROXY | {"HOME": "/proc/nowhere"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing left to do" in done.stdout
@@ -51,3 +59,36 @@ def test_a_study_is_submitted_by_the_script_that_users_have(ran, tmp_path):
     assert summary["root"] == str(root)
     assert len(summary["cells"]) == 3
     assert not summary["failed"]
+
+
+@pytest.mark.ray
+def test_the_script_ends_with_all_that_it_started(ran, tmp_path):
+    """As a batch system ends it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    script = subprocess.Popen(
+        ["cluster/submit_local.sh", str(ran.study), "--root", str(tmp_path / "root")],
+        cwd=REPOSITORY,
+        env=environment | {"SUBMITTED_BY": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def started() -> list[int]:
+        """Processes that have the script's environment."""
+        found = []
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            with suppress(OSError):
+                if f"SUBMITTED_BY={tmp_path}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                    found.append(pid)
+        return found
+
+    try:
+        until(lambda: (tmp_path / "root" / "study.json").exists() or script.poll() is not None)
+        assert len(started()) > 5
+        script.terminate()
+        assert script.wait(PATIENCE_S) == 128 + signal.SIGTERM
+        until(lambda: not started())
+    finally:
+        for pid in started():
+            os.kill(pid, signal.SIGKILL)

@@ -27,7 +27,7 @@ from sae_ray.jobs.cluster import free_port
 from sae_ray.jobs.options import arguments
 from sae_ray.jobs.submit import write_upload
 
-from tests.machine import PATIENCE_S, RAY, head_options, until
+from tests.machine import DEAD_PROXY, PATIENCE_S, RAY, head_options, until
 from tests.roots import differences
 
 from .conftest import to_toml
@@ -230,7 +230,7 @@ def submit(head, tmp_path) -> Iterator[Callable[..., Submitting]]:
     ) -> Submitting:
         words = (*words, "--address", address)
         folder = tmp_path / f"client-{len(started)}"
-        started.append(Submitting(folder, *words, patch=patch, **head.environment | environment))
+        started.append(Submitting(folder, *words, patch=patch, **head.environment | DEAD_PROXY | environment))
         return started[-1]
 
     yield submit

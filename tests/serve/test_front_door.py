@@ -18,7 +18,7 @@ import pytest
 import yaml
 from sae_ray.jobs.cluster import free_port
 
-from tests.machine import PATIENCE_S, RAY, head_options, until
+from tests.machine import DEAD_PROXY, PATIENCE_S, RAY, head_options, until
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.serve]
@@ -160,7 +160,7 @@ def test_sae_ray_serve_prints_only_its_own_lines(served_study, tmp_path):
     with (tmp_path / "stderr").open("w+") as stderr:
         server = subprocess.Popen(
             [*command, "--port", address.split(":")[-1]],
-            env=environment | {"HOME": str(tmp_path)},
+            env=environment | DEAD_PROXY | {"HOME": str(tmp_path)},
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
