@@ -45,7 +45,7 @@ from tests.machine import until
 from tests.roots import differences
 
 IMAGES = {"train": 500, "heldout": 150}
-PAUSE_S = (3.0, 20.0)
+PAUSE_S = (5.0, 40.0)
 """Between two kills."""
 TARGETS = {"worker": 5, "node": 3, "driver": 2, "store": 2}
 """How often each is chosen."""
