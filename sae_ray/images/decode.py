@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae_ray.errors import SaeRayError
-from sae_ray.images.imposters import imposter
+from sae_ray.images.imposters import not_an_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,8 +98,7 @@ def _other_format(data: bytes) -> str:
     try:
         return f"unsupported format: {Image.open(BytesIO(data)).format}"
     except Exception:  # whatever the reader raises, it is not a supported image
-        kind = imposter(data)
-        return f"not an image: {kind}" if kind else "not an image"
+        return not_an_image(data)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -33,12 +33,17 @@ LOOKED_AT = 4096
 """Bytes at the start."""
 
 
-def imposter(data: bytes) -> str | None:
-    """A few words, always the same for a kind, such as `an HTML page`; None where it is not known.
+def not_an_image(data: bytes) -> str:
+    """Why a file is rejected that no decoder knows: `not an image`, or `not an image: an HTML page`.
 
     Args:
-        data: a file that is not empty and that no decoder knows.
+        data: not empty.
     """
+    kind = _kind(data)
+    return f"not an image: {kind}" if kind else "not an image"
+
+
+def _kind(data: bytes) -> str | None:
     head = data[:LOOKED_AT]
     for magic, kind in MAGIC.items():
         if head.startswith(magic):

@@ -47,7 +47,7 @@ def is_skipped_folder(name: str) -> bool:
 def skipped_as(found: Found) -> str | None:
     """The kind by which what was found is counted, if it is no image: `.txt`, `@eaDir/`; None if it may be one."""
     if found.kind == "linked folder" and not is_skipped_folder(found.name):
-        return "link to a folder that is listed already"
+        return "link to a folder above it or listed already"
     if found.path[-1] == "/":
         return found.name + "/"
     if found.kind == "special file":

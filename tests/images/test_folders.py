@@ -22,10 +22,10 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import BadImage, ImageList, decode_image, imposters, list_images
 from sae_ray.images.manifest import labels_digest, manifest_digest
 from sae_ray.images.part import Preparation, decode_part
-from sae_ray.images.skipping import skipped_line
+from sae_ray.images.skipping import skipped_as, skipped_line
 from sae_ray.images.wordnet import imagenet_words
 from sae_ray.store.files import Folder
-from sae_ray.store.walking import walk
+from sae_ray.store.walking import Found, walk
 
 DOCS = (Path(__file__).parents[2] / "docs" / "inputs.md").read_text(encoding="utf-8")
 SECTION = DOCS.partition("## Folders and names")[2].partition("\n## ")[0]
@@ -73,6 +73,12 @@ def test_the_page_says_what_becomes_of_a_name(tmp_path, path, fate):
         assert count == 1
         assert kind.lower() in path.lower()
         assert kind.endswith("/") == fate.startswith("the folder")
+
+
+def test_no_name_of_a_picture_is_skipped():
+    Image.init()
+    skipped = {suffix for suffix in Image.registered_extensions() if skipped_as(Found(f"a{suffix}", "file"))}
+    assert skipped == {".h5", ".mpeg", ".mpg", ".pdf"}, "Pillow only recognises these, or writes them"
 
 
 def test_every_row_of_the_page_is_read():
@@ -123,7 +129,7 @@ def test_a_link_above_itself_ends(tmp_path):
     (tmp_path / "images" / "out").symlink_to("..")
     found = list_images(Folder(tmp_path / "images"))
     assert ids(found) == ["cat/1.jpg", "dog/2.jpg"]
-    assert found.skipped == {"link to a folder that is listed already": 3}
+    assert found.skipped == {"link to a folder above it or listed already": 3}
 
 
 def test_a_folder_is_listed_once_and_where_it_really_is(tmp_path):
@@ -132,7 +138,7 @@ def test_a_folder_is_listed_once_and_where_it_really_is(tmp_path):
         (tmp_path / "images" / link).symlink_to(tmp_path / "images" / target)
     found = list_images(Folder(tmp_path / "images"))
     assert ids(found) == ["cat/1.jpg", "dog/2.jpg", "emu/3.jpg"], "a hidden folder is listed through its first link"
-    assert found.skipped == {"link to a folder that is listed already": 3}
+    assert found.skipped == {"link to a folder above it or listed already": 3}
 
 
 @pytest.mark.parametrize(("first", "second"), [("far", "far/cat"), ("far/cat", "far")])
