@@ -16,13 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import BadImage, ImageList, decode_image, imposters, list_images
 from sae_ray.images.manifest import labels_digest, manifest_digest
 from sae_ray.images.part import Preparation, decode_part
-from sae_ray.images.skipping import skipped_as, skipped_line
+from sae_ray.images.skipping import is_skipped_folder, skipped_as, skipped_line
 from sae_ray.images.wordnet import imagenet_words
 from sae_ray.store.files import Folder
 from sae_ray.store.walking import Found, walk
@@ -166,6 +168,24 @@ def test_the_image_folder_may_be_a_link_and_hidden(tmp_path):
     (tmp_path / "images").symlink_to(tmp_path / ".cache" / "images")
     for folder in (tmp_path / "images", tmp_path / ".cache" / "images"):
         assert ids(list_images(Folder(folder))) == ["cat/1.jpg"]
+
+
+PLACES = ["images", "images/a", "images/a/b", "images/.h", "images/.h/c", "images/@eaDir", "far", "far/d", "far/d/e"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(PLACES), st.sampled_from([".", *PLACES])), max_size=8))
+def test_whatever_the_links_each_real_folder_is_listed_at_most_once(tmp_path_factory, links):
+    top = tmp_path_factory.mktemp("linked")
+    fill(top, *(f"{place}/{number}.jpg" for number, place in enumerate(PLACES)))
+    for number, (place, target) in enumerate(links):
+        (top / place / f"link{number}").symlink_to(top / target)
+    found = [one.path for one in walk(Folder(top / "images"), is_skipped_folder) if one.kind == "file"]
+    assert found == sorted(found)
+    real = [os.path.realpath(top / "images" / path) for path in found]
+    assert len(real) == len(set(real))
+    assert {"0.jpg", "a/1.jpg", "a/b/2.jpg"} <= set(found), "what is below the folder is listed where it is"
+    if any(target == "far" for place, target in links if place in PLACES[:3]):
+        assert {str(top / f"{PLACES[number]}/{number}.jpg") for number in (6, 7, 8)} <= set(real)
 
 
 def test_links_to_nothing_are_rejects(tmp_path, monkeypatch):
