@@ -76,7 +76,7 @@ def list_images(folder: Folder, labels: str = "auto") -> ImageList:
         SaeRayError: The folder contains no image, an image whose name is not UTF-8, or a folder that cannot be read.
     """
     if folder.filesystem.get_file_info(folder.path).type != fs.FileType.Directory:
-        raise UsageError(f"there is no image folder {folder}; give a folder of JPEG, PNG or WebP files")
+        raise UsageError(f"there is no image folder {folder}; give a folder of images")
     skipped: Counter[str] = Counter()
     try:
         manifest = spooled(MANIFEST_SCHEMA, _manifest(folder, label_files(labels, folder), skipped))
@@ -88,7 +88,7 @@ def list_images(folder: Folder, labels: str = "auto") -> ImageList:
         raise SaeRayError(f"the folder {path} cannot be read: no permission; {remedy}") from error
     if not manifest.num_rows:
         what = f"no images, only what is skipped for its name ({skipped_line(skipped)})" if skipped else "no files"
-        raise SaeRayError(f"the image folder {folder} contains {what}; give a folder of JPEG, PNG or WebP files")
+        raise SaeRayError(f"the image folder {folder} contains {what}; give a folder of images")
     return ImageList(manifest, spooled(LABELS_SCHEMA, _labels(labels, folder, manifest)), dict(sorted(skipped.items())))
 
 
