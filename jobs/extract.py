@@ -92,7 +92,8 @@ def _write_lists(images: ImagePlan) -> None:
                 started = time.monotonic()
                 table = images.stored(name)
                 step.folder.write_copy(f"{name}.parquet", table.folder, table.name)
-                step.finish(time.monotonic() - started, {"images": table.num_rows})
+                skipped = {"skipped": images.surveyed.skipped} if name == "manifest" else {}
+                step.finish(time.monotonic() - started, {"images": table.num_rows, **skipped})
 
 
 @dataclass(frozen=True)

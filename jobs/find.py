@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from sae_ray.concepts.labelling import image_classes, label_concepts, mean_embeddings, search
+from sae_ray.concepts.naming import class_names
 from sae_ray.encoders.text import load_text_encoder
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.scores.tables import ScoreTables
@@ -46,7 +47,9 @@ def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, 
     assert pictures.sae is not None, "chosen among the SAEs"
     max_token = load_max_token(pictures.sae.step.folder).numpy()
     steering = plan.study.steering
-    classes = image_classes(pictures.activations.images.labels, steering.ignore_labels if steering else ())
+    labels = pictures.activations.images.labels
+    classes = image_classes(labels, steering.ignore_labels if steering else ())
+    names = class_names(set(labels["label_name"].to_pylist()) - {None})
     concepts = label_concepts(tables.scores, top_image, classes, max_token)
     means = mean_embeddings(top_image, ActivationStore(space.step.folder), [one.latent for one in concepts])
     vector = load_text_encoder(space.encoder.model, space.info.revision).embed_texts([text])[0].numpy()
@@ -56,6 +59,7 @@ def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, 
             "similarity": one.similarity,
             "ms": None if np.isnan(ms[one.concept.latent]) else ms[one.concept.latent],
             "label": one.concept.label,
+            "name": names.get(one.concept.label or "", one.concept.label),
             "purity": one.concept.purity,
             "frequency": one.concept.frequency,
             "max_token": one.concept.max_token,
@@ -69,7 +73,7 @@ def found_lines(rows: list[dict[str, Any]]) -> list[str]:
     table = [["latent", "similarity", "MS", "frequency", "max_token", "most of its top images"]]
     for row in rows:
         ms = "–" if row["ms"] is None else f"{row['ms']:.3f}"
-        label = "" if row["label"] is None else f"{row['label']} ({row['purity']:.0%})"
+        label = "" if row["name"] is None else f"{row['name']} ({row['purity']:.0%})"
         figures = [f"{row['similarity']:.3f}", ms, f"{row['frequency']:.4f}", f"{row['max_token']:.3g}"]
         table.append([str(row["latent"]), *figures, label])
     return table_lines(table, ">>>>><")

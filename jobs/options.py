@@ -81,14 +81,14 @@ def open_plan(
     """The plan of the study that the options name.
 
     Args:
-        list_again: list the image folders even if the root remembers them, and report changes.
+        list_again: list the image folders even if the root remembers them; report changes and what is skipped.
         describe_again: describe the models even if the root remembers them.
 
     Raises:
         UsageError: there is no study, something in it is invalid, or the root cannot be read or would be lost.
     """
     from sae_ray.store.files import Folder
-    from sae_ray.study.root import changed_folders, plan_study, recall
+    from sae_ray.study.root import changed_folders, plan_study, recall, skipped_lines
 
     if root is not None and _in_job() and "://" not in root and not Path(root).expanduser().is_absolute():
         raise UsageError(
@@ -100,7 +100,7 @@ def open_plan(
     memory = memory or recall(folder)
     plan = plan_study(loaded, folder, memory, list_again, describe_again)
     if list_again:
-        for line in changed_folders(plan, memory):
+        for line in (*changed_folders(plan, memory), *skipped_lines(plan)):
             click.echo(line, err=True)
     return plan
 

@@ -102,6 +102,7 @@ def dry_run(plan: StudyPlan) -> dict[str, Any]:
         "study": plan.study.name,
         "root": str(plan.root),
         "steps": steps,
+        "skipped": {name: dict(images.surveyed.skipped) for name, images in plan.images.items()},
         "images_to_encode": sum(images.n_images for images in plan.images.values() if _is_left(plan, images.name)),
         "bytes": sum(entry["bytes"] for entry in left),
         "flops": sum(entry["flops"] or 0 for entry in left),

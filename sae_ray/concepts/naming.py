@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from sae_ray.images.wordnet import imagenet_words, with_words
+
 _SYNSET = re.compile(r"n\d{8}(?!\S)\s*")
 
 
@@ -15,9 +17,23 @@ def class_of(label_name: str) -> str:
 
 
 def class_names(label_names: Iterable[str]) -> dict[str, str]:
-    """Class -> its readable name, if a label has one: both `n02012849 crane` and `n02012849` are named `crane`."""
-    found = {class_of(label_name): _SYNSET.sub("", label_name, count=1) for label_name in sorted(set(label_names))}
+    """Class -> its readable name, if it has one: both `n02012849 crane` and `n02012849` are named `crane`.
+
+    A synset without words has those of ImageNet.
+    """
+    found = {class_of(name): _without_synset(with_words(name, imagenet_words)) for name in sorted(set(label_names))}
     return {label: name for label, name in found.items() if words_of(name)}
+
+
+def label_title(label_name: str) -> str:
+    """A label as it is shown, what matters first: `tench, Tinca tinca (n01440764)`."""
+    worded = with_words(label_name, imagenet_words)
+    name = _without_synset(worded)
+    return f"{name} ({class_of(worded)})" if name and name != worded else label_name
+
+
+def _without_synset(label_name: str) -> str:
+    return _SYNSET.sub("", label_name, count=1)
 
 
 def words_of(text: str) -> list[str]:

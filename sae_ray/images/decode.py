@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae_ray.errors import SaeRayError
+from sae_ray.images.imposters import not_an_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,8 +44,9 @@ def decode_image(data: bytes, max_pixels: int = PIXEL_LIMIT, at_least: int | Non
             least this many pixels.
 
     Raises:
-        BadImage: `zero bytes`, `not an image`, `unsupported format: …`, `truncated`, `pixel bomb: WxH`,
-            `aspect ratio: WxH`, or `unreadable: …` with the decoder's own words.
+        BadImage: `zero bytes`, `not an image`, `not an image: an HTML page` (or what else it is), `unsupported
+            format: …`, `truncated`, `pixel bomb: WxH`, `aspect ratio: WxH`, or `unreadable: …` with the decoder's own
+            words.
     """
     if not data:
         raise BadImage("zero bytes")
@@ -96,7 +98,7 @@ def _other_format(data: bytes) -> str:
     try:
         return f"unsupported format: {Image.open(BytesIO(data)).format}"
     except Exception:  # whatever the reader raises, it is not a supported image
-        return "not an image"
+        return not_an_image(data)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

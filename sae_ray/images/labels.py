@@ -4,11 +4,15 @@ Values of `labels`:
 
 - `none`: no labels.
 - `auto`: if every image is in a sub-folder, its class is the path of that sub-folder, without the leading components
-  that all images share. So `n01440764/x.JPEG` (ImageNet) has the class `n01440764`, as has `train/n01440764/x.JPEG` if
-  all images are under `train`; `00000_Animalia_…/x.jpg` (iNaturalist) has the class `00000_Animalia_…`, and
-  `a/abbey/x.jpg` (Places365) has the class `a/abbey`. A folder with images at its top level is unlabelled.
+  that all images share. So `n01440764/x.JPEG` (ImageNet) has the class `n01440764`, as has
+  `train/n01440764/x.JPEG` if all images are under `train`; `00000_Animalia_…/x.jpg` (iNaturalist) has the class
+  `00000_Animalia_…`, and `a/abbey/x.jpg` (Places365) has the class `a/abbey`. A folder with images at its top level is
+  unlabelled. Where classes begin with WordNet's ids and a file with their words (`LOC_synset_mapping.txt`, `words.txt`
+  or `synset_words.txt`) is beside them or above them, no higher than beside the image folder, they are named with
+  these: `n01440764 tench`.
 - a CSV file with a header that has `image_id` (the relative path) and `label` (the class name; empty for none). Every
-  image must have a row; rows of absent images are ignored.
+  image must have a row; rows of absent images are ignored. Commas, semicolons, tabs or bars separate the columns. Paths
+  may be spelled otherwise (`./1.jpg`, `cat\\1.jpg`, in another of Unicode's forms) and may begin with the image folder.
 - Kaggle's `LOC_val_solution.csv` (`ImageId,PredictionString`: the file's name without extension; the first word is its
   synset). With `LOC_synset_mapping.txt` in the same folder, a class is named by its line there (`n02012849 crane`; the
   synset stays in the name, since ImageNet has two cranes).
@@ -26,6 +30,8 @@ import io
 import math
 import posixpath
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -33,14 +39,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sae_ray.errors import UsageError
+from sae_ray.images.meeting import meetings, nearest, prefixes
+from sae_ray.images.wordnet import TABLES, read_words, with_words
 from sae_ray.store.files import Folder, parent_and_name
 from sae_ray.store.tables import StoredTable
 
 IMAGE = r"(?i)\.(jpg|jpeg|png|webp)$"
 """What paths of images match."""
-SYNSET_MAPPING = "LOC_synset_mapping.txt"
+SYNSET_MAPPING = TABLES[0]
+KNOWN_COLUMNS = (("image_id", "label"), ("ImageId", "PredictionString"))
+SEPARATORS = ",;\t|"
 FORMS = (
-    "labels must be auto, none, or the path of a CSV file with the header image_id,label, of Kaggle's "
+    "labels must be auto, none, or the path of a CSV or TSV file with the header image_id,label, of Kaggle's "
     "LOC_val_solution.csv, or of the devkit's ILSVRC2012_validation_ground_truth.txt"
 )
 
@@ -64,14 +74,15 @@ def label_files(labels: str, folder: Folder) -> set[str]:
     return {path.removeprefix(below) for path in files if path.startswith(below)}
 
 
-def read_labels(labels: str, manifest: StoredTable) -> Naming:
+def read_labels(labels: str, folder: Folder, manifest: StoredTable) -> Naming:
     """Reads what there is to read; returns what names the class of each image.
 
     `auto` keeps nothing but the names of shared folders in memory, a label file itself and all paths.
 
     Args:
         labels: One of the values above.
-        manifest: Of the image folder, without label files.
+        folder: The image folder.
+        manifest: Its own, without label files.
 
     Raises:
         UsageError: The label file has an unknown format, or does not fit the images.
@@ -79,18 +90,19 @@ def read_labels(labels: str, manifest: StoredTable) -> Naming:
     if labels == "none":
         return lambda image_ids: pa.nulls(len(image_ids), pa.string())
     if labels == "auto":
-        return _from_folders(manifest)
+        return _from_folders(folder, manifest)
 
     parent, name = parent_and_name(labels)
     try:
-        text = parent.read_bytes(name).decode("utf-8-sig")
+        data = parent.read_bytes(name)
+        text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except OSError as error:
         raise UsageError(f"the label file {labels} cannot be read ({error}); {FORMS}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{labels} is not UTF-8 text ({error}); {FORMS}") from error
+        raise UsageError(f"{labels} is not UTF-8 text ({error}); save it as UTF-8") from error
     match PurePosixPath(name).suffix.lower():
-        case ".csv":
-            named = _from_csv(labels, text, parent, manifest["image_id"].to_pylist())
+        case ".csv" | ".tsv":
+            named = _from_csv(labels, text, parent, folder, manifest["image_id"].to_pylist())
         case ".txt":
             named = _from_devkit(labels, text, manifest["image_id"].to_pylist())
         case _:
@@ -107,7 +119,7 @@ def _matching(paths: Any, pattern: str) -> Any:
     return paths.filter(pc.call_function("match_substring_regex", [paths], pc.MatchSubstringOptions(pattern)))
 
 
-def _from_folders(manifest: StoredTable) -> Naming:
+def _from_folders(folder: Folder, manifest: StoredTable) -> Naming:
     def parents(pattern: str) -> Iterator[str]:
         for group in manifest.groups(["image_id"]):
             yield from _parent(_matching(group["image_id"], pattern)).unique().to_pylist()
@@ -115,14 +127,40 @@ def _from_folders(manifest: StoredTable) -> Naming:
     has_images = any(True for _ in parents(IMAGE))
     n_shared = _n_shared(parents(IMAGE if has_images else ""))
 
+    @cache
+    def words() -> dict[str, str]:
+        first = next(parents(IMAGE if has_images else ""))
+        return _words_beside(folder, first.split("/")[:n_shared])
+
     def named(image_ids: pa.ChunkedArray) -> pa.Array:
         if n_shared is None:
             return pa.nulls(len(image_ids), pa.string())
         found = _parent(image_ids).combine_chunks().dictionary_encode()
-        names = ["/".join(parent.split("/")[n_shared:]) or None for parent in found.dictionary.to_pylist()]
+        classes = ("/".join(parent.split("/")[n_shared:]) for parent in found.dictionary.to_pylist())
+        names = [with_words(name, words) or None for name in classes]
         return pa.array(names, pa.string()).take(found.indices)
 
     return named
+
+
+def _words_beside(folder: Folder, shared: list[str]) -> dict[str, str]:
+    """The words of classes from the nearest file beside them or above them, no higher than beside the image folder.
+
+    Args:
+        folder: the image folder.
+        shared: the folders in it that lead to the classes.
+    """
+    places = [folder / "/".join(shared[:depth]) for depth in range(len(shared), 0, -1)]
+    for place, name in ((place, name) for place in (*places, folder) for name in TABLES):
+        if words := read_words(place, name):
+            return words
+    if "/" in folder.path.strip("/") or folder.is_local:
+        parent, _ = parent_and_name(folder.uri)
+        with suppress(OSError):  # which need not be readable
+            for name in TABLES:
+                if words := read_words(parent, name):
+                    return words
+    return {}
 
 
 def _parent(image_ids: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -141,30 +179,52 @@ def _n_shared(parents: Iterable[str]) -> int | None:
     return None if shared is None else int(min(most, len(shared.split("/")) if shared else 0))
 
 
-def _from_csv(file: str, text: str, parent: Folder, image_ids: list[str]) -> dict[str, str]:
-    rows = csv.DictReader(io.StringIO(text), strict=True)
+def _from_csv(file: str, text: str, parent: Folder, folder: Folder, image_ids: list[str]) -> dict[str, str]:
+    rows = _reader(text)
     header = rows.fieldnames or []
     try:
         if {"image_id", "label"} <= set(header):
             names = {image_id: label or None for image_id, label in _rows(file, rows, "image_id", "label")}
             keys = {image_id: image_id for image_id in image_ids}
         elif {"ImageId", "PredictionString"} <= set(header):
-            synsets = _synsets(parent)
+            words = read_words(parent, SYNSET_MAPPING)
             pairs = _rows(file, rows, "ImageId", "PredictionString")
             firsts = {image_id: (boxes.split() or [""])[0] for image_id, boxes in pairs}
-            names = {image_id: synsets.get(synset, synset) or None for image_id, synset in firsts.items()}
+            names = {image_id: with_words(synset, lambda: words) or None for image_id, synset in firsts.items()}
             keys = {image_id: PurePosixPath(image_id).stem for image_id in image_ids}
         else:
             raise UsageError(f"{file} has the columns {', '.join(header) or '(none)'}; {FORMS}")
     except csv.Error as error:
         raise UsageError(f"{file}, row {rows.reader.line_num}: {error}; fix the row") from error
-    for image_id in _images(image_ids):
-        if keys[image_id] not in names:
-            raise UsageError(
-                f"{file} has no row for the image {image_id}; "
-                f"add the row {keys[image_id]!r}, with an empty label if the image has no class"
-            )
-    return {image_id: name for image_id, key in keys.items() if (name := names.get(key)) is not None}
+    row_of = meetings(file, names, keys.values(), prefixes(folder, parent))
+    images = _images(image_ids)
+    if lacking := [image_id for image_id in images if keys[image_id] not in row_of]:
+        none = f"names none of the {len(images):,} images in {folder}: it " if len(lacking) == len(images) else ""
+        key = keys[lacking[0]]
+        raise UsageError(
+            f"{file} {none}has no row for the image {lacking[0]}{nearest(key, names)}; "
+            f"add the row {key!r}, with an empty label if the image has no class"
+        )
+    found = {image_id: names[row_of[key]] for image_id, key in keys.items() if key in row_of}
+    return {image_id: name for image_id, name in found.items() if name is not None}
+
+
+def _reader(text: str) -> csv.DictReader:
+    """Of a CSV file, whatever separates its columns and ends its lines."""
+    first, _, rest = text.partition("\n")
+    if first.strip().lower().startswith("sep="):  # a hint for spreadsheets
+        text = rest
+    first = text.splitlines()[0] if text else ""
+
+    def header(separator: str) -> list[str]:
+        return [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
+
+    known = [one for one in SEPARATORS if any(set(columns) <= set(header(one)) for columns in KNOWN_COLUMNS)]
+    separator = known[0] if known else ","
+    rows = csv.DictReader(io.StringIO(text, newline=None), strict=True, delimiter=separator)
+    if rows.fieldnames:
+        rows.fieldnames = header(separator)
+    return rows
 
 
 def _rows(file: str, rows: csv.DictReader, key: str, value: str) -> Iterator[tuple[str, str]]:
@@ -176,13 +236,6 @@ def _rows(file: str, rows: csv.DictReader, key: str, value: str) -> Iterator[tup
             raise UsageError(f"{file}, row {rows.line_num}: {row[key]!r} already has a row; keep one of them")
         seen.add(row[key])
         yield row[key], row[value].strip()
-
-
-def _synsets(parent: Folder) -> dict[str, str]:
-    if not parent.exists(SYNSET_MAPPING):
-        return {}
-    lines = parent.read_bytes(SYNSET_MAPPING).decode().splitlines()
-    return {line.split()[0]: line.strip() for line in lines if line.strip()}
 
 
 def _from_devkit(file: str, text: str, image_ids: list[str]) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """The list of an image folder: its manifest, the labels beside it, and the split into training and held-out images.
 
-The manifest lists **every** file under the folder, at any depth, except hidden ones (a path component that starts with
-a dot) and the label files in use. A file that turns out not to be an image keeps its `image_index` and is rejected,
-with a reason, when it is decoded: nothing is left out silently.
+The manifest lists every file under the folder, at any depth, except hidden ones (a path component that starts with a
+dot), the label files in use, and what is no image by its very name (`sae_ray.images.skipping`), which is counted. A
+file that turns out not to be an image keeps its `image_index` and is rejected, with a reason, when it is decoded:
+nothing is left out silently.
 
 A list may be of any length: its tables are files, which are read piece by piece.
 """
@@ -13,7 +14,7 @@ import hashlib
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -25,8 +26,10 @@ from pyarrow import fs
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images.labels import label_files, read_labels
+from sae_ray.images.skipping import is_skipped_folder, skipped_as, skipped_line
 from sae_ray.store.files import Folder
 from sae_ray.store.tables import GROUP_ROWS, StoredTable, spooled
+from sae_ray.store.walking import walk
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
@@ -48,16 +51,18 @@ LABELS_SCHEMA = pa.schema(
 
 
 class ImageList(NamedTuple):
-    """The images of a set. Both tables have one row per file, in the same order."""
+    """The images of a set. Both tables have one row per image, in the same order."""
 
     manifest: StoredTable
     """`MANIFEST_SCHEMA`: what the images are."""
     labels: StoredTable
     """`LABELS_SCHEMA`: what is said of them. `label` is dense over the sorted names, and null without a label."""
+    skipped: Mapping[str, int] = {}
+    """How many files and folders below the folder are no images by their names, by kind (`.txt`, `@eaDir/`)."""
 
 
 def list_images(folder: Folder, labels: str = "auto") -> ImageList:
-    """The files of a folder, in the order of the UTF-8 bytes of their relative paths, and their labels.
+    """The images of a folder, in the order of the UTF-8 bytes of their relative paths, and their labels.
 
     Args:
         folder: Contains the images, at any depth.
@@ -68,21 +73,38 @@ def list_images(folder: Folder, labels: str = "auto") -> ImageList:
 
     Raises:
         UsageError: There is no such folder, or the labels do not fit its images.
-        SaeRayError: The folder contains no file, or a file whose name is not UTF-8.
+        SaeRayError: The folder contains no image, an image whose name is not UTF-8, or a folder that cannot be read.
     """
     if folder.filesystem.get_file_info(folder.path).type != fs.FileType.Directory:
-        raise UsageError(f"there is no image folder {folder}; give a folder of JPEG, PNG or WebP files")
+        raise UsageError(f"there is no image folder {folder}; give a folder of images")
+    skipped: Counter[str] = Counter()
     try:
-        manifest = spooled(MANIFEST_SCHEMA, _manifest(folder, label_files(labels, folder)))
+        manifest = spooled(MANIFEST_SCHEMA, _manifest(folder, label_files(labels, folder), skipped))
     except UnicodeDecodeError as error:
         raise SaeRayError(f"{folder} contains a file whose name is not UTF-8: {error.object!r}; rename it") from error
+    except PermissionError as error:
+        remedy = f"make it readable, or move it out of {folder}"
+        path = str(error.filename or folder).rstrip("/")
+        raise SaeRayError(f"the folder {path} cannot be read: no permission; {remedy}") from error
     if not manifest.num_rows:
-        raise SaeRayError(f"the image folder {folder} contains no files; give a folder of JPEG, PNG or WebP files")
-    return ImageList(manifest, spooled(LABELS_SCHEMA, _labels(labels, manifest)))
+        what = f"no images, only what is skipped for its name ({skipped_line(skipped)})" if skipped else "no files"
+        raise SaeRayError(f"the image folder {folder} contains {what}; give a folder of images")
+    return ImageList(manifest, spooled(LABELS_SCHEMA, _labels(labels, folder, manifest)), dict(sorted(skipped.items())))
 
 
-def _manifest(folder: Folder, label_files: set[str]) -> Iterator[pa.Table]:
-    files = (file for file in folder.walk() if file[0] not in label_files)
+def _manifest(folder: Folder, label_files: set[str], skipped: Counter[str]) -> Iterator[pa.Table]:
+    """Also counts what is skipped, by kind."""
+
+    def images() -> Iterator[tuple[str, int]]:
+        for found in walk(folder, is_skipped_folder):
+            if found.path in label_files:
+                continue
+            if kind := skipped_as(found):
+                skipped[kind] += 1
+            else:
+                yield found.path.encode(errors="surrogateescape").decode(), found.size
+
+    files = images()
     first = 0
     while some := list(islice(files, GROUP_ROWS)):
         image_ids, sizes = zip(*some, strict=True)
@@ -91,8 +113,8 @@ def _manifest(folder: Folder, label_files: set[str]) -> Iterator[pa.Table]:
         first += len(some)
 
 
-def _labels(labels: str, manifest: StoredTable) -> Iterator[pa.Table]:
-    named = read_labels(labels, manifest)
+def _labels(labels: str, folder: Folder, manifest: StoredTable) -> Iterator[pa.Table]:
+    named = read_labels(labels, folder, manifest)
     names: set[str | None] = set()
     for group in manifest.groups(["image_id"]):
         names.update(named(group["image_id"]).unique().to_pylist())
@@ -107,7 +129,8 @@ def select_split(images: ImageList, heldout_fraction: float, part: Literal["trai
     """One side of a list, `image_index` dense again.
 
     An image's part depends only on its `image_id` and the fraction, so adding or removing other files does not change
-    it, and a larger fraction only moves images from `train` to `heldout`. A part may be empty.
+    it, and a larger fraction only moves images from `train` to `heldout`. A part may be empty. What was skipped is that
+    of the whole folder.
     """
     if not 0 <= heldout_fraction <= 1:
         raise UsageError(f"heldout_fraction is {heldout_fraction}; it must be between 0 and 1")
@@ -125,7 +148,8 @@ def select_split(images: ImageList, heldout_fraction: float, part: Literal["trai
             yield rows.set_column(0, MANIFEST_SCHEMA.field("image_index"), index)
             first, seen = first + rows.num_rows, seen + group.num_rows
 
-    return ImageList(spooled(MANIFEST_SCHEMA, side(images.manifest)), spooled(LABELS_SCHEMA, side(images.labels)))
+    manifest, labels = spooled(MANIFEST_SCHEMA, side(images.manifest)), spooled(LABELS_SCHEMA, side(images.labels))
+    return ImageList(manifest, labels, images.skipped)
 
 
 def _heldout(image_ids: pa.ChunkedArray, fraction: float) -> Bool[np.ndarray, " images"]:

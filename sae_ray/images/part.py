@@ -30,6 +30,7 @@ READS_AT_ONCE = 8
 """Files that are read at the same time."""
 RETRY_SECONDS = (0.5, 1.0, 2.0)
 """Waits before a file is tried again."""
+DANGLING = "a link to nothing"
 
 
 class Preparation(NamedTuple):
@@ -135,6 +136,8 @@ def read_file(folder: Folder, image_id: str) -> bytes:
         try:
             return folder.read_bytes(image_id)
         except FileNotFoundError as error:
+            if _leads_nowhere(folder, image_id):
+                raise BadImage(DANGLING) from error
             if folder.is_local and not _has_files(Path(folder.path)):
                 raise SaeRayError(
                     f"{folder} is missing or empty on {socket.gethostname()}; image folders must be on every node at "
@@ -144,10 +147,17 @@ def read_file(folder: Folder, image_id: str) -> bytes:
         except PermissionError as error:
             raise BadImage("no permission to read it") from error
         except OSError as error:
+            if _leads_nowhere(folder, image_id):
+                raise BadImage(DANGLING) from error
             problem = error
         time.sleep(wait or 0)
     reason = os.strerror(problem.errno) if problem.errno else "the store did not deliver it"
     raise BadImage(f"could not be read: {reason}") from problem
+
+
+def _leads_nowhere(folder: Folder, image_id: str) -> bool:
+    path = folder.path_of(image_id)
+    return folder.is_local and os.path.islink(path) and not os.path.exists(path)
 
 
 def _has_files(folder: Path) -> bool:

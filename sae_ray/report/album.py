@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sae_ray.concepts.naming import label_title
 from sae_ray.study.plan import ImagePlan
 
 if TYPE_CHECKING:
@@ -75,12 +76,14 @@ class Album:
         return images.manifest["image_id"][index].as_py()
 
     def captions(self, sprite: int) -> list[list[str | None]]:
-        """`image_id` and label name of each image of a sprite."""
+        """`image_id` and label, as it is shown, of each image of a sprite."""
         captions = []
         for number in range(sprite * SIDE**2, min((sprite + 1) * SIDE**2, len(self))):
             images, index = self.image(number)
-            image_id, label_name = images.manifest["image_id"][index], images.labels["label_name"][index]
-            captions.append([image_id.as_py(), label_name.as_py()])
+            image_id, label = (
+                table[index].as_py() for table in (images.manifest["image_id"], images.labels["label_name"])
+            )
+            captions.append([image_id, None if label is None else label_title(label)])
         return captions
 
 

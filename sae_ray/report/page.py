@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae_ray.concepts.naming import label_title
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.sources import model_name
 from sae_ray.report import plots
@@ -20,6 +21,7 @@ from sae_ray.report.steering import SteeringResult, show
 from sae_ray.report.wording import count, duration, number, share
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.study.plan import StudyPlan
+from sae_ray.study.root import skipped_lines
 from sae_ray.study.summary import BEST, CellSummary, compare
 
 ASSETS = Path(__file__).parent / "assets"
@@ -81,6 +83,7 @@ def render(
         seconds=duration(sum(step["seconds"] or 0 for step in steps)),
         rejects=rejects,
         rejects_shown=rejects[:REJECTS_SHOWN],
+        skipped=skipped_lines(plan),
         **{name: [plots.figure(plot) for plot in group] for name, group in drawn.items()},
     )
 
@@ -129,11 +132,11 @@ def _facts(
 
 
 def label_names(plan: StudyPlan) -> list[str]:
-    """The names of the labels of the images that pictures come from, by label; empty for one that none of them has."""
+    """The labels of the images that pictures come from as they are shown; empty for one that none of them has."""
     labels = plan.images[plan.study.scoring.pictures].labels
     found = dict(zip(labels["label"].to_pylist(), labels["label_name"].to_pylist(), strict=True))
     found.pop(None, None)
-    return [found.get(label, "") for label in range(max(found, default=-1) + 1)]
+    return [label_title(found.get(label, "")) for label in range(max(found, default=-1) + 1)]
 
 
 def _tiles(

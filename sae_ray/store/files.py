@@ -6,9 +6,7 @@ import json
 import re
 import shutil
 import uuid
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -26,8 +24,6 @@ OBJECT_STORES = ("s3", "gcs", "abfs")
 S3_ATTEMPTS = 12
 """Of a request that S3 refuses (500, 503) or does not answer: it is made again after 25 ms, and then after twice the
 time before, for 50 to 100 seconds in all. By default pyarrow gives up after seconds."""
-LISTED_AHEAD = 8
-"""Folders, so that the store's answers need not be waited for one by one."""
 
 
 class Folder:
@@ -108,39 +104,6 @@ class Folder:
     def modified(self) -> dict[str, float]:
         """Name -> when it was last written, in seconds by the clock of the store, of each file that is not deeper."""
         return {info.base_name: info.mtime_ns / 1e9 for info in self._infos(fs.FileType.File)}
-
-    def walk(self) -> Iterator[tuple[str, int]]:
-        """Relative path and size of each file below, sorted by path, without hidden files and folders.
-
-        Folders are listed one by one: what is in memory depends on the largest of them, not on their number.
-        """
-        prefix = len(self.path_of(""))
-
-        def listed(path: str) -> list[tuple[str, int | None]]:
-            """Files with their sizes and folders, whose names end in a slash, as whole paths are sorted."""
-            found = []
-            for info in self.filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
-                if info.base_name[:1] == ".":
-                    continue
-                if info.size is not None:  # quicker to ask for than the type
-                    found.append((info.path[prefix:], info.size))
-                elif info.type == fs.FileType.Directory:
-                    found.append((info.path[prefix:] + "/", None))
-            return sorted(found)
-
-        def below(found: list[tuple[str, int | None]]) -> Iterator[tuple[str, int]]:
-            folders = (name for name, size in found if size is None)
-            coming: deque[Future[list[tuple[str, int | None]]]] = deque()
-            for name, size in found:
-                if size is not None:
-                    yield name, size
-                    continue
-                while len(coming) < LISTED_AHEAD and (following := next(folders, None)):
-                    coming.append(reader.submit(listed, self.path_of(following.rstrip("/"))))
-                yield from below(coming.popleft().result())
-
-        with ThreadPoolExecutor(LISTED_AHEAD) as reader:
-            yield from below(listed(self.path))
 
     def folders(self) -> list[str]:
         """Names of the direct sub-folders, sorted."""

@@ -29,7 +29,7 @@ class ImageSet:
     path: str
     """The folder: a local path (`~` is your home) or a URI such as `s3://bucket/images`."""
     labels: str = "auto"
-    """`auto` (the sub-folders are classes, if there are any), `none`, or the path of a label file: a CSV with
+    """`auto` (the sub-folders are classes, if there are any), `none`, or the path of a label file: a CSV or TSV with
     `image_id,label`, Kaggle's `LOC_val_solution.csv`, or the ImageNet devkit's ground truth."""
 
 

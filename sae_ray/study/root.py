@@ -8,6 +8,7 @@ from typing import Any
 
 from sae_ray.errors import UsageError
 from sae_ray.images.manifest import describe_change
+from sae_ray.images.skipping import skipped_line
 from sae_ray.store.files import Folder, address_shown
 from sae_ray.store.steps import Step
 from sae_ray.store.tables import StoredTable
@@ -114,6 +115,16 @@ def changed_folders(plan: StudyPlan, memory: Memory | None) -> list[str]:
                 f"images.{name}: the labels have changed since the last run; the steps that read them are redone"
             )
     return lines
+
+
+def skipped_lines(plan: StudyPlan) -> list[str]:
+    """One line for every image folder that holds what is no image by its name."""
+    lines = {}
+    for name, images in plan.images.items():
+        if skipped := images.surveyed.skipped:
+            where = f"skipped in {address_shown(images.path)}, since their names are not those of images"
+            lines.setdefault(images.path, f"images.{name}: {where}: {skipped_line(skipped)}")
+    return list(lines.values())
 
 
 def _images(study: Study) -> Images:

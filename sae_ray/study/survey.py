@@ -27,13 +27,15 @@ class SurveyedImages:
     n_images: int
     manifest_digest: str
     labels_digest: str
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict, compare=False)
+    """As in `ImageList`. Of the folder as it was when it was listed."""
     found: ImageList | None = dataclasses.field(default=None, compare=False, repr=False)
     """The images themselves. None in a remembered survey: they are then read from the root."""
 
     @classmethod
     def of(cls, found: ImageList) -> SurveyedImages:
-        manifest, labels = found
-        return cls(manifest.num_rows, manifest_digest(manifest), labels_digest(labels), found)
+        digests = manifest_digest(found.manifest), labels_digest(found.labels)
+        return cls(found.manifest.num_rows, *digests, found.skipped, found)
 
 
 @dataclass(frozen=True)

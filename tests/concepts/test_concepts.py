@@ -21,7 +21,7 @@ from sae_ray.concepts.labelling import (
     mean_embeddings,
     search,
 )
-from sae_ray.concepts.naming import class_names, class_of, first_synonym, names
+from sae_ray.concepts.naming import class_names, class_of, first_synonym, label_title, names
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.sites import Site
 from sae_ray.encoders.text import load_text_encoder
@@ -63,9 +63,30 @@ def test_a_synset_is_the_class_whether_it_has_a_name_or_not():
     assert class_of("n02012849 crane") == class_of("n02012849") == "n02012849"
     assert class_of("n02012849x") == "n02012849x"
     assert class_of("crane") == "crane"
-    found = class_names(["n02012849", "n02012849 crane", "n03126707 crane", "n01440764", "star", "..."])
+    found = class_names(["n02012849", "n02012849 crane", "n03126707 crane", "n99999999", "star", "..."])
     assert found == {"n02012849": "crane", "n03126707": "crane", "star": "star"}
     assert first_synonym("tench, Tinca tinca") == "tench"
+
+
+def test_a_synset_without_words_has_those_of_imagenet():
+    found = class_names(["n01440764", "n01443537/images", "n02012849 wading bird", "n02012849"])
+    assert found["n01440764"] == "tench, Tinca tinca"
+    assert first_synonym(found["n01443537/images"]) == "goldfish"
+    assert found["n02012849"] == "wading bird", "the study's own words come first"
+
+
+@pytest.mark.parametrize(
+    ("label_name", "title"),
+    [
+        ("n01440764", "tench, Tinca tinca (n01440764)"),
+        ("n02012849 crane", "crane (n02012849)"),
+        ("n99999999", "n99999999"),
+        ("n014407641", "n014407641"),
+        ("a/abbey", "a/abbey"),
+    ],
+)
+def test_a_label_is_shown_with_its_words_first(label_name: str, title: str):
+    assert label_title(label_name) == title
 
 
 # By labels

@@ -61,14 +61,15 @@ def noise(mode: str = "RGB", size: tuple[int, int] = (23, 17)) -> Image.Image:
 # Manifests
 
 
-def test_a_flat_folder_lists_every_visible_file(tmp_path):
+def test_a_flat_folder_lists_every_visible_file_that_may_be_an_image(tmp_path):
     folder = fill(tmp_path, "b.png", "B.JPG", "a.jpeg", "é.webp", "notes.txt", "raw", ".hidden.png", ".cache/x.png")
-    table, labels = list_images(folder)
+    table, labels, skipped = list_images(folder)
     assert (table.schema, labels.schema) == (MANIFEST_SCHEMA, LABELS_SCHEMA)
-    assert table["image_id"].to_pylist() == ["B.JPG", "a.jpeg", "b.png", "notes.txt", "raw", "é.webp"]
-    assert table["image_index"].to_pylist() == [0, 1, 2, 3, 4, 5]
+    assert table["image_id"].to_pylist() == ["B.JPG", "a.jpeg", "b.png", "raw", "é.webp"]
+    assert table["image_index"].to_pylist() == [0, 1, 2, 3, 4]
     assert labels["image_index"] == table["image_index"]
-    assert labels["label"].null_count == labels["label_name"].null_count == 6
+    assert labels["label"].null_count == labels["label_name"].null_count == 5
+    assert skipped == {".txt": 1}
 
 
 names = st.text(
@@ -99,7 +100,8 @@ def test_the_order_is_that_of_the_utf8_bytes(tmp_path_factory, stems):
         (["train/cat/1.jpg"], ["cat"]),
         (["cat/1.jpg", "cat/kittens/2.jpg"], ["cat", "cat/kittens"]),
         (["1.jpg", "cat/2.jpg"], [None, None]),
-        (["README.md", "cat/2.jpg", "dog/3.jpg"], [None, "cat", "dog"]),
+        (["README.md", "cat/2.jpg", "dog/3.jpg"], ["cat", "dog"]),
+        (["raw", "cat/2.jpg", "dog/3.jpg"], ["cat", "dog", None]),
     ],
 )
 def test_sub_folders_are_classes(tmp_path, paths, expected):
@@ -115,19 +117,20 @@ def test_labels_are_dense_over_the_sorted_names(tmp_path):
 
 
 def test_a_csv_file_labels_by_path(tmp_path):
-    folder = fill(tmp_path / "images", "x/1.jpg", "2.jpg", "3.jpg", "broken.txt")
+    folder = fill(tmp_path / "images", "x/1.jpg", "2.jpg", "3.jpg", "broken", "notes.txt")
     file = tmp_path / "images" / "labels.csv"
     file.write_text('﻿image_id,source,label\n3.jpg,web,"dog, brown"\n2.jpg,web,\nx/1.jpg,web,cat\nabsent.jpg,web,emu\n')
     found = list_images(folder, str(file))
     table = found.labels
-    assert label_names(found) == {"2.jpg": None, "3.jpg": "dog, brown", "broken.txt": None, "x/1.jpg": "cat"}
+    assert label_names(found) == {"2.jpg": None, "3.jpg": "dog, brown", "broken": None, "x/1.jpg": "cat"}
     assert table["label"].to_pylist() == [None, 1, None, 0]
+    assert found.skipped == {".txt": 1}, "the label file itself is in use"
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("image_id,label\n1.jpg,cat\n", "no row for the image 2.jpg"),
+        ("image_id,label\n1.jpg,cat\n", "has no row for the image 2.jpg"),
         ("image_id,label\n1.jpg,cat\n2.jpg\n", "row 3: label is missing"),
         ("image_id,label\n1.jpg,cat\n2.jpg,dog\n1.jpg,cat\n", "row 4: '1.jpg' already has a row"),
         ('image_id,label\n1.jpg,"cat" x\n2.jpg,dog\n', "row 2"),
@@ -164,7 +167,7 @@ def test_label_files_inside_the_folder_are_not_images(tmp_path):
     folder = fill(tmp_path, "a.jpg", "LOC_synset_mapping.txt")
     (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\na,n02012849 1 2 3 4\n")
     assert list_images(folder, str(tmp_path / "LOC_val_solution.csv")).manifest["image_id"].to_pylist() == ["a.jpg"]
-    assert list_images(folder, "none").manifest.num_rows == 3
+    assert list_images(folder, "none").manifest["image_id"].to_pylist() == ["a.jpg"]
 
 
 def test_the_devkits_ground_truth_labels_by_order(tmp_path):
@@ -245,7 +248,7 @@ def test_the_split_holds_out_its_fraction():
     # Six standard deviations of a binomial count are 240.
     assert abs(select_split(table, 0.2, "heldout").manifest.num_rows - 2000) < 240
     for fraction, part in ((0, "train"), (1, "heldout")):
-        for side, whole in zip(select_split(table, fraction, part), table, strict=True):
+        for side, whole in zip(select_split(table, fraction, part)[:2], table[:2], strict=True):
             assert side.read().equals(whole.read())
     for fraction, part, words in ((1.5, "train", "heldout_fraction is 1.5"), (0.5, "test", "part is 'test'")):
         with pytest.raises(UsageError, match=words):
@@ -425,9 +428,7 @@ def reason(data: bytes) -> str:
     ("data", "expected"),
     [
         (b"", "zero bytes"),
-        (b"hello, world", "not an image"),
-        (b"<html><body>404</body></html>", "not an image"),
-        (b"RIFF\x10\0\0\0WAVEfmt ", "not an image"),
+        (b"hello, \xff world", "not an image"),
         (encoded(noise(), "GIF"), "unsupported format: GIF"),
         (encoded(noise(), "BMP"), "unsupported format: BMP"),
         (encoded(noise(), "TIFF"), "unsupported format: TIFF"),

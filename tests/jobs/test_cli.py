@@ -187,6 +187,20 @@ def test_dry_run_writes_nothing_and_counts_everything(study_file, tmp_path):
     assert "650 images to encode" in text.stdout
 
 
+def test_dry_run_tells_what_is_skipped(study_file, world, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(world / "heldout", images)
+    for name in ("README.md", "a.xml", "b.xml"):
+        (images / name).touch()
+    options = ("--root", tmp_path / "root", "--images", images, "--dry-run")
+    text = call("run", study_file, *options)
+    assert (
+        f"images.train: skipped in {images}, since their names are not those of images: 2 × .xml, 1 × .md"
+        in text.stderr
+    )
+    assert json.loads(call("run", study_file, *options, "--json").stdout)["skipped"]["train"] == {".md": 1, ".xml": 2}
+
+
 def test_report(finished, study_file):
     result = call("report", study_file, "--root", finished)
     assert result.stdout == f"{finished / 'report' / 'index.html'}\n"

@@ -83,7 +83,8 @@ def test_bad_images_become_rejects(ray_cluster, make_plan, world, tmp_path):
     files = sorted(images.rglob("*.png"))
     (images / "a").mkdir()
     (images / "a" / "empty.png").write_bytes(b"")
-    (images / "a" / "notes.txt").write_text("no picture")
+    (images / "a" / "notes.png").write_text("no picture")
+    (images / "a" / "README.txt").write_text("no picture either, and no image by its name")
     (images / "a" / "torn.png").write_bytes(files[0].read_bytes()[:200])
     Image.open(files[1]).convert("L").save(images / "a" / "gray.webp")
     overrides = {"images.train.path": str(images)}
@@ -98,11 +99,12 @@ def test_bad_images_become_rejects(ray_cluster, make_plan, world, tmp_path):
     rejects = train.step.folder.read_parquet("rejects.parquet").to_pydict()
     assert dict(zip(rejects["image_id"], rejects["reason"], strict=True)) == {
         "a/empty.png": "zero bytes",
-        "a/notes.txt": "not an image",
+        "a/notes.png": "not an image: text",
         "a/torn.png": "truncated",
     }
     store = ActivationStore(train.step.folder)
     assert store.n_images == len(train.images.manifest) - 3
+    assert (train.images.step.record() or {})["counts"]["skipped"] == {".txt": 1}
     stored = pq.read_table(str(train.step.folder / "data"))["image_index"].to_pylist()
     ids = train.images.manifest["image_id"].to_pylist()
     assert {ids[i] for i in range(len(ids))} - {ids[i] for i in stored} == set(rejects["image_id"])

@@ -34,6 +34,19 @@ IS_DRAWN = """(canvas) => {
 }"""
 
 
+PURITIES = """(name) => {
+  const labels = [...document.querySelectorAll(".label")].filter((label) => label.checkVisibility());
+  return labels.map((label) => {
+    const [first, last] = label.children;
+    first.textContent = name;
+    const outer = label.closest(".card, dd").getBoundingClientRect();
+    const inner = last.getBoundingClientRect();
+    return [last.textContent, inner.width > 10 && inner.left >= outer.left && inner.right <= outer.right];
+  });
+}"""
+"""Gives all labels this name; of each the purity, and whether it is where it can be read."""
+
+
 class Reader:
     """A page of the report, and what went wrong on it."""
 
@@ -199,6 +212,21 @@ def test_a_steered_neuron_shows_the_answers(reader: Reader):
 def test_what_there_is_not_is_said(reader: Reader, place: str, words: str):
     reader.open(place)
     sync_api.expect(reader.page.locator("#neuron")).to_contain_text(words)
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("name", ["x" * 300, "a long name " * 30])
+def test_the_purity_is_readable_however_long_the_label(reader: Reader, width: int, name: str):
+    reader.page.set_viewport_size({"width": width, "height": 844})
+    for place in ("", f"#/neuron/{MATRYOSHKA}/{STEERED[0]}"):
+        reader.open(place)
+        reader.page.locator(".card:visible .label").first.wait_for()
+        shown = reader.page.evaluate(
+            PURITIES,
+            name,
+        )
+        assert shown
+        assert all(text.endswith(" %") and inside for text, inside in shown)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

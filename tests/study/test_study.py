@@ -20,6 +20,8 @@ from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.fields import field_help
 from sae_ray.study.plan import StudyPlan, images_per_part
+from sae_ray.study.root import skipped_lines
+from sae_ray.study.survey import Survey
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
 MINIMAL = {
@@ -425,6 +427,23 @@ def test_small_sets_have_small_parts(n_images: int, expected: int):
     """At least 16 of them, in whole batches, where there are images enough."""
     assert images_per_part(512, n_images) == expected
     assert images_per_part(50, n_images) == min(50, expected)
+
+
+def test_what_is_skipped_changes_no_step_and_is_told(make_plan: MakePlan, tmp_path: Path):
+    before = make_plan()
+    assert skipped_lines(before) == []
+    (tmp_path / "images" / "README.md").touch()
+    (tmp_path / "images" / "@eaDir").mkdir()
+    (tmp_path / "images" / "@eaDir" / "01.png").touch()
+    plan = make_plan()
+    assert names(plan) == names(before)
+    where = f"skipped in {tmp_path / 'images'}, since their names are not those of images"
+    assert skipped_lines(plan) == [f"images.train: {where}: 1 × .md, 1 × @eaDir/"], "once for a folder that is split"
+    remembered = json.loads(json.dumps(plan.survey.to_dict()))
+    assert Survey.from_dict(remembered).images["train"].skipped == {".md": 1, "@eaDir/": 1}
+    for images in remembered["images"].values():
+        del images["skipped"]
+    assert Survey.from_dict(remembered) == plan.survey, "an older root does not tell"
 
 
 def test_labels_change_only_what_reads_them(make_steered: MakePlan, tmp_path: Path):

@@ -109,9 +109,12 @@ for (const span of document.querySelectorAll("[data-image]")) {
   if (span.dataset.image < facts.n_pictured) watcher.observe(span);
 }
 
+/** The label of most top images, which may be cut off, and the share of them that has it, which never is. */
 function labelled(index, place) {
   const label = index.label[place];
-  return label < 0 ? null : `${facts.labels[label]} ${percent(index.purity[place])}`;
+  if (label < 0) return null;
+  const name = facts.labels[label];
+  return element("span", { class: "label", title: name }, element("span", {}, name), element("span", {}, percent(index.purity[place])));
 }
 
 const address = (cell, neuron) => `#/neuron/${encodeURIComponent(cell)}/${neuron}`;
@@ -125,7 +128,7 @@ async function card(cell, index, place, n_images = Infinity, note = null) {
     { class: "card", href: address(cell, neuron) },
     element("span", { class: "head" }, element("b", {}, `${neuron}`), element("span", {}, note ?? `MS ${score(index.ms[place])}`)),
     element("span", { class: "pictures", "aria-hidden": "true" }, ...images.slice(0, n_images).map((image) => picture(image))),
-    element("span", { class: "foot" }, element("span", {}, label ?? ""), element("span", {}, `on ${percent(index.frequency[place])}`)),
+    element("span", { class: "foot" }, label ?? element("span"), element("span", {}, `on ${percent(index.frequency[place])}`)),
   );
 }
 
