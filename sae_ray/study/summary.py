@@ -79,7 +79,11 @@ def _summarise(plan: StudyPlan, score: ScorePlan) -> CellSummary:
 
 
 def compare(rows: list[CellSummary]) -> list[Comparison]:
-    """The paper's three claims, cell by cell: SAEs above raw neurons, sparser above denser, wider above narrower."""
+    """The paper's three claims, cell by cell: SAEs above raw neurons, sparser above denser, wider above narrower.
+
+    Cells without a scored neuron are left out.
+    """
+    rows = [row for row in rows if row.n_scored]
     raw = {row.site: row for row in rows if row.grid_cell is None}
     comparisons = []
     for row in rows:
@@ -96,6 +100,10 @@ def compare(rows: list[CellSummary]) -> list[Comparison]:
         )
         comparisons.append(Comparison(text, wider.top_ms > narrower.top_ms))
     return comparisons
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
 
 def _neighbours(rows: list[CellSummary], by: str) -> list[tuple[CellSummary, CellSummary]]:
@@ -121,11 +129,8 @@ def summary_lines(rows: list[CellSummary]) -> list[str]:
                 row.name,
                 f"{row.n_neurons:,}",
                 f"{row.n_scored:,}",
-                *(f"{value:.3f}" for value in (row.mean_ms, row.top_ms, row.best_ms)),
-                *(
-                    "–" if value is None else f"{value:.{digits}f}"
-                    for value, digits in zip(fidelity, (1, 3, 2), strict=True)
-                ),
+                *(_shown(value, 3) for value in (row.mean_ms, row.top_ms, row.best_ms)),
+                *(_shown(value, digits) for value, digits in zip(fidelity, (1, 3, 2), strict=True)),
             ]
         )
     return table_lines(cells, "<" + ">" * (len(header) - 1))

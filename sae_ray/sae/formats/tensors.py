@@ -34,8 +34,7 @@ def check_finite(sae: SAE, where: str) -> None:
     """Raises SaeRayError, which names the tensor, if a weight or threshold is not finite."""
     for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
         tensor = getattr(sae, name)
-        n_bad = 0 if tensor is None else int((~tensor.isfinite()).sum())
-        if n_bad:
+        if tensor is not None and (n_bad := int((~tensor.isfinite()).sum())):
             raise SaeRayError(
                 f"{where}: {n_bad} of the {tensor.numel()} values of {name} are NaN or infinite; its training "
                 "diverged, or the file is damaged: take an earlier checkpoint, or copy it again"
