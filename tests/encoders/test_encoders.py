@@ -541,6 +541,8 @@ def test_sites_that_do_not_exist_are_refused_with_what_there_is(loaded):
         ("~/no/such/directory", "there is no directory"),
         ("nobody/no-such-model", "nobody/no-such-model cannot be loaded"),
         ("open_clip:local-dir:/no/such/directory", "there is no directory /no/such/directory"),
+        ("open_clip:hf-hub:nobody/no-such-model", r"no-such-model cannot be loaded: (.|\n)*fill the cache"),
+        ("open_clip:hf-hub:", "open_clip:hf-hub: cannot be loaded"),
         ("open_clip:ViT-B-32/no-such-tag", "laion2b_s34b_b79k"),
         ("open_clip:No-Such-Arch/openai", "open_clip:<architecture>/<pretrained tag>"),
         ("open_clip:ViT-B-32", "open_clip:<architecture>/<pretrained tag>"),
@@ -669,20 +671,44 @@ def test_the_home_directory_is_expanded(saved, tmp_path, monkeypatch, prefix):
     assert load_encoder(f"{prefix}~/model").info.model == f"{prefix}~/model"
 
 
-def test_a_model_on_the_hub_is_pinned_by_its_commit(saved, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "spec"), [("clip", "someone/tiny"), ("open_clip_vit", "open_clip:hf-hub:someone/tiny")]
+)
+def test_a_model_on_the_hub_is_pinned_by_its_commit(saved, tmp_path, kind, spec):
     """In a process of its own, as the hub's cache folder is read at import."""
-    commit = "1f" * 20
+    commit, newer = "1f" * 20, "2e" * 20
     repository = tmp_path / "models--someone--tiny"
     (repository / "snapshots").mkdir(parents=True)
-    copy_of(saved("clip"), repository / "snapshots" / commit)
+    files = copy_of(saved(kind), repository / "snapshots" / commit)
+    (repository / "snapshots" / newer).mkdir()
+    for file in files.glob("*.json"):  # a newer commit, of which the weights are not in the cache
+        (repository / "snapshots" / newer / file.name).write_bytes(file.read_bytes())
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
+    text = f"from sae_ray.encoders.text import load_text_encoder; load_text_encoder({spec!r}, {commit!r})\n"
     program = (
-        "from sae_ray.encoders import describe_encoder, load_encoder\n"
-        "info = describe_encoder('someone/tiny')\n"
-        f"assert info.revision == {commit!r}, info\n"
-        "assert load_encoder('someone/tiny', info.revision).info == info\n"
-    )
+        "import numpy as np\n"
+        "from PIL import Image\n"
+        "from sae_ray.encoders import describe_encoder, load_encoder, load_preprocess\n"
+        "from sae_ray.errors import UsageError\n"
+        f"info = describe_encoder({spec!r})\n"
+        f"assert (info.revision, info.n_layers) == ({commit!r}, 3), info\n"
+        f"encoder = load_encoder({spec!r}, info.revision)\n"
+        "assert encoder.info == info\n"
+        f"pixels = load_preprocess({spec!r}, info.revision)(Image.new('RGB', (50, 40), 'teal'))\n"
+        "assert pixels.shape == (3, 28, 28)\n"
+        f"weights = load_encoder({saved(kind).spec!r}).tower.module.state_dict()\n"
+        "for name, weight in encoder.tower.module.state_dict().items():\n"
+        "    assert weight.equal(weights[name]), name\n"
+        f"open({str(repository / 'refs' / 'main')!r}, 'w').write({newer!r})\n"
+        "try:\n"
+        f"    load_encoder({spec!r})\n"
+        "except UsageError as error:\n"
+        "    assert 'fill the cache where there is a connection' in str(error), error\n"
+        "else:\n"
+        "    raise SystemExit('weights of another commit')\n"
+        f"load_encoder({spec!r}, {commit!r})\n"
+    ) + (text if kind.startswith("open_clip") else "")
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
