@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sae_ray.encoders.base import Tower
-from sae_ray.encoders.hub import hub_unreachable, refusal, refusing
+from sae_ray.encoders.hub import bad_files, hub_unreachable, refusal, refusing
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.resizing import fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS, check_revision, directory_digest, local_directory
@@ -176,20 +176,10 @@ def _create(source: _Source, device: torch.device) -> Any:
 @contextlib.contextmanager
 def _refusing(source: _Source) -> Iterator[None]:
     """Turns what open_clip raises on bad files into a UsageError."""
-    from safetensors import SafetensorError
-
     unreachable = hub_unreachable() if source.of_hub else None
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        SafetensorError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+    except (*bad_files(), pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise refusal(source.model, error, unreachable or FORMS) from error
 
 
@@ -255,8 +245,8 @@ def _skeleton(source: _Source) -> Any:
     """The vision tower without weights."""
     from open_clip.model import _build_vision_tower
 
-    vision: Any = {**source.model_config["vision_cfg"], "timm_model_pretrained": False}
-    with torch.device("meta"):
+    with _refusing(source), torch.device("meta"):
+        vision: Any = {**source.model_config["vision_cfg"], "timm_model_pretrained": False}
         return _build_vision_tower(source.model_config["embed_dim"], vision)
 
 
@@ -264,9 +254,11 @@ def _transform(source: _Source) -> list[Any]:
     """The steps of open_clip's own inference transform."""
     from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
-    overlay = {**source.preprocess_config, "size": _skeleton(source).image_size}
-    config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), overlay))
-    transform: Any = image_transform_v2(config, is_train=False)
+    size = _skeleton(source).image_size
+    with _refusing(source):
+        overlay = {**source.preprocess_config, "size": size}
+        config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), overlay))
+        transform: Any = image_transform_v2(config, is_train=False)
     return transform.transforms
 
 

@@ -643,6 +643,53 @@ def test_other_model_types_are_refused_by_name(tmp_path):
         describe_encoder(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        "null",
+        "3",
+        "[]",
+        "{}",
+        '{"model_type": 3}',
+        '{"model_type": "clip", "vision_config": "x"}',
+        '{"model_type": "clip", "vision_config": {"hidden_size": "64"}}',
+        '{"model_type": "clip", "projection_dim": null}',
+        '{"model_type": "llava", "vision_config": {"model_type": "nope"}}',
+    ],
+)
+def test_a_malformed_configuration_is_refused(saved, tmp_path, config):
+    path = copy_of(saved("clip"), tmp_path / "model")
+    (path / "config.json").write_text(config)
+    for ask in (describe_encoder, load_encoder):
+        with pytest.raises(UsageError, match=rf"{path}"):
+            ask(str(path))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [[], {"image_processor_type": 3}, {"size": "x"}, {"resample": 99}, {"image_std": [1, 2]}, {"image_std": [1, 0, 1]}],
+    ids=str,
+)
+def test_malformed_preprocessing_is_refused(saved, tmp_path, changed):
+    path = copy_of(saved("clip"), tmp_path / "model")
+    file = path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed if changed else []))
+    with pytest.raises(UsageError, match=rf"{path}"):
+        load_encoder(str(path))
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["null", "[]", "{}", '{"model_cfg": 3}', '{"model_cfg": {"embed_dim": 8}}',
+     '{"model_cfg": {"embed_dim": 8, "vision_cfg": {"width": "x"}, "text_cfg": {}}}'],
+)  # fmt: skip
+def test_a_malformed_configuration_of_open_clip_is_refused(saved, tmp_path, config):
+    path = copy_of(saved("open_clip_vit"), tmp_path / "model")
+    (path / "open_clip_config.json").write_text(config)
+    with pytest.raises(UsageError, match=rf"{path}"):
+        load_encoder(f"open_clip:local-dir:{path}")
+
+
 def test_preprocessing_that_does_not_fit_is_refused(saved, tmp_path):
     path = copy_of(saved("clip"), tmp_path / "model")
     save_processor(path, "CLIPImageProcessor", size={"shortest_edge": 28}, do_center_crop=False)
