@@ -12,7 +12,7 @@ import numpy as np
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.study.config import GridCell
 from sae_ray.study.plan import ScorePlan, StudyPlan, TrainPlan
-from sae_ray.text_table import table_lines
+from sae_ray.text_table import number, table_lines
 
 BEST = 32
 """The best neurons of a cell whose mean is compared over widths; the single best says little."""
@@ -102,10 +102,6 @@ def compare(rows: list[CellSummary]) -> list[Comparison]:
     return comparisons
 
 
-def _shown(value: float | None, digits: int) -> str:
-    return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}"
-
-
 def _neighbours(rows: list[CellSummary], by: str) -> list[tuple[CellSummary, CellSummary]]:
     """Pairs of SAEs that differ in `by` alone, each with the next larger one."""
     groups = defaultdict(list)
@@ -129,8 +125,8 @@ def summary_lines(rows: list[CellSummary]) -> list[str]:
                 row.name,
                 f"{row.n_neurons:,}",
                 f"{row.n_scored:,}",
-                *(_shown(value, 3) for value in (row.mean_ms, row.top_ms, row.best_ms)),
-                *(_shown(value, digits) for value, digits in zip(fidelity, (1, 3, 2), strict=True)),
+                *(number(value, 3) for value in (row.mean_ms, row.top_ms, row.best_ms)),
+                *(number(value, digits) for value, digits in zip(fidelity, (1, 3, 2), strict=True)),
             ]
         )
     return table_lines(cells, "<" + ">" * (len(header) - 1))

@@ -340,6 +340,10 @@ def test_plots_hold_the_numbers_of_the_summary(plan: StudyPlan, cells: dict[str,
     assert [line.name for line in by_sparsity.lines] == ["K\u00a0=\u00a02", "K\u00a0=\u00a04", "raw neurons"]
 
 
+def test_where_no_neuron_is_scored_there_is_no_curve(cells: dict[str, Neurons]):
+    assert curve_plots(list(cells.values()), min_images=10**6) == []
+
+
 def test_plots_can_stand_on_one_page():
     plots = [Plot(title, "x", "y") for title in ("one", "two")]
     for plot in plots:
