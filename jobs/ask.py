@@ -10,10 +10,10 @@ from sae_ray.encoders.base import placement
 from sae_ray.errors import UsageError
 from sae_ray.images import BadImage, decode_image
 from sae_ray.sae import load_sae
-from sae_ray.sae.formats import LATENTS_FILE
+from sae_ray.sae.formats import LATENTS_FILE, sae_folder
 from sae_ray.steering import Intervention, load_llava, load_max_token
 from sae_ray.steering.interventions import ALIASES
-from sae_ray.store.files import Folder, parent_and_name
+from sae_ray.store.files import parent_and_name
 from sae_ray.text_table import table_lines
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ def steered_answers(
         SaeRayError: The SAE's files are damaged.
     """
     target, _ = placement(device, dtype)
-    max_token = load_max_token(sae) if Folder(sae).exists(LATENTS_FILE) else None
     loaded = load_sae(sae).to(target)
+    folder = sae_folder(sae)
+    max_token = load_max_token(folder) if folder.exists(LATENTS_FILE) else None
     interventions = [Intervention.from_dict(values, loaded, max_token) for values in asked]
     picture = None if image == WHITE else _image(image)
     model = load_llava(llava, device=device, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -22,3 +23,8 @@ def table_lines(rows: Sequence[Sequence[str]], align: str) -> list[str]:
         "  ".join(f"{text:{side}{width}}" for text, side, width in zip(row, align, widths, strict=True)).rstrip()
         for row in rows
     ]
+
+
+def number(value: float | None, digits: int) -> str:
+    """A dash where there is none."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"

@@ -30,7 +30,11 @@ class Language:
             self._running -= 1
 
     async def running(self) -> int:
-        """Number of answers that this replica is generating."""
+        """Number of answers that this replica is generating.
+
+        Raises if its engine has failed: Ray Serve takes half a minute to see that and to replace the replica.
+        """
+        self.engine.check()
         return self._running
 
     async def check_health(self) -> None:

@@ -74,13 +74,15 @@ class VllmEngine:
             raise self._engine.dead_error
 
     def _checked(self, embedding: Any) -> torch.Tensor:
-        """The embedding as a tensor. It is checked here because vLLM silently accepts a wrong number of tokens."""
+        """The embedding as vLLM takes it. It accepts a wrong number of tokens in silence, and others may end it."""
         tensor = torch.from_numpy(embedding.copy())
-        if tensor.shape != self.shape or not tensor.isfinite().all():
+        sent = tensor.to(self.dtype)
+        if tensor.shape != self.shape or not tensor.is_floating_point() or not sent.isfinite().all():
             raise ValueError(
-                f"an embedding of shape {list(tensor.shape)} is not finite or does not have shape {list(self.shape)}"
+                f"an embedding of shape {list(tensor.shape)} and {tensor.dtype} is not finite in {self.dtype}, or does "
+                f"not hold {list(self.shape)} floating-point numbers"
             )
-        return tensor.to(self.dtype)
+        return sent
 
 
 def _parameters(sampling: Sampling) -> Any:

@@ -107,7 +107,6 @@ def refusing(model: str, forms: str, of_hub: bool = False) -> Iterator[None]:
     Args:
         of_hub: Whether files of the hub are read; only those in the cache if the hub cannot be reached.
     """
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     unreachable = hub_unreachable() if of_hub else None
@@ -116,12 +115,21 @@ def refusing(model: str, forms: str, of_hub: bool = False) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except bad_files() as error:
         raise refusal(model, error, unreachable or forms) from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def bad_files() -> tuple[type[Exception], ...]:
+    """What libraries raise on files that are missing, torn or malformed, which may be almost anything."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    malformed = (AttributeError, EOFError, LookupError, TypeError, ValueError, StrictDataclassError)
+    return (OSError, RuntimeError, SafetensorError, *malformed)
 
 
 def check_tokenizer(model: str, tokenizer: Any, forms: str) -> None:

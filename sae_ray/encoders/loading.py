@@ -5,7 +5,9 @@ The forms of a specification:
 - `openai/clip-vit-large-patch14-336`: a model id on the hub, loaded by transformers, pinned by `revision`;
 - `/models/clip`, `~/models/clip`: a directory in the transformers format;
 - `open_clip:ViT-B-32/laion2b_s34b_b79k`: an open_clip architecture and the tag of its pretrained weights;
-- `open_clip:local-dir:/models/judge`: a directory with `open_clip_config.json` and weights.
+- `open_clip:local-dir:/models/judge`: a directory with `open_clip_config.json` and weights;
+- `open_clip:hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224`: such files on the hub, pinned by
+  `revision`.
 """
 
 from __future__ import annotations

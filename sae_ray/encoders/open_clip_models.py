@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sae_ray.encoders.base import Tower
-from sae_ray.encoders.hub import hub_unreachable, refusal
+from sae_ray.encoders.hub import bad_files, hub_unreachable, refusal, refusing
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.resizing import fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS, check_revision, directory_digest, local_directory
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+_HUB = "hf-hub:"
+
+
 class _Source(NamedTuple):
     """How open_clip names a model, and its configuration."""
 
@@ -37,11 +40,18 @@ class _Source(NamedTuple):
     name: str
     """Architecture, or `local-dir:<path>`."""
     tag: str | None
-    """Of the pretrained weights; None for a directory."""
+    """Of the pretrained weights; None for a directory and for an id on the hub."""
     revision: str
     model_config: dict[str, Any]
     preprocess_config: dict[str, Any]
     """For a tag, also whether its weights need QuickGELU."""
+    hub_id: str | None = None
+    """For a model that is named by its id on the hub; its directory is then that of the commit in the cache."""
+
+    @property
+    def of_hub(self) -> bool:
+        """Whether files may have to be downloaded."""
+        return self.hub_id is not None or (self.tag is not None and "file" not in self.preprocess_config)
 
 
 class _Trunk(NamedTuple):
@@ -135,7 +145,8 @@ def load_text(model: str, revision: str | None, device: torch.device) -> Callabl
     source = _find(model, revision)
     module = _create(source, device)
     with _refusing(source):
-        tokenizer = open_clip.get_tokenizer(source.name)
+        # A repository on the hub may name the tokenizer of another one.
+        tokenizer = open_clip.get_tokenizer(f"{_HUB}{source.hub_id}" if source.hub_id else source.name)
     return lambda texts: module.encode_text(tokenizer(texts).to(device))
 
 
@@ -144,6 +155,8 @@ def _create(source: _Source, device: torch.device) -> Any:
     import open_clip
 
     empty = device.type == "meta"
+    if source.hub_id:
+        _fetch_weights(source, source.hub_id)
     with _refusing(source), warnings.catch_warnings(), device if empty else contextlib.nullcontext():
         if empty:
             # Each weight that is not copied is reported.
@@ -163,20 +176,10 @@ def _create(source: _Source, device: torch.device) -> Any:
 @contextlib.contextmanager
 def _refusing(source: _Source) -> Iterator[None]:
     """Turns what open_clip raises on bad files into a UsageError."""
-    from safetensors import SafetensorError
-
-    unreachable = None if source.tag is None or "file" in source.preprocess_config else hub_unreachable()
+    unreachable = hub_unreachable() if source.of_hub else None
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        SafetensorError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+    except (*bad_files(), pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise refusal(source.model, error, unreachable or FORMS) from error
 
 
@@ -194,6 +197,9 @@ def _find(model: str, revision: str | None) -> _Source:
         model_config, preprocess_config = _read_config(directory / "open_clip_config.json")
         return _Source(shown, f"local-dir:{directory}", None, digest, model_config, preprocess_config)
 
+    if name.startswith(_HUB):
+        return _find_on_hub(shown, name.removeprefix(_HUB), revision)
+
     architecture, _, tag = name.rpartition("/")
     architecture = architecture.replace("/", "-")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
@@ -203,6 +209,28 @@ def _find(model: str, revision: str | None) -> _Source:
     check_revision(model, revision, tag)
     model_config: Any = open_clip.get_model_config(architecture)
     return _Source(shown, architecture, tag, tag, model_config, open_clip.get_pretrained_cfg(architecture, tag))
+
+
+def _find_on_hub(shown: str, hub_id: str, revision: str | None) -> _Source:
+    from huggingface_hub import hf_hub_download
+
+    with refusing(shown, FORMS, of_hub=True):
+        config = Path(hf_hub_download(hub_id, "open_clip_config.json", revision=revision))
+    # The cache keeps each commit's files in a folder named by it. open_clip itself would take the newest commit.
+    return _Source(shown, f"local-dir:{config.parent}", None, config.parent.name, *_read_config(config), hub_id)
+
+
+def _fetch_weights(source: _Source, hub_id: str) -> None:
+    """Puts the weights beside the configuration in the cache, as safetensors if the hub has them."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    with refusing(source.model, FORMS, of_hub=True):
+        try:
+            hf_hub_download(hub_id, HF_SAFE_WEIGHTS_NAME, revision=source.revision)
+        except EntryNotFoundError:
+            hf_hub_download(hub_id, HF_WEIGHTS_NAME, revision=source.revision)
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -217,8 +245,8 @@ def _skeleton(source: _Source) -> Any:
     """The vision tower without weights."""
     from open_clip.model import _build_vision_tower
 
-    vision: Any = {**source.model_config["vision_cfg"], "timm_model_pretrained": False}
-    with torch.device("meta"):
+    with _refusing(source), torch.device("meta"):
+        vision: Any = {**source.model_config["vision_cfg"], "timm_model_pretrained": False}
         return _build_vision_tower(source.model_config["embed_dim"], vision)
 
 
@@ -226,9 +254,11 @@ def _transform(source: _Source) -> list[Any]:
     """The steps of open_clip's own inference transform."""
     from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
-    overlay = {**source.preprocess_config, "size": _skeleton(source).image_size}
-    config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), overlay))
-    transform: Any = image_transform_v2(config, is_train=False)
+    size = _skeleton(source).image_size
+    with _refusing(source):
+        overlay = {**source.preprocess_config, "size": size}
+        config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), overlay))
+        transform: Any = image_transform_v2(config, is_train=False)
     return transform.transforms
 
 

@@ -15,7 +15,8 @@ from sae_ray.store.files import Folder, address_shown
 
 FORMS = (
     "an encoder is named by a directory in the transformers format (a path, or a URI such as s3://bucket/folder), a "
-    "model id on the Hugging Face hub, open_clip:<architecture>/<pretrained tag>, or open_clip:local-dir:<directory>"
+    "model id on the Hugging Face hub, open_clip:<architecture>/<pretrained tag>, open_clip:local-dir:<directory>, or "
+    "open_clip:hf-hub:<model id>"
 )
 
 _LOCAL_DIR = "open_clip:local-dir:"

@@ -15,7 +15,7 @@ from sae_ray.encoders.hub import find, load_weights, refusing
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.resizing import fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS
-from sae_ray.errors import UsageError
+from sae_ray.errors import UsageError, check
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -44,9 +44,10 @@ class _Plan(NamedTuple):
 
 def describe(model: str, revision: str | None) -> EncoderInfo:
     source = find(model, revision, FORMS)
-    plan = _plan(source.model, source.config)
+    with refusing(source.model, FORMS):
+        plan = _plan(source.model, source.config)
+        height, width = preprocess(model, revision).image_size()
     vision = plan.config
-    height, width = preprocess(model, revision).image_size()
     if plan.loader.startswith(("CLIP", "Siglip")) and (height, width) != (vision.image_size, vision.image_size):
         raise UsageError(
             f"{source.model} takes images of {vision.image_size} × {vision.image_size} pixels, but its preprocessing "
@@ -145,8 +146,8 @@ def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
         blocks=blocks_of(module),
         embed=lambda pixels: _embed(module, plan, pixels),
         rescale=processor.rescale_factor if processor.do_rescale else 1.0,
-        mean=_channels(processor.image_mean) if processor.do_normalize else (0.0,) * 3,
-        std=_channels(processor.image_std) if processor.do_normalize else (1.0,) * 3,
+        mean=_channels(source.model, processor, "image_mean") if processor.do_normalize else (0.0,) * 3,
+        std=_channels(source.model, processor, "image_std") if processor.do_normalize else (1.0,) * 3,
     )
 
 
@@ -191,5 +192,9 @@ def _embed(module: Any, plan: _Plan, pixels: Tensor) -> dict[str, Tensor]:
     return {"pooled": pooled, "projection": pooled}
 
 
-def _channels(value: float | Sequence[float]) -> tuple[float, ...]:
-    return (value,) * 3 if isinstance(value, float | int) else tuple(value)
+def _channels(model: str, processor: Any, name: str) -> tuple[float, ...]:
+    value: float | Sequence[float] = getattr(processor, name)
+    channels = (value,) * 3 if isinstance(value, float | int) else tuple(value)
+    check(len(channels) == 3 and (name != "image_std" or all(channels)), f"{name} of {model}", value,
+          "give one number per channel, none of them 0; fix preprocessor_config.json")  # fmt: skip
+    return channels

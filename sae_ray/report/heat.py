@@ -100,7 +100,9 @@ class HeatMaker:
     ) -> Float[np.ndarray, "images patches latents"]:
         """Of a batch whose rows are sorted by image and token."""
         codes = self._codes(activation)
-        return codes.reshape(n_images, -1, codes.shape[1])[:, self._n_cls :].cpu().numpy()
+        # An SAE whose latents never fire has none to show, so the number of tokens is no -1 for torch to find out.
+        n_tokens = len(codes) // n_images
+        return codes.reshape(n_images, n_tokens, codes.shape[1])[:, self._n_cls :].cpu().numpy()
 
 
 def codes_of(sae: SAE, latents: Int[np.ndarray, " latents"]) -> Callable[[Tensor], Tensor]:

@@ -189,7 +189,8 @@ def curve_plots(cells: Sequence[Neurons], min_images: int) -> list[Plot]:
                 _append_curve(plot, SETTINGS[varies](grid_cell), cell, min_images)
             if site in raw:
                 _append_curve(plot, "raw neurons", raw[site], min_images, dashed=True)
-            plots.append(plot)
+            if plot.lines:
+                plots.append(plot)
     return plots
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 
-
-def number(value: float | None, digits: int) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+from sae_ray.text_table import number as number
 
 
 def share(value: float | None) -> str:

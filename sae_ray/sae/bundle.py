@@ -90,7 +90,7 @@ def train_cells(
 
     A step holds the SAE, `latents.parquet` (statistics of its latents on the training activations, see
     `measure_latents`) and a record of the attempts that led to it. A cell whose loss stops being finite is recorded as
-    failed; the others continue.
+    failed; the others continue. All cells fail if there are no activations, or all are 0.
 
     Args:
         split: every rank of it makes this call, the first one writes. Another attempt may have another.
@@ -120,8 +120,12 @@ def _train(
     workers, batch_size = split.rows, bundle.cells[0].cell.training.batch_size
     rows_per_rank = batch_size // workers.size
     share = slice(workers.rank * rows_per_rank, (workers.rank + 1) * rows_per_rank)
-    scale = store.root_mean_square_norm
     running = [_resumed(job, store.d, device, split) for job in bundle.cells if not job.step.finished]
+    if unusable := _unusable(store):
+        for run in running:
+            _fail(run, unusable, time.monotonic() - started)
+        return
+    scale = store.root_mean_square_norm
     first = min((run.trainer.n_steps for run in running), default=bundle.steps)
     batches = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows, device).batches(first)
     waited = 0.0
@@ -138,7 +142,7 @@ def _train(
                 reports[run.job.step.name] = CellReport(run.trainer.step(batch), run.trainer.d_sae)
             except NonFiniteLoss as error:
                 running.remove(run)
-                _fail(run, error, time.monotonic() - started)
+                _fail(run, _explained(error, store), time.monotonic() - started)
         done = step + 1
         at_once = after_step(done, reports)
         if workers.rank == 0 and (at_once or done % bundle.checkpoint_every == 0 or done == bundle.steps):
@@ -172,11 +176,38 @@ def _save(run: _Run) -> None:
         save_checkpoint(job.step.folder / CHECKPOINTS, trainer.n_steps, tensors, facts | {"attempts": attempts})
 
 
-def _fail(run: _Run, error: SaeRayError, seconds: float) -> None:
+def _fail(run: _Run, reason: str, seconds: float) -> None:
     """On all ranks; the first writes."""
     if run.trainer.split.ranks.rank == 0:
         ran = {"attempts": run.attempts}
-        run.job.step.finish(seconds, {"steps": run.trainer.n_steps}, "failed", str(error), ran)
+        run.job.step.finish(seconds, {"steps": run.trainer.n_steps}, "failed", reason, ran)
+
+
+def _unusable(store: ActivationStore) -> str | None:
+    """Why nothing can be learnt from these activations, and what to do; None if something can."""
+    if store.n_rows == 0:
+        return "this site has no activations: no image could be read; rejects.parquet of its step says why"
+    if store.root_mean_square_norm < torch.finfo(torch.float32).tiny:
+        return (
+            f"all {store.n_rows:,} activations of this site are 0, so there is nothing to learn; check the weights of "
+            "the encoder, or choose another site"
+        )
+    return None
+
+
+def _explained(error: SaeRayError, store: ActivationStore) -> str:
+    """The reason of a failure; where all activations are equal, that too. Reads no more than it takes to see that."""
+    first = None
+    for number in store.parts:
+        for images in store.pieces(number):
+            rows = store.read(number, images)[2]
+            first = rows[0] if first is None else first
+            if (rows != first).any():
+                return str(error)
+    return (
+        f"all {store.n_rows:,} activations of this site are equal, so that nothing is left for latents to explain: "
+        f"{error}"
+    )
 
 
 def _write(running: list[_Run], store: ActivationStore, scale: float, started: float, waited: float) -> None:
@@ -188,7 +219,7 @@ def _write(running: list[_Run], store: ActivationStore, scale: float, started: f
         try:
             sae = run.trainer.export(scale)
         except SaeRayError as error:
-            _fail(run, error, trained)
+            _fail(run, _explained(error, store), trained)
             continue
         if sae is not None:
             saes.append((run.job.step, run.attempts, sae))

@@ -100,7 +100,8 @@ class Fidelity:
         self.latent_sums.update(codes)
         self.error += (x - x_hat).square().sum().item()
         self.power += x.square().sum().item()
-        self.cosine += torch.nn.functional.cosine_similarity(x, x_hat, dim=1).sum().item()
+        # By default vectors shorter than 1e-8 are taken for longer ones.
+        self.cosine += torch.nn.functional.cosine_similarity(x, x_hat, dim=1, eps=1e-150).sum().item()
         self.total += x.sum(0)
 
     def merge(self, other: Fidelity) -> None:

@@ -73,22 +73,25 @@ def describe_llava(model: str, revision: str | None = None) -> LlavaInfo:
         raise UsageError(f"{source.model} is of the model type {source.config.model_type}, not llava; {FORMS}")
     tower = describe(model, source.revision)
     layer = _block_read(source.model, source.config.vision_feature_layer, tower.n_layers)
-    drops_cls = tower.has_cls and source.config.vision_feature_select_strategy == "default"
-    return LlavaInfo(tower, layer, tower.n_tokens - drops_cls)
+    # transformers drops token 0, whether or not it is a CLS token.
+    drops_first = source.config.vision_feature_select_strategy == "default"
+    return LlavaInfo(tower, layer, tower.n_tokens - drops_first)
 
 
-def _block_read(model: str, feature_layer: int | Sequence[int], n_layers: int) -> int:
+def _block_read(model: str, feature_layer: int | list[int], n_layers: int) -> int:
     """The block named by `vision_feature_layer`, which indexes hidden states: the first of those is block 0's input."""
-    if not isinstance(feature_layer, int):
+    layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    if len(layers) != 1:
         raise UsageError(
-            f"vision_feature_layer of {model} is {list(feature_layer)}: its language model reads several layers; "
+            f"vision_feature_layer of {model} is {layers}: its language model reads several layers; "
             "steering takes a LLaVA that reads one"
         )
-    block = feature_layer - 1 if feature_layer >= 0 else n_layers + feature_layer
+    [layer] = layers
+    block = layer - 1 if layer >= 0 else n_layers + layer
     if not 0 <= block < n_layers:
         raise UsageError(
-            f"vision_feature_layer of {model} is {feature_layer}, which is not the output of a block; its tower has "
-            f"{n_layers}"
+            f"vision_feature_layer of {model} is {layer}, which is not the output of a block; its tower has "
+            f"{n_layers}, named 1 to {n_layers} or -{n_layers} to -1"
         )
     return block
 

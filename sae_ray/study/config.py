@@ -56,8 +56,8 @@ class EncoderConfig:
     __pydantic_config__ = STRICT
 
     model: str
-    """A hub id, `open_clip:<architecture>/<pretrained tag>`, `open_clip:local-dir:<directory>`, or a directory: a path
-    that every node has, or a URI such as `s3://bucket/folder`."""
+    """A hub id, `open_clip:<architecture>/<pretrained tag>`, `open_clip:hf-hub:<id>`,
+    `open_clip:local-dir:<directory>`, or a directory: a path that every node has, or a URI such as `s3://bucket/folder`."""
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
     dtype: Dtype = "float32"

@@ -12,7 +12,7 @@ import numpy as np
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.study.config import GridCell
 from sae_ray.study.plan import ScorePlan, StudyPlan, TrainPlan
-from sae_ray.text_table import table_lines
+from sae_ray.text_table import number, table_lines
 
 BEST = 32
 """The best neurons of a cell whose mean is compared over widths; the single best says little."""
@@ -79,7 +79,11 @@ def _summarise(plan: StudyPlan, score: ScorePlan) -> CellSummary:
 
 
 def compare(rows: list[CellSummary]) -> list[Comparison]:
-    """The paper's three claims, cell by cell: SAEs above raw neurons, sparser above denser, wider above narrower."""
+    """The paper's three claims, cell by cell: SAEs above raw neurons, sparser above denser, wider above narrower.
+
+    Cells without a scored neuron are left out.
+    """
+    rows = [row for row in rows if row.n_scored]
     raw = {row.site: row for row in rows if row.grid_cell is None}
     comparisons = []
     for row in rows:
@@ -121,11 +125,8 @@ def summary_lines(rows: list[CellSummary]) -> list[str]:
                 row.name,
                 f"{row.n_neurons:,}",
                 f"{row.n_scored:,}",
-                *(f"{value:.3f}" for value in (row.mean_ms, row.top_ms, row.best_ms)),
-                *(
-                    "–" if value is None else f"{value:.{digits}f}"
-                    for value, digits in zip(fidelity, (1, 3, 2), strict=True)
-                ),
+                *(number(value, 3) for value in (row.mean_ms, row.top_ms, row.best_ms)),
+                *(number(value, digits) for value, digits in zip(fidelity, (1, 3, 2), strict=True)),
             ]
         )
     return table_lines(cells, "<" + ">" * (len(header) - 1))

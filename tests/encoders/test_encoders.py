@@ -541,6 +541,8 @@ def test_sites_that_do_not_exist_are_refused_with_what_there_is(loaded):
         ("~/no/such/directory", "there is no directory"),
         ("nobody/no-such-model", "nobody/no-such-model cannot be loaded"),
         ("open_clip:local-dir:/no/such/directory", "there is no directory /no/such/directory"),
+        ("open_clip:hf-hub:nobody/no-such-model", r"no-such-model cannot be loaded: (.|\n)*fill the cache"),
+        ("open_clip:hf-hub:", "open_clip:hf-hub: cannot be loaded"),
         ("open_clip:ViT-B-32/no-such-tag", "laion2b_s34b_b79k"),
         ("open_clip:No-Such-Arch/openai", "open_clip:<architecture>/<pretrained tag>"),
         ("open_clip:ViT-B-32", "open_clip:<architecture>/<pretrained tag>"),
@@ -641,6 +643,53 @@ def test_other_model_types_are_refused_by_name(tmp_path):
         describe_encoder(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        "null",
+        "3",
+        "[]",
+        "{}",
+        '{"model_type": 3}',
+        '{"model_type": "clip", "vision_config": "x"}',
+        '{"model_type": "clip", "vision_config": {"hidden_size": "64"}}',
+        '{"model_type": "clip", "projection_dim": null}',
+        '{"model_type": "llava", "vision_config": {"model_type": "nope"}}',
+    ],
+)
+def test_a_malformed_configuration_is_refused(saved, tmp_path, config):
+    path = copy_of(saved("clip"), tmp_path / "model")
+    (path / "config.json").write_text(config)
+    for ask in (describe_encoder, load_encoder):
+        with pytest.raises(UsageError, match=rf"{path}"):
+            ask(str(path))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [[], {"image_processor_type": 3}, {"size": "x"}, {"resample": 99}, {"image_std": [1, 2]}, {"image_std": [1, 0, 1]}],
+    ids=str,
+)
+def test_malformed_preprocessing_is_refused(saved, tmp_path, changed):
+    path = copy_of(saved("clip"), tmp_path / "model")
+    file = path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed if changed else []))
+    with pytest.raises(UsageError, match=rf"{path}"):
+        load_encoder(str(path))
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["null", "[]", "{}", '{"model_cfg": 3}', '{"model_cfg": {"embed_dim": 8}}',
+     '{"model_cfg": {"embed_dim": 8, "vision_cfg": {"width": "x"}, "text_cfg": {}}}'],
+)  # fmt: skip
+def test_a_malformed_configuration_of_open_clip_is_refused(saved, tmp_path, config):
+    path = copy_of(saved("open_clip_vit"), tmp_path / "model")
+    (path / "open_clip_config.json").write_text(config)
+    with pytest.raises(UsageError, match=rf"{path}"):
+        load_encoder(f"open_clip:local-dir:{path}")
+
+
 def test_preprocessing_that_does_not_fit_is_refused(saved, tmp_path):
     path = copy_of(saved("clip"), tmp_path / "model")
     save_processor(path, "CLIPImageProcessor", size={"shortest_edge": 28}, do_center_crop=False)
@@ -669,20 +718,44 @@ def test_the_home_directory_is_expanded(saved, tmp_path, monkeypatch, prefix):
     assert load_encoder(f"{prefix}~/model").info.model == f"{prefix}~/model"
 
 
-def test_a_model_on_the_hub_is_pinned_by_its_commit(saved, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "spec"), [("clip", "someone/tiny"), ("open_clip_vit", "open_clip:hf-hub:someone/tiny")]
+)
+def test_a_model_on_the_hub_is_pinned_by_its_commit(saved, tmp_path, kind, spec):
     """In a process of its own, as the hub's cache folder is read at import."""
-    commit = "1f" * 20
+    commit, newer = "1f" * 20, "2e" * 20
     repository = tmp_path / "models--someone--tiny"
     (repository / "snapshots").mkdir(parents=True)
-    copy_of(saved("clip"), repository / "snapshots" / commit)
+    files = copy_of(saved(kind), repository / "snapshots" / commit)
+    (repository / "snapshots" / newer).mkdir()
+    for file in files.glob("*.json"):  # a newer commit, of which the weights are not in the cache
+        (repository / "snapshots" / newer / file.name).write_bytes(file.read_bytes())
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
+    text = f"from sae_ray.encoders.text import load_text_encoder; load_text_encoder({spec!r}, {commit!r})\n"
     program = (
-        "from sae_ray.encoders import describe_encoder, load_encoder\n"
-        "info = describe_encoder('someone/tiny')\n"
-        f"assert info.revision == {commit!r}, info\n"
-        "assert load_encoder('someone/tiny', info.revision).info == info\n"
-    )
+        "import numpy as np\n"
+        "from PIL import Image\n"
+        "from sae_ray.encoders import describe_encoder, load_encoder, load_preprocess\n"
+        "from sae_ray.errors import UsageError\n"
+        f"info = describe_encoder({spec!r})\n"
+        f"assert (info.revision, info.n_layers) == ({commit!r}, 3), info\n"
+        f"encoder = load_encoder({spec!r}, info.revision)\n"
+        "assert encoder.info == info\n"
+        f"pixels = load_preprocess({spec!r}, info.revision)(Image.new('RGB', (50, 40), 'teal'))\n"
+        "assert pixels.shape == (3, 28, 28)\n"
+        f"weights = load_encoder({saved(kind).spec!r}).tower.module.state_dict()\n"
+        "for name, weight in encoder.tower.module.state_dict().items():\n"
+        "    assert weight.equal(weights[name]), name\n"
+        f"open({str(repository / 'refs' / 'main')!r}, 'w').write({newer!r})\n"
+        "try:\n"
+        f"    load_encoder({spec!r})\n"
+        "except UsageError as error:\n"
+        "    assert 'fill the cache where there is a connection' in str(error), error\n"
+        "else:\n"
+        "    raise SystemExit('weights of another commit')\n"
+        f"load_encoder({spec!r}, {commit!r})\n"
+    ) + (text if kind.startswith("open_clip") else "")
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

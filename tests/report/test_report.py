@@ -211,6 +211,13 @@ def heat_maps(plan: StudyPlan, cells: list[HeatCell], folder: Path, device: str 
 
 
 @pytest.mark.parametrize("name", [MATRYOSHKA, "layer0.cls-topk-x2-k4"])
+def test_an_sae_whose_latents_never_fire_has_no_heat_maps(plan, cells, name, tmp_path, device):
+    [shown] = heat_cells([cells[name]], {})
+    found = heat_maps(plan, [replace(shown, latents=())], tmp_path, device)[name]
+    assert len(found.latents) == 0
+
+
+@pytest.mark.parametrize("name", [MATRYOSHKA, "layer0.cls-topk-x2-k4"])
 def test_heat_maps_are_the_codes_of_the_patches(
     plan: StudyPlan, cells: dict[str, Neurons], name: str, tmp_path: Path, device: str
 ):
@@ -331,6 +338,10 @@ def test_plots_hold_the_numbers_of_the_summary(plan: StudyPlan, cells: dict[str,
     ]
     by_sparsity = curves["batch_topk on pooled, ×2"]
     assert [line.name for line in by_sparsity.lines] == ["K\u00a0=\u00a02", "K\u00a0=\u00a04", "raw neurons"]
+
+
+def test_where_no_neuron_is_scored_there_is_no_curve(cells: dict[str, Neurons]):
+    assert curve_plots(list(cells.values()), min_images=10**6) == []
 
 
 def test_plots_can_stand_on_one_page():

@@ -148,13 +148,30 @@ def test_other_conventions_are_refused_by_name(tmp_path, key, value, said):
         load_sae(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["gated", "batchtopk", ["topk"], None])
-def test_other_architectures_of_sae_lens_are_refused_by_name(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("abstopk", "signed"),
+        ("batchtopk", "save_inference_model"),
+        ("gated", "gate"),
+        ("jumprelu_skip_transcoder", "another activation"),
+        ("matching_pursuit", "one after the other"),
+        ("matryoshka_batchtopk", "save_inference_model"),
+        ("skip_transcoder", "another activation"),
+        ("temporal", "tokens before"),
+        ("transcoder", "another activation"),
+        ("batch_topk", "convert"),
+        (["topk"], "convert"),
+        (None, "convert"),
+    ],
+    ids=str,
+)
+def test_other_architectures_of_sae_lens_are_refused_by_name(tmp_path, kind, why):
     save_sae(make_sae("topk"), Folder(tmp_path))
     config = json.loads((tmp_path / "cfg.json").read_text())
     theirs = {"sae_lens_version": config["metadata"]["sae_lens_version"]}
     (tmp_path / "cfg.json").write_text(json.dumps(config | {"architecture": kind, "metadata": theirs}))
-    said = rf"architecture {re.escape(repr(kind))} cannot be opened; known are topk, standard, jumprelu\. .* inference"
+    said = rf"architecture {re.escape(repr(kind))} cannot be opened; known are topk, standard, jumprelu\. .*{why}"
     with pytest.raises(UsageError, match=said):
         load_sae(tmp_path)
 
@@ -253,3 +270,239 @@ def test_reference_checkpoint_survives_the_native_format(tmp_path, kind):
     x = load_file(GOLDEN / f"{kind}.safetensors")["test.x"]
     assert torch.equal(opened.encode(x), sae.encode(x))
     assert opened.metadata == sae.metadata
+
+
+def changed_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(config | changes))
+
+
+def theirs(folder: Path, name: str, **changes: object) -> Path:
+    """A directory as SAELens itself would write it."""
+    save_sae(make_sae(name), Folder(folder))
+    changed_config(folder, metadata={"sae_lens_version": "6.54.0"}, **changes)
+    return folder
+
+
+def same_codes(left: SAE, right: SAE) -> bool:
+    return torch.equal(left.encode(inputs(left.d_in)), right.encode(inputs(left.d_in)))
+
+
+@pytest.mark.parametrize("named", ["cfg.json", "sae_weights.safetensors", ""])
+def test_a_file_of_a_directory_stands_for_it(tmp_path, named):
+    save_sae(make_sae("batch_topk"), Folder(tmp_path))
+    assert same_codes(load_sae(tmp_path / named), make_sae("batch_topk"))
+
+
+def test_the_folder_of_several_saes_names_them(tmp_path):
+    for name in ("a", "b/trainer_0", "c/d/too_deep"):
+        save_sae(make_sae("relu"), Folder(tmp_path / name))
+    torch.save({}, tmp_path / "ae.tmp")
+    with pytest.raises(UsageError, match=rf"the folder of 2: a, b/trainer_0; name one, such as {tmp_path}/a$"):
+        load_sae(tmp_path)
+    (tmp_path / "empty/deep").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"empty is not an SAE; name a SAELens 6 directory"):
+        load_sae(tmp_path / "empty")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The hub's cache with one repository, as huggingface_hub lays it out, and no connection."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / "cache/models--someone--saes"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    return repository / "snapshots" / ("0" * 40)
+
+
+def test_an_sae_of_the_hub_opens_from_its_cache(hub):
+    save_sae(make_sae("topk"), Folder(hub / "layer22"))
+    for named in ("someone/saes/layer22", "someone/saes/layer22/cfg.json"):
+        assert same_codes(load_sae(named), make_sae("topk"))
+    with pytest.raises(UsageError, match=r"the folder of 1: layer22; name one"):
+        load_sae("someone/saes")
+    with pytest.raises(UsageError, match=r"someone/saes on the Hugging Face hub has no SAE at layer7"):
+        load_sae("someone/saes/layer7")
+    save_sae(make_sae("relu"), Folder(hub))
+    assert same_codes(load_sae("someone/saes"), make_sae("relu"))
+
+
+def test_an_sae_of_the_hub_that_is_not_cached_is_refused_with_the_remedy(hub):
+    said = r"other/saes/layer22 is neither a file nor a folder here, and other/saes on the Hugging Face hub cannot be "
+    with pytest.raises(UsageError, match=said + r"(.|\n)*fill the cache where there is a connection"):
+        load_sae("other/saes/layer22")
+
+
+def test_a_folder_here_comes_before_the_hub(hub):
+    save_sae(make_sae("topk"), Folder(hub))
+    save_sae(make_sae("relu"), Folder(Path("someone/saes")))
+    assert load_sae("someone/saes").architecture == "relu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"activation_fn": "topk", "activation_fn_kwargs": {"k": 3}}, "activation_fn = 'topk'"),
+        ({"activation_fn_str": "topk"}, "activation_fn_str = 'topk'"),
+        ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor = True"),
+        ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input = 'false'"),
+        ({"d_in": None}, r"d_in = None: not a width; correct it \(\[d_in, d_sae\] is the shape of W_enc\)"),
+        ({"d_in": True}, "d_in = True"),
+    ],
+    ids=str,
+)
+def test_a_standard_sae_that_computes_something_else_is_refused(tmp_path, changes, said):
+    theirs(tmp_path, "relu", activation_fn="relu", finetuning_scaling_factor=False)
+    assert load_sae(tmp_path).architecture == "relu"
+    changed_config(tmp_path, **changes)
+    with pytest.raises(UsageError, match=said):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("k", [True, 3.0, "3", None, 0])
+def test_a_k_that_is_no_number_of_latents_is_refused(tmp_path, k):
+    with pytest.raises(UsageError, match=r"\bk = "):
+        load_sae(theirs(tmp_path, "topk", k=k))
+
+
+@pytest.mark.parametrize("tensor", ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_refused(tmp_path, tensor, value):
+    sae = make_sae("jumprelu")
+    getattr(sae, tensor)[0] = value
+    save_sae(sae, Folder(tmp_path))
+    n_values = r"8 of the 192" if tensor == "W_dec" else r"24 of the 192" if tensor == "W_enc" else r"1 of the \d+"
+    with pytest.raises(SaeRayError, match=rf"{n_values} values of {tensor} are NaN or infinite"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrapped_modules_are_unwrapped(tmp_path, prefix):
+    sae = make_sae("topk")
+    save_sae(sae, Folder(tmp_path))
+    weights = load_file(tmp_path / "sae_weights.safetensors")
+    save_file({prefix + name: tensor for name, tensor in weights.items()}, tmp_path / "sae_weights.safetensors")
+    assert same_codes(load_sae(tmp_path), sae)
+    for kind in ("batch_top_k", "matryoshka"):
+        saved = torch.load(GOLDEN / f"{kind}.ae.pt", weights_only=True)
+        torch.save({prefix + name: value for name, value in saved.items()}, tmp_path / "wrapped.pt")
+        assert same_codes(load_sae(tmp_path / "wrapped.pt"), load_sae(GOLDEN / f"{kind}.ae.pt"))
+    torch.save(saved | {f"{prefix}b_dec": saved["b_dec"]}, tmp_path / "twice.pt")
+    with pytest.raises(UsageError, match="holds 'b_dec' twice"):
+        load_sae(tmp_path / "twice.pt")
+
+
+@pytest.mark.parametrize("kind", ["batch_top_k", "matryoshka"])
+@pytest.mark.parametrize("change", ["lists", "floats", "vectors", "parameters", "half"])
+def test_reference_checkpoints_may_hold_lists_floats_and_vectors(tmp_path, kind, change):
+    saved = torch.load(GOLDEN / f"{kind}.ae.pt", weights_only=True)
+    n_latents = len(saved.get("b_enc", saved.get("encoder.bias")))
+    changed = {
+        "lists": lambda: {name: value.tolist() for name, value in saved.items()},
+        "floats": lambda: saved | {"threshold": saved["threshold"].item(), "k": float(saved["k"])},
+        "vectors": lambda: saved | {"threshold": saved["threshold"].expand(n_latents).clone(), "k": saved["k"].view(1)},
+        "parameters": lambda: {
+            name: torch.nn.Parameter(value) if value.is_floating_point() else value for name, value in saved.items()
+        },
+        "half": lambda: saved | {"k": int(saved["k"])},
+    }[change]()
+    torch.save(changed, tmp_path / "ae.pt")
+    expected, opened = load_sae(GOLDEN / f"{kind}.ae.pt"), load_sae(tmp_path)
+    assert same_codes(opened, expected)
+    assert (opened.k, opened.architecture) == (expected.k, expected.architecture)
+    assert opened.metadata.get("group_sizes") == expected.metadata.get("group_sizes")
+    assert opened.threshold is not None
+    assert opened.threshold.shape == (n_latents,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"k": 2.5}, "k = 2.5: not a whole number"),
+        ({"k": torch.tensor([2, 3])}, "k = tensor.* not a whole number"),
+        ({"k": None}, "k is a NoneType"),
+        ({"threshold": "0.5"}, "threshold is a str, not a tensor"),
+        ({"threshold": [0.5, 0.5]}, r"threshold has shape \(2,\)"),
+        ({"b_dec": None}, "b_dec is a NoneType"),
+        ({"group_sizes": [1, 1]}, r"group_sizes = \[1, 1\]: they must sum to the number of latents"),
+    ],
+    ids=str,
+)
+def test_malformed_values_of_a_reference_checkpoint_are_refused_by_name(tmp_path, changes, said):
+    saved = torch.load(GOLDEN / "matryoshka.ae.pt", weights_only=True)
+    torch.save(saved | changes, tmp_path / "ae.pt")
+    with pytest.raises(UsageError, match=said):
+        load_sae(tmp_path)
+
+
+def test_what_config_json_says_tells_topk_from_batch_topk(tmp_path):
+    saved = torch.load(GOLDEN / "batch_top_k.ae.pt", weights_only=True)
+    torch.save(saved, tmp_path / "ae.pt")
+    with pytest.warns(UserWarning, match="taken for BatchTopK"):
+        assert load_sae(tmp_path).architecture == "batch_topk"
+    for checkpoints in (tmp_path, tmp_path / "checkpoints"):
+        checkpoints.mkdir(exist_ok=True)
+        torch.save({name: value for name, value in saved.items() if name != "k"}, checkpoints / "ae.pt")
+        (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoderTopK", "k": 3}}))
+        sae = load_sae(checkpoints / "ae.pt")
+        assert (sae.architecture, sae.k, sae.threshold) == ("topk", 3, None)
+        assert ((sae.encode(inputs(sae.d_in)) > 0).sum(1) == 3).all()
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "GatedAutoEncoder"}}))
+    with pytest.raises(UsageError, match=r"is a GatedAutoEncoder, as config\.json says"):
+        load_sae(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "MatryoshkaBatchTopKSAE"}}))
+    with pytest.raises(UsageError, match="does not make a MatryoshkaBatchTopKSAE"):
+        load_sae(tmp_path)
+
+
+def _linear(*names: str) -> dict[str, torch.Tensor]:
+    shapes = {"encoder.weight": (24, 8), "encoder.bias": (24,), "decoder.weight": (8, 24)}
+    return {name: torch.ones(shapes.get(name, (8,))) for name in (*shapes, *names)}
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        (_linear("bias"), r"an AutoEncoder \(ReLU\) of dictionary_learning"),
+        (_linear("decoder.bias"), "an AutoEncoderNew of dictionary_learning"),
+        (_linear("gate_bias", "mag_bias", "r_mag", "decoder_bias"), "a GatedAutoEncoder of dictionary_learning"),
+        (_linear("pre_bias", "latent_bias"), "OpenAI's sparse_autoencoder"),
+        (dict.fromkeys(("W_enc", "W_dec", "b_enc", "b_dec", "threshold"), torch.ones(1)), "a JumpReluAutoEncoder"),
+        (_linear("b_dec"), "a reference checkpoint holds"),
+        ({"state_dict": _linear("b_dec"), "cfg": {}}, "a training checkpoint, or an SAE of ViT-Prisma"),
+        ({"model_state_dict": {}, "optimizer": {}}, "a training checkpoint"),
+        ([torch.ones(1)], "holds a list"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_other_projects_files_are_refused_by_name(tmp_path, saved, said):
+    torch.save(saved, tmp_path / "x.pt")
+    with pytest.raises(UsageError, match=said):
+        load_sae(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("sae.safetensors", "EleutherAI's sparsify; convert it to a SAELens 6 directory"),
+        ("params.npz", "Gemma Scope"),
+        ("sae.pt", "saev; convert it to a SAELens 6 directory"),
+        ("weights.pt", "ViT-Prisma"),
+    ],
+)
+@pytest.mark.parametrize("with_config", [False, True])
+def test_other_projects_directories_are_refused_by_name(tmp_path, file, said, with_config):
+    (tmp_path / file).write_bytes(b"")
+    if with_config:
+        (tmp_path / "cfg.json").write_text(json.dumps({"d_in": 8, "activation": "topk", "k": 3}))
+    with pytest.raises(UsageError, match=said):
+        load_sae(tmp_path)
+
+
+def test_a_file_of_saev_is_refused_by_name(tmp_path):
+    (tmp_path / "x.pt").write_bytes(b'{"schema": 2, "cfg": {}}\n...')
+    with pytest.raises(UsageError, match="as an SAE of saev does"):
+        load_sae(tmp_path / "x.pt")

@@ -97,6 +97,15 @@ def test_perfect_and_mean_reconstructions_have_known_values():
     assert mean.summary().r2 == pytest.approx(0, abs=1e-12)
 
 
+def test_the_cosine_of_small_vectors_is_that_of_large_ones():
+    x, none = inputs().double(), torch.empty(0, dtype=torch.int64)
+    codes = SparseCodes(none, none, torch.empty(0), 100, 20)
+    small, large = Fidelity(6, 20), Fidelity(6, 20)
+    small.update(1e-30 * x, codes, 1e-30 * (x + 1))
+    large.update(x, codes, x + 1)
+    assert small.summary().cosine == pytest.approx(large.summary().cosine, 1e-12)
+
+
 def test_nothing_seen_is_not_a_number():
     summary = Fidelity(6, 20).summary()
     assert summary.n_samples == 0

@@ -6,11 +6,15 @@ Two engines add in different orders, so an answer may differ where the two likel
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -21,9 +25,11 @@ from sae_ray.serve import transformers_engine
 from sae_ray.serve.config import ServeConfig, with_llava
 from sae_ray.serve.conversation import Tokenizer
 from sae_ray.serve.engine import Engine, Sampling, Task
+from sae_ray.serve.language import Language
 from sae_ray.serve.schemas import ImagePart, ImageUrl, Message, TextPart
 from sae_ray.serve.transformers_engine import TransformersEngine
 from sae_ray.serve.vllm_engine import VllmEngine
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from sae_ray.sae import load_sae
 from sae_ray.steering import Intervention, LatentEdit, load_llava, load_max_token
@@ -130,9 +136,24 @@ def test_engines_agree_token_for_token(config, asked, monkeypatch):
             assert time.monotonic() < deadline, "the engine goes on for nobody"
             await asyncio.sleep(0.01)
 
-        wrong = Task(tasks[0].tokens, (tasks[0].images[0][:-1],), Sampling(4))
-        with pytest.raises(ValueError, match="an embedding of shape"):
-            await answer(engine, wrong)
+        one = tasks[0]
+        [image, *_] = one.images
+        for wrong in (image[:-1], image[:, :-1], image[None], image * np.nan, image.astype(int), image * 1e300):
+            with pytest.raises(ValueError, match="an embedding of shape"):
+                await answer(engine, replace(one, images=(wrong,) * len(one.images)))
+        assert await answer(engine, one) == crowd[0], "none of them ended the engine"
+
+        replica: Any = object.__new__(Language.func_or_class)
+        replica.engine, replica._running = engine, 0
+        assert await replica.running() == 0
+        [core] = engine._engine.engine_core.resources.engine_manager.processes
+        os.kill(core.pid, signal.SIGKILL)
+        deadline = time.monotonic() + PATIENCE_S
+        while not engine._engine.errored:
+            assert time.monotonic() < deadline, "the engine is dead, but is said to run"
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineDeadError):
+            await replica.running()  # what /ready asks
 
     try:
         asyncio.run(run())

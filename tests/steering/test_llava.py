@@ -24,6 +24,7 @@ import sae_ray
 from sae_ray.errors import UsageError
 from sae_ray.sae import SAE
 from sae_ray.steering import ONE_WORD, Intervention, LatentEdit, Llava, load_llava
+from sae_ray.steering.llava import describe_llava
 from sae_ray.world.write import MODELS
 
 TEMPLATE = (
@@ -180,6 +181,39 @@ def test_without_edits_answers_are_those_of_transformers_token_for_token(variant
         llava.answer(image, question, max_new_tokens=12) for image, question in zip(images, QUESTIONS, strict=True)
     ] == (expected)
     assert llava.answers(images, QUESTIONS, [()] * 4, max_new_tokens=12) == expected
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize(("layer", "block"), [(-3, 0), (-1, 2), (1, 0), (2, 1), (3, 2), ([-2], 1), ([2], 1)])
+def test_an_image_takes_as_many_places_as_the_model_makes_embeddings(
+    make_llava, tmp_path, tower, strategy, layer, block
+):
+    path = make_llava(tmp_path, tower, strategy, layer)
+    info, llava, images = describe_llava(path), load_llava(path), photos(2)
+    embeddings = llava.image_embeddings(images, [(), ()])
+    assert [len(one) for one in embeddings] == [info.n_image_tokens] * 2
+    assert info.layer == llava.layer == block
+    assert same(embeddings, plain_embeddings(llava, images))
+    # Nothing but this block reaches the language model.
+    wiped = llava.image_embeddings(images, [[torch.zeros_like]] * 2)
+    assert all(torch.equal(one, one[:1].expand_as(one)) for one in wiped)
+    batch = inputs_of(llava, images[:1], ["USER: <image> w3 ASSISTANT:"])
+    assert (batch["input_ids"] == llava.processor.image_token_id).sum() in (info.n_image_tokens, llava.n_tokens)
+
+
+@pytest.mark.parametrize("variant", ["clip", "siglip_default"])
+def test_what_the_processor_says_of_patches_is_not_needed(variant, saved, loaded, tmp_path):
+    bare = Path(changed_copy(saved(variant), tmp_path / "bare"))
+    config = json.loads((bare / "processor_config.json").read_text())
+    told = {"patch_size", "num_additional_image_tokens", "vision_feature_select_strategy"}
+    assert told <= set(config)
+    (bare / "processor_config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in told}))
+    llava, images = load_llava(str(bare)), photos()
+    assert llava.processor.patch_size is None
+    assert describe_llava(str(bare)).n_image_tokens == describe_llava(saved(variant)).n_image_tokens
+    expected = loaded(variant).answers(images, QUESTIONS, [()] * 4, max_new_tokens=8)
+    assert llava.answers(images, QUESTIONS, [()] * 4, max_new_tokens=8) == expected
 
 
 def test_the_prompt_has_the_form_that_the_model_knows(loaded):
@@ -429,9 +463,15 @@ def test_what_is_no_llava_is_refused(saved, tiny_clip, tmp_path):
     refused("device is 'cuda:99'", llava, device="cuda:99")
     refused("several layers", changed_copy(llava, tmp_path / "layers", vision_feature_layer=[-2, -1]))
     refused(
-        "is 4, which is not the output of a block; its tower has 3",
+        "is 4, which is not the output of a block; its tower has 3, named 1 to 3 or -3 to -1",
         changed_copy(llava, tmp_path / "deep", vision_feature_layer=4),
     )
+    refused("is 0, which is not", changed_copy(llava, tmp_path / "input", vision_feature_layer=0))
+    refused(
+        "null cannot be loaded: .*vision_feature_layer",
+        changed_copy(llava, tmp_path / "null", vision_feature_layer=None),
+    )
+    refused("(?s)cannot be loaded: .*cls", changed_copy(llava, tmp_path / "cls", vision_feature_select_strategy="cls"))
     refused(
         "is -4, which is not the output of a block",
         changed_copy(llava, tmp_path / "embeddings", vision_feature_layer=-4),

@@ -81,7 +81,17 @@ def test_where_no_neuron_is_scored_the_means_are_nan(make_plan: MakePlan):
     [row] = summarise(plan)
     assert row.n_scored == 0
     assert np.isnan([row.mean_ms, row.top_ms, row.best_ms]).all()
-    assert "nan" in summary_lines([row])[1]
+    assert summary_lines([row])[1].split() == [cell(1, 2), "2", "0", *"––––––"]
+
+
+def test_claims_about_cells_without_a_scored_neuron_are_left_out(make_plan: MakePlan):
+    plan = make_plan()
+    write_scores(plan, RAW, [0.2])
+    write_scores(plan, cell(1, 2), [np.nan], 0)
+    write_scores(plan, cell(1, 8), [0.3])
+    assert [one.statement for one in compare(summarise(plan))] == [
+        f"{cell(1, 8)}: mean MS 0.300 above the raw neurons' 0.200"
+    ]
 
 
 def test_fidelity_is_that_of_the_evaluation(make_plan: MakePlan):

@@ -21,12 +21,12 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
 """The one list of them: name -> class."""
 
 
-def architecture(name: object, field: str = "architecture") -> type[Architecture]:
-    """The architecture of this name. Raises UsageError, about `field`, when there is none."""
+def architecture(name: object, field: str = "architecture", remedy: str = "") -> type[Architecture]:
+    """The architecture of this name. Raises UsageError, about `field` and with a `remedy`, when there is none."""
     near = difflib.get_close_matches(str(name), ARCHITECTURES, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     check(isinstance(name, str) and name in ARCHITECTURES, field, name,
-          f"unknown architecture; {hint}known here: {', '.join(ARCHITECTURES)}")  # fmt: skip
+          f"unknown architecture; {hint}known here: {', '.join(ARCHITECTURES)}{remedy}")  # fmt: skip
     return ARCHITECTURES[str(name)]
 
 

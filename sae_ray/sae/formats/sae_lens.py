@@ -15,24 +15,33 @@ import safetensors.torch
 
 from sae_ray.errors import SaeRayError, UsageError, check
 from sae_ray.sae.architectures import ARCHITECTURES, architecture
+from sae_ray.sae.formats.places import CONFIG_FILE, LATENTS_FILE, WEIGHTS_FILE, Place
+from sae_ray.sae.formats.tensors import unwrapped
 from sae_ray.sae.model import SAE
-from sae_ray.store.files import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_ray.sae.architectures import Architecture
     from sae_ray.sae.metrics import LatentStatistics
+    from sae_ray.store.files import Folder
 
-CONFIG_FILE = "cfg.json"
-WEIGHTS_FILE = "sae_weights.safetensors"
-LATENTS_FILE = "latents.parquet"
-FORM = f"a SAELens v6 directory ({CONFIG_FILE} and {WEIGHTS_FILE})"
 _COPY_AGAIN = "copy the SAE again"
 # Without a version in the metadata, SAELens reads the directory as one of its older formats.
 _SAE_LENS_VERSION = "6.54.0"
 _SCHEMA = 1
 """Schema version of `metadata.sae_ray`."""
+_TRAINING = "It is a training checkpoint: write it with save_inference_model() in SAELens"
+_NOT_OPENED = {
+    "abstopk": "Its codes are signed, and sae-ray's thresholds, scores and steering take codes of 0 or more: train a "
+    "topk SAE instead",
+    "batchtopk": _TRAINING,
+    "gated": "sae-ray has no gate: train one of the others",
+    "matching_pursuit": "It picks its latents one after the other: train one of the others",
+    "matryoshka_batchtopk": _TRAINING,
+    "temporal": "Its codes depend on the tokens before: train one of the others",
+}
+"""Architectures of SAELens -> why they are refused, and what to do."""
 
 
 def save_sae(sae: SAE, folder: Folder) -> None:
@@ -63,29 +72,23 @@ def save_latents(latents: LatentStatistics, folder: Folder) -> None:
     folder.write_parquet(LATENTS_FILE, pa.table({"latent": np.arange(len(latents.frequency)), **columns}))
 
 
-def _opened(path: str | Folder) -> Folder:
-    return path if isinstance(path, Folder) else Folder(path)
-
-
 def _names(kind: type[Architecture]) -> list[str]:
     names = ["W_enc", "W_dec", "b_enc", "b_dec"]
     return [*names, "threshold"] if kind.has_threshold else names
 
 
-def recognises(path: str | Folder) -> bool:
-    return _opened(path).exists(CONFIG_FILE)
+def recognises(place: Place) -> bool:
+    return place.file is None and CONFIG_FILE in place.files
 
 
-def read(path: str | Folder) -> SAE:
-    folder = _opened(path)
+def read(place: Place) -> SAE:
+    folder = place.folder
     config = folder.read_json(CONFIG_FILE)
     where = str(folder / CONFIG_FILE)
     if not isinstance(config, dict):
         raise UsageError(f"{where} is not a JSON object; {_COPY_AGAIN}")
     metadata = config.get("metadata") or {}
     check(isinstance(metadata, dict), f"{where}: metadata", metadata, f"make it an object; {_COPY_AGAIN}")
-    for name in ("d_in", "d_sae"):
-        check(isinstance(config.get(name), int), f"{where}: {name}", config.get(name), f"not a width; {_COPY_AGAIN}")
     version = str(metadata.get("sae_lens_version") or config.get("sae_lens_version") or "")
     if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
         raise UsageError(
@@ -93,15 +96,11 @@ def read(path: str | Folder) -> SAE:
             "and save it again with SAELens 6"
         )
     kind, k, facts = _ours(config, where) if "sae_ray" in metadata else _foreign(config, where)
-    refused = {
-        "normalize_activations": ("none", "fold the normalisation into the weights in SAELens"),
-        "reshape_activations": ("none", "save it for flat activations in SAELens"),
-        "rescale_acts_by_decoder_norm": (False, "call fold_W_dec_norm() and set it to false in SAELens"),
-    }
-    for key, (needed, remedy) in refused.items():
-        if config.get(key) not in (None, needed):
-            raise UsageError(f"{folder}: {key} = {config[key]!r} cannot be opened; {remedy} and save it again")
-    tensors = _read_weights(folder, _names(kind))
+    _check_conventions(config, where)
+    for name in ("d_in", "d_sae"):
+        check(type(config.get(name)) is int, f"{where}: {name}", config.get(name),
+              "not a width; correct it ([d_in, d_sae] is the shape of W_enc), or save the SAE again")  # fmt: skip
+    tensors = _read_weights(place, _names(kind))
     if tuple(tensors["W_enc"].shape) != (config["d_in"], config["d_sae"]):
         raise SaeRayError(
             f"{folder}: W_enc has shape {list(tensors['W_enc'].shape)}, {CONFIG_FILE} says d_in = {config['d_in']}, "
@@ -113,13 +112,33 @@ def read(path: str | Folder) -> SAE:
     return SAE(architecture=kind.name, k=k, metadata=facts, **tensors)
 
 
+def _check_conventions(config: dict[str, Any], where: str) -> None:
+    """Raises UsageError if the SAE computes something else than its architecture says."""
+    function = "name the right architecture (topk, with its k) instead, or save it again with SAELens 6"
+    needed = {
+        "normalize_activations": ("none", "fold the normalisation into the weights in SAELens and save it again"),
+        "reshape_activations": ("none", "save it for flat activations in SAELens"),
+        "rescale_acts_by_decoder_norm": (
+            False,
+            "call fold_W_dec_norm() and set it to false in SAELens, and save it again",
+        ),
+        "finetuning_scaling_factor": (False, "multiply b_dec and W_dec by it in SAELens and save it again"),
+        "activation_fn": ("relu", function),
+        "activation_fn_str": ("relu", function),
+    }
+    for key, (value, remedy) in needed.items():
+        check(config.get(key) in (None, value), f"{where}: {key}", config.get(key), f"cannot be opened; {remedy}")
+    applied = config.get("apply_b_dec_to_input", True)
+    check(isinstance(applied, bool), f"{where}: apply_b_dec_to_input", applied, "make it true or false")
+
+
 def _ours(config: dict[str, Any], where: str) -> tuple[type[Architecture], int | None, dict[str, Any]]:
     """Architecture, k and facts of a directory that sae-ray wrote."""
     ours, at = config["metadata"]["sae_ray"], f"{where}: metadata.sae_ray"
     check(isinstance(ours, dict), at, ours, f"not an object; {_COPY_AGAIN}")
     check(ours.get("schema") == _SCHEMA, f"{at}.schema", ours.get("schema"),
           f"this sae-ray reads schema {_SCHEMA}; use the version that wrote it")  # fmt: skip
-    kind = architecture(ours.get("architecture"), f"{at}.architecture")
+    kind = architecture(ours.get("architecture"), f"{at}.architecture", "; or use the version that wrote it")
     check(kind.sae_lens == config.get("architecture"), f"{where}: architecture", config.get("architecture"),
           f"{kind.name} is stored as {kind.sae_lens!r}; {_COPY_AGAIN}")  # fmt: skip
     facts = ours.get("facts")
@@ -133,24 +152,31 @@ def _foreign(config: dict[str, Any], where: str) -> tuple[type[Architecture], in
     for kind in kinds:
         if kind.sae_lens == config.get("architecture"):
             return kind, _k(config.get("k"), f"{where}: k"), {"sae_lens": config.get("metadata") or {}}
+    named = str(config.get("architecture"))
+    reason = _NOT_OPENED.get(named, "Train one of these, or convert it")
+    if named.endswith("transcoder"):
+        reason = "It predicts another activation than it reads: train an SAE"
     raise UsageError(
         f"{where}: architecture {config.get('architecture')!r} cannot be opened; known are "
-        f"{', '.join(kind.sae_lens for kind in kinds)}. Save a training checkpoint of SAELens for inference there first"
+        f"{', '.join(kind.sae_lens for kind in kinds)}. {reason}"
     )
 
 
 def _k(value: Any, field: str) -> int | None:
-    check(value is None or isinstance(value, int), field, value, f"not a whole number; {_COPY_AGAIN}")
+    check(value is None or type(value) is int, field, value, f"not a whole number; {_COPY_AGAIN}")
     return value
 
 
-def _read_weights(folder: Folder, names: list[str]) -> dict[str, Tensor]:
-    if not folder.exists(WEIGHTS_FILE):
-        raise SaeRayError(f"{folder} has no {WEIGHTS_FILE}; copy it again")
+def _read_weights(place: Place, names: list[str]) -> dict[str, Tensor]:
+    where = str(place.folder / WEIGHTS_FILE)
+    if WEIGHTS_FILE not in place.files:
+        raise SaeRayError(f"{place} has no {WEIGHTS_FILE}; copy it again")
     try:
-        tensors = safetensors.torch.load(folder.read_bytes(WEIGHTS_FILE))
+        tensors = unwrapped(safetensors.torch.load(place.folder.read_bytes(WEIGHTS_FILE)), where)
     except safetensors.SafetensorError as error:
-        raise SaeRayError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy it again") from error
+        raise SaeRayError(f"{where} is damaged ({error}); copy it again") from error
     if set(tensors) != set(names):
-        raise UsageError(f"{folder / WEIGHTS_FILE} holds the tensors {sorted(tensors)}, but must hold exactly {names}")
+        raise UsageError(f"{where} holds the tensors {sorted(tensors)}, but must hold exactly {names}")
+    for name, tensor in tensors.items():
+        check(tensor.is_floating_point(), f"{where}: dtype of {name}", str(tensor.dtype), "save it in float32")
     return {name: tensor.float() for name, tensor in tensors.items()}

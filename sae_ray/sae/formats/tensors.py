@@ -1,0 +1,41 @@
+"""What holds for the tensors of every format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sae_ray.errors import SaeRayError, UsageError
+
+if TYPE_CHECKING:
+    from sae_ray.sae.model import SAE
+
+_WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before the names of the module that they wrap."""
+
+
+def unwrapped(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values under the names that they had before the module was wrapped.
+
+    Raises UsageError if two of them would have the same name.
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        own = str(name)
+        while own.startswith(_WRAPPERS):
+            own = own.partition(".")[2]
+        if own in found:
+            raise UsageError(f"{where} holds {own!r} twice, once wrapped ({name!r}); save the unwrapped module")
+        found[own] = value
+    return found
+
+
+def check_finite(sae: SAE, where: str) -> None:
+    """Raises SaeRayError, which names the tensor, if a weight or threshold is not finite."""
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
+        tensor = getattr(sae, name)
+        if tensor is not None and (n_bad := int((~tensor.isfinite()).sum())):
+            raise SaeRayError(
+                f"{where}: {n_bad} of the {tensor.numel()} values of {name} are NaN or infinite; its training "
+                "diverged, or the file is damaged: take an earlier checkpoint, or copy it again"
+            )
