@@ -71,13 +71,13 @@ def list_images(folder: Folder, labels: str = "auto") -> ImageList:
         SaeRayError: The folder contains no file, or a file whose name is not UTF-8.
     """
     if folder.filesystem.get_file_info(folder.path).type != fs.FileType.Directory:
-        raise UsageError(f"there is no image folder {folder}; give a folder of JPEG, PNG or WebP files")
+        raise UsageError(f"there is no image folder {folder}; give a folder of images")
     try:
         manifest = spooled(MANIFEST_SCHEMA, _manifest(folder, label_files(labels, folder)))
     except UnicodeDecodeError as error:
         raise SaeRayError(f"{folder} contains a file whose name is not UTF-8: {error.object!r}; rename it") from error
     if not manifest.num_rows:
-        raise SaeRayError(f"the image folder {folder} contains no files; give a folder of JPEG, PNG or WebP files")
+        raise SaeRayError(f"the image folder {folder} contains no files; give a folder of images")
     return ImageList(manifest, spooled(LABELS_SCHEMA, _labels(labels, manifest)))
 
 

@@ -117,7 +117,7 @@ def changed_folders(plan: StudyPlan, memory: Memory | None) -> list[str]:
 
 
 def _images(study: Study) -> Images:
-    return dataclasses.replace(study.images, max_bad_fraction=0)
+    return dataclasses.replace(study.images, max_bad_fraction=0, background=None, white=None)
 
 
 def _models(study: Study) -> Any:
