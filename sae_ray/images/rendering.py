@@ -37,7 +37,8 @@ def rgb(colour: str) -> tuple[int, int, int]:
     """A colour by its name or as `#rrggbb`. Raises ValueError if it is none."""
     from PIL.ImageColor import getrgb
 
-    red, green, blue = getrgb(colour)  # a fourth value would be its opacity
+    found: Any = getrgb(colour)
+    red, green, blue = found  # a fourth value would be its opacity
     return red, green, blue
 
 
@@ -77,7 +78,7 @@ def _composed(image: Image.Image, data: bytes, background: tuple[int, int, int])
 
     key, depth = image.info.get("transparency"), data[24] if image.format == "PNG" else 8
     # Pillow leaves the transparent colour of a PNG in the depth of the file, though not the pixels.
-    if image.mode == "L" and depth in (2, 4):
+    if image.mode == "L" and depth in (2, 4) and isinstance(key, int):
         image.info["transparency"] = key * (255 // (2**depth - 1))
     elif image.mode == "RGB" and depth == 16 and isinstance(key, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in key)
@@ -105,10 +106,10 @@ def _grey(image: Image.Image, data: bytes, white: int | None) -> Image.Image:
     from PIL import Image
 
     values = np.asarray(image)
-    black, white = (0, white) if white is not None else _declared(image, values, data) or _found(values)
+    ends = (0, white) if white is not None else _declared(image, values, data) or _found(values)
     if image.format == "TIFF" and _tag(image, 262) == 0:  # white is zero
-        black, white = white, black
-    grey = Image.fromarray(_scaled(values, black, white))
+        ends = ends[::-1]
+    grey = Image.fromarray(_scaled(values, *ends))
     key = image.info.get("transparency")
     if isinstance(key, int):
         grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
