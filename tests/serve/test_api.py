@@ -221,7 +221,7 @@ def test_heat_maps_fit_the_image_whatever_the_orientation_of_the_file(http, llav
         assert answer == plain
         shown = Image.open(io.BytesIO(base64.b64decode(answer["image"].split(",")[1])))
         assert np.array_equal(np.asarray(shown), llava.seen(decoded))
-        assert len(answer["data"][0]["heat"]) == len(answer["data"][0]["heat"][0]) == 7
+        assert len(answer["data"][0]["heat"]) == len(answer["data"][0]["heat"][0]) == 4
 
 
 def test_transparent_images_lie_on_white(http, shapes):

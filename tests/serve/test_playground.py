@@ -120,7 +120,7 @@ def test_the_heat_map_lies_on_the_picture(page, http, orientation):
     assert np.abs(seen - np.asarray(upright.crop((14, 0, 70, 56)), int)).mean() < 6
     places = [page.locator(name).bounding_box() for name in ("#picture", "#heat")]
     assert places[0] == places[1]
-    assert page.locator("#heat").evaluate("one => [one.height, one.width]") == [7, 7]
+    assert page.locator("#heat").evaluate("one => [one.height, one.width]") == [4, 4]
 
 
 def test_the_request_is_copied(page):
