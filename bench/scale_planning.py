@@ -95,7 +95,7 @@ def plan(root: str, world: str, n_images: str) -> list[float]:
     manifest = StoredTable(planned.images["train"].step.folder, "manifest.parquet")
     source = extract.ImageSource(endless, manifest, 512)
     parts = random.Random(0).sample(range(int(n_images) // 512), 50)
-    _, reading = timed(lambda: [source.image_ids(part) for part in parts])
+    _, reading = timed(lambda: [source.images(part) for part in parts])
     megabytes = (
         sum(
             images.stored(name).folder.files()["table.parquet"]
@@ -164,10 +164,10 @@ def schedule(root: str, n_parts: str) -> list[list]:
     ]
 
 
-def undecoded(folder: Folder, image_ids: list[str], preparations: list, *given: Any) -> DecodedPart:
+def undecoded(folder: Folder, image_ids: list[str], preparations: list, *given: Any, **named: Any) -> DecodedPart:
     """In place of `decode_part`."""
     pixels = np.zeros((len(image_ids), 0), np.uint8)
-    return DecodedPart(np.arange(len(image_ids)), [], [pixels for _ in preparations])
+    return DecodedPart(np.arange(len(image_ids)), [], [pixels for _ in preparations], [])
 
 
 def unencoded(encoder: Any, sites: list, pixels: Any, image_index: np.ndarray, *given: Any, **named: Any) -> list[Rows]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sae_ray.encoders.base import placement
 from sae_ray.errors import UsageError
 from sae_ray.images import BadImage, decode_image
+from sae_ray.images.rendering import ON_WHITE
 from sae_ray.sae import load_sae
 from sae_ray.sae.formats import LATENTS_FILE, sae_folder
 from sae_ray.steering import Intervention, load_llava, load_max_token
@@ -144,10 +145,10 @@ def _change(edit: dict[str, Any]) -> str:
 
 def _image(path: str) -> Image.Image:
     try:
-        return decode_image(_read(path, "IMAGE"))
+        return decode_image(_read(path, "IMAGE"), rendering=ON_WHITE)
     except BadImage as error:
         raise UsageError(
-            f"IMAGE is {path}, which is not a usable image ({error}); give a JPEG, PNG or WebP file, or {WHITE}"
+            f"IMAGE is {path}, which is not a usable image ({error}); give a JPEG, PNG or other image file, or {WHITE}"
         ) from error
 
 

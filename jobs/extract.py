@@ -33,6 +33,7 @@ from sae_ray.encoders.sites import Site
 from sae_ray.encoders.sources import named_by
 from sae_ray.errors import SaeRayError
 from sae_ray.images.part import Preparation, decode_part
+from sae_ray.images.rendering import Rendering
 from sae_ray.store.activations import (
     REJECTS_SCHEMA,
     Part,
@@ -105,9 +106,10 @@ class ImageSource:
     """The one under the root, which every node can read."""
     per_part: int
 
-    def image_ids(self, part: int) -> list[str]:
-        """Of the images of a part."""
-        return self.manifest.slice(part * self.per_part, self.per_part)["image_id"].to_pylist()
+    def images(self, part: int) -> tuple[list[str], list[int]]:
+        """The `image_id` and the bytes of the images of a part."""
+        rows = self.manifest.slice(part * self.per_part, self.per_part)
+        return rows["image_id"].to_pylist(), rows["n_bytes"].to_pylist()
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class PartsOf:
         self.missing = {number for number in numbers if any(number not in parts for parts in present)}
         self.written: dict[str, dict[int, Part]] = {extract.step.name: {} for extract in todo}
         """Name of the step -> its parts that this run wrote: their markers need not be read."""
+        self.dim: list[str] = []
+        """The images that are almost black."""
 
     def n_images(self, number: int) -> int:
         return min(self.per_part, self.images.n_images - number * self.per_part)
@@ -172,6 +176,12 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
     def finish(parts: PartsOf) -> None:
         nonlocal started
         seconds = time.monotonic() - started
+        if parts.dim:
+            say(
+                f"images.{parts.images.name}: {len(parts.dim):,} images have more than 8 bits but use less than an "
+                f"eighth of their range and are almost black, such as {parts.dim[0]}; if they hold 12-bit values, set "
+                "images.white = 4095"
+            )
         for extract in parts.todo:
             _finish(extract, parts.written.pop(extract.step.name), seconds, plan.study.images.max_bad_fraction)
         started = time.monotonic()
@@ -187,8 +197,9 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
         # Closed, so that nothing is written any more once the locks are released.
         left = [parts for parts in sets.values() if parts.missing]
         with closing(_encoded(left, plan, progress.board())) as encoded:
-            for name, number, written in encoded:
+            for name, number, written, dim in encoded:
                 parts = sets[name]
+                parts.dim += dim
                 parts.missing.remove(number)
                 for step, part in written.items():
                     parts.written[step][number] = part
@@ -197,9 +208,11 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
                     finish(parts)
 
 
-def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[tuple[str, int, dict[str, Part]]]:
-    """Runs the dataset over the missing parts; yields of each as it is written its image set, its number, and by the
-    name of the step what was written.
+def _encoded(
+    sets: Sequence[PartsOf], plan: StudyPlan, board: Any
+) -> Generator[tuple[str, int, dict[str, Part], list[str]]]:
+    """Runs the dataset over the missing parts; yields of each as it is written its image set, its number, by the name
+    of the step what was written, and which of its images are dim.
 
     `board` is told of the images of unfinished parts.
     """
@@ -224,7 +237,8 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[
     task = {} if decoders else actor
     rows = [row for parts in sets for row in parts.rows]
     run = uuid.uuid4().hex
-    decode = PartDecoder({parts.images.name: parts.source for parts in sets}, jobs, run, board)
+    sources = {parts.images.name: parts.source for parts in sets}
+    decode = PartDecoder(sources, jobs, run, board, plan.study.images.rendering)
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
@@ -257,7 +271,7 @@ def _encoded(sets: Sequence[PartsOf], plan: StudyPlan, board: Any) -> Generator[
         if row["problem"]:
             raise SaeRayError(row["problem"])
         written = {step: Part.from_json(marker) for step, marker in json.loads(row["written"]).items()}
-        yield row["images"], row["part"], written
+        yield row["images"], row["part"], written, row["dim"]
 
 
 def _bytes_of_a_part(parts: PartsOf) -> int:
@@ -298,12 +312,20 @@ class PartDecoder:
     It adds the part's images, and `begun`: how often it was begun before.
     """
 
-    def __init__(self, sources: dict[str, ImageSource], jobs: Sequence[EncoderJob], run: str, board: Any):
+    def __init__(
+        self,
+        sources: dict[str, ImageSource],
+        jobs: Sequence[EncoderJob],
+        run: str,
+        board: Any,
+        rendering: Rendering | None = None,
+    ):
         """`sources`: every image set, by name."""
         self.sources = sources
         self.jobs = jobs
         self.run = run
         self.board = board
+        self.rendering = rendering
         self.preparations = [_preparation(job) for job in jobs]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -312,20 +334,23 @@ class PartDecoder:
         used = [number for number, job in enumerate(self.jobs) if name in job.steps]
         preparations = [self.preparations[number] for number in used]
         begun = begin_part(self.jobs, name, part, self.run, "decode")
-        image_ids = source.image_ids(part)
+        image_ids, sizes = source.images(part)
         piece = f"{name} {part}"
 
         @now_and_then
         def tell(done: int) -> None:
             self.board.set.remote(piece, done // 2)  # the other half is encoding
 
-        wanted = image_ids if begun < MOST_TRIES else []
-        decoded = decode_part(source.folder, wanted, preparations, begun > 0, tell)
+        n = len(image_ids) if begun < MOST_TRIES else 0
+        decoded = decode_part(
+            *(source.folder, image_ids[:n], preparations, begun > 0, tell), rendering=self.rendering, sizes=sizes[:n]
+        )
         batch = batch.append_column("first_image", pa.array([part * source.per_part]))
         batch = batch.append_column("image_ids", pa.array([image_ids], pa.list_(pa.string())))
         batch = batch.append_column("begun", pa.array([begun]))
         batch = batch.append_column("accepted", pa.array([decoded.accepted], pa.list_(pa.int64())))
         batch = batch.append_column("rejects", pa.array([decoded.rejects], pa.list_(pa.struct(REJECTS_SCHEMA))))
+        batch = batch.append_column("dim", pa.array([decoded.dim], pa.list_(pa.string())))
         pixels = dict(zip(used, decoded.pixels, strict=True))
         for number in range(len(self.jobs)):
             of_encoder = pixels.get(number)
@@ -394,8 +419,8 @@ class PartEncoder:
             written, problem = self._write(images, part, batch), ""
         except SaeRayError as error:  # as a row: an exception would reach the driver without its type
             written, problem = {}, str(error)
-        columns = {"images": images, "part": part, "problem": problem, "written": json.dumps(written, default=asdict)}
-        return pa.table({name: [value] for name, value in columns.items()})
+        columns = {"images": [images], "part": [part], "problem": [problem], "dim": batch["dim"]}
+        return pa.table({**columns, "written": [json.dumps(written, default=asdict)]})
 
     def _encoder(self, number: int) -> Encoder:
         """Loaded when it is first needed: an actor whose start fails cannot tell the driver why."""

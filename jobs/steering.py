@@ -22,6 +22,7 @@ from sae_ray.encoders.text import load_text_encoder
 from sae_ray.errors import SaeRayError
 from sae_ray.images import decode_image
 from sae_ray.images.part import read_file
+from sae_ray.images.rendering import Rendering
 from sae_ray.sae import load_sae
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering.config import Steering
@@ -147,7 +148,7 @@ class Images:
 
     def __init__(self, plan: ImagePlan, steering: Steering, extracted: Folder):
         rejected = set(extracted.read_parquet("rejects.parquet")["image_id"].to_pylist())
-        self.folder = plan.folder
+        self.folder, self.rendering = plan.folder, plan.rendering
         self.ids = plan.manifest["image_id"].to_pylist()
         label_names = plan.labels["label_name"].to_pylist()
         self.classes = image_classes(plan.labels, steering.ignore_labels)
@@ -198,7 +199,7 @@ class Actors:
         def submit(actor: Any, place: int) -> Any:
             wanted = {question.image_index for question in blocks[place]} - {WHITE}
             ids = {index: images.ids[index] for index in wanted}
-            return actor.answer.remote(folder, files[place], blocks[place], images.folder, ids)
+            return actor.answer.remote(folder, files[place], blocks[place], images.folder, ids, images.rendering)
 
         done = len(asked) - sum(len(blocks[place]) for place in missing)
         with Progress(f"steer {self.name}: {phase}", len(asked), "answers", done, [self.step]) as progress:
@@ -235,12 +236,18 @@ class Actor:
         return class_sums(self.activations, part, codes, n_classes)
 
     def answer(
-        self, folder: Folder, file: str, asked: Sequence[Question], images: Folder, ids: Mapping[int, str]
+        self,
+        folder: Folder,
+        file: str,
+        asked: Sequence[Question],
+        images: Folder,
+        ids: Mapping[int, str],
+        rendering: Rendering,
     ) -> int | SaeRayError:
         """Answers one block, writes its part, and returns the number of answers or the error."""
 
         def image(index: int) -> Image.Image:
-            return decode_image(read_file(images, ids[index]))
+            return decode_image(read_file(images, ids[index]), rendering=rendering)
 
         try:
             check_shared(self.step)

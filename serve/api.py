@@ -17,6 +17,7 @@ from sae_ray.images import BadImage
 
 from .catalogue import SaeEntry, Sort, Summary
 from .errors import ApiError, as_api_error
+from .images import as_data_url
 from .middleware import ApiMiddleware, answer_errors, api_key
 from .schemas import (
     MAX_INDEX,
@@ -267,18 +268,19 @@ def _add_features(app: FastAPI, service: Service) -> None:
     async def inspect(request: InspectRequest) -> Inspection:
         """Returns the most active features of an image, and where they fire in it."""
         try:
-            entry, active = await service.inspect(request.image, request.sae, request.limit)
+            entry, look = await service.inspect(request.image, request.sae, request.limit)
         except Exception as error:
             raise as_api_error(error) from error
         return Inspection(
             sae=entry.name,
+            image=as_data_url(look.pixels),
             data=[
                 ActiveFeature(
                     **_summary(summary_of(entry, one.latent)).model_dump(),
                     strongest=float(one.patches.max()),
                     heat=one.patches.tolist(),
                 )
-                for one in active
+                for one in look.active
                 if one.latent in entry.concepts
             ],
         )

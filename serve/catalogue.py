@@ -16,6 +16,7 @@ from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.text import TextEncoder, load_text_encoder
 from sae_ray.errors import UsageError
 from sae_ray.images import decode_image
+from sae_ray.images.rendering import Rendering
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.scores.tables import ScoreTables, TopImages
 from sae_ray.steering import load_max_token
@@ -120,7 +121,7 @@ class SaeEntry:
     def picture(self, index: int, rank: int) -> bytes | None:
         """A thumbnail of a top image as PNG; None if there is no image of that rank."""
         ids = {top.rank: top.image_id for top in self.top(index)} if index in self.concepts else {}
-        return _thumbnail(self.pictures.folder, ids[rank]) if rank in ids else None
+        return _thumbnail(self.pictures.folder, ids[rank], self.pictures.rendering) if rank in ids else None
 
     def _n_top(self, index: int) -> int:
         return int((self.top_images.image[index] >= 0).sum())
@@ -220,8 +221,8 @@ def _order(one: Summary, by: Sort) -> tuple[float, int]:
 
 
 @lru_cache(maxsize=2048)
-def _thumbnail(folder: Folder, image_id: str) -> bytes:
-    image = decode_image(folder.read_bytes(image_id))
+def _thumbnail(folder: Folder, image_id: str, rendering: Rendering) -> bytes:
+    image = decode_image(folder.read_bytes(image_id), rendering=rendering)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     data = io.BytesIO()
     image.save(data, "PNG")

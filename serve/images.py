@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import io
 import ipaddress
 import re
 import socket
@@ -17,10 +18,13 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
 from sae_ray.images import PIXEL_LIMIT, BadImage, decode_image
+from sae_ray.images.rendering import ON_WHITE
 
 from .errors import ApiError, invalid
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import UInt8
     from PIL import Image
 
 _DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
@@ -28,7 +32,7 @@ FETCH_SECONDS = 10.0
 
 
 async def read_image(url: str, hosts: Sequence[str], max_bytes: float, max_pixels: float) -> Image.Image:
-    """The image, RGB and upright. Its size is read from its header before it is decoded.
+    """The image, RGB, upright, over white where it is transparent. Its size is checked before it is decoded.
 
     Raises ApiError if it is not a usable image, is too large, or cannot be fetched.
     """
@@ -53,13 +57,22 @@ def _from_base64(text: str) -> bytes:
 
 def _decode(data: bytes, max_pixels: float) -> Image.Image:
     try:
-        return decode_image(data, min(int(max_pixels), PIXEL_LIMIT))
+        return decode_image(data, min(int(max_pixels), PIXEL_LIMIT), rendering=ON_WHITE)
     except BadImage as error:
         raise invalid(
-            f"the image cannot be used: {error}; send a PNG, JPEG or WebP file of at most {max_pixels / 1e6:.1f} "
-            "megapixels (the limit holds for all images of a request together)",
+            f"the image cannot be used: {error}; send a JPEG, PNG, WebP or other image file of at most "
+            f"{max_pixels / 1e6:.1f} megapixels (the limit holds for all images of a request together)",
             "image",
         ) from error
+
+
+def as_data_url(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
+    """An image as a PNG file in a URL."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 async def fetch(url: str, hosts: Sequence[str], max_bytes: float) -> bytes:

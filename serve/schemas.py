@@ -345,6 +345,8 @@ class ActiveFeature(FeatureSummary):
 
 class Inspection(BaseModel):
     sae: str
+    image: str
+    """The image as the encoder sees it, upright, resized and cropped, as a data URL. The patch grids cover it."""
     data: list[ActiveFeature]
 
 

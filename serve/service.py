@@ -23,7 +23,7 @@ from .images import read_image
 from .limiter import Limiter
 from .metrics import Metrics
 from .schemas import ChatRequest, Edits, Finish, SteeringType, Usage
-from .tower import Active, Change
+from .tower import Change, Look
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -150,8 +150,8 @@ class Service:
             await asyncio.gather(work, return_exceptions=True)
             self._log(completion, time.monotonic() - started)
 
-    async def inspect(self, url: str, name: str | None, limit: int) -> tuple[SaeEntry, list[Active]]:
-        """The features with the largest values on any patch of an image."""
+    async def inspect(self, url: str, name: str | None, limit: int) -> tuple[SaeEntry, Look]:
+        """What the tower sees of an image, and the features with the largest values on any patch of it."""
         entry = self.sae(name)
         async with asyncio.timeout(self.config.limits.timeout_s), self.limiter.slot():
             [image] = await self.images([url])

@@ -45,6 +45,15 @@ class Active(NamedTuple):
     """Its value on every patch."""
 
 
+class Look(NamedTuple):
+    """An image as the tower sees it."""
+
+    pixels: UInt8[np.ndarray, "height width 3"]
+    """Resized and cropped."""
+    active: list[Active]
+    """The strongest latents, strongest first. Their grids of patches cover the pixels."""
+
+
 class _Sae(NamedTuple):
     sae: SAE
     max_token: Tensor
@@ -82,8 +91,8 @@ class Tower:
     async def ping(self) -> None:
         """Succeeds once a replica is running."""
 
-    async def inspect(self, pixels: UInt8[np.ndarray, "height width 3"], folder: Folder, most: int) -> list[Active]:
-        """The latents with the largest values on any patch, strongest first."""
+    async def inspect(self, pixels: UInt8[np.ndarray, "height width 3"], folder: Folder, most: int) -> Look:
+        """What the tower sees of an image, and the latents with the largest values on any patch."""
         return await self._in_thread(self._inspect, _image(pixels), folder, most)
 
     @serve.batch  # pyright: ignore[reportArgumentType, reportCallIssue]  # its stubs do not cover methods
@@ -114,7 +123,7 @@ class Tower:
         )
 
     @torch.no_grad()
-    def _inspect(self, image: Image.Image, folder: Folder, most: int) -> list[Active]:
+    def _inspect(self, image: Image.Image, folder: Folder, most: int) -> Look:
         sae, tokens = self._load(folder).sae, []
 
         def look(x: Tensor) -> Tensor:
@@ -129,7 +138,8 @@ class Tower:
         values[place, codes.rows] = codes.values.to(values)
         grid = self.llava.info.patch_grid
         strongest = values.amax(dim=1).argsort(descending=True, stable=True)[:most].tolist()
-        return [Active(int(latents[one]), values[one].reshape(grid).cpu().numpy().copy()) for one in strongest]
+        active = [Active(int(latents[one]), values[one].reshape(grid).cpu().numpy().copy()) for one in strongest]
+        return Look(self.llava.seen(image), active)
 
     def _load(self, folder: Folder) -> _Sae:
         if folder not in self._saes:

@@ -16,7 +16,7 @@ from tests.test_imports import imports_of, that_run
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("sae_ray", "jobs", "serve", "cluster", "tests", "bench")
 USED = {
-    "sae_ray": ("vllm",),
+    "sae_ray": ("vllm", "heif"),
     "jobs": (),
     "serve": ("vllm",),
     "tests": ("vllm", "test"),

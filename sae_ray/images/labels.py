@@ -19,8 +19,8 @@ Values of `labels`:
 - the ILSVRC devkit's `ILSVRC2012_validation_ground_truth.txt`: one class number per line, in the order of the sorted
   file names. The number is the class name.
 
-An *image* here is a file with the suffix `.jpg`, `.jpeg`, `.png` or `.webp`, or any file if the folder has no such
-files. Other files are labelled only if a sub-folder or a row gives them a label.
+An *image* here is a file with a suffix of `sae_ray.images.formats.SUFFIXES`, or any file if the folder has none
+of those. Other files are labelled only if a sub-folder or a row gives them a label.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sae_ray.errors import UsageError
+from sae_ray.images.formats import SUFFIXES
 from sae_ray.images.meeting import meetings, nearest, prefixes
 from sae_ray.images.wordnet import TABLES, read_words, with_words
 from sae_ray.store.files import Folder, parent_and_name
 from sae_ray.store.tables import StoredTable
 
-IMAGE = r"(?i)\.(jpg|jpeg|png|webp)$"
+IMAGE = rf"(?i)\.({SUFFIXES.replace(' ', '|')})$"
 """What paths of images match."""
 SYNSET_MAPPING = TABLES[0]
 KNOWN_COLUMNS = (("image_id", "label"), ("ImageId", "PredictionString"))

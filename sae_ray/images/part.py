@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sae_ray.errors import SaeRayError
-from sae_ray.images.decode import BadImage, decode_image
+from sae_ray.images.decode import BadImage, check_bytes, decode_image
+from sae_ray.images.rendering import DIM, Rendering
 from sae_ray.store.files import Folder
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ READS_AT_ONCE = 8
 RETRY_SECONDS = (0.5, 1.0, 2.0)
 """Waits before a file is tried again."""
 DANGLING = "a link to nothing"
+
+
+Prepared = tuple[list[np.ndarray], bool]
+"""An image's pixels, once for every preparation, and whether it is dim."""
 
 
 class Preparation(NamedTuple):
@@ -51,6 +56,8 @@ class DecodedPart(NamedTuple):
     """(`image_id`, reason) of the others."""
     pixels: list[UInt8[np.ndarray, "n 3 h w"]]
     """Of the accepted ones, once for every preparation."""
+    dim: list[str]
+    """`image_id` of the accepted ones that use less than an eighth of their more than 8 bits."""
 
 
 def decode_part(
@@ -59,6 +66,8 @@ def decode_part(
     preparations: Sequence[Preparation],
     apart: bool = False,
     after_image: Callable[[int], None] = lambda done: None,
+    rendering: Rendering | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> DecodedPart:
     """Reads and decodes images. One that cannot be read is rejected with a short, stable reason.
 
@@ -68,38 +77,43 @@ def decode_part(
         preparations: what each encoder wants done to them.
         apart: decode in a process of its own, slowly: an image that ends it is rejected, and costs only that process.
         after_image: called with the number of images done.
+        rendering: how pixels become RGB, as in `decode_image`.
+        sizes: bytes of the files, as far as they are known; what is too large is not read.
 
     Raises SaeRayError where this node does not have the folder.
     """
-    accepted, rejects = [], []
+    accepted, rejects, dim = [], [], []
     pixels: list[list[np.ndarray]] = [[] for _ in preparations]
-    with _apart(preparations) if apart else nullcontext(partial(_prepared, preparations)) as prepared:
-        for place, coming in enumerate(_read_ahead(folder, image_ids)):
+    work = partial(_prepared, preparations, rendering)
+    with _apart(work) if apart else nullcontext(work) as prepared:
+        for place, coming in enumerate(_read_ahead(folder, image_ids, sizes)):
             after_image(place)
             try:
-                arrays = prepared(coming.result())
+                arrays, is_dim = prepared(coming.result())
             except BadImage as error:
                 rejects.append((image_ids[place], error.reason))
                 continue
             accepted.append(place)
+            if is_dim:
+                dim.append(image_ids[place])
             for column, array in zip(pixels, arrays, strict=True):
                 column.append(array)
-    return DecodedPart(np.array(accepted, np.int64), rejects, [_stacked(column) for column in pixels])
+    return DecodedPart(np.array(accepted, np.int64), rejects, [_stacked(column) for column in pixels], dim)
 
 
 @contextmanager
-def _apart(preparations: Sequence[Preparation]) -> Iterator[Callable[[bytes], list[np.ndarray]]]:
-    """As `_prepared`, in a child process, which is replaced when an image has ended it."""
+def _apart(work: Callable[[bytes], Prepared]) -> Iterator[Callable[[bytes], Prepared]]:
+    """The same in a child process, which is replaced when an image has ended it."""
 
     def started() -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, get_context("spawn"))
 
     child = started()
 
-    def prepared(data: bytes) -> list[np.ndarray]:
+    def prepared(data: bytes) -> Prepared:
         nonlocal child
         try:
-            return child.submit(_prepared, preparations, data).result()
+            return child.submit(work, data).result()
         except BrokenProcessPool as error:
             child = started()
             raise BadImage("ends the process that decodes it") from error
@@ -110,25 +124,26 @@ def _apart(preparations: Sequence[Preparation]) -> Iterator[Callable[[bytes], li
         child.shutdown()
 
 
-def _read_ahead(folder: Folder, image_ids: Sequence[str]) -> Iterator[Future[bytes]]:
+def _read_ahead(folder: Folder, image_ids: Sequence[str], sizes: Sequence[int] | None) -> Iterator[Future[bytes]]:
     """The files in order. While one is decoded, a few of the next are read."""
     with ThreadPoolExecutor(READS_AT_ONCE) as readers:
         waiting: deque[Future[bytes]] = deque()
-        for image_id in image_ids:
-            waiting.append(readers.submit(read_file, folder, image_id))
+        for image_id, n_bytes in zip(image_ids, sizes or [0] * len(image_ids), strict=True):
+            waiting.append(readers.submit(read_file, folder, image_id, n_bytes))
             if len(waiting) > READS_AT_ONCE:
                 yield waiting.popleft()
         yield from waiting
 
 
-def read_file(folder: Folder, image_id: str) -> bytes:
+def read_file(folder: Folder, image_id: str, n_bytes: int = 0) -> bytes:
     """The bytes of an image. Reads that fail are tried again.
 
     Raises:
-        BadImage: the file cannot be read.
+        BadImage: the file cannot be read, or is too large by the `n_bytes` that it is known to have.
         SaeRayError: this node does not have the folder.
         OSError: its store does not answer at all, which is not the fault of the image.
     """
+    check_bytes(n_bytes)
     problem = OSError()
     for wait in (*RETRY_SECONDS, None):
         if wait is None:
@@ -165,9 +180,11 @@ def _has_files(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _prepared(preparations: Sequence[Preparation], data: bytes) -> list[np.ndarray]:
-    images = {at_least: decode_image(data, at_least=at_least) for at_least in {one.at_least for one in preparations}}
-    return [preprocess(images[at_least]) for preprocess, at_least in preparations]
+def _prepared(preparations: Sequence[Preparation], rendering: Rendering | None, data: bytes) -> Prepared:
+    sizes = {one.at_least for one in preparations}
+    images = {at_least: decode_image(data, at_least=at_least, rendering=rendering) for at_least in sizes}
+    arrays = [preprocess(images[at_least]) for preprocess, at_least in preparations]
+    return arrays, any(DIM in image.info for image in images.values())
 
 
 def _stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:

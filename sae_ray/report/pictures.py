@@ -19,6 +19,7 @@ from sae_ray.encoders import load_preprocess
 from sae_ray.encoders.sources import named_by
 from sae_ray.images import BadImage, decode_image
 from sae_ray.images.part import READS_AT_ONCE, read_file
+from sae_ray.images.rendering import Rendering
 from sae_ray.report.album import SIDE, Album, sprite_of, thumbnail_size
 from sae_ray.report.heat import HeatCell, HeatMaker, HeatMaps, heat_cells
 from sae_ray.report.neurons import Neurons, read_neurons
@@ -99,6 +100,7 @@ class PicturesJob:
     """Height and width of a thumbnail."""
     folders: dict[str, Folder]
     """Of the image sets."""
+    rendering: Rendering
     cells: tuple[HeatCell, ...]
 
 
@@ -114,6 +116,7 @@ def pictures_job(
         plan.study.seed,
         thumbnail_size(plan.encoder.image_size),
         {name: images.folder for name, images in plan.images.items()},
+        plan.study.images.rendering,
         tuple(cells),
     )
     album, sprites = shown.album, shown.album.sprites
@@ -147,17 +150,17 @@ def make_sprite(
     preprocess = _preprocess(job.model, job.revision)
     with ThreadPoolExecutor(READS_AT_ONCE) as readers:
         reads = [readers.submit(read_file, job.folders[images], image_id) for images, image_id in sprite.images]
-        pixels = [_pixels(read, preprocess) for read in reads]
+        pixels = [_pixels(read, preprocess, job.rendering) for read in reads]
     rows = list(_heat_rows(job, sprite, pixels, device, after_batch))
     job.step.write_parquet(f"parts/{sprite.number}.parquet", pa.Table.from_pylist(rows, HEAT_SCHEMA))
     job.step.write_bytes(f"sprites/{sprite.number}.jpg", sprite_of(pixels, job.size))
     job.step.write_json(f"parts/{sprite.number}.json", {"missing": sum(one is None for one in pixels)})
 
 
-def _pixels(read: Future[bytes], preprocess: Callable) -> np.ndarray | None:
+def _pixels(read: Future[bytes], preprocess: Callable, rendering: Rendering) -> np.ndarray | None:
     """The image as the encoder sees it; None if it can no longer be read."""
     try:
-        return preprocess(decode_image(read.result()))
+        return preprocess(decode_image(read.result(), rendering=rendering))
     except BadImage:
         return None
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -21,7 +22,7 @@ from sae_ray.steering.info import LlavaInfo
 from sae_ray.steering.interventions import Intervention, TowerEdit
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, UInt8
     from PIL import Image
     from torch import Tensor
 
@@ -127,6 +128,11 @@ class Llava:
 
         height, width = self.info.image_size
         return Image.new("RGB", (width, height), "white")
+
+    def seen(self, image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+        """An image as the tower gets it, resized and cropped by the model's own processor."""
+        [pixels] = self.processor.image_processor(image, do_rescale=False, do_normalize=False)["pixel_values"]
+        return np.asarray(pixels, np.uint8).transpose(1, 2, 0).copy()
 
     def answer(
         self,

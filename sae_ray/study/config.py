@@ -14,6 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from sae_ray.config import STRICT, Amount, Count, Dtype
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import check
+from sae_ray.images.rendering import Rendering, rgb
 from sae_ray.sae.architectures import ArchitectureSettings, architecture
 from sae_ray.sae.config import Cell, TrainingConfig
 from sae_ray.seeds import derived_seed
@@ -47,6 +48,23 @@ class Images:
     """Share of the training images to hold out if `heldout` is not given."""
     max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.01
     """Maximum share of unreadable images; with more, extraction fails."""
+    background: str | None = None
+    """A colour, such as `white` or `#808080`, that transparent images are composed over. Default: transparency is
+    dropped, as CLIP's own preprocessing does, and the colours under it show."""
+    white: Count | None = None
+    """The value that is white in grey images of more than 8 bits: 4095 for 12-bit values. Default: what the file
+    declares, else the largest that fits in its bits."""
+
+    def __post_init__(self):
+        try:
+            _ = self.rendering
+        except ValueError:
+            check(False, "images.background", self.background, "give a colour, such as white or #808080")
+
+    @property
+    def rendering(self) -> Rendering:
+        """What is said here about pixels."""
+        return Rendering(None if self.background is None else rgb(self.background), self.white)
 
 
 @dataclass(frozen=True)

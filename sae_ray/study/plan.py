@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -14,6 +14,7 @@ from sae_ray.encoders.info import EncoderInfo, check_site, check_text_side, rows
 from sae_ray.encoders.sites import Site
 from sae_ray.encoders.sources import is_digest
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.images.rendering import Rendering
 from sae_ray.seeds import derived_seed
 from sae_ray.steering.config import Steering
 from sae_ray.steering.info import LlavaInfo
@@ -46,6 +47,8 @@ class ImagePlan:
     """The manifest: which images there are."""
     labels_step: Step
     """What they are labelled as."""
+    rendering: Rendering = field(default_factory=Rendering)
+    """How their pixels become RGB."""
 
     @cached_property
     def folder(self) -> Folder:
@@ -481,7 +484,7 @@ class StudyPlan:
         step = Step(self.root, "manifest", f"manifest-{name}", {"images": surveyed.manifest_digest})
         config = {"manifest": step.name, "labels": surveyed.labels_digest}
         labels_step = Step(self.root, "labels", f"labels-{name}", config)
-        return ImagePlan(name, image_set.path, surveyed, step, labels_step)
+        return ImagePlan(name, image_set.path, surveyed, step, labels_step, images.rendering)
 
     def _activations(self, images: ImagePlan, site: Site) -> ExtractPlan:
         label = f"activations-{images.name}-{site.name}"
@@ -508,6 +511,7 @@ class StudyPlan:
             "site": site.name,
             "token_seed": self.study.seed if site.tokens.startswith("random") else None,
             "dtype": encoder.dtype,
+            **changed(self.study.images.rendering),
             **dataclasses.asdict(self.study.extraction),
             "images_per_part": images_per_part(self.study.extraction.images_per_part, images.n_images),
         }

@@ -128,7 +128,7 @@ def skipped_lines(plan: StudyPlan) -> list[str]:
 
 
 def _images(study: Study) -> Images:
-    return dataclasses.replace(study.images, max_bad_fraction=0)
+    return dataclasses.replace(study.images, max_bad_fraction=0, background=None, white=None)
 
 
 def _models(study: Study) -> Any:

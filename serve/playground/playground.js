@@ -13,6 +13,7 @@ let state = { ...FRESH };
 let known = {}; // features of the selected SAE, by index
 let running = null; // what stops the answer that is being written
 let latest = null; // the last request for features
+let seen = null; // the image as the encoder sees it, which heat maps lie on
 const pictures = new Map(); // address -> object URL
 
 function white() {
@@ -129,6 +130,7 @@ async function showFound(answer, headline) {
   const body = await answer.catch((error) => { if (latest === answer) throw error; });
   if (latest !== answer) return; // something else was asked for meanwhile
   const { data } = body;
+  seen = body.image;
   const title = headline(body);
   for (const feature of data) known[feature.index] = feature;
   $("found-title").textContent = data.length ? title : `${title}: none`;
@@ -208,6 +210,7 @@ function editor(one) {
 function showHeat(heat) {
   const canvas = $("heat");
   canvas.hidden = heat === null;
+  $("picture").src = heat === null ? state.image : seen;
   if (heat === null) return;
   canvas.height = heat.length;
   canvas.width = heat[0].length;
@@ -259,7 +262,9 @@ async function learnChosen() {
 }
 
 async function takeFile(file) {
-  if (!file?.type.startsWith("image/")) throw new Error("not an image; choose a PNG, JPEG or WebP file");
+  // Browsers do not know the types of all images that the server reads.
+  if (file?.type === "") file = new Blob([file], { type: "image/unknown" });
+  if (!file?.type.startsWith("image/")) throw new Error("not an image; choose a JPEG, PNG, WebP or other image file");
   takeImage(await new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);

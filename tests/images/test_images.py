@@ -429,9 +429,6 @@ def reason(data: bytes) -> str:
     [
         (b"", "zero bytes"),
         (b"hello, \xff world", "not an image"),
-        (encoded(noise(), "GIF"), "unsupported format: GIF"),
-        (encoded(noise(), "BMP"), "unsupported format: BMP"),
-        (encoded(noise(), "TIFF"), "unsupported format: TIFF"),
         (png_bomb(50_000, 50_000), "pixel bomb: 50000x50000"),
         (png_bomb(13_378, 13_378), "pixel bomb: 13378x13378"),
         (jpeg_bomb(60_000, 60_000), "pixel bomb: 60000x60000"),

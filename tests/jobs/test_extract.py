@@ -110,6 +110,31 @@ def test_bad_images_become_rejects(ray_cluster, make_plan, world, tmp_path):
     assert {ids[i] for i in range(len(ids))} - {ids[i] for i in stored} == set(rejects["image_id"])
 
 
+def test_images_that_are_almost_black_are_told_of_and_have_a_setting(ray_cluster, make_plan, world, tmp_path, capfd):
+    folders = {name: tmp_path / name for name in ("grey", "deep")}
+    for number, path in enumerate(sorted((world / "heldout").rglob("*.png"))[:20]):
+        grey = np.asarray(Image.open(path).convert("L"))
+        for name, values in {"grey": grey, "deep": grey.astype(np.uint16) * 16}.items():
+            folders[name].mkdir(exist_ok=True)
+            Image.fromarray(values).save(folders[name] / f"{number}.png")
+
+    def activations(name: str, **overrides) -> np.ndarray:
+        plan = make_plan(tmp_path / f"root-{name}", **{"images.train.path": str(folders[name])}, **overrides)
+        train = next(e for e in plan.extracts if e.images.name == "train")
+        extract.run_only(plan, [train])
+        table = pq.read_table(str(train.step.folder / "data")).sort_by("image_index")
+        return np.stack(table["activation"].to_numpy())
+
+    expected = activations("grey")
+    assert "almost black" not in capfd.readouterr().err
+    assert not np.array_equal(activations("deep"), expected)
+    told = capfd.readouterr().err
+    assert "almost black, such as" in told
+    assert "images.white = 4095" in told
+    assert np.array_equal(activations("deep", **{"images.white": 255 * 16}), expected)
+    assert "almost black" not in capfd.readouterr().err
+
+
 def test_a_file_that_may_not_be_read_is_a_reject(ray_cluster, world, tmp_path):
     class Locked(Folder):
         """Whoever runs the tests may read everything, as root."""

@@ -52,6 +52,19 @@ def data_url(image: Image.Image | bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
+def stored(upright: Image.Image, orientation: int, kind: str) -> bytes:
+    """A file that shows this image by its EXIF orientation, though its pixels are turned otherwise."""
+    turn = Image.Transpose
+    turned = [None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE, turn.ROTATE_90]
+    turned += [turn.TRANSVERSE, turn.ROTATE_270]
+    way = turned[orientation - 1]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stream = io.BytesIO()
+    (upright if way is None else upright.transpose(way)).save(stream, kind, exif=exif, quality=95)
+    return stream.getvalue()
+
+
 def white() -> Image.Image:
     return Image.new("RGB", (56, 56), "white")
 

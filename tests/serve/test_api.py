@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
+from sae_ray.images import decode_image
 from sae_ray.sae import load_sae
 from sae_ray.steering import Intervention, LatentEdit, Llava, load_llava, load_max_token
 from sae_ray.store.files import Folder
 from sae_ray.study.root import recalled_plan
 from tests.machine import PATIENCE_S, until
 
-from .conftest import ONE_WORD, OTHER, STEERS, chat, data_url, white
+from .conftest import ONE_WORD, OTHER, STEERS, chat, data_url, stored, white
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +203,36 @@ def test_inspection_agrees_with_the_sae(http, llava, sae_folder, shapes):
             codes[:, one["index"]].tolist(), rel=1e-3, abs=1e-4
         )
     assert answer["data"][0]["strongest"] == pytest.approx(float(strongest.max()), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG", "PNG", "TIFF", "WEBP"])
+def test_heat_maps_fit_the_image_whatever_the_orientation_of_the_file(http, llava, shapes, kind):
+    upright = Image.new("RGB", (84, 56), "white")
+    upright.paste(shapes[3].resize((28, 28)), (40, 4))
+    for orientation in range(1, 9):
+        data = stored(upright, orientation, kind)
+        decoded = decode_image(data)
+        assert decoded.size == upright.size
+        assert np.abs(np.asarray(decoded, int) - np.asarray(upright, int)).mean() < 6
+        plain, answer = (
+            http.post("/v1/features/inspect", json={"image": data_url(one), "sae": STEERS, "limit": 3}).json()
+            for one in (decoded, data)
+        )
+        assert answer == plain
+        shown = Image.open(io.BytesIO(base64.b64decode(answer["image"].split(",")[1])))
+        assert np.array_equal(np.asarray(shown), llava.seen(decoded))
+        assert len(answer["data"][0]["heat"]) == len(answer["data"][0]["heat"][0]) == 4
+
+
+def test_transparent_images_lie_on_white(http, shapes):
+    """What is behind the transparent pixels makes no difference."""
+    answers = []
+    for behind in ("black", "red", "white"):
+        image = Image.new("RGBA", (56, 56), behind)
+        image.putalpha(0)
+        image.paste(shapes[0].crop((10, 10, 40, 40)), (10, 10))
+        answers.append(http.post("/v1/features/inspect", json={"image": data_url(image), "sae": STEERS}).json())
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_operations(server, http):

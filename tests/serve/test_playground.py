@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.machine import PATIENCE_S
 
-from .conftest import KEY, STEERS
+from .conftest import KEY, STEERS, data_url, stored
 
 CHROMIUM = shutil.which("chromium")
 
@@ -78,6 +82,45 @@ def test_the_image_itself_has_features(page):
     page.locator("#found-title", has_text="Active on this image").wait_for()
     page.locator("#found button", has_text="Where?").first.click()
     page.locator("#heat").wait_for(state="visible")
+
+
+PIXELS = """image => {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+  const context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0);
+  return [canvas.height, canvas.width, [...context.getImageData(0, 0, canvas.width, canvas.height).data]];
+}"""
+
+
+def pixels(page) -> np.ndarray:
+    """RGB of the picture, as the browser shows it."""
+    page.wait_for_function("document.getElementById('picture').complete")
+    height, width, values = page.locator("#picture").evaluate(PIXELS)
+    return np.array(values).reshape(height, width, 4)[..., :3]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_heat_map_lies_on_the_picture(page, http, orientation):
+    """The browser shows a photo upright, and under a heat map just what the encoder sees of it."""
+    upright = Image.new("RGB", (84, 56), "white")
+    upright.paste("black", (45, 5, 65, 25))
+    photo = stored(upright, orientation, "JPEG")
+    page.set_input_files("#file", {"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": photo})
+    page.wait_for_function("document.getElementById('picture').src.startsWith('data:image/jpeg')")
+    assert np.abs(pixels(page) - np.asarray(upright, int)).mean() < 6
+    page.click("#inspect")
+    page.locator("#found-title", has_text="Active on this image").wait_for()
+    page.locator("#found button", has_text="Where?").first.click()
+    page.locator("#heat").wait_for(state="visible")
+    sae = page.locator("#sae").input_value()
+    answer = http.post("/v1/features/inspect", json={"image": data_url(photo), "sae": sae, "limit": 12}).json()
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["image"].split(",")[1]))), int)
+    assert np.array_equal(pixels(page), seen)
+    assert np.abs(seen - np.asarray(upright.crop((14, 0, 70, 56)), int)).mean() < 6
+    places = [page.locator(name).bounding_box() for name in ("#picture", "#heat")]
+    assert places[0] == places[1]
+    assert page.locator("#heat").evaluate("one => [one.height, one.width]") == [4, 4]
 
 
 def test_the_request_is_copied(page):

@@ -190,6 +190,9 @@ def test_all_problems_are_told_at_once():
         ({"grid.sparsity": [0.1]}, "grid.sparsity = [0.1]: batch_topk has no sparsity coefficient; leave it out"),
         ({"grid.score_tokens": "cls"}, "tokens is 'cls'; a projection site has one vector per image: leave it out"),
         ({"images.heldout_fraction": 1}, "images.heldout_fraction = 1: Input should be less than 1"),
+        ({"images.background": "whitish"}, "images.background = 'whitish': give a colour, such as white or #808080"),
+        ({"images.background": "#ffffff80"}, "images.background = '#ffffff80': give a colour"),
+        ({"images.white": 0}, "images.white = 0: Input should be greater than or equal to 1"),
         ({"images.max_bad_fraction": -0.1}, "images.max_bad_fraction = -0.1: Input should be greater than or equal"),
         ({"extraction.images_per_part": 0}, "extraction.images_per_part = 0: Input should be greater than or equal"),
         ({"scoring.min_images": 1}, "scoring.min_images = 1: Input should be greater than or equal"),
@@ -414,6 +417,8 @@ def test_a_plan_lists_the_steps_in_the_order_of_work(make_plan: MakePlan, tmp_pa
         ({"scoring.top_images": 4}, SCORES),
         ({"scoring.min_images": 10}, PICTURES),
         ({"images.max_bad_fraction": 0.5}, set()),
+        ({"images.background": "white"}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
+        ({"images.white": 4095}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
         ({"name": "other"}, set()),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",  # sets have no order
