@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 import re
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -13,7 +16,8 @@ from pydantic import ValidationError
 from sae_ray.serve.api import create_api
 from sae_ray.serve.config import API_KEY, ServeConfig
 from sae_ray.serve.conversation import TextStream
-from sae_ray.serve.engine import Sampling
+from sae_ray.serve.engine import Sampling, Task
+from sae_ray.serve.schemas import Message
 from sae_ray.serve.service import Service
 from sae_ray.serve.transformers_engine import choose, penalised, score
 from starlette.testclient import TestClient
@@ -261,3 +265,47 @@ def test_an_answer_that_goes_on_keeps_its_first_space(service):
         stream = TextStream(tokenizer, after=tokens[:place])
         text = stream.push(tokens[place:]) + stream.end()
         assert tokenizer.decode(tokens[:place]) + text == tokenizer.decode(tokens)
+
+
+def test_a_crowd_gets_the_answers_that_each_gets_alone(service):
+    """Whoever comes, stays or goes meanwhile: with images and without, short and long, greedy and drawn by a seed."""
+    engine, dice = service.language._engine, random.Random(0)
+    tokenizer, llava = service.tokenizer, service.tower._llava
+    shown = [one.numpy() for one in llava.image_embeddings([square(), Image.new("RGB", (56, 56), "black")], [()] * 2)]
+    tasks = []
+    for number in range(24):
+        images = tuple(shown[: number % 3])
+        parts = [{"type": "image_url", "image_url": "x"} for _ in images]
+        text = ("What colour is it?", DESCRIBE, "What is the background? " * (1 + number % 4))[number % 5 % 3]
+        prompt = tokenizer.prompt([Message(role="user", content=[*parts, {"type": "text", "text": text}])])
+        drawn = {"temperature": 1.5, "seed": number} if number % 4 == 0 else {}
+        sampling = Sampling(2 + number % 9, n_top_logprobs=2, repetition_penalty=(1.0, 1.3)[number % 2], **drawn)
+        tasks.append(Task(prompt.tokens, images, sampling))
+
+    async def answer(task: Task, leaves_after: int | None = None) -> tuple[list[int], list[float], str | None]:
+        tokens, logprobs, finish = [], [], None
+        async with aclosing(engine.generate(task)) as steps:
+            async for step in steps:
+                tokens += step.tokens
+                logprobs += [one.logprob for one in step.scored]
+                finish = step.finish
+                if len(tokens) == leaves_after:
+                    break
+        return tokens, logprobs, finish
+
+    async def later(task: Task, leaves_after: int | None) -> tuple[list[int], list[float], str | None]:
+        await asyncio.sleep(dice.random() / 10)
+        return await answer(task, leaves_after)
+
+    async def run() -> None:
+        alone = [await answer(task) for task in tasks]
+        leaving = [2 if number % 6 == 5 else None for number in range(24)]
+        crowd = await asyncio.gather(*map(later, tasks, leaving))
+        for mine, theirs, early in zip(crowd, alone, leaving, strict=True):
+            assert mine[0] == theirs[0][:early]
+            assert mine[1] == pytest.approx(theirs[1][:early], abs=1e-4)
+            assert early or mine[2] == theirs[2]
+        while engine._batch.answers or engine._waiting:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run())
