@@ -80,9 +80,9 @@ class Tokenizer:
                     f"messages.{place}.content",
                 )
         shown = turns(messages)
-        if shown[-1].role == "assistant" and not shown[-1].text:
+        if len(shown) > 1 and shown[-1].role == "assistant" and not shown[-1].text:
             shown.pop()
-        goes_on = bool(shown) and shown[-1].role == "assistant"
+        goes_on = shown[-1].role == "assistant" and bool(shown[-1].text)
         text = self._text(shown, goes_on)
         starts_itself = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         tokens = tuple(self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"])
@@ -105,6 +105,11 @@ class Tokenizer:
             )
         except TemplateError as error:
             raise invalid(f"the model's chat template refuses this conversation: {error}", "messages") from error
+        except ValueError as error:
+            if not goes_on:
+                raise
+            message = "the model's chat template cannot go on after a message of the assistant; end with the user's"
+            raise invalid(message, "messages") from error
 
     def _plain(self, turn: Turn) -> str:
         """LLaVA-1.5's format."""

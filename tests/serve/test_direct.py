@@ -127,6 +127,12 @@ def test_a_last_turn_of_the_assistant_goes_on(http):
     assert said(http, **body) == whole
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("content", ["", "nothing", " ", []])
+def test_one_message_of_any_role_is_a_conversation(http, role, content):
+    assert ask(http, messages=[{"role": role, "content": content}], max_tokens=2)["usage"]["completion_tokens"] <= 2
+
+
 def streamed(http: TestClient, body: dict[str, Any]) -> list[str]:
     with http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as answer:
         assert answer.headers["x-accel-buffering"] == "no"
