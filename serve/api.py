@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from importlib.resources import files
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Query, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from sae_ray import report
@@ -42,14 +45,18 @@ from .schemas import (
     TopImage,
     chunk,
 )
-from .service import Completion, Event, Service, collect
+from .service import Completion, Event, Service, Whole, collect
 
 PLAYGROUND = FilePath(__file__).parent / "playground"
+SWAGGER = FilePath(str(files("fastapi_swagger.resources")))
+"""Swagger UI itself, so that the documentation needs no network."""
 ASSETS = {
     "/": (PLAYGROUND / "index.html", "text/html; charset=utf-8"),
     "/playground.css": (PLAYGROUND / "playground.css", "text/css; charset=utf-8"),
     "/playground.js": (PLAYGROUND / "playground.js", "text/javascript; charset=utf-8"),
     "/report.css": (FilePath(report.__file__).parent / "assets" / "report.css", "text/css; charset=utf-8"),
+    "/swagger-ui-bundle.js": (SWAGGER / "swagger-ui-bundle.js", "text/javascript; charset=utf-8"),
+    "/swagger-ui.css": (SWAGGER / "swagger-ui.css", "text/css; charset=utf-8"),
 }
 OPEN_TO_ALL = {"", *ASSETS, "/health", "/ready", "/metrics", "/docs", "/openapi.json"}
 """Paths that need no key: they reveal nothing about the study and compute nothing."""
@@ -83,12 +90,22 @@ def create_api(service: Service) -> FastAPI:
         summary="A LLaVA steered by the features of sparse autoencoders.",
         version="1",
         responses=FAILURES,
+        docs_url=None,
         redoc_url=None,
     )
     limits = service.config.limits
     key = api_key(service.config)
     app.add_middleware(
         ApiMiddleware, key=key, open_to_all=OPEN_TO_ALL, max_bytes=limits.body_mb * 1e6, metrics=service.metrics
+    )
+    # Outermost, since a browser asks for permission without the key, and must be allowed to read errors, too.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=service.config.allowed_origins,
+        allow_methods=("GET", "HEAD", "POST"),
+        allow_headers=("*",),
+        allow_private_network=True,
+        expose_headers=("Retry-After", "X-Request-ID"),
     )
     answer_errors(app)
     _add_answers(app, service)
@@ -111,8 +128,14 @@ def _add_answers(app: FastAPI, service: Service) -> None:
             return await _stream(service, completion)
         answers = await _complete(service, completion)
         choices = [
-            Choice(index=index, message=Reply(content=text), finish_reason=finish, steering_type=kind)
-            for index, ((text, finish), kind) in enumerate(zip(answers, completion.types, strict=True))
+            Choice(
+                index=index,
+                message=Reply(content=answer.text),
+                finish_reason=answer.finish,
+                logprobs=completion.logprobs(answer.scored),
+                steering_type=kind,
+            )
+            for index, (answer, kind) in enumerate(zip(answers, completion.types, strict=True))
         ]
         return ChatResponse(
             id=f"chatcmpl-{completion.id}",
@@ -125,17 +148,18 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/steer")
     async def steer(request: SteerRequest) -> SteerResponse:
         """Asks one question about one image and returns the most likely answer, with features edited."""
-        completion = service.check(request.chat())
+        completion = service.check(request.chat(), image_names=["image"])
         answers = await _complete(service, completion)
         return SteerResponse(
             answers=[
-                Answer(steering_type=kind, text=text) for (text, _), kind in zip(answers, completion.types, strict=True)
+                Answer(steering_type=kind, text=answer.text)
+                for answer, kind in zip(answers, completion.types, strict=True)
             ],
             usage=completion.usage,
         )
 
 
-async def _complete(service: Service, completion: Completion) -> list:
+async def _complete(service: Service, completion: Completion) -> list[Whole]:
     try:
         return await collect(service.events(completion), len(completion.types))
     except Exception as error:
@@ -152,7 +176,9 @@ async def _stream(service: Service, completion: Completion) -> Response:
         if isinstance(error, Exception):
             raise as_api_error(error) from error
         raise
-    return EventStream(_lines(service, completion, first, events), headers={"Cache-Control": "no-cache"})
+    # Proxies such as nginx would hold the events back.
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return EventStream(_lines(service, completion, first, events), headers=headers)
 
 
 async def _lines(
@@ -164,19 +190,21 @@ async def _lines(
     def line(value: Any) -> str:
         return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
-    def of_choice(index: int, delta: dict[str, str], finish: str | None) -> str:
+    def of_choice(index: int, delta: dict[str, str], finish: str | None = None, logprobs: Any = None) -> str:
         kind = completion.types[index]
-        choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None, "steering_type": kind}
+        choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs, "steering_type": kind}
         return line(chunk(base, [choice]))
 
     async with aclosing(events):
         try:
             for index in range(len(completion.types)):
-                yield of_choice(index, {"role": "assistant", "content": ""}, None)
+                yield of_choice(index, {"role": "assistant", "content": ""})
             event: Event | None = first
             while event is not None:
-                if event.text:
-                    yield of_choice(event.choice, {"content": event.text}, None)
+                if event.text or event.scored:
+                    logprobs = completion.logprobs(event.scored)
+                    said = {"content": event.text}
+                    yield of_choice(event.choice, said, logprobs=None if logprobs is None else logprobs.model_dump())
                 if event.finish is not None:
                     yield of_choice(event.choice, {}, event.finish)
                 event = await anext(events, None)
@@ -206,6 +234,12 @@ def _add_features(app: FastAPI, service: Service) -> None:
     async def list_models() -> Models:
         """Lists the model: the LLaVA."""
         return Models(data=[Model(id=service.model, created=service.started)])
+
+    @app.get("/v1/models/{model:path}")
+    async def get_model(model: str) -> Model:
+        """Returns the model, if it has this id."""
+        service.check_model(model)
+        return Model(id=service.model, created=service.started)
 
     @app.get("/v1/saes")
     async def list_saes() -> Saes:
@@ -330,3 +364,14 @@ def _add_playground(app: FastAPI) -> None:
 
     for route, (file, media_type) in ASSETS.items():
         add(route, file, media_type)
+
+    @app.get("/docs", include_in_schema=False)
+    async def documentation() -> HTMLResponse:
+        # Relative addresses, which also hold behind a prefix.
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title="sae-ray",
+            swagger_js_url="swagger-ui-bundle.js",
+            swagger_css_url="swagger-ui.css",
+            swagger_favicon_url="data:,",
+        )

@@ -1,8 +1,8 @@
 """The configuration of the application: the `args` of `serve run`, `serve deploy` and `sae-ray serve`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from sae_ray.errors import UsageError
 from sae_ray.store.files import address_shown
@@ -11,6 +11,10 @@ from sae_ray.study.root import recalled_plan
 Engine = Literal["transformers", "vllm"]
 API_KEY = "SAE_RAY_API_KEY"
 """The environment variable that holds the key clients must send."""
+
+
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
+"""As browsers send it: without a path, and without a slash at the end."""
 
 
 class Strict(BaseModel):
@@ -102,6 +106,9 @@ class ServeConfig(Selection):
     limits: Limits = Limits()
     image_hosts: tuple[str, ...] = ()
     """Hosts that images may be fetched from. Default: none, so that images must be sent as data URLs."""
+    allowed_origins: tuple[Origin, ...] = ()
+    """Origins of web pages that may call the API from a browser, such as `https://chat.example.org`; `*` means all.
+    Default: none but the playground."""
     without_key: bool = False
     """Serve without a key if the environment sets none. Then only requests to localhost or 127.0.0.1 are accepted."""
 

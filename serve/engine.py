@@ -20,7 +20,20 @@ class Sampling:
     """0 is greedy decoding."""
     top_p: float = 1.0
     """Samples from the most likely tokens whose probabilities sum to this."""
+    top_k: int = 0
+    """Samples from this many of the most likely tokens; 0 means all."""
+    min_p: float = 0.0
+    """Samples from tokens whose probability is at least this share of the most likely one's."""
+    frequency_penalty: float = 0.0
+    """Is subtracted from a token's logit for each time it was generated."""
+    presence_penalty: float = 0.0
+    """Is subtracted from a token's logit if it was generated."""
+    repetition_penalty: float = 1.0
+    """Divides the logit of tokens of the prompt and the answer; multiplies it if it is negative."""
     seed: int | None = None
+    """Not negative."""
+    n_top_logprobs: int | None = None
+    """How many of the most likely tokens to tell at each place; None: not even the chosen one's log probability."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +47,22 @@ class Task:
     sampling: Sampling
 
 
+class Scored(NamedTuple):
+    """A token's log probability in the model itself, before temperature and penalties."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """The most likely tokens and their log probabilities, likeliest first."""
+
+
 class Step(NamedTuple):
     """The next tokens of an answer."""
 
     tokens: list[int]
     """Without the end-of-sequence token."""
+    scored: list[Scored]
+    """Of the same tokens; empty unless asked for."""
     finish: Literal["stop", "length"] | None = None
     """Set in the last step: the model ended the answer (`stop`), or `max_tokens` was reached (`length`)."""
 

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Collection
+from itertools import pairwise
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,6 +21,7 @@ from sae_ray.errors import UsageError
 from .config import API_KEY, ServeConfig
 from .errors import ApiError, as_api_error, invalid
 from .metrics import Metrics
+from .schemas import PART_TYPES
 
 SHOWN = 60
 """Maximum number of characters of an invalid value that its error message repeats."""
@@ -43,7 +45,8 @@ def api_key(config: ServeConfig) -> str | None:
 
 
 class ApiMiddleware:
-    """ASGI middleware: checks the API key and the size of the body, and counts requests.
+    """ASGI middleware: checks the API key and the size of the body, answers HEAD as GET without a body, and counts
+    requests.
 
     Without a key it accepts only requests to localhost.
     """
@@ -60,11 +63,16 @@ class ApiMiddleware:
             await self.app(scope, receive, send)
             return
         started, status = time.monotonic(), 499
+        without_body = scope["method"] == "HEAD"
+        if without_body:
+            scope = {**scope, "method": "GET"}
 
         async def send_and_note_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif without_body:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -90,8 +98,8 @@ class ApiMiddleware:
                 )
                 return ApiError(403, "foreign_host", message)
         elif scope["path"].removeprefix(scope.get("root_path", "")) not in self._open_to_all:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key.encode()):
                 message = "the API key is missing or wrong; send it in the header Authorization: Bearer KEY"
                 return ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")
@@ -129,7 +137,10 @@ def answer_errors(app: FastAPI) -> None:
         if isinstance(error, ApiError):
             return error.response()
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        return ApiError(error.status_code, code, str(error.detail), headers=error.headers).response()
+        message = str(error.detail)
+        if error.status_code in (404, 405):
+            message = f"there is no {request.method} {request.url.path[:100]} here; /docs lists what there is"
+        return ApiError(error.status_code, code, message, headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
@@ -137,14 +148,36 @@ def answer_errors(app: FastAPI) -> None:
 
 
 def _as_refusal(error: dict[str, Any]) -> ApiError:
-    where = ".".join(str(part) for part in error["loc"] if part not in ("body", "query", "path"))
-    message = error["msg"].removeprefix("Value error, ")
-    value = error.get("input")
-    if isinstance(value, str | int | float | bool) and error["type"] != "extra_forbidden":
-        shown = repr(value)
-        message += f"; got {shown if len(shown) <= SHOWN else shown[:SHOWN] + '…'}"
-    if not where and error["type"].endswith("_type"):
-        message = "the body must be a JSON object, sent with Content-Type: application/json"
-    if error["type"] == "extra_forbidden":
-        message = "unknown field; remove it"
+    # pydantic inserts the kind of a message's part behind its place.
+    loc = [at for before, at in pairwise(error["loc"]) if not (isinstance(before, int) and at in PART_TYPES)]
+    facts = error.get("ctx", {})
+    where = ".".join(map(str, [*loc, *([facts["field"]] if "field" in facts else [])]))
+    message, value = error["msg"].removeprefix("Value error, "), error.get("input")
+    match error["type"]:
+        case "json_invalid":
+            return invalid(f"the body is not valid JSON: {facts['error']} at character {where}")
+        case kind if not where and (kind.endswith("_type") or kind == "missing"):
+            return invalid("the body must be a JSON object, sent with Content-Type: application/json")
+        case "extra_forbidden":
+            message = "unknown field; remove it"
+        case "missing":
+            message = "is missing"
+        case "model_attributes_type" | "model_type" | "dict_type":
+            message = f"must be a JSON object{_shown(value)}"
+        case "union_tag_not_found":
+            where, message = f"{where}.type", f"is missing; it must be {' or '.join(PART_TYPES)}"
+        case "union_tag_invalid":
+            message = f"parts of the type {facts['tag'][:SHOWN]} are not supported; send {' or '.join(PART_TYPES)}"
+            where = f"{where}.type"
+        case "wrong":
+            pass
+        case _:
+            message += _shown(value)
     return invalid(f"{where}: {message}" if where else message, where or None)
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, str | int | float | bool):
+        return ""
+    shown = repr(value)
+    return f"; got {shown if len(shown) <= SHOWN else shown[:SHOWN] + '…'}"

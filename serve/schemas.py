@@ -7,21 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from sae_ray.steering.interventions import ALIASES, LatentEdit, Mode
+
+from .neutral import Ignored, MessageOfOthers, Only, PartOfOthers, RequestOfOthers, Schema
 
 SteeringType = Literal["STEERED", "DEFAULT"]
 Finish = Literal["stop", "length"]
 MAX_INDEX = 2**31 - 1
 MAX_STRENGTH = 1e6
 """Limit of strengths and of their multiplier. Within it, image embeddings stay finite in the language model."""
-
-
-class Schema(BaseModel):
-    """Values are not converted, and unknown fields are an error."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Feature(Schema):
@@ -92,55 +89,87 @@ class Steering(Edits):
         return self
 
 
-class TextPart(Schema):
+def wrong(field: str, message: str) -> PydanticCustomError:
+    """An error about one field, for validators that see several."""
+    return PydanticCustomError("wrong", "{message}", {"message": message, "field": field})
+
+
+class TextPart(PartOfOthers):
     type: Literal["text"]
     text: str
 
 
 class ImageUrl(Schema):
     url: str
-    """A data URL, `data:image/png;base64,…` (PNG, JPEG or WebP)."""
-    detail: Literal["auto"] = "auto"
+    """A data URL, `data:image/png;base64,…`. Its bytes decide what it is, not its media type."""
+    detail: Ignored = None
+    format: Ignored = None
 
 
-class ImagePart(Schema):
+def _as_image_url(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
+class ImagePart(PartOfOthers):
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: Annotated[ImageUrl, BeforeValidator(_as_image_url, json_schema_input_type=ImageUrl | str)]
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+PART_TYPES = ("text", "image_url")
 
 
-class Message(Schema):
-    role: Literal["system", "user", "assistant"]
-    content: str | list[Part]
+def _as_parts(value: Any) -> Any:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of parts")
+    return value
+
+
+class Message(MessageOfOthers):
+    role: Literal["system", "developer", "user", "assistant"]
+    """`developer` means `system`."""
+    content: Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=list[Part] | str)] = Field(
+        default_factory=list
+    )
+    """A string, or a list of parts. Only `user` messages may contain images; an `assistant` message may have no
+    content."""
+
+    @model_validator(mode="after")
+    def _content_of_its_role(self) -> Message:
+        if "content" not in self.model_fields_set and self.role != "assistant":
+            raise wrong("content", "is missing")
+        for place, part in enumerate(self.content):
+            if isinstance(part, ImagePart) and self.role != "user":
+                raise wrong(f"content.{place}", f"only user messages may contain images, not {self.role} messages")
+        return self
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
         return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
 
     @property
-    def image_urls(self) -> list[str]:
-        if isinstance(self.content, str):
-            return []
-        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+    def n_images(self) -> int:
+        return sum(isinstance(part, ImagePart) for part in self.content)
 
 
 class StreamOptions(Schema):
     include_usage: bool = False
+    """Whether a last event tells the number of tokens."""
+    include_obfuscation: Ignored = None
+    continuous_usage_stats: Annotated[Any, Only(False, because="the usage comes at the end")] = None
 
 
-class ChatRequest(Schema):
-    """A chat completion request of OpenAI's API, with `steering`. Penalties, `logprobs` and `user` are accepted for
-    compatibility, but only with values that have no effect. Unknown fields are an error."""
+class ChatRequest(RequestOfOthers):
+    """A chat completion request of OpenAI's API, with `steering`. Fields that could change the answer and are not
+    supported are refused, unless their value has no effect; `null` counts as left out."""
 
     model: str | None = None
     """The id listed by `/v1/models`."""
-    messages: list[Message] = Field(min_length=1, max_length=64)
-    """An optional `system` message, then `user` and `assistant` messages in turn, ending with a `user` message. Only
-    `user` messages may contain images."""
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    """Neighbouring messages of one role are merged. If the last one is of the role `assistant`, the answer goes on
+    where it ends."""
     steering: Steering | None = None
     """Default: no steering."""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -149,42 +178,66 @@ class ChatRequest(Schema):
     """OpenAI's newer name for `max_tokens`."""
     temperature: float = Field(default=1.0, ge=0, le=2)
     """0 always picks the most likely token."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
+    top_p: float = Field(default=1.0, ge=0, le=1)
+    """Samples from the most likely tokens whose probabilities sum to this."""
+    top_k: int = Field(default=0, ge=-1, le=MAX_INDEX)
+    """Samples from this many of the most likely tokens; 0 and -1 mean all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Samples from tokens whose probability is at least this share of the most likely one's."""
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Is subtracted from a token's logit for each time it was generated."""
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Is subtracted from a token's logit if it was generated."""
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    """Divides the logit of tokens that the messages or the answer contain; multiplies it if it is negative."""
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    """The same seed gives the same answer."""
     n: int = Field(default=1, ge=1)
+    """The number of answers, per steering type."""
     stop: str | list[str] | None = None
-    """Up to four strings. An answer ends before the first of them."""
+    """Up to 16 strings. An answer ends before the first of them."""
     stream: bool = False
     stream_options: StreamOptions | None = None
-    frequency_penalty: Literal[0] = 0
-    presence_penalty: Literal[0] = 0
-    logprobs: Literal[False] = False
-    user: str | None = None
+    logprobs: bool = False
+    """Whether to return the log probability of each token: the model's own, before temperature and penalties."""
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    """How many of the most likely tokens to return at each place of the answer. Needs `logprobs`."""
+
+    @field_validator("stop", mode="after")
+    @classmethod
+    def _some_strings(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        strings = [stop] if isinstance(stop, str) else stop or []
+        if len(strings) > 16 or not all(strings):
+            raise ValueError("must be up to 16 strings, none of them empty")
+        return stop
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
-        roles = [message.role for message in self.messages]
-        turns = roles[1:] if roles[0] == "system" else roles
-        if turns != [("user", "assistant")[place % 2] for place in range(len(turns))] or len(turns) % 2 == 0:
-            raise ValueError(
-                "messages must be an optional system message, then user and assistant messages in turn, "
-                "ending with a user message"
-            )
-        if any(message.image_urls and message.role != "user" for message in self.messages):
-            raise ValueError("only user messages may contain images")
-        if not self.image_urls:
-            raise ValueError("messages contain no image; add a part of the type image_url")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens mean the same; remove one of them")
-        if len(self.stops) > 4 or not all(self.stops):
-            raise ValueError("stop must be one to four non-empty strings")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options require stream to be true")
+        if self.steering is not None and not self.image_names:
+            raise wrong("steering", "the messages contain no image, and only images are steered; leave steering out")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise wrong("max_tokens", "differs from max_completion_tokens, which means the same; remove one of them")
+        if self.top_logprobs and not self.logprobs:
+            raise wrong("top_logprobs", "needs logprobs to be true")
         return self
 
     @property
     def image_urls(self) -> list[str]:
-        return [url for message in self.messages for url in message.image_urls]
+        return [part.image_url.url for _, part in self._images]
+
+    @property
+    def image_names(self) -> list[str]:
+        """Where in the request each image is, such as `messages.0.content.1.image_url.url`."""
+        return [f"{place}.image_url.url" for place, _ in self._images]
+
+    @property
+    def _images(self) -> list[tuple[str, ImagePart]]:
+        return [
+            (f"messages.{number}.content.{place}", part)
+            for number, message in enumerate(self.messages)
+            for place, part in enumerate(message.content)
+            if isinstance(part, ImagePart)
+        ]
 
     @property
     def stops(self) -> list[str]:
@@ -193,6 +246,11 @@ class ChatRequest(Schema):
     @property
     def length(self) -> int | None:
         return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+
+    @property
+    def n_top_logprobs(self) -> int | None:
+        """None without `logprobs`."""
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 class SteerRequest(Steering):
@@ -234,13 +292,30 @@ class Usage(BaseModel):
 class Reply(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
+    refusal: None = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    """None for a part of a character."""
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
 
 
 class Choice(BaseModel):
     index: int
     message: Reply
     finish_reason: Finish
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     steering_type: SteeringType
 
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,18 +17,26 @@ from sae_ray.encoders.sources import model_name
 from .catalogue import SaeEntry, read_catalogue
 from .config import Selection, ServeConfig
 from .conversation import Prompt, TextStream, Tokenizer
-from .engine import Sampling, Task
+from .engine import Sampling, Scored, Task
 from .errors import ApiError, invalid, request_id
 from .images import read_image
 from .limiter import Limiter
 from .metrics import Metrics
-from .schemas import ChatRequest, Edits, Finish, SteeringType, Usage
+from .schemas import ChatRequest, Edits, Finish, Logprobs, SteeringType, TokenLogprob, TopLogprob, Usage
 from .tower import Change, Look
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
 
 logger = logging.getLogger("ray.serve")
+
+
+SEEDS = 2**63
+"""Seeds count modulo this, so that every engine takes the negative ones, too."""
+SMALLEST_LOGPROB = -9999.0
+"""In place of minus infinity, which JSON cannot express."""
+CONTEXT = 8
+"""Tokens of the prompt that decide how an answer that goes on after them is spelled."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,16 @@ class Event:
     choice: int
     text: str
     finish: Finish | None = None
+    scored: list[Scored] = field(default_factory=list)
+
+
+@dataclass
+class Whole:
+    """A whole answer."""
+
+    text: str = ""
+    finish: Finish = "stop"
+    scored: list[Scored] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -50,6 +68,9 @@ class Completion:
     change: Change | None
     types: list[SteeringType]
     """The type of each choice."""
+    image_names: Sequence[str]
+    """Where in the request each image is."""
+    tokenizer: Tokenizer
     id: str = field(default_factory=request_id)
     created: int = field(default_factory=lambda: int(time.time()))
     n_tokens: int = 0
@@ -59,6 +80,25 @@ class Completion:
     def usage(self) -> Usage:
         prompt = self.prompt.length
         return Usage(prompt_tokens=prompt, completion_tokens=self.n_tokens, total_tokens=prompt + self.n_tokens)
+
+    def logprobs(self, scored: Sequence[Scored]) -> Logprobs | None:
+        """In the format of OpenAI's API, if the request asks for them."""
+        if self.sampling.n_top_logprobs is None:
+            return None
+        return Logprobs(
+            content=[
+                TokenLogprob(
+                    **self._logprob(one.token, one.logprob),
+                    top_logprobs=[TopLogprob(**self._logprob(*other)) for other in one.top],
+                )
+                for one in scored
+            ]
+        )
+
+    def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.tokenizer.piece(token)
+        data = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": max(logprob, SMALLEST_LOGPROB), "bytes": data}
 
 
 class Service:
@@ -92,12 +132,19 @@ class Service:
             raise ApiError(404, "unknown_sae", message, param)
         return self.saes[name]
 
-    def check(self, request: ChatRequest) -> Completion:
-        """Validates a request before any image is decoded. Raises ApiError if it is invalid."""
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError (404) for an id other than the model's; None is the model."""
+        if name is not None and name != self.model:
+            raise ApiError(404, "unknown_model", f"unknown model {name[:100]!r}; available: {self.model}", "model")
+
+    def check(self, request: ChatRequest, image_names: Sequence[str] | None = None) -> Completion:
+        """Validates a request before any image is decoded. Raises ApiError if it is invalid.
+
+        Args:
+            image_names: what errors call the images; default: their places in the request.
+        """
         limits, steering = self.config.limits, request.steering
-        if request.model is not None and request.model != self.model:
-            message = f"unknown model {request.model[:100]!r}; available: {self.model}"
-            raise ApiError(404, "unknown_model", message, "model")
+        self.check_model(request.model)
         if len(request.image_urls) > limits.images:
             raise invalid(f"the request has {len(request.image_urls)} images; send at most {limits.images}", "messages")
         types: list[SteeringType] = steering.types if steering else ["DEFAULT"]
@@ -112,17 +159,23 @@ class Service:
         return Completion(
             request,
             prompt,
-            Sampling(self._length(request, prompt), request.temperature, request.top_p, request.seed),
+            self._sampling(request, prompt),
             change,
             [kind for kind in types for _ in range(request.n)],
+            request.image_names if image_names is None else image_names,
+            self.tokenizer,
         )
 
-    async def images(self, urls: Sequence[str]) -> list[UInt8[np.ndarray, "height width 3"]]:
+    async def images(self, urls: Sequence[str], names: Sequence[str]) -> list[UInt8[np.ndarray, "height width 3"]]:
         """Decodes images. Raises ApiError for an invalid one, and if they have too many pixels together."""
         limits, images = self.config.limits, []
         left = limits.image_megapixels * 1e6
-        for url in urls:
-            image = await read_image(url, self.config.image_hosts, limits.body_mb * 1e6, left)
+        for url, name in zip(urls, names, strict=True):
+            try:
+                image = await read_image(url, self.config.image_hosts, limits.body_mb * 1e6, left)
+            except ApiError as error:
+                error.param = name
+                raise
             left -= image.width * image.height
             images.append(np.asarray(image))
         return images
@@ -154,7 +207,7 @@ class Service:
         """What the tower sees of an image, and the features with the largest values on any patch of it."""
         entry = self.sae(name)
         async with asyncio.timeout(self.config.limits.timeout_s), self.limiter.slot():
-            [image] = await self.images([url])
+            [image] = await self.images([url], ["image"])
             return entry, await self.tower.inspect.remote(image, entry.folder, limit)
 
     async def ready(self) -> bool:
@@ -175,7 +228,7 @@ class Service:
 
     async def _embedded(self, completion: Completion) -> dict[str, tuple[np.ndarray, ...]]:
         """The image embeddings per type. The pixels are freed here, before the long generation starts."""
-        images = await self.images(completion.request.image_urls)
+        images = await self.images(completion.request.image_urls, completion.image_names)
         async with asyncio.TaskGroup() as tasks:
             embedded = {
                 kind: [
@@ -192,15 +245,19 @@ class Service:
     async def _answer(
         self, completion: Completion, choice: int, images: tuple[np.ndarray, ...], queue: asyncio.Queue[Event | None]
     ) -> None:
-        text = TextStream(self.tokenizer, completion.request.stops)
-        task = Task(completion.prompt.tokens, images, self._sampling(completion, choice))
+        prompt = completion.prompt
+        text = TextStream(self.tokenizer, completion.request.stops, prompt.tokens[-CONTEXT:] if prompt.goes_on else ())
+        task = Task(prompt.tokens, images, self._of_choice(completion, choice))
         ended = False
         steps = self.language.options(stream=True).generate.remote(task)
         try:
             async for step in steps:
-                completion.n_tokens += len(step.tokens)
-                if piece := text.push(step.tokens):
-                    queue.put_nowait(Event(choice, piece))
+                before = text.n_tokens
+                piece = text.push(step.tokens)
+                taken = text.n_tokens - before
+                completion.n_tokens += taken
+                if piece or step.scored:
+                    queue.put_nowait(Event(choice, piece, scored=step.scored[:taken]))
                 if text.stopped or step.finish is not None:
                     queue.put_nowait(Event(choice, text.end(), "stop" if text.stopped else step.finish))
                     ended = True
@@ -211,11 +268,25 @@ class Service:
         finally:
             steps.cancel()
 
-    def _sampling(self, completion: Completion, choice: int) -> Sampling:
+    def _sampling(self, request: ChatRequest, prompt: Prompt) -> Sampling:
+        return Sampling(
+            max_tokens=self._length(request, prompt),
+            temperature=request.temperature if request.top_p > 0 else 0.0,
+            top_p=request.top_p or 1.0,
+            top_k=max(request.top_k, 0),
+            min_p=request.min_p,
+            frequency_penalty=request.frequency_penalty,
+            presence_penalty=request.presence_penalty,
+            repetition_penalty=request.repetition_penalty,
+            seed=request.seed,
+            n_top_logprobs=request.n_top_logprobs,
+        )
+
+    def _of_choice(self, completion: Completion, choice: int) -> Sampling:
         """Each choice has its own seed, shared by its steered and its default version."""
         one = completion.sampling
-        seed = None if one.seed is None else one.seed + choice % completion.request.n
-        return Sampling(one.max_tokens, one.temperature, one.top_p, seed)
+        seed = None if one.seed is None else (one.seed + choice % completion.request.n) % SEEDS
+        return replace(one, seed=seed)
 
     def _length(self, request: ChatRequest, prompt: Prompt) -> int:
         most, room = self.config.limits.max_tokens, self.tokenizer.context - prompt.length
@@ -228,10 +299,11 @@ class Service:
         if request.length is None:
             return min(most, room)
         if request.length > min(most, room):
+            name = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
             raise invalid(
-                f"max_tokens is {request.length}; at most {min(most, room)} are possible, since the messages take "
+                f"{name} is {request.length}; at most {min(most, room)} are possible, since the messages take "
                 f"{prompt.length} tokens and the server allows {most} per answer",
-                "max_tokens",
+                name,
             )
         return request.length
 
@@ -271,11 +343,13 @@ class Service:
         logger.info("completion", extra=facts)
 
 
-async def collect(events: AsyncGenerator[Event, None], n_choices: int) -> list[tuple[str, Finish]]:
-    """Runs to the end; returns each choice's text and finish reason."""
-    texts, ends = [""] * n_choices, ["stop"] * n_choices
+async def collect(events: AsyncGenerator[Event, None], n_choices: int) -> list[Whole]:
+    """Runs to the end; returns each choice."""
+    answers = [Whole() for _ in range(n_choices)]
     async with aclosing(events):
         async for event in events:
-            texts[event.choice] += event.text
-            ends[event.choice] = event.finish or ends[event.choice]
-    return list(zip(texts, ends, strict=True))  # type: ignore[arg-type]
+            answer = answers[event.choice]
+            answer.text += event.text
+            answer.finish = event.finish or answer.finish
+            answer.scored += event.scored
+    return answers

@@ -4,7 +4,7 @@ be steered in its own way and nothing that is cached for one can reach another."
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -16,7 +16,7 @@ from sae_ray.errors import UsageError
 from sae_ray.steering.llava import FORMS, describe_llava
 
 from .config import ServeConfig
-from .engine import Sampling, Step, Task
+from .engine import Sampling, Scored, Step, Task
 
 CPU_CACHE_MB = 1024
 """Without a limit vLLM would take most of the machine's memory."""
@@ -59,15 +59,16 @@ class VllmEngine:
         """Yields tokens as they are generated. Closing the generator aborts the request in the engine."""
         from vllm.inputs import TokensPrompt  # pyright: ignore[reportMissingImports]
 
-        prompt = TokensPrompt(
-            prompt_token_ids=list(task.tokens), multi_modal_data={"image": [self._checked(one) for one in task.images]}
-        )
+        prompt = TokensPrompt(prompt_token_ids=list(task.tokens))
+        if task.images:
+            prompt["multi_modal_data"] = {"image": [self._checked(one) for one in task.images]}
         async with aclosing(self._engine.generate(prompt, _parameters(task.sampling), uuid.uuid4().hex)) as outputs:
             async for output in outputs:
                 [one] = output.outputs
                 tokens = list(one.token_ids)
-                # At a stop the last token is the end-of-sequence token.
-                yield Step(tokens[:-1] if one.finish_reason == "stop" else tokens, one.finish_reason)
+                if one.finish_reason == "stop":  # the last token is the end-of-sequence token
+                    tokens.pop()
+                yield Step(tokens, _scored(tokens, one.logprobs, task.sampling.n_top_logprobs), one.finish_reason)
 
     def check(self) -> None:
         if self._engine.errored:
@@ -93,7 +94,24 @@ def _parameters(sampling: Sampling) -> Any:
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        repetition_penalty=sampling.repetition_penalty,
         seed=sampling.seed,
+        logprobs=sampling.n_top_logprobs,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
+
+
+def _scored(tokens: Sequence[int], logprobs: Sequence[Mapping[int, Any]] | None, most: int | None) -> list[Scored]:
+    """What vLLM tells of each place: the chosen token, and the most likely ones by rank."""
+    if most is None or logprobs is None:
+        return []
+    found = []
+    for token, known in zip(tokens, logprobs, strict=False):  # of the end-of-sequence token, too
+        ranked = sorted(known.items(), key=lambda one: one[1].rank)
+        found.append(Scored(token, known[token].logprob, [(other, one.logprob) for other, one in ranked][:most]))
+    return found

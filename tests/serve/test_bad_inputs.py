@@ -33,12 +33,14 @@ def feature(**rest: Any) -> dict[str, Any]:
     return chat(steering={"sae": STEERS, "features": [{"index": 1, "strength": 1.0} | rest]})
 
 
-USER = chat()["messages"][0]
 BAD = {
-    "no image": ({"messages": [{"role": "user", "content": "what?"}]}, 400, "no image"),
-    "two prompts": ({"messages": [USER, USER]}, 400, "in turn,"),
+    "steering without an image": (
+        {"messages": [{"role": "user", "content": "what?"}], "steering": {"features": []}},
+        400,
+        "no image",
+    ),
     "no messages": ({"messages": []}, 400, "messages"),
-    "broken base64": (image("data:image/png;base64,@@@@"), 400, "base64"),
+    "broken base64": (image("data:image/png;base64,@@@@"), 400, "messages.0.content.0.image_url.url"),
     "no data url": (image("cat.png"), 400, "data URL"),
     "a text file": (image(data_url(b"hello")), 400, "not an image"),
     "a pixel bomb": (image(data_url(huge_png())), 400, "30000x30000"),
@@ -66,8 +68,9 @@ BAD = {
     ),
     "unknown sae": (chat(steering={"sae": "nobody"}), 404, "nobody"),
     "unknown model": (chat(model="gpt-5"), 404, "gpt-5"),
-    "unknown top-level field": (chat(tools=[]), 400, "tools"),
-    "unsupported penalty": (chat(frequency_penalty=1.5), 400, "frequency_penalty"),
+    "unknown top-level field": (chat(toools=[]), 400, "toools"),
+    "tools": (chat(tools=[{"type": "function"}]), 400, "calls no tools"),
+    "a penalty out of bounds": (chat(frequency_penalty=2.5), 400, "frequency_penalty"),
     "absurd max_tokens": (chat(max_tokens=10**9), 400, "max_tokens"),
     "max_tokens 0": (chat(max_tokens=0), 400, "max_tokens"),
     "too many choices": (chat(n=17), 400, "n times"),

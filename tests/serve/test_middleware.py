@@ -84,10 +84,18 @@ def test_the_images_of_a_request_share_a_limit(service, monkeypatch):
     limits = Limits(image_megapixels=0.005)
     monkeypatch.setattr(service, "config", service.config.model_copy(update={"limits": limits}))
     one = data_url(white())
-    assert [image.shape for image in asyncio.run(service.images([one]))] == [(56, 56, 3)]
+    assert [image.shape for image in asyncio.run(service.images([one], ["first"]))] == [(56, 56, 3)]
     with pytest.raises(HTTPException) as caught:
-        asyncio.run(service.images([one, one]))
+        asyncio.run(service.images([one, one], ["first", "second"]))
     assert "at most 0.0 megapixels" in caught.value.detail
+    assert caught.value.param == "second"
+
+
+@pytest.mark.parametrize("path", ["/v1/steer", "/v1/features/inspect"])
+def test_a_wrong_image_of_the_short_form_is_named(local, path):
+    body = {"image": data_url(b"no image")} | ({"prompt": "What is it?"} if path == "/v1/steer" else {})
+    answer = local.post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image")
 
 
 def test_other_saes_are_told_by_known_fields(service, monkeypatch):

@@ -24,7 +24,7 @@ import torch
 from sae_ray.serve import transformers_engine
 from sae_ray.serve.config import ServeConfig, with_llava
 from sae_ray.serve.conversation import Tokenizer
-from sae_ray.serve.engine import Engine, Sampling, Task
+from sae_ray.serve.engine import Engine, Sampling, Scored, Task
 from sae_ray.serve.language import Language
 from sae_ray.serve.schemas import ImagePart, ImageUrl, Message, TextPart
 from sae_ray.serve.transformers_engine import TransformersEngine
@@ -42,6 +42,8 @@ from .conftest import ONE_WORD, STEERS
 N = 100
 CLEAR = 1e-3
 """Logits this far apart are told apart by every engine."""
+ONE_TOKEN = ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6})
+"""What leaves but one token to choose, at any temperature."""
 PROMPTS = (ONE_WORD, "What colour is it?", "What is the background?", "Describe the image.")
 
 
@@ -82,6 +84,46 @@ async def answer(engine: Engine, task: Task) -> tuple[list[int], str | None]:
         tokens += step.tokens
         finish = step.finish
     return tokens, finish
+
+
+async def scored(engine: Engine, task: Task) -> list[Scored]:
+    return [one async for step in engine.generate(task) for one in step.scored]
+
+
+def asked_in_text() -> list[Message]:
+    return [Message(role="user", content=f"{one} (The star is red.)") for one in PROMPTS]
+
+
+async def same_meaning(
+    engine: Engine, other: TransformersEngine, tokenizer: Tokenizer, tasks: list[Task], patch
+) -> None:
+    """Both engines take every field of `Sampling` alike, with images and without."""
+    penalties = ({"repetition_penalty": 1.5}, {"frequency_penalty": 0.7}, {"presence_penalty": -1.5})
+    every = {"repetition_penalty": 0.8, "frequency_penalty": -0.5, "presence_penalty": 1.0}
+    in_text = [Task(tokenizer.prompt([one]).tokens, (), Sampling(16)) for one in asked_in_text()]
+    asked = [*in_text, *tasks[:8]]
+    varied = [
+        *asked,
+        *(replace(task, sampling=Sampling(16, **one)) for task in asked for one in (*penalties, every)),
+        *(replace(task, sampling=Sampling(16, 2.0, seed=2**63 - 1, **one)) for task in asked for one in ONE_TOKEN),
+    ]
+    clear = [await smallest_gap(other, task, patch) > CLEAR for task in varied]
+    mine = await asyncio.gather(*(answer(engine, task) for task in varied))
+    theirs = await asyncio.gather(*(answer(other, task) for task in varied))
+    assert [n for n in range(len(varied)) if clear[n] and mine[n] != theirs[n]] == []
+    assert sum(clear) > 0.9 * len(varied)
+    for task in asked:
+        sampling = Sampling(6, n_top_logprobs=3, repetition_penalty=1.5)
+        ours, its = [await scored(each, replace(task, sampling=sampling)) for each in (other, engine)]
+        assert [one.token for one in ours] == [one.token for one in its]
+        for one, two in zip(ours, its, strict=True):
+            assert two.logprob == pytest.approx(one.logprob, abs=1e-3)
+            assert [value for _, value in two.top] == pytest.approx([value for _, value in one.top], abs=1e-3)
+        only = await scored(engine, replace(task, sampling=replace(sampling, n_top_logprobs=0)))
+        assert [(one.token, one.top) for one in only] == [(one.token, []) for one in its]
+
+    seeded = replace(in_text[0], sampling=Sampling(16, 2.0, seed=2**63 - 1))
+    assert await answer(engine, seeded) == await answer(engine, seeded)
 
 
 async def smallest_gap(engine: TransformersEngine, task: Task, patch: pytest.MonkeyPatch) -> float:
@@ -126,6 +168,8 @@ def test_engines_agree_token_for_token(config, asked, monkeypatch):
         check([await answer(engine, task) for task in tasks], crowd)  # nor does company
         assert sum(clear) > 0.9 * N
         assert len(set(expected)) > 10
+
+        await same_meaning(engine, other, tokenizer, tasks, monkeypatch)
 
         endless = Task(tasks[0].tokens, tasks[0].images, Sampling(200, temperature=2.0, seed=1))
         generation = engine.generate(endless)

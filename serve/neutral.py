@@ -1,0 +1,182 @@
+"""What clients send that changes nothing here: `null`, fields that are ignored, and values that have no effect.
+
+Every field of OpenAI's chat completions is known, and those that other servers of this API have added. A field that
+could change the answer and is not supported takes only its neutral values; all others are refused, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
+
+
+class Schema(BaseModel):
+    """`null` counts as left out. Otherwise values are not converted, and unknown fields are an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {name: value for name, value in values.items() if value is not None}
+        return values
+
+
+@dataclass(frozen=True, init=False, eq=False)  # else `Annotated` would take Only(0) for Only(False)
+class Only:
+    """Marks a field that takes only values without effect, besides `null`.
+
+    Args:
+        values: these.
+        because: why others are refused, to be read after "since".
+    """
+
+    values: tuple[Any, ...]
+    because: str
+
+    def __init__(self, *values: Any, because: str):
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "because", because)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: Any) -> dict[str, Any]:
+        return {"enum": [*self.values, None], "description": f"Others are refused, since {self.because}."}
+
+    def _checked(self, value: Any) -> Any:
+        # Compared as JSON, where 1 is 1.0 but not true.
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.values):
+            instead = "".join(f" or send {json.dumps(one)}" for one in self.values)
+            raise ValueError(f"not supported, since {self.because}; leave it out{instead}")
+        return value
+
+
+Ignored = Annotated[Any, Field(description="Has no effect.")]
+
+_TOOLS = "the model calls no tools"
+_FORMAT = "the model answers in plain text"
+_CONSTRAINED = "answers cannot be constrained"
+_AUDIO = "the model reads text and images and writes text"
+_SAMPLER = "the engines do not have this sampler"
+_TEMPLATE = "the chat template is the model's own"
+_TOKENS = "tokens are decoded in one way"
+
+
+class RequestOfOthers(Schema):
+    """Fields of a request that change nothing here."""
+
+    user: Ignored = None
+    safety_identifier: Ignored = None
+    store: Ignored = None
+    metadata: Ignored = None
+    service_tier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+    prediction: Ignored = None
+    parallel_tool_calls: Ignored = None
+    reasoning_effort: Ignored = None
+    tools: Annotated[Any, Only([], because=_TOOLS)] = None
+    tool_choice: Annotated[Any, Only("none", "auto", because=_TOOLS)] = None
+    functions: Annotated[Any, Only([], because=_TOOLS)] = None
+    function_call: Annotated[Any, Only("none", "auto", because=_TOOLS)] = None
+    response_format: Annotated[Any, Only({"type": "text"}, because=_FORMAT)] = None
+    modalities: Annotated[Any, Only(["text"], because=_AUDIO)] = None
+    audio: Annotated[Any, Only(because=_AUDIO)] = None
+    verbosity: Annotated[Any, Only("medium", because="the model has one style")] = None
+    logit_bias: Annotated[Any, Only({}, because="no token can be made likelier")] = None
+    web_search_options: Annotated[Any, Only(because="the model searches nothing")] = None
+    moderation: Annotated[Any, Only(because="answers are not moderated")] = None
+
+    # vLLM, SGLang, TGI
+    request_id: Ignored = None
+    session_id: Ignored = None
+    priority: Ignored = None
+    cache_salt: Ignored = None
+    include_reasoning: Ignored = None
+    truncation_side: Ignored = None
+    add_generation_prompt: Ignored = None
+    continue_final_message: Ignored = None
+    best_of: Annotated[Any, Only(1, because=_SAMPLER)] = None
+    use_beam_search: Annotated[Any, Only(False, because=_SAMPLER)] = None
+    length_penalty: Annotated[Any, Only(1, because=_SAMPLER)] = None
+    early_stopping: Annotated[Any, Only(False, because=_SAMPLER)] = None
+    min_tokens: Annotated[Any, Only(0, because="answers have no minimum length")] = None
+    ignore_eos: Annotated[Any, Only(False, because="the model ends its answers")] = None
+    stop_token_ids: Annotated[Any, Only([], because="answers end at strings, given in stop")] = None
+    bad_words: Annotated[Any, Only([], because=_CONSTRAINED)] = None
+    allowed_token_ids: Annotated[Any, Only(because=_CONSTRAINED)] = None
+    guided_json: Annotated[Any, Only(because=_CONSTRAINED)] = None
+    guided_regex: Annotated[Any, Only(because=_CONSTRAINED)] = None
+    guided_choice: Annotated[Any, Only(because=_CONSTRAINED)] = None
+    guided_grammar: Annotated[Any, Only(because=_CONSTRAINED)] = None
+    structured_outputs: Annotated[Any, Only(because=_CONSTRAINED)] = None
+    include_stop_str_in_output: Annotated[Any, Only(False, because="answers end before a stop string")] = None
+    skip_special_tokens: Annotated[Any, Only(True, because=_TOKENS)] = None
+    spaces_between_special_tokens: Annotated[Any, Only(True, because=_TOKENS)] = None
+    return_tokens_as_token_ids: Annotated[Any, Only(False, because=_TOKENS)] = None
+    return_token_ids: Annotated[Any, Only(False, because=_TOKENS)] = None
+    echo: Annotated[Any, Only(False, because="the messages are not repeated")] = None
+    prompt_logprobs: Annotated[Any, Only(because="only answers are scored")] = None
+    truncate_prompt_tokens: Annotated[Any, Only(because="prompts are not cut")] = None
+    add_special_tokens: Annotated[Any, Only(False, because=_TEMPLATE)] = None
+    chat_template: Annotated[Any, Only(because=_TEMPLATE)] = None
+    chat_template_kwargs: Annotated[Any, Only({}, because=_TEMPLATE)] = None
+    mm_processor_kwargs: Annotated[Any, Only({}, because="images are read as the model was trained")] = None
+    media_io_kwargs: Annotated[Any, Only({}, because="images are read as the model was trained")] = None
+
+    # llama.cpp, Ollama, LM Studio, OpenRouter
+    cache_prompt: Ignored = None
+    id_slot: Ignored = None
+    keep_alive: Ignored = None
+    repeat_last_n: Ignored = None
+    mirostat_tau: Ignored = None
+    mirostat_eta: Ignored = None
+    repeat_penalty: Annotated[Any, Only(1, because="its name here is repetition_penalty")] = None
+    typical_p: Annotated[Any, Only(1, because=_SAMPLER)] = None
+    tfs_z: Annotated[Any, Only(1, because=_SAMPLER)] = None
+    top_a: Annotated[Any, Only(0, because=_SAMPLER)] = None
+    mirostat: Annotated[Any, Only(0, because=_SAMPLER)] = None
+    grammar: Annotated[Any, Only("", because=_CONSTRAINED)] = None
+    models: Annotated[Any, Only([], because="there is one model")] = None
+    plugins: Annotated[Any, Only([], because=_TOOLS)] = None
+    transforms: Annotated[Any, Only([], because="prompts are not cut")] = None
+    provider: Ignored = None
+    reasoning: Ignored = None
+    usage: Ignored = None
+    extra_body: Annotated[Any, Only({}, because="what it contains must be sent as fields of the request")] = None
+
+
+class MessageOfOthers(Schema):
+    """Fields of a message that change nothing here."""
+
+    name: Ignored = None
+    id: Ignored = None
+    opts: Ignored = None
+    annotations: Ignored = None
+    prefix: Ignored = None
+    reasoning: Ignored = None
+    reasoning_content: Ignored = None
+    reasoning_details: Ignored = None
+    thinking_blocks: Ignored = None
+    provider_specific_fields: Ignored = None
+    cache_control: Ignored = None
+    refusal: Annotated[Any, Only(because="what is said stands in content")] = None
+    tool_calls: Annotated[Any, Only([], because=_TOOLS)] = None
+    function_call: Annotated[Any, Only(because=_TOOLS)] = None
+    tool_call_id: Annotated[Any, Only(because=_TOOLS)] = None
+    audio: Annotated[Any, Only(because=_AUDIO)] = None
+
+
+class PartOfOthers(Schema):
+    """Fields of a message's part that change nothing here."""
+
+    cache_control: Ignored = None
+    annotations: Ignored = None
+    uuid: Ignored = None
