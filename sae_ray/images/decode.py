@@ -78,7 +78,7 @@ def _decoded(data: bytes, max_pixels: int, at_least: int | None, rendering: Rend
         check(image.size)  # a few formats tell another size in their header
         _turn_upright(image)
         rgb = rendered(image, data, rendering)
-        if deep and is_dim(rgb):
+        if deep and rendering.white is None and is_dim(rgb):
             rgb.info[DIM] = True
         return rgb
     except (BadImage, MemoryError):
