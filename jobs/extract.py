@@ -231,10 +231,14 @@ def _encoded(
     resources = plan.study.resources.extract
     memory = ENCODER_BYTES + 2 * max(_bytes_of_a_part(parts) for parts in sets)
     workers, gpus, decoders = _shares(resources, memory)
-    actor = {"num_cpus": resources.cpus, "num_gpus": gpus, "memory": at_most_a_node(memory, resources.cpus, gpus)}
+    actor: dict[str, Any] = {
+        "num_cpus": resources.cpus,
+        "num_gpus": gpus,
+        "memory": at_most_a_node(memory, resources.cpus, gpus),
+    }
     # Where tasks ask for what the actors do, Ray runs both in the actors. Tasks of their own find no CPU where lost
     # nodes leave so few that the actors, which wait for these tasks, take them all.
-    task = {} if decoders else actor
+    task: dict[str, Any] = {} if decoders else actor
     rows = [row for parts in sets for row in parts.rows]
     run = uuid.uuid4().hex
     sources = {parts.images.name: parts.source for parts in sets}
