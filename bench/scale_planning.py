@@ -58,6 +58,7 @@ def main() -> None:
         columns = ["images", "listed, labelled, digests: s", "of which the made-up file system: s"]
         columns += ["lists written: s", "MB of lists", "names of a part read: ms", "peak MB"]
         planned = Table(title="Planning, one process", columns=columns, rows=rows)
+        record("scale_planning", [planned], {"command": "python -m bench.scale_planning, the lists alone"})
         told = own_process("schedule", f"{scratch}/root", str(SCHEDULED_PARTS))
         nodes = f"{len(CPUS)} nodes of {', '.join(map(str, CPUS))} logical CPUs"
         title = f"The driver of {SCHEDULED_PARTS:,} of {PLANNED[-1] // 512 + 1:,} parts, one site, {nodes}"
