@@ -108,7 +108,7 @@ def finish_extract(extract: ExtractPlan) -> None:
     parts = []
     for number, start in enumerate(range(0, len(ids), per_part)):
         part = ids[start : start + per_part]
-        accepted, rejects, [pixels] = decode_part(extract.images.folder, part, preparations)
+        accepted, rejects, [pixels], _ = decode_part(extract.images.folder, part, preparations)
         kept = [part[place] for place in accepted]
         sites = [(extract.site, extract.step.config["store_dtype"])]
         [rows] = encode_part(encoder, sites, pixels, start + accepted, kept, 0, batch_size=64)
