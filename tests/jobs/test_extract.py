@@ -202,7 +202,7 @@ def test_a_part_that_keeps_ending_its_process_is_an_error(ray_cluster, world, tm
     step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
     jobs = (extract.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]}),)
     encode = extract.PartEncoder(jobs, "cpu", 16, 0, "run", None)
-    batch = pa.table({"images": ["train"], "part": [3], "image_ids": [["a.png", "b.png"]], "begun": [0]})
+    batch = pa.table({"images": ["train"], "part": [3], "image_ids": [["a.png", "b.png"]], "begun": [0], "dim": [[]]})
     (tmp_path / "lock-of-the-driver.json").touch()
     for _ in range(extract.MOST_TRIES):
         begin(step.folder, "run", "part-00003-encode", "a node that was lost")

@@ -22,6 +22,7 @@ from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import SaeRayError
 from sae_ray.images import decode_image, list_images
+from sae_ray.images.rendering import Rendering
 from sae_ray.report import album as albums
 from sae_ray.report import write_report
 from sae_ray.report.album import SIDE, Album, thumbnail_size
@@ -156,7 +157,7 @@ def test_an_album_numbers_images_in_the_order_of_need(folders: list[ImagePlan]):
 def make_sprites(album: Album, folders: list[ImagePlan], encoder: str, step: Path) -> int:
     """Makes thumbnails of 28 x 28 pixels, and returns how many images could not be read."""
     sources = {images.name: images.folder for images in folders}
-    job = PicturesJob(Folder(step), encoder, None, "float32", 0, (28, 28), sources, ())
+    job = PicturesJob(Folder(step), encoder, None, "float32", 0, (28, 28), sources, Rendering(), ())
     for number, images in enumerate(album.sprites):
         make_sprite(job, Sprite(number, [(album.image(one)[0].name, album.name(one)) for one in images], []))
     return sum(json.loads(path.read_text())["missing"] for path in (step / "parts").glob("*.json"))

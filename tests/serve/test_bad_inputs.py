@@ -102,7 +102,7 @@ def test_a_bad_request_is_told_what_is_wrong(http, name):
         (b'{"image": "x"', "JSON"),
         (b"[1]", "JSON object"),
         (b"\xff\xfe", "JSON"),
-        (b"", "equired"),
+        (b"", "must be a JSON object"),
     ],
 )
 def test_a_body_that_is_no_request(http, content, words):
