@@ -33,7 +33,9 @@ stop() {
     done
     kill -KILL -- "-$head" 2>/dev/null || true
     # The job has a session of its own, and the token that nobody else knows.
-    grep -lzs "RAY_AUTH_TOKEN=$RAY_AUTH_TOKEN" /proc/[0-9]*/environ | cut -d/ -f3 | xargs -r kill -KILL 2>/dev/null || true
+    for pid in $(grep -lzs "RAY_AUTH_TOKEN=$RAY_AUTH_TOKEN" /proc/[0-9]*/environ | cut -d/ -f3); do
+        kill -KILL "$pid" 2>/dev/null || true
+    done
     wait "$head" 2>/dev/null || true
     rm -rf "$scratch" 2>/dev/null || { sleep 1; rm -rf "$scratch"; } || true
 }
