@@ -9,7 +9,7 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,9 @@ def connect() -> None:
     Does nothing where Ray is initialised already.
     """
     # Ray Train polls its workers; at the default of two seconds short runs spend most of their time waiting.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are not about anything a user can change
-    for name, value in KEEPALIVE.items():
-        os.environ.setdefault(name, value)
+    _set_defaults({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"})
+    _set_defaults({"RAY_BACKEND_LOG_LEVEL": "fatal"})  # its warnings are not about anything a user can change
+    _set_defaults(KEEPALIVE)
     allow_slow_starts()
     import ray
 
@@ -63,7 +62,7 @@ def connect() -> None:
             ray.init(logging_level=logging.WARNING)
     else:
         # Without one, Ray would write a token to ~/.ray, and every later `ray start` of this user would ask for it.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        _set_defaults({"RAY_AUTH_TOKEN": secrets.token_hex(32)})
         with _held_back_stderr():
             # Logical CPUs: readers and actors that mostly wait need more than two of them to run at once.
             ray.init(
@@ -75,6 +74,12 @@ def connect() -> None:
                 log_to_driver=False,
             )
     _show_messages_of_ray_on_stderr()
+
+
+def _set_defaults(variables: Mapping[str, str]) -> None:
+    """In the environment of this process, and so of Ray's."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def usable_cpus() -> int:
@@ -111,8 +116,7 @@ def allow_slow_starts() -> None:
     A raylet gives up for good if its agents have not written the ports that they chose to files after 15 seconds, which
     cannot be changed (Ray 2.60, `NodeManager::WaitForDashboardAgentPorts`). So ports are chosen, and written, before.
     """
-    for name, value in START_LIMITS.items():
-        os.environ.setdefault(name, value)
+    _set_defaults(START_LIMITS)
     from ray._private.node import Node
     from ray._raylet import persist_port  # pyright: ignore[reportAttributeAccessIssue]
 
