@@ -63,7 +63,7 @@ def command(script: str) -> list[str]:
     if program is None or not needed.exists():
         pytest.skip("this client is not installed; make test-clients does that")
     # Node looks for packages where the script lies.
-    return [program, shutil.copy(SCRIPTS / script, INSTALLED)]
+    return [program, shutil.copy(SCRIPTS / script, INSTALLED) if script.endswith(".mjs") else str(SCRIPTS / script)]
 
 
 @pytest.mark.parametrize("script", ["use_openai.py", *(pytest.param(one, marks=pytest.mark.clients) for one in OTHERS)])

@@ -1,19 +1,10 @@
 """LiteLLM, unmodified."""
 
-import json
-import os
-
 import litellm
-
-asked = json.loads(os.environ["ASKED"])
-
-
-def about(*images):
-    parts = [{"type": "image_url", "image_url": {"url": url, "format": "image/png"}} for url in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": asked["question"]}]}]
+from openai_style import asked, print_answers
 
 
-def ask(messages, **rest):
+def ask(messages, **fields):
     return litellm.completion(
         model=f"openai/{asked['model']}",
         base_url=asked["url"],
@@ -22,21 +13,8 @@ def ask(messages, **rest):
         temperature=0,
         max_tokens=16,
         num_retries=0,
-        **rest,
+        **fields,
     )
 
 
-def said(messages, **rest):
-    return ask(messages, **rest).choices[0].message.content
-
-
-one, *_ = images = asked["images"]
-answers = {
-    "plain": said(about(one)),
-    "streamed": "".join(event.choices[0].delta.content or "" for event in ask(about(one), stream=True)),
-    "several": said(about(*images)),
-    "text": said([{"role": "system", "content": "Be brief."}, {"role": "user", "content": asked["question"]}]),
-}
-if asked["steering"]:
-    answers["steered"] = said(about(one), extra_body={"steering": asked["steering"]})
-print(json.dumps(answers))
+print_answers(ask, {"format": "image/png"}, "system")

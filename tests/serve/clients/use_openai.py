@@ -1,34 +1,15 @@
 """The official client for Python, unmodified."""
 
-import json
-import os
-
 from openai import OpenAI
+from openai_style import asked, print_answers
 
-asked = json.loads(os.environ["ASKED"])
 client = OpenAI(base_url=asked["url"], api_key=asked["key"], max_retries=0)
 
 
-def about(*images):
-    parts = [{"type": "image_url", "image_url": {"url": url, "detail": "low"}} for url in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": asked["question"]}]}]
+def ask(messages, **fields):
+    return client.chat.completions.create(
+        model=asked["model"], messages=messages, temperature=0, max_tokens=16, **fields
+    )
 
 
-def ask(messages, **rest):
-    return client.chat.completions.create(model=asked["model"], messages=messages, temperature=0, max_tokens=16, **rest)
-
-
-def said(messages, **rest):
-    return ask(messages, **rest).choices[0].message.content
-
-
-one, *_ = images = asked["images"]
-answers = {
-    "plain": said(about(one)),
-    "streamed": "".join(event.choices[0].delta.content or "" for event in ask(about(one), stream=True)),
-    "several": said(about(*images)),
-    "text": said([{"role": "developer", "content": "Be brief."}, {"role": "user", "content": asked["question"]}]),
-}
-if asked["steering"]:
-    answers["steered"] = said(about(one), extra_body={"steering": asked["steering"]})
-print(json.dumps(answers))
+print_answers(ask, {"detail": "low"}, "developer")
