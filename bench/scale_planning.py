@@ -126,12 +126,13 @@ def schedule(root: str, n_parts: str) -> list[list]:
             self.missing = {number for number in self.missing if number < int(n_parts)}
 
     allow_slow_starts()
-    vars(extract).update(PartsOf=Some, PartDecoder=NoDecoder, PartEncoder=NoEncoder)
+    vars(extract).update(PartsOf=Some)
     recalled, recalling = timed(lambda: recalled_plan(root))
     cluster = Cluster()
     for cpus in CPUS:
         cluster.add_node(num_cpus=cpus, object_store_memory=200 * 2**20, include_dashboard=False)
-    ray.init(address=cluster.address, log_to_driver=False)
+    hook = {"worker_process_setup_hook": work_on_nothing}
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env=hook)
     one = next(one for one in recalled.extracts if one.images.name == "train")
     finish, finishing = extract._finish, 0.0
 
@@ -178,16 +179,9 @@ def unencoded(encoder: Any, sites: list, pixels: Any, image_index: np.ndarray, *
     return [rows for _ in sites]
 
 
-class NoDecoder(extract.PartDecoder):
-    def __call__(self, batch: Any) -> Any:
-        vars(extract).update(decode_part=undecoded)
-        return super().__call__(batch)
-
-
-class NoEncoder(extract.PartEncoder):
-    def __call__(self, batch: Any) -> Any:
-        vars(extract).update(load_encoder=lambda *given: None, encode_part=unencoded)
-        return super().__call__(batch)
+def work_on_nothing() -> None:
+    """In every worker, when it starts."""
+    vars(extract).update(decode_part=undecoded, load_encoder=lambda *given: None, encode_part=unencoded)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
