@@ -11,13 +11,18 @@ if TYPE_CHECKING:
     from sae_ray.concepts.labelling import label_concepts as label_concepts
     from sae_ray.concepts.labelling import mean_embeddings as mean_embeddings
     from sae_ray.concepts.labelling import search as search
+    from sae_ray.concepts.labels import Labels as Labels
     from sae_ray.concepts.naming import class_names as class_names
     from sae_ray.concepts.naming import class_of as class_of
+    from sae_ray.concepts.statistics import ClassStats as ClassStats
+    from sae_ray.concepts.statistics import merged as merged
 
 __getattr__ = exports(
     __name__,
     {
         "labelling": ["Concept", "best_of_each", "image_classes", "label_concepts", "mean_embeddings", "search"],
+        "labels": ["Labels"],
         "naming": ["class_names", "class_of"],
+        "statistics": ["ClassStats", "merged"],
     },
 )
