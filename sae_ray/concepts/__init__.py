@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from sae_ray.lazy import exports
 
 if TYPE_CHECKING:
+    from sae_ray.concepts.concept_files import read_concepts as read_concepts
     from sae_ray.concepts.labelling import Concept as Concept
     from sae_ray.concepts.labelling import best_of_each as best_of_each
     from sae_ray.concepts.labelling import image_classes as image_classes
@@ -14,15 +15,20 @@ if TYPE_CHECKING:
     from sae_ray.concepts.labels import Labels as Labels
     from sae_ray.concepts.naming import class_names as class_names
     from sae_ray.concepts.naming import class_of as class_of
+    from sae_ray.concepts.splits import balanced_rows as balanced_rows
+    from sae_ray.concepts.splits import halves as halves
+    from sae_ray.concepts.splits import shuffled_labels as shuffled_labels
     from sae_ray.concepts.statistics import ClassStats as ClassStats
     from sae_ray.concepts.statistics import merged as merged
 
 __getattr__ = exports(
     __name__,
     {
+        "concept_files": ["read_concepts"],
         "labelling": ["Concept", "best_of_each", "image_classes", "label_concepts", "mean_embeddings", "search"],
         "labels": ["Labels"],
         "naming": ["class_names", "class_of"],
+        "splits": ["balanced_rows", "halves", "shuffled_labels"],
         "statistics": ["ClassStats", "merged"],
     },
 )
