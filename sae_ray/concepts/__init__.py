@@ -6,6 +6,14 @@ from sae_ray.lazy import exports
 
 if TYPE_CHECKING:
     from sae_ray.concepts.concept_files import read_concepts as read_concepts
+    from sae_ray.concepts.correlations import correlation as correlation
+    from sae_ray.concepts.correlations import label_correlation as label_correlation
+    from sae_ray.concepts.entropies import entropy as entropy
+    from sae_ray.concepts.entropies import label_entropy as label_entropy
+    from sae_ray.concepts.label_scoring import LabelScores as LabelScores
+    from sae_ray.concepts.label_scoring import LabelSummary as LabelSummary
+    from sae_ray.concepts.label_scoring import label_scores as label_scores
+    from sae_ray.concepts.label_scoring import label_summary as label_summary
     from sae_ray.concepts.labelling import Concept as Concept
     from sae_ray.concepts.labelling import best_of_each as best_of_each
     from sae_ray.concepts.labelling import image_classes as image_classes
@@ -25,6 +33,9 @@ __getattr__ = exports(
     __name__,
     {
         "concept_files": ["read_concepts"],
+        "correlations": ["correlation", "label_correlation"],
+        "entropies": ["entropy", "label_entropy"],
+        "label_scoring": ["LabelScores", "LabelSummary", "label_scores", "label_summary"],
         "labelling": ["Concept", "best_of_each", "image_classes", "label_concepts", "mean_embeddings", "search"],
         "labels": ["Labels"],
         "naming": ["class_names", "class_of"],
