@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from sae_ray.concepts.correlations import label_correlation as label_correlation
     from sae_ray.concepts.entropies import entropy as entropy
     from sae_ray.concepts.entropies import label_entropy as label_entropy
+    from sae_ray.concepts.feature_monosemanticity import FMS as FMS
+    from sae_ray.concepts.feature_monosemanticity import fms as fms
     from sae_ray.concepts.label_scoring import LabelScores as LabelScores
     from sae_ray.concepts.label_scoring import LabelSummary as LabelSummary
     from sae_ray.concepts.label_scoring import label_scores as label_scores
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from sae_ray.concepts.labels import Labels as Labels
     from sae_ray.concepts.naming import class_names as class_names
     from sae_ray.concepts.naming import class_of as class_of
+    from sae_ray.concepts.splits import Halves as Halves
     from sae_ray.concepts.splits import balanced_rows as balanced_rows
     from sae_ray.concepts.splits import halves as halves
     from sae_ray.concepts.splits import shuffled_labels as shuffled_labels
@@ -35,11 +38,12 @@ __getattr__ = exports(
         "concept_files": ["read_concepts"],
         "correlations": ["correlation", "label_correlation"],
         "entropies": ["entropy", "label_entropy"],
+        "feature_monosemanticity": ["FMS", "fms"],
         "label_scoring": ["LabelScores", "LabelSummary", "label_scores", "label_summary"],
         "labelling": ["Concept", "best_of_each", "image_classes", "label_concepts", "mean_embeddings", "search"],
         "labels": ["Labels"],
         "naming": ["class_names", "class_of"],
-        "splits": ["balanced_rows", "halves", "shuffled_labels"],
+        "splits": ["Halves", "balanced_rows", "halves", "shuffled_labels"],
         "statistics": ["ClassStats", "merged"],
     },
 )
