@@ -59,7 +59,7 @@ def read_concepts(file: str, folder: Folder, image_ids: Sequence[str]) -> Labels
         raise UsageError(f"{file}, row {rows.line_num}: {error}; fix the row") from error
 
     parent, _ = parent_and_name(file)
-    spelled = {image_id: repr(values) for image_id, values in found.items()}
+    spelled: dict[str, str | None] = {image_id: repr(values) for image_id, values in found.items()}
     row_of = meetings(file, spelled, image_ids, prefixes(folder, parent))
     images = images_among(list(image_ids))
     if lacking := [image_id for image_id in images if image_id not in row_of]:

@@ -51,17 +51,27 @@ def entropy(
     check(variant in get_args(Variant), "variant", variant, f"it must be one of {', '.join(get_args(Variant))}")
     match variant:
         case "mass":
-            weight = stats.class_total.copy()
+            weight = stats.class_total
         case "balanced":
             weight = stats.class_total / np.maximum(stats.n_positive, 1)
         case "rho":
             weight = np.maximum(np.nan_to_num(correlation(stats)), 0)
         case _:
             assert_never(variant)
-    measurable = (stats.n_firing.max(axis=1) >= min_firing) & ~(weight < 0).any(axis=1)
-    total = weight.sum(axis=1)
+    found = entropy_of(weight, int(np.count_nonzero(stats.n_positive)))
+    return np.where(stats.n_firing.max(axis=1) >= min_firing, found, np.nan)
+
+
+def entropy_of(weight: Float[np.ndarray, "rows concepts"], n_concepts: int) -> Float[np.ndarray, " rows"]:
+    """Entropy of the shares of weights in their row's sum, divided by the logarithm of a number of concepts.
+
+    NaN for a row without a weight above 0, or with one below. Costs the weights that are not 0.
+    """
+    row, concept = np.nonzero(weight)
+    value = weight[row, concept]
+    total = np.bincount(row, weights=value, minlength=len(weight))
     with np.errstate(divide="ignore", invalid="ignore"):
-        weight /= total[:, None]
-        found = -np.sum(weight * np.log(np.where(weight > 0, weight, 1)), axis=1)
-        found = found / np.log(np.count_nonzero(stats.n_positive))
-    return np.where(measurable & (total > 0), np.clip(found, 0, 1), np.nan)
+        share = value / total[row]
+        found = -np.bincount(row, weights=share * np.log(share), minlength=len(weight)) / np.log(n_concepts)
+    defined = (total > 0) & ~(np.bincount(row, weights=value < 0, minlength=len(weight)) > 0)
+    return np.where(defined, np.clip(found, 0, 1), np.nan)

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from sae_ray.concepts.inputs import as_numpy, sparse_codes
+from sae_ray.concepts.inputs import SparseMatrix, as_numpy, sparse_codes
 from sae_ray.concepts.stumps import Stumps, best_stumps
 from sae_ray.concepts.trees import Tree, full_tree, judged_accuracies
 from sae_ray.errors import UsageError, check
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
-    from scipy.sparse import csr_array
 
 Convention = Literal["paper", "code"]
 Evaluation = Literal["fitted", "heldout"]
@@ -149,7 +148,7 @@ def _as_trees(stumps: Stumps, tree: Tree) -> list[Tree]:
 
 
 def _judged_accs(
-    stumps: Stumps, tree: Tree, codes: Float[csr_array, "rows latents"], shown: Bool[np.ndarray, " rows"]
+    stumps: Stumps, tree: Tree, codes: Float[SparseMatrix, "rows latents"], shown: Bool[np.ndarray, " rows"]
 ) -> Float[np.ndarray, " 10"]:
     chosen = stumps.latent[:N_CUTS]
     goes_left = codes[:, chosen].toarray() <= stumps.threshold[:N_CUTS]

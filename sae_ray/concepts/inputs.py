@@ -10,7 +10,9 @@ from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from scipy.sparse import csr_array
+
+SparseMatrix = Any
+"""A matrix of scipy.sparse, whose own types do not tell its shape."""
 
 
 def as_numpy(values: Any) -> np.ndarray:
@@ -23,7 +25,7 @@ def as_numpy(values: Any) -> np.ndarray:
     return values.astype(np.float64) if values.dtype.kind == "f" else values
 
 
-def sparse_codes(codes: Any) -> Float[csr_array, "rows latents"]:
+def sparse_codes(codes: Any) -> Float[SparseMatrix, "rows latents"]:
     """Codes as a CSR matrix of float64 with sorted indices.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sae_ray.concepts.correlations import correlation
-from sae_ray.concepts.entropies import MIN_FIRING, entropy
+from sae_ray.concepts.entropies import MIN_FIRING, entropy, entropy_of
 from sae_ray.concepts.statistics import ClassStats
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def label_scores(stats: ClassStats) -> LabelScores:
     """The scores of the latents of a statistic. Memory: two further arrays [latents, concepts] at a time."""
     rho = correlation(stats)
     rho[np.isnan(rho) | (stats.n_firing < MIN_FIRING)] = -np.inf
+    entropy_rho = entropy_of(np.maximum(rho, 0), int(np.count_nonzero(stats.n_positive)))
     places = np.arange(len(rho))
     if rho.shape[1]:
         best = rho.argmax(axis=1)
@@ -81,7 +82,7 @@ def label_scores(stats: ClassStats) -> LabelScores:
         second_rho=_null(second_rho),
         entropy_mass=entropy(stats, "mass"),
         entropy_balanced=entropy(stats, "balanced"),
-        entropy_rho=entropy(stats, "rho"),
+        entropy_rho=entropy_rho,
     )
 
 
@@ -92,8 +93,8 @@ def label_summary(scores: LabelScores) -> LabelSummary:
     return LabelSummary(
         n_live=n_live,
         n_measured=int(np.count_nonzero(~np.isnan(rho))),
-        share_rho_30=np.count_nonzero(rho >= 0.3) / n_live if n_live else np.nan,
-        share_rho_50=np.count_nonzero(rho >= FOUND) / n_live if n_live else np.nan,
+        share_rho_30=int(np.count_nonzero(rho >= 0.3)) / n_live if n_live else np.nan,
+        share_rho_50=int(np.count_nonzero(rho >= FOUND)) / n_live if n_live else np.nan,
         n_found_concepts=len(np.unique(scores.best_concept[rho >= FOUND])),
         max_rho=_mean(rho, np.max),
         mean_entropy_balanced=_mean(scores.entropy_balanced),

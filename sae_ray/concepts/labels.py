@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sae_ray.concepts.inputs import as_numpy
+from sae_ray.concepts.inputs import SparseMatrix, as_numpy
 from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from jaxtyping import Bool, Float, Int
-    from scipy.sparse import csc_array, csr_array
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Labels:
 
     names: tuple[str, ...]
     """Of the concepts."""
-    positive: Float[csr_array, "images concepts"]
+    positive: Float[SparseMatrix, "images concepts"]
     """1 where an image shows a concept."""
     known: Bool[np.ndarray, "images populations"]
     """Whether it is known what an image shows: one column for all concepts alike, or one column for each concept. What
@@ -92,7 +91,7 @@ class Labels:
     @cached_property
     def labelled(self) -> Bool[np.ndarray, " images"]:
         """Whether anything is known of an image."""
-        return self.known.any(axis=1)
+        return np.asarray(self.known.any(axis=1))
 
     @cached_property
     def n_positive(self) -> Int[np.ndarray, " concepts"]:
@@ -116,7 +115,7 @@ class Labels:
         return values
 
     @cached_property
-    def _columns(self) -> Float[csc_array, "images concepts"]:
+    def _columns(self) -> Float[SparseMatrix, "images concepts"]:
         return self.positive.tocsc()
 
 
@@ -135,15 +134,16 @@ def _of_codes(codes: Int[np.ndarray, " images"], names: tuple[str, ...]) -> Labe
 
 def _of_matrix(values: np.ndarray, names: tuple[str, ...]) -> Labels:
     values = np.ma.filled(values.astype(np.float64), np.nan)
-    known = ~np.isnan(values)
+    known = np.asarray(~np.isnan(values))
     if wrong := set(np.unique(values[known]).tolist()) - {0.0, 1.0}:
         raise UsageError(f"labels has the value {min(wrong):g}; a matrix of labels has only 0, 1 and NaN for unknown")
     if np.array_equal(known.any(axis=1), known.all(axis=1)):
-        known = known.all(axis=1, keepdims=True)
-    return Labels(names, _ones(*np.nonzero(values == 1), values.shape), known)
+        known = known[:, :1]
+    row, column = np.nonzero(values == 1)
+    return Labels(names, _ones(row, column, values.shape), known)
 
 
-def _ones(row: np.ndarray, column: np.ndarray, shape: tuple[int, int]) -> csr_array:
+def _ones(row: np.ndarray, column: np.ndarray, shape: tuple[int, ...]) -> SparseMatrix:
     from scipy.sparse import csr_array
 
     return csr_array((np.ones(len(row)), (row, column)), shape=shape)

@@ -6,17 +6,16 @@ here it is an image with its labels, so formulas are the same and figures are no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sae_ray.concepts.inputs import sparse_codes
+from sae_ray.concepts.inputs import SparseMatrix, sparse_codes
 from sae_ray.concepts.labels import Labels, check_same_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-    from scipy.sparse import csc_array, csr_array
 
 RIDGE = 1e-8
 """Weight of the squared distance from the probe that knows only how common the concept is."""
@@ -106,17 +105,25 @@ def latent_probes(codes: Any, labels: Any) -> LatentProbes:
     return found
 
 
-def best_probes(blocks: Sequence[LatentProbes], labels: Labels) -> BestProbes:
-    """Of consecutive blocks of latents; `labels` are those that they were fitted to."""
-    weight, bias, loss = (np.concatenate(column) for column in zip(*blocks, strict=True))
+def best_probes(blocks: Iterable[LatentProbes], labels: Labels) -> BestProbes:
+    """Of consecutive blocks of latents, of which one need be there at a time.
+
+    Args:
+        labels: Those that the probes were fitted to.
+    """
     n_known = np.broadcast_to(labels.known.sum(axis=0), labels.n_positive.shape)
-    prevalence = labels.n_positive / np.maximum(n_known, 1)
-    ranked = np.where(np.isnan(loss), np.inf, loss)
-    latent = ranked.argmin(axis=0) if len(ranked) else np.zeros(labels.n_concepts, np.int64)
-    has_one = np.isfinite(ranked.min(axis=0, initial=np.inf))
-    empty = np.full(labels.n_concepts, np.nan)
-    chosen = [values[latent, np.arange(labels.n_concepts)] if len(values) else empty for values in (weight, bias, loss)]
-    return BestProbes(np.where(has_one, latent, -1), *chosen, prevalence)
+    weight, bias, loss = np.full((3, labels.n_concepts), np.nan)
+    best = BestProbes(np.full(labels.n_concepts, -1), weight, bias, loss, labels.n_positive / np.maximum(n_known, 1))
+    first = 0
+    for block in blocks:
+        lowest = np.where(np.isnan(block.loss), np.inf, block.loss)
+        for concept in np.flatnonzero(lowest.min(axis=0, initial=np.inf) < np.where(np.isnan(loss), np.inf, loss)):
+            latent = lowest[:, concept].argmin()
+            best.latent[concept] = first + latent
+            for target, values in zip((weight, bias, loss), block, strict=True):
+                target[concept] = values[latent, concept]
+        first += len(block.loss)
+    return best
 
 
 def judge_probes(best: BestProbes, codes: Any, labels: Any) -> JudgedProbes:
@@ -160,7 +167,7 @@ def _groups(labels: Labels) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _fit(
-    codes: Float[csc_array, "images latents"], positive: Float[csr_array, "images concepts"]
+    codes: Float[SparseMatrix, "images latents"], positive: Float[SparseMatrix, "images concepts"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights, biases and losses of labels that are all known."""
     n = codes.shape[0]
@@ -181,7 +188,8 @@ def _fit(
 
     proper = (shown > 0) & (shown < n)
     wanted = proper & (together | (lowest <= 0)[:, None])
-    for latent, concept in _chunks(*np.nonzero(wanted), np.diff(codes.indptr)):
+    pairs = np.nonzero(wanted)
+    for latent, concept in _chunks(pairs[0], pairs[1], np.diff(codes.indptr)):
         problem = _Problem(codes, latent, shown[concept], total[latent, concept])
         weight[latent, concept], bias[latent, concept], loss[latent, concept] = problem.solve()
     for target in (weight, bias, loss):
@@ -192,7 +200,7 @@ def _fit(
 class _Problem:
     """Pairs of a latent and a concept whose losses are lowered together."""
 
-    def __init__(self, codes: csc_array, latent: np.ndarray, shown: np.ndarray, total: np.ndarray):
+    def __init__(self, codes: SparseMatrix, latent: np.ndarray, shown: np.ndarray, total: np.ndarray):
         self.n = codes.shape[0]
         self.shown, self.total = shown / self.n, total / self.n
         self.prior = _logit(self.shown)
@@ -270,7 +278,7 @@ def _chunks(latent: np.ndarray, concept: np.ndarray, n_listed: np.ndarray) -> It
             yield latent[part], concept[part]
 
 
-def _lowest(codes: csc_array) -> Float[np.ndarray, " latents"]:
+def _lowest(codes: SparseMatrix) -> Float[np.ndarray, " latents"]:
     """Of the listed codes; inf without any."""
     lowest = np.full(codes.shape[1], np.inf)
     np.minimum.at(lowest, np.repeat(np.arange(codes.shape[1]), np.diff(codes.indptr)), codes.data)

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sae_ray.concepts.inputs import sparse_codes
+from sae_ray.concepts.inputs import SparseMatrix, sparse_codes
 from sae_ray.concepts.labels import Labels, check_same_rows
 from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-    from scipy.sparse import csr_array
 
 
 class ClassStats:
@@ -124,7 +123,7 @@ def merged(parts: Iterable[ClassStats]) -> ClassStats:
 
 
 def _moments(
-    matrix: Float[csr_array, "images latents"], known: Float[np.ndarray, "images populations"]
+    matrix: Float[SparseMatrix, "images latents"], known: Float[np.ndarray, "images populations"]
 ) -> tuple[Float[np.ndarray, "latents populations"], Float[np.ndarray, "latents populations"]]:
     """Means and sums of squared distances from them, of the known images of one block."""
     n = known.sum(axis=0)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from sae_ray.concepts.inputs import SparseMatrix
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
-    from scipy.sparse import csr_array
 
 GAIN_DECIMALS = 12
 """Gains that agree to so many decimals are tied; they are ratios of numbers of rows, so the rest is rounding."""
@@ -36,7 +37,7 @@ class Stumps(NamedTuple):
         return int(np.count_nonzero(self.gain == self.gain[:1]))
 
 
-def best_stumps(codes: Float[csr_array, "rows latents"], labels: Bool[np.ndarray, " rows"]) -> Stumps:
+def best_stumps(codes: Float[SparseMatrix, "rows latents"], labels: Bool[np.ndarray, " rows"]) -> Stumps:
     """Of one concept. Costs the sorting of the codes that are not 0. Of thresholds that gain as much, the lowest is
     taken, as by scikit-learn."""
     entries = codes.tocoo()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sae_ray.concepts.inputs import as_numpy, sparse_codes
+from sae_ray.concepts.inputs import SparseMatrix, as_numpy, sparse_codes
 from sae_ray.concepts.labels import Labels, check_same_rows
 from sae_ray.concepts.splits import Halves, balanced_rows
 from sae_ray.errors import UsageError
@@ -122,5 +122,5 @@ def tpp(
     return TPP(tuple(ns), np.array(list(drawn)), accuracy, drop[own].mean(axis=0), unintended)
 
 
-def _effects(codes: Any, shown: np.ndarray, products: np.ndarray) -> Float[np.ndarray, " latents"]:
+def _effects(codes: SparseMatrix, shown: np.ndarray, products: np.ndarray) -> Float[np.ndarray, " latents"]:
     return np.maximum(codes[shown].mean(axis=0) - codes[~shown].mean(axis=0), 0) * products

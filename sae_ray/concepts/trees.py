@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from sae_ray.concepts.inputs import SparseMatrix
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
-    from scipy.sparse import csr_array
 
 
 class Tree(NamedTuple):
@@ -51,12 +52,18 @@ class Tree(NamedTuple):
         return np.array(found)
 
 
-def full_tree(codes: Float[csr_array, "rows latents"], labels: Bool[np.ndarray, " rows"]) -> tuple[Tree, Any]:
+def full_tree(codes: Float[SparseMatrix, "rows latents"], labels: Bool[np.ndarray, " rows"]) -> tuple[Tree, Any]:
     """A tree that is grown until no leaf can be split (scikit-learn, Gini impurity, `random_state` 0), and the fitted
-    `DecisionTreeClassifier`."""
+    `DecisionTreeClassifier`.
+
+    The tree is that of the dense matrix, but the sparse one costs what is not 0: noise makes trees hundreds deep, of
+    which each level would look at every row and latent.
+    """
+    from scipy.sparse import csc_matrix
     from sklearn.tree import DecisionTreeClassifier
 
-    fitted = DecisionTreeClassifier(criterion="gini", random_state=0).fit(_dense(codes), labels)
+    columns = csc_matrix(codes.astype(np.float32))
+    fitted = DecisionTreeClassifier(criterion="gini", random_state=0).fit(columns, labels)
     nodes = fitted.tree_
     counts = np.rint(nodes.value[:, 0, :] * nodes.weighted_n_node_samples[:, None]).astype(np.int64)
     depth = nodes.compute_node_depths().astype(np.int64) - 1
@@ -64,14 +71,13 @@ def full_tree(codes: Float[csr_array, "rows latents"], labels: Bool[np.ndarray, 
 
 
 def judged_accuracies(
-    tree: Tree, fitted: Any, codes: Float[csr_array, "rows latents"], labels: Bool[np.ndarray, " rows"]
+    tree: Tree, fitted: Any, codes: Float[SparseMatrix, "rows latents"], labels: Bool[np.ndarray, " rows"]
 ) -> Float[np.ndarray, " depths"]:
     """Share of other rows that a `full_tree` gets right when it is cut at depth 0, 1, … its own depth."""
-    paths = fitted.decision_path(_dense(codes))  # nodes are numbered parents first, so each row lists its path in order
+    from scipy.sparse import csr_matrix
+
+    paths = fitted.decision_path(csr_matrix(codes.astype(np.float32)))
+    # Nodes are numbered parents first, so the path of each row is in order.
     length = np.diff(paths.indptr)
     places = (paths.indptr[:-1] + np.minimum(d, length - 1) for d in range(tree.depth.max() + 1))
     return np.array([(tree.says[paths.indices[place]] == labels).mean() for place in places])
-
-
-def _dense(codes: Float[csr_array, "rows latents"]) -> Float[np.ndarray, "rows latents"]:
-    return codes.astype(np.float32).toarray()

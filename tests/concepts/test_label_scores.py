@@ -102,7 +102,7 @@ def test_a_latent_that_ignores_the_classes_has_rho_0_and_all_entropy():
     classes = rng.integers(0, 10, 10_000)
     codes = (rng.random((10_000, 20)) < 0.1).astype(float)
     assert np.abs(label_correlation(codes, classes)).max() < 5 / np.sqrt(10_000)
-    balanced = np.repeat(np.tile([1.0, 0.0], 500)[:, None], 1, axis=1)  # the same rate in every class, exactly
+    balanced = np.tile([1.0, 0.0], 500)[:, None]  # the same rate in every class, exactly
     assert label_entropy(balanced, np.repeat(np.arange(10), 100)) > 0.999
 
 
