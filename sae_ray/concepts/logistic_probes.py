@@ -176,18 +176,18 @@ def _fit(
     listed.data = np.ones(len(codes.data))
     total = (codes.T @ positive).toarray()
     together = (listed.T @ positive).toarray() > 0
-    n_zero = n - np.diff(codes.indptr)
-    lowest = _lowest(codes)
+    n_zero = n - np.diff(codes.indptr)[:, None]
+    lowest = _lowest(codes)[:, None]
 
     # Nothing of the concept where the latent fires: the better the lower the weight, and the rest is a share of zeros.
+    share = np.minimum(shown / np.maximum(n_zero, 1), 1)
+    bias = _logit(share)
     with np.errstate(divide="ignore", invalid="ignore"):
-        rest = _logit(np.minimum(shown / n_zero[:, None], 1))
-        weight = np.where(np.isfinite(lowest), -(LOGIT_LIMIT + np.maximum(rest.T, 0)) / lowest, 0.0).T
-    bias = rest
-    loss = n_zero[:, None] * _entropy(np.minimum(shown / np.maximum(n_zero[:, None], 1), 1)) / max(n, 1)
+        weight = np.where(np.isfinite(lowest), -(LOGIT_LIMIT + np.maximum(bias, 0)) / lowest, 0.0)
+    loss = n_zero / max(n, 1) * _entropy(share)
 
     proper = (shown > 0) & (shown < n)
-    wanted = proper & (together | (lowest <= 0)[:, None])
+    wanted = proper & (together | (lowest <= 0))
     pairs = np.nonzero(wanted)
     for latent, concept in _chunks(pairs[0], pairs[1], np.diff(codes.indptr)):
         problem = _Problem(codes, latent, shown[concept], total[latent, concept])
@@ -234,7 +234,7 @@ class _Problem:
             tried = x + length * step
             lost_there, step_there = problem.at(tried)
             better = lost_there <= lost
-            done = better & (lost - lost_there < TOLERANCE) | (length < TOLERANCE)
+            done = better & (length == 1) & (lost - lost_there < TOLERANCE) | (length < TOLERANCE)
             x = np.where(better, tried, x)
             lost = np.where(better, lost_there, lost)
             step = np.where(better, step_there, step)
@@ -266,7 +266,7 @@ class _Problem:
         ww = mean(spread * self.code**2) + RIDGE
         wb = mean(spread * self.code)
         bb = mean(spread) + spread_zero + RIDGE
-        determinant = ww * bb - wb**2
+        determinant = np.maximum(ww * bb - wb**2, RIDGE**2)
         return lost, np.stack([wb * slope_b - bb * slope_w, wb * slope_w - ww * slope_b]) / determinant
 
 

@@ -59,10 +59,9 @@ def full_tree(codes: Float[SparseMatrix, "rows latents"], labels: Bool[np.ndarra
     The tree is that of the dense matrix, but the sparse one costs what is not 0: noise makes trees hundreds deep, of
     which each level would look at every row and latent.
     """
-    from scipy.sparse import csc_matrix
     from sklearn.tree import DecisionTreeClassifier
 
-    columns = csc_matrix(codes.astype(np.float32))
+    columns = _as_scikit_learn_takes_it(codes.tocsc())
     fitted = DecisionTreeClassifier(criterion="gini", random_state=0).fit(columns, labels)
     nodes = fitted.tree_
     counts = np.rint(nodes.value[:, 0, :] * nodes.weighted_n_node_samples[:, None]).astype(np.int64)
@@ -74,10 +73,13 @@ def judged_accuracies(
     tree: Tree, fitted: Any, codes: Float[SparseMatrix, "rows latents"], labels: Bool[np.ndarray, " rows"]
 ) -> Float[np.ndarray, " depths"]:
     """Share of other rows that a `full_tree` gets right when it is cut at depth 0, 1, … its own depth."""
-    from scipy.sparse import csr_matrix
-
-    paths = fitted.decision_path(csr_matrix(codes.astype(np.float32)))
+    paths = fitted.decision_path(_as_scikit_learn_takes_it(codes))
     # Nodes are numbered parents first, so the path of each row is in order.
     length = np.diff(paths.indptr)
     places = (paths.indptr[:-1] + np.minimum(d, length - 1) for d in range(tree.depth.max() + 1))
     return np.array([(tree.says[paths.indices[place]] == labels).mean() for place in places])
+
+
+def _as_scikit_learn_takes_it(codes: SparseMatrix) -> SparseMatrix:
+    parts = codes.data.astype(np.float32), codes.indices.astype(np.int32), codes.indptr.astype(np.int32)
+    return type(codes)(parts, shape=codes.shape)

@@ -195,3 +195,13 @@ def test_scores_of_an_sae_and_their_summary():
     assert twin.n_found_concepts == 0
     assert twin.n_measured == summary.n_measured
     assert twin.max_rho < 0.3
+
+
+def test_a_concept_that_is_known_of_too_few_firing_images_is_not_the_best():
+    codes = np.repeat([1.0, 0.0], 30)[:, None]
+    labels = np.stack([codes[:, 0], np.arange(60) % 2, codes[:, 0]], axis=1)
+    labels[9:30, 0] = np.nan  # known of 9 images on which the latent fires
+    scores = label_scores(ClassStats.of(codes, labels))
+    assert label_correlation(codes, labels)[0, 0] == pytest.approx(1)
+    assert (scores.best_concept[0], scores.n_firing[0]) == (2, 30)
+    assert scores.second_rho[0] == pytest.approx(0, abs=1e-12)
