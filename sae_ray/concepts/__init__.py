@@ -5,19 +5,68 @@ from typing import TYPE_CHECKING
 from sae_ray.lazy import exports
 
 if TYPE_CHECKING:
+    from sae_ray.concepts.concept_files import read_concepts as read_concepts
+    from sae_ray.concepts.correlations import correlation as correlation
+    from sae_ray.concepts.correlations import label_correlation as label_correlation
+    from sae_ray.concepts.entropies import entropy as entropy
+    from sae_ray.concepts.entropies import label_entropy as label_entropy
+    from sae_ray.concepts.feature_monosemanticity import FMS as FMS
+    from sae_ray.concepts.feature_monosemanticity import fms as fms
+    from sae_ray.concepts.label_scoring import LabelScores as LabelScores
+    from sae_ray.concepts.label_scoring import LabelSummary as LabelSummary
+    from sae_ray.concepts.label_scoring import label_scores as label_scores
+    from sae_ray.concepts.label_scoring import label_summary as label_summary
     from sae_ray.concepts.labelling import Concept as Concept
     from sae_ray.concepts.labelling import best_of_each as best_of_each
     from sae_ray.concepts.labelling import image_classes as image_classes
     from sae_ray.concepts.labelling import label_concepts as label_concepts
     from sae_ray.concepts.labelling import mean_embeddings as mean_embeddings
     from sae_ray.concepts.labelling import search as search
+    from sae_ray.concepts.labels import Labels as Labels
+    from sae_ray.concepts.logistic_probes import BestProbes as BestProbes
+    from sae_ray.concepts.logistic_probes import JudgedProbes as JudgedProbes
+    from sae_ray.concepts.logistic_probes import LatentProbes as LatentProbes
+    from sae_ray.concepts.logistic_probes import best_probes as best_probes
+    from sae_ray.concepts.logistic_probes import judge_probes as judge_probes
+    from sae_ray.concepts.logistic_probes import latent_probes as latent_probes
     from sae_ray.concepts.naming import class_names as class_names
     from sae_ray.concepts.naming import class_of as class_of
+    from sae_ray.concepts.sparse_probes import SparseProbe as SparseProbe
+    from sae_ray.concepts.sparse_probes import purity as purity
+    from sae_ray.concepts.sparse_probes import sparse_probing as sparse_probing
+    from sae_ray.concepts.spatial import morans_i as morans_i
+    from sae_ray.concepts.splits import Halves as Halves
+    from sae_ray.concepts.splits import balanced_rows as balanced_rows
+    from sae_ray.concepts.splits import halves as halves
+    from sae_ray.concepts.splits import shuffled_labels as shuffled_labels
+    from sae_ray.concepts.statistics import ClassStats as ClassStats
+    from sae_ray.concepts.statistics import merged as merged
+    from sae_ray.concepts.targeted_perturbation import TPP as TPP
+    from sae_ray.concepts.targeted_perturbation import tpp as tpp
 
 __getattr__ = exports(
     __name__,
     {
+        "concept_files": ["read_concepts"],
+        "correlations": ["correlation", "label_correlation"],
+        "entropies": ["entropy", "label_entropy"],
+        "feature_monosemanticity": ["FMS", "fms"],
+        "label_scoring": ["LabelScores", "LabelSummary", "label_scores", "label_summary"],
         "labelling": ["Concept", "best_of_each", "image_classes", "label_concepts", "mean_embeddings", "search"],
+        "labels": ["Labels"],
+        "logistic_probes": [
+            "BestProbes",
+            "JudgedProbes",
+            "LatentProbes",
+            "best_probes",
+            "judge_probes",
+            "latent_probes",
+        ],
         "naming": ["class_names", "class_of"],
+        "sparse_probes": ["SparseProbe", "purity", "sparse_probing"],
+        "spatial": ["morans_i"],
+        "splits": ["Halves", "balanced_rows", "halves", "shuffled_labels"],
+        "statistics": ["ClassStats", "merged"],
+        "targeted_perturbation": ["TPP", "tpp"],
     },
 )

@@ -93,14 +93,8 @@ def read_labels(labels: str, folder: Folder, manifest: StoredTable) -> Naming:
     if labels == "auto":
         return _from_folders(folder, manifest)
 
+    text = text_of(labels, FORMS)
     parent, name = parent_and_name(labels)
-    try:
-        data = parent.read_bytes(name)
-        text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"the label file {labels} cannot be read ({error}); {FORMS}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{labels} is not UTF-8 text ({error}); save it as UTF-8") from error
     match PurePosixPath(name).suffix.lower():
         case ".csv" | ".tsv":
             named = _from_csv(labels, text, parent, folder, manifest["image_id"].to_pylist())
@@ -111,7 +105,20 @@ def read_labels(labels: str, folder: Folder, manifest: StoredTable) -> Naming:
     return lambda image_ids: pa.array(map(named.get, image_ids.to_pylist()), pa.string())
 
 
-def _images(paths: list[str]) -> list[str]:
+def text_of(file: str, forms: str) -> str:
+    """The text of a label file. Raises UsageError if it cannot be read or is no UTF-8; `forms` says what it may be."""
+    parent, name = parent_and_name(file)
+    try:
+        data = parent.read_bytes(name)
+        return data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"the label file {file} cannot be read ({error}); {forms}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def images_among(paths: list[str]) -> list[str]:
+    """Those that are named like images, or all if none is."""
     return _matching(pa.array(paths, pa.string()), IMAGE).to_pylist() or paths
 
 
@@ -181,7 +188,7 @@ def _n_shared(parents: Iterable[str]) -> int | None:
 
 
 def _from_csv(file: str, text: str, parent: Folder, folder: Folder, image_ids: list[str]) -> dict[str, str]:
-    rows = _reader(text)
+    rows = csv_reader(text, KNOWN_COLUMNS)
     header = rows.fieldnames or []
     try:
         if {"image_id", "label"} <= set(header):
@@ -198,7 +205,7 @@ def _from_csv(file: str, text: str, parent: Folder, folder: Folder, image_ids: l
     except csv.Error as error:
         raise UsageError(f"{file}, row {rows.reader.line_num}: {error}; fix the row") from error
     row_of = meetings(file, names, keys.values(), prefixes(folder, parent))
-    images = _images(image_ids)
+    images = images_among(image_ids)
     if lacking := [image_id for image_id in images if keys[image_id] not in row_of]:
         none = f"names none of the {len(images):,} images in {folder}: it " if len(lacking) == len(images) else ""
         key = keys[lacking[0]]
@@ -210,8 +217,8 @@ def _from_csv(file: str, text: str, parent: Folder, folder: Folder, image_ids: l
     return {image_id: name for image_id, name in found.items() if name is not None}
 
 
-def _reader(text: str) -> csv.DictReader:
-    """Of a CSV file, whatever separates its columns and ends its lines."""
+def csv_reader(text: str, columns: Iterable[Iterable[str]]) -> csv.DictReader:
+    """Of a CSV file, whatever ends its lines, and separates its columns if it has one of these sets of them."""
     first, _, rest = text.partition("\n")
     if first.strip().lower().startswith("sep="):  # a hint for spreadsheets
         text = rest
@@ -220,7 +227,7 @@ def _reader(text: str) -> csv.DictReader:
     def header(separator: str) -> list[str]:
         return [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
 
-    known = [one for one in SEPARATORS if any(set(columns) <= set(header(one)) for columns in KNOWN_COLUMNS)]
+    known = [one for one in SEPARATORS if any(set(some) <= set(header(one)) for some in columns)]
     separator = known[0] if known else ","
     rows = csv.DictReader(io.StringIO(text, newline=None), strict=True, delimiter=separator)
     if rows.fieldnames:
@@ -246,7 +253,7 @@ def _from_devkit(file: str, text: str, image_ids: list[str]) -> dict[str, str]:
     for row, number in enumerate(numbers, start=1):
         if not number.strip().isdecimal():
             raise UsageError(f"{file}, row {row}: {number!r} is not a class number; {FORMS}")
-    images = sorted(_images(image_ids), key=lambda path: PurePosixPath(path).name.encode())
+    images = sorted(images_among(image_ids), key=lambda path: PurePosixPath(path).name.encode())
     if len(numbers) != len(images):
         raise UsageError(
             f"{file} has {len(numbers)} rows for {len(images)} images; it labels images by order, so the folder must "

@@ -1,0 +1,82 @@
+"""Concept files: CSV with `image_id,<concept>,…`, for images that show any number of concepts.
+
+A value is 1 (the image shows the concept), 0 (it does not) or empty (unknown; so is -1, CheXpert's "uncertain"). The
+rules for rows are those of label files (`sae_ray.images.labels`): every image must have a row, though all of its values
+may be empty; rows of absent images are ignored; paths may be spelled otherwise; commas, semicolons, tabs or bars
+separate the columns.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from sae_ray.concepts.labels import Labels
+from sae_ray.errors import UsageError
+from sae_ray.images.labels import csv_reader, images_among, text_of
+from sae_ray.images.meeting import meetings, nearest, prefixes
+from sae_ray.store.files import Folder, parent_and_name
+
+FORMS = "a concept file is CSV with the header image_id,<concept>,… and the values 1, 0 or empty"
+VALUES = {"": np.nan, "1": 1.0, "0": 0.0, "-1": np.nan, "1.0": 1.0, "0.0": 0.0, "-1.0": np.nan}
+
+
+def read_concepts(file: str, folder: Folder, image_ids: Sequence[str]) -> Labels:
+    """The labels that a concept file gives to images, concepts in the order of their names.
+
+    Args:
+        file: Path or URI of the concept file.
+        folder: The image folder.
+        image_ids: Of the manifest, or of any part of it; the labels have one row for each.
+
+    Raises:
+        UsageError: The file cannot be read, has no concept, a row is incomplete or appears twice, a value is not one of
+            the above, or an image has no row.
+    """
+    rows = csv_reader(text_of(file, FORMS), [["image_id"]])
+    header = [name or "" for name in rows.fieldnames or []]
+    concepts = sorted(name for name in header if name != "image_id")
+    if "image_id" not in header or not concepts:
+        raise UsageError(f"{file} has the columns {', '.join(header) or '(none)'}; {FORMS}")
+    for name, count in Counter(header).items():
+        if not name or count > 1:
+            raise UsageError(f"{file} has {count} columns with the name {name!r}; give every concept a name of its own")
+
+    found: dict[str, list[float]] = {}
+    try:
+        for row in rows:
+            image_id, values = row["image_id"], [row[name] for name in concepts]
+            where = f"{file}, row {rows.line_num}"
+            if image_id is None or None in values or None in row:
+                raise UsageError(f"{where}: it has not as many values as the header has columns; give every row all")
+            if image_id in found:
+                raise UsageError(f"{where}: {image_id!r} already has a row; keep one of them")
+            found[image_id] = [_value(text, name, where) for name, text in zip(concepts, values, strict=True)]
+    except csv.Error as error:
+        raise UsageError(f"{file}, row {rows.line_num}: {error}; fix the row") from error
+
+    parent, _ = parent_and_name(file)
+    spelled: dict[str, str | None] = {image_id: repr(values) for image_id, values in found.items()}
+    row_of = meetings(file, spelled, image_ids, prefixes(folder, parent))
+    images = images_among(list(image_ids))
+    if lacking := [image_id for image_id in images if image_id not in row_of]:
+        none = f"names none of the {len(images):,} images in {folder}: it " if len(lacking) == len(images) else ""
+        raise UsageError(
+            f"{file} {none}has no row for the image {lacking[0]}{nearest(lacking[0], found)}; "
+            f"add the row {lacking[0]!r}, with empty values if nothing is known of the image"
+        )
+    unknown = [np.nan] * len(concepts)
+    matrix = [found[row_of[image_id]] if image_id in row_of else unknown for image_id in image_ids]
+    return Labels.of(np.array(matrix).reshape(len(image_ids), len(concepts)), concepts)
+
+
+def _value(text: str, name: str, where: str) -> float:
+    try:
+        return VALUES[text.strip()]
+    except KeyError:
+        raise UsageError(
+            f"{where}: {name} is {text!r}; give 1, 0 or nothing where it is unknown (-1 counts as nothing)"
+        ) from None
