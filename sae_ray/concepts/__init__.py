@@ -5,9 +5,15 @@ from typing import TYPE_CHECKING
 from sae_ray.lazy import exports
 
 if TYPE_CHECKING:
+    from sae_ray.concepts.best_words import BestWords as BestWords
     from sae_ray.concepts.concept_files import read_concepts as read_concepts
     from sae_ray.concepts.correlations import correlation as correlation
     from sae_ray.concepts.correlations import label_correlation as label_correlation
+    from sae_ray.concepts.cosines import cosine as cosine
+    from sae_ray.concepts.cosines import cosine_cubed as cosine_cubed
+    from sae_ray.concepts.cosines import decoder_cosine as decoder_cosine
+    from sae_ray.concepts.dissect import soft_wpmi as soft_wpmi
+    from sae_ray.concepts.dissect import wpmi as wpmi
     from sae_ray.concepts.entropies import entropy as entropy
     from sae_ray.concepts.entropies import label_entropy as label_entropy
     from sae_ray.concepts.feature_monosemanticity import FMS as FMS
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
     from sae_ray.concepts.logistic_probes import latent_probes as latent_probes
     from sae_ray.concepts.naming import class_names as class_names
     from sae_ray.concepts.naming import class_of as class_of
+    from sae_ray.concepts.orders import rank_reorder as rank_reorder
     from sae_ray.concepts.sparse_probes import SparseProbe as SparseProbe
     from sae_ray.concepts.sparse_probes import purity as purity
     from sae_ray.concepts.sparse_probes import sparse_probing as sparse_probing
@@ -43,12 +50,18 @@ if TYPE_CHECKING:
     from sae_ray.concepts.statistics import merged as merged
     from sae_ray.concepts.targeted_perturbation import TPP as TPP
     from sae_ray.concepts.targeted_perturbation import tpp as tpp
+    from sae_ray.concepts.vocabulary import Vocabulary as Vocabulary
+    from sae_ray.concepts.vocabulary import class_vocabulary as class_vocabulary
+    from sae_ray.concepts.vocabulary import read_vocabulary as read_vocabulary
 
 __getattr__ = exports(
     __name__,
     {
+        "best_words": ["BestWords"],
         "concept_files": ["read_concepts"],
         "correlations": ["correlation", "label_correlation"],
+        "cosines": ["cosine", "cosine_cubed", "decoder_cosine"],
+        "dissect": ["soft_wpmi", "wpmi"],
         "entropies": ["entropy", "label_entropy"],
         "feature_monosemanticity": ["FMS", "fms"],
         "label_scoring": ["LabelScores", "LabelSummary", "label_scores", "label_summary"],
@@ -63,10 +76,12 @@ __getattr__ = exports(
             "latent_probes",
         ],
         "naming": ["class_names", "class_of"],
+        "orders": ["rank_reorder"],
         "sparse_probes": ["SparseProbe", "purity", "sparse_probing"],
         "spatial": ["morans_i"],
         "splits": ["Halves", "balanced_rows", "halves", "shuffled_labels"],
         "statistics": ["ClassStats", "merged"],
         "targeted_perturbation": ["TPP", "tpp"],
+        "vocabulary": ["Vocabulary", "class_vocabulary", "read_vocabulary"],
     },
 )
