@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from sae_ray.concepts.entropies import label_entropy as label_entropy
     from sae_ray.concepts.feature_monosemanticity import FMS as FMS
     from sae_ray.concepts.feature_monosemanticity import fms as fms
+    from sae_ray.concepts.hierarchy import group_means as group_means
+    from sae_ray.concepts.hierarchy import lca_counts as lca_counts
+    from sae_ray.concepts.hierarchy import lca_depth as lca_depth
+    from sae_ray.concepts.hierarchy import lca_mode as lca_mode
     from sae_ray.concepts.label_scoring import LabelScores as LabelScores
     from sae_ray.concepts.label_scoring import LabelSummary as LabelSummary
     from sae_ray.concepts.label_scoring import label_scores as label_scores
@@ -38,6 +42,10 @@ if TYPE_CHECKING:
     from sae_ray.concepts.naming import class_names as class_names
     from sae_ray.concepts.naming import class_of as class_of
     from sae_ray.concepts.orders import rank_reorder as rank_reorder
+    from sae_ray.concepts.overlap import Uniqueness as Uniqueness
+    from sae_ray.concepts.overlap import count_above as count_above
+    from sae_ray.concepts.overlap import shared_pairs as shared_pairs
+    from sae_ray.concepts.overlap import uniqueness as uniqueness
     from sae_ray.concepts.sparse_probes import SparseProbe as SparseProbe
     from sae_ray.concepts.sparse_probes import purity as purity
     from sae_ray.concepts.sparse_probes import sparse_probing as sparse_probing
@@ -50,6 +58,9 @@ if TYPE_CHECKING:
     from sae_ray.concepts.statistics import merged as merged
     from sae_ray.concepts.targeted_perturbation import TPP as TPP
     from sae_ray.concepts.targeted_perturbation import tpp as tpp
+    from sae_ray.concepts.taxonomy import image_paths as image_paths
+    from sae_ray.concepts.taxonomy import inaturalist_taxonomy as inaturalist_taxonomy
+    from sae_ray.concepts.taxonomy import read_taxonomy as read_taxonomy
     from sae_ray.concepts.vocabulary import Vocabulary as Vocabulary
     from sae_ray.concepts.vocabulary import class_vocabulary as class_vocabulary
     from sae_ray.concepts.vocabulary import read_vocabulary as read_vocabulary
@@ -64,6 +75,7 @@ __getattr__ = exports(
         "dissect": ["soft_wpmi", "wpmi"],
         "entropies": ["entropy", "label_entropy"],
         "feature_monosemanticity": ["FMS", "fms"],
+        "hierarchy": ["group_means", "lca_counts", "lca_depth", "lca_mode"],
         "label_scoring": ["LabelScores", "LabelSummary", "label_scores", "label_summary"],
         "labelling": ["Concept", "best_of_each", "image_classes", "label_concepts", "mean_embeddings", "search"],
         "labels": ["Labels"],
@@ -77,11 +89,13 @@ __getattr__ = exports(
         ],
         "naming": ["class_names", "class_of"],
         "orders": ["rank_reorder"],
+        "overlap": ["Uniqueness", "count_above", "shared_pairs", "uniqueness"],
         "sparse_probes": ["SparseProbe", "purity", "sparse_probing"],
         "spatial": ["morans_i"],
         "splits": ["Halves", "balanced_rows", "halves", "shuffled_labels"],
         "statistics": ["ClassStats", "merged"],
         "targeted_perturbation": ["TPP", "tpp"],
+        "taxonomy": ["image_paths", "inaturalist_taxonomy", "read_taxonomy"],
         "vocabulary": ["Vocabulary", "class_vocabulary", "read_vocabulary"],
     },
 )
