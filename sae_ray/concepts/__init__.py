@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from sae_ray.lazy import exports
 
 if TYPE_CHECKING:
+    from sae_ray.concepts.atoms import coherence as coherence
     from sae_ray.concepts.best_words import BestWords as BestWords
     from sae_ray.concepts.concept_files import read_concepts as read_concepts
     from sae_ray.concepts.correlations import correlation as correlation
@@ -46,6 +47,16 @@ if TYPE_CHECKING:
     from sae_ray.concepts.overlap import count_above as count_above
     from sae_ray.concepts.overlap import shared_pairs as shared_pairs
     from sae_ray.concepts.overlap import uniqueness as uniqueness
+    from sae_ray.concepts.recovery import QStar as QStar
+    from sae_ray.concepts.recovery import k_unique as k_unique
+    from sae_ray.concepts.recovery import largest_k as largest_k
+    from sae_ray.concepts.recovery import q_star as q_star
+    from sae_ray.concepts.recovery import rip_bound as rip_bound
+    from sae_ray.concepts.recovery import welch_bound as welch_bound
+    from sae_ray.concepts.second_moment import SecondMoment as SecondMoment
+    from sae_ray.concepts.second_moment import aip_cosines as aip_cosines
+    from sae_ray.concepts.second_moment import mean_angle as mean_angle
+    from sae_ray.concepts.second_moment import whitening as whitening
     from sae_ray.concepts.sparse_probes import SparseProbe as SparseProbe
     from sae_ray.concepts.sparse_probes import purity as purity
     from sae_ray.concepts.sparse_probes import sparse_probing as sparse_probing
@@ -68,6 +79,7 @@ if TYPE_CHECKING:
 __getattr__ = exports(
     __name__,
     {
+        "atoms": ["coherence"],
         "best_words": ["BestWords"],
         "concept_files": ["read_concepts"],
         "correlations": ["correlation", "label_correlation"],
@@ -90,6 +102,8 @@ __getattr__ = exports(
         "naming": ["class_names", "class_of"],
         "orders": ["rank_reorder"],
         "overlap": ["Uniqueness", "count_above", "shared_pairs", "uniqueness"],
+        "recovery": ["QStar", "k_unique", "largest_k", "q_star", "rip_bound", "welch_bound"],
+        "second_moment": ["SecondMoment", "aip_cosines", "mean_angle", "whitening"],
         "sparse_probes": ["SparseProbe", "purity", "sparse_probing"],
         "spatial": ["morans_i"],
         "splits": ["Halves", "balanced_rows", "halves", "shuffled_labels"],
