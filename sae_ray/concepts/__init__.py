@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from sae_ray.concepts.splits import balanced_rows as balanced_rows
     from sae_ray.concepts.splits import halves as halves
     from sae_ray.concepts.splits import shuffled_labels as shuffled_labels
+    from sae_ray.concepts.stability import matched_cosine as matched_cosine
     from sae_ray.concepts.statistics import ClassStats as ClassStats
     from sae_ray.concepts.statistics import merged as merged
     from sae_ray.concepts.targeted_perturbation import TPP as TPP
@@ -107,6 +108,7 @@ __getattr__ = exports(
         "sparse_probes": ["SparseProbe", "purity", "sparse_probing"],
         "spatial": ["morans_i"],
         "splits": ["Halves", "balanced_rows", "halves", "shuffled_labels"],
+        "stability": ["matched_cosine"],
         "statistics": ["ClassStats", "merged"],
         "targeted_perturbation": ["TPP", "tpp"],
         "taxonomy": ["image_paths", "inaturalist_taxonomy", "read_taxonomy"],
