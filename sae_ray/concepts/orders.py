@@ -48,11 +48,7 @@ def rank_reorder(
         images = images[images >= 0]
         if len(images) < MIN_IMAGES:
             continue
-        column = np.zeros(len(similarities))
-        column[codes.indices[codes.indptr[neuron] : codes.indptr[neuron + 1]]] = codes.data[
-            codes.indptr[neuron] : codes.indptr[neuron + 1]
-        ]
-        falling = column[images]
+        falling = codes[:, [neuron]].toarray()[images, 0]
         rising = falling[::-1]
         shuffled = [rising[torch.randperm(len(rising), generator=generator).numpy()] for _ in range(_N_PERMUTATIONS)]
         by_chance = np.mean(np.abs(rising - np.stack(shuffled)) ** _POWER)
