@@ -99,8 +99,11 @@ def count_above(pairs: Pairs) -> Int[np.ndarray, " 10"]:
 
     In whole numbers: shared / either > t / 10 if 10 shared > t either.
     """
-    shared, either = pairs.shared.astype(np.int64), pairs.either.astype(np.int64)
-    return np.array([np.count_nonzero(10 * shared > tenth * either) for tenth in THRESHOLDS])
+    # Few numbers of images occur, so pairs are counted by these first.
+    width = int(pairs.either.max(initial=0)) + 1
+    of_both = np.bincount(pairs.shared.astype(np.int64) * width + pairs.either)
+    shared, either = np.divmod(np.arange(len(of_both)), width)
+    return np.array([of_both[10 * shared > tenth * either].sum() for tenth in THRESHOLDS], np.int64)
 
 
 def live_neurons(top_images: Int[np.ndarray, "neurons n"], live: Any) -> Bool[np.ndarray, " neurons"]:
@@ -158,12 +161,12 @@ def _blocks(incidence: Any, neurons: Int[np.ndarray, " live"]) -> Iterator[Pairs
     while start < len(neurons):
         before = entries[start - 1] if start else 0
         end = max(start + 1, int(np.searchsorted(entries, before + _BLOCK_ENTRIES, side="right")))
-        product = (incidence[start:end] @ transposed).tocoo()
+        product = incidence[start:end] @ transposed
+        product.sort_indices()
+        product = product.tocoo()
         a, b = product.coords[0] + start, product.coords[1]
         above = b > a
         a, b, shared = a[above], b[above], product.data[above]
-        order = np.lexsort((b, a))
-        a, b, shared = a[order], b[order], shared[order]
         either = sizes[a] + sizes[b] - shared
         yield Pairs(
             neurons[a].astype(np.int32), neurons[b].astype(np.int32), shared.astype(np.int16), either.astype(np.int16)
