@@ -105,14 +105,14 @@ def read_labels(labels: str, folder: Folder, manifest: StoredTable) -> Naming:
     return lambda image_ids: pa.array(map(named.get, image_ids.to_pylist()), pa.string())
 
 
-def text_of(file: str, forms: str) -> str:
-    """The text of a label file. Raises UsageError if it cannot be read or is no UTF-8; `forms` says what it may be."""
+def text_of(file: str, forms: str, kind: str = "label file") -> str:
+    """The text of a file. Raises UsageError if it cannot be read or is no UTF-8; `forms` says what it may be."""
     parent, name = parent_and_name(file)
     try:
         data = parent.read_bytes(name)
         return data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except OSError as error:
-        raise UsageError(f"the label file {file} cannot be read ({error}); {forms}") from error
+        raise UsageError(f"the {kind} {file} cannot be read ({error}); {forms}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
 
