@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING
 from sae_ray.lazy import exports
 
 if TYPE_CHECKING:
+    from sae_ray.concepts.agreeing import Agreement as Agreement
+    from sae_ray.concepts.agreeing import Pairs as Pairs
+    from sae_ray.concepts.agreeing import agreement as agreement
+    from sae_ray.concepts.benchmark import read_benchmark as read_benchmark
     from sae_ray.concepts.labelling import Concept as Concept
     from sae_ray.concepts.labelling import best_of_each as best_of_each
     from sae_ray.concepts.labelling import image_classes as image_classes
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
 __getattr__ = exports(
     __name__,
     {
+        "agreeing": ["Agreement", "Pairs", "agreement"],
+        "benchmark": ["read_benchmark"],
         "labelling": ["Concept", "best_of_each", "image_classes", "label_concepts", "mean_embeddings", "search"],
         "naming": ["class_names", "class_of"],
     },
