@@ -159,12 +159,11 @@ def _answer(row: list[str], where: str) -> Answer:
     if len(row) != len(COLUMNS):
         raise SaeRayError(f"{where} has {len(row)} values instead of {len(COLUMNS)}; {AS_DOWNLOADED}")
     page, rater, *texts = row
-    numbers = []
     for name, text in zip(COLUMNS[2:], texts, strict=True):
         if not text.isdecimal():
             raise SaeRayError(f"{where}: {name} is {text!r}, which is no number; {AS_DOWNLOADED}")
-        numbers.append(int(text))
-    one = Answer(page, rater, *numbers, where)
+    pair, left, right, choice = map(int, texts)
+    one = Answer(page, rater, pair, left, right, choice, where)
     if one.choice not in (one.left, one.right):
         raise SaeRayError(
             f"{where}: choice is {one.choice}, but {one.left} and {one.right} were shown; {AS_DOWNLOADED}"
