@@ -185,6 +185,52 @@ def find(text: str, sae: str | None, n: int, as_json: bool, **options: Any) -> N
     click.echo(json.dumps(rows, indent=1) if as_json else "\n".join(found_lines(rows)))
 
 
+@main.group(cls=Group)
+def humans() -> None:
+    """Ask people which neurons are monosemantic, and compare scores with their answers."""
+
+
+@humans.command("make")
+@study_options
+@click.option(
+    "--sae",
+    metavar="CELL",
+    help="The SAE, named as in the summary. Default: the one used for steering, or the only one.",
+)
+@click.option("--pairs", "n_pairs", default=200, show_default=True, help="Pairs of neurons to compare.")
+def humans_make(sae: str | None, n_pairs: int, **options: Any) -> None:
+    """Make a page on which people compare pairs of neurons, and print its path.
+
+    The page is a folder of static files: open its index.html, put it on any web server, or send it. Raters see the 16
+    top images of both neurons and no scores. At the end they download a CSV file for `sae-ray humans score`.
+    """
+    from .humans import make_page
+
+    click.echo(make_page(open_plan(**options), sae, n_pairs) / "index.html")
+
+
+@humans.command("score")
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True))
+@click.option("--root", metavar="DIR", help="The root of the study whose page was rated.")
+@click.option(
+    "--score",
+    metavar="NAME",
+    help="A column of the study's scores, such as ms (default) or frequency; dino (default) or clip for the benchmark; "
+    "or FILE:COLUMN of any parquet table with one row per neuron.",
+)
+@_json_option
+def humans_score(files: tuple[str, ...], root: str | None, score: str | None, as_json: bool) -> None:
+    """Compare a score with the answers of people, and print how often they agree.
+
+    FILES are the CSV files that the raters of one page downloaded. Where they disagree, the majority counts. Instead,
+    FILES may be the folder of the benchmark of arXiv 2504.02821.
+    """
+    from .humans import compare, lines
+
+    result = compare(files, root, score)
+    click.echo(json.dumps(result, indent=1) if as_json else "\n".join(lines(result)))
+
+
 @main.command()
 @study_options
 @_json_option

@@ -9,7 +9,7 @@ import numpy as np
 from sae_ray.concepts.labelling import image_classes, label_concepts, mean_embeddings, search
 from sae_ray.concepts.naming import class_names
 from sae_ray.encoders.text import load_text_encoder
-from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.errors import SaeRayError
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering.interventions import load_max_token
 from sae_ray.store.activations import ActivationStore
@@ -17,6 +17,7 @@ from sae_ray.study.plan import StudyPlan
 from sae_ray.text_table import table_lines
 
 from . import extract
+from .options import chosen_sae
 
 
 def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, Any]]:
@@ -34,7 +35,7 @@ def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, 
         SaeRayError: the SAE is not scored yet.
     """
     space = plan.text_space
-    chosen = _chosen(plan, sae)
+    chosen = chosen_sae(plan, sae)
     heldout, pictures = plan.passes(chosen)
     for scores in (heldout, pictures):
         if not scores.step.finished:
@@ -77,14 +78,3 @@ def found_lines(rows: list[dict[str, Any]]) -> list[str]:
         figures = [f"{row['similarity']:.3f}", ms, f"{row['frequency']:.4f}", f"{row['max_token']:.3g}"]
         table.append([str(row["latent"]), *figures, label])
     return table_lines(table, ">>>>><")
-
-
-def _chosen(plan: StudyPlan, sae: str | None) -> str:
-    there = [train.grid_cell.name for train in plan.trains]
-    likely = [one.name for one in plan.steerings] or there
-    if sae is None and len(likely) == 1:
-        return likely[0]
-    if sae not in there:
-        problem = "no SAE is chosen" if sae is None else f"--sae is {sae!r}, which the study does not have"
-        raise UsageError(f"{problem}; give --sae one of {', '.join(there)}")
-    return sae

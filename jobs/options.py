@@ -154,6 +154,21 @@ def plan_to_work_on(**options: Any) -> StudyPlan:
     return plan
 
 
+def chosen_sae(plan: StudyPlan, sae: str | None) -> str:
+    """The name of the SAE that `--sae` names; without it, the one that steers the study's LLaVA, or the only one.
+
+    Raises UsageError if there is no such SAE, or none is named and there are several.
+    """
+    there = [train.grid_cell.name for train in plan.trains]
+    likely = [one.name for one in plan.steerings] or there
+    if sae is None and len(likely) == 1:
+        return likely[0]
+    if sae not in there:
+        problem = "no SAE is chosen" if sae is None else f"--sae is {sae!r}, which the study does not have"
+        raise UsageError(f"{problem}; give --sae one of {', '.join(there)}")
+    return sae
+
+
 def _overrides(settings: tuple[str, ...], flags: Mapping[str, Any]) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for flag, field in SHORTHANDS.items():

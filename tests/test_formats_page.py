@@ -10,8 +10,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from sae_ray.concepts.agreeing import AGREEMENT_SCHEMA
 from sae_ray.images.manifest import LABELS_SCHEMA, MANIFEST_SCHEMA
 from sae_ray.report.pictures import HEAT_SCHEMA
+from sae_ray.report.rating import PAIRS_SCHEMA
 from sae_ray.sae import load_sae
 from sae_ray.scores.tables import HISTOGRAM_SCHEMA, SCORES_SCHEMA, TOP_IMAGES_SCHEMA, ScoreTables
 from sae_ray.steering.evaluation import ANSWERS_SCHEMA, CONCEPTS_SCHEMA
@@ -43,6 +45,8 @@ def test_versions_are_those_of_the_code():
         ("`steering-*`", ANSWERS_SCHEMA),
         ("`steering-*`", CONCEPTS_SCHEMA),
         ("`pictures-*`", HEAT_SCHEMA),
+        ("`humans-*`", PAIRS_SCHEMA),
+        ("`agreement-*`", AGREEMENT_SCHEMA),
     ],
 )
 def test_every_column_is_named(heading: str, schema: pa.Schema):

@@ -5,7 +5,11 @@ from typing import TYPE_CHECKING
 from sae_ray.lazy import exports
 
 if TYPE_CHECKING:
+    from sae_ray.concepts.agreeing import Agreement as Agreement
+    from sae_ray.concepts.agreeing import Pairs as Pairs
+    from sae_ray.concepts.agreeing import agreement as agreement
     from sae_ray.concepts.atoms import coherence as coherence
+    from sae_ray.concepts.benchmark import read_benchmark as read_benchmark
     from sae_ray.concepts.best_words import BestWords as BestWords
     from sae_ray.concepts.concept_files import read_concepts as read_concepts
     from sae_ray.concepts.correlations import correlation as correlation
@@ -80,7 +84,9 @@ if TYPE_CHECKING:
 __getattr__ = exports(
     __name__,
     {
+        "agreeing": ["Agreement", "Pairs", "agreement"],
         "atoms": ["coherence"],
+        "benchmark": ["read_benchmark"],
         "best_words": ["BestWords"],
         "concept_files": ["read_concepts"],
         "correlations": ["correlation", "label_correlation"],

@@ -93,24 +93,25 @@ def thumbnail_size(image_size: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(image_size[0] * scale)), max(1, round(image_size[1] * scale))
 
 
-def sprite_of(pixels: Sequence[UInt8[np.ndarray, "3 h w"] | None], size: tuple[int, int]) -> bytes:
+def sprite_of(pixels: Sequence[UInt8[np.ndarray, "3 h w"] | None], size: tuple[int, int], side: int = SIDE) -> bytes:
     """A sprite as a JPEG file.
 
     Args:
-        pixels: at most `SIDE` ** 2 images as the encoder sees them; None leaves a grey thumbnail.
+        pixels: at most `side` ** 2 images as the encoder sees them; None leaves a grey thumbnail.
         size: height and width of a thumbnail.
+        side: thumbnails per row and column.
     """
     from PIL import Image
 
     height, width = size
-    sprite = Image.new("RGB", (SIDE * width, SIDE * height), BLANK)
+    sprite = Image.new("RGB", (side * width, side * height), BLANK)
     for place, one in enumerate(pixels):
         if one is None:
             continue
         thumbnail = Image.fromarray(one.transpose(1, 2, 0))
         if thumbnail.size != (width, height):
             thumbnail = thumbnail.resize((width, height), Image.Resampling.LANCZOS)
-        sprite.paste(thumbnail, (place % SIDE * width, place // SIDE * height))
+        sprite.paste(thumbnail, (place % side * width, place // side * height))
     out = BytesIO()
     sprite.save(out, "JPEG", quality=85, subsampling=0)  # no chroma subsampling: thumbnails are small
     return out.getvalue()

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_ray.concepts.naming import label_title
 from sae_ray.encoders.info import EncoderInfo
@@ -23,6 +23,9 @@ from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import skipped_lines
 from sae_ray.study.summary import BEST, CellSummary, compare
+
+if TYPE_CHECKING:
+    import jinja2
 
 ASSETS = Path(__file__).parent / "assets"
 REJECTS_SHOWN = 200
@@ -47,12 +50,6 @@ def render(
     notes: Sequence[str],
 ) -> str:
     """The text of `index.html`."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"number": number, "count": count, "share": share}
     min_images = plan.study.scoring.min_images
     drawn = {
         "grid_plots": plots.grid_plots(rows),
@@ -63,7 +60,7 @@ def render(
     comparisons = compare(list(rows))
     rejects = find_rejects(plan)
     steps = [_step(step) for step in plan.steps]
-    return environment.get_template("index.html.jinja").render(
+    return template("index.html.jinja").render(
         study=plan.study.name,
         encoder=model_name(plan.study.encoder.model),
         judge=model_name(plan.study.judge.model),
@@ -86,6 +83,17 @@ def render(
         skipped=skipped_lines(plan),
         **{name: [plots.figure(plot) for plot in group] for name, group in drawn.items()},
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """A page of the assets, to be rendered."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"number": number, "count": count, "share": share}
+    return environment.get_template(name)
 
 
 def find_rejects(plan: StudyPlan) -> list[Reject]:

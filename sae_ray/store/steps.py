@@ -34,6 +34,8 @@ SCHEMA_VERSIONS = {
     "steering": 3,
     "pictures": 1,
     "report": 3,
+    "humans": 1,
+    "agreement": 1,
 }
 """Of every stage; raised when the format or the meaning of what it writes changes. Steps of the other stages stay."""
 RECORD = "step.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,13 +14,7 @@ from tests.machine import PATIENCE_S
 from tests.small_study import DEAD, LABELS, STEERED
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here; apt-get install chromium")
 
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 MATRYOSHKA = "layer1.all-matryoshka_batch_topk-x4-k4"
 NATURAL_WIDTH = """async (address) => {
   const image = Object.assign(new Image(), { src: address });
@@ -89,15 +82,6 @@ def plan(small_study: Path, plan_small_study: Callable[..., StudyPlan]) -> Study
 @pytest.fixture(scope="module")
 def cell(plan: StudyPlan) -> Neurons:
     return next(cell for cell in read_neurons(plan) if cell.name == MATRYOSHKA)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with sync_api.sync_playwright() as playwright:
-        sync_api.expect.set_options(timeout=1000 * PATIENCE_S)
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
