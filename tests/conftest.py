@@ -30,6 +30,7 @@ from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
 from sae_ray.study.plan import StudyPlan
+from tests.machine import cluster
 
 settings.register_profile(
     "sae-ray", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -115,26 +116,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
-    """One real Ray cluster for the drivers and for the server."""
-    from sae_ray.jobs.cluster import allow_slow_starts
-
-    allow_slow_starts()
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    import ray
-
-    scratch = tempfile.mkdtemp(prefix="sr", dir="/tmp")  # Ray's sockets need a short path
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=200 * 2**20,
-        log_to_driver=False,
-        _temp_dir=scratch,
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(scratch, ignore_errors=True)
+def ray_cluster() -> Iterator[None]:
+    """One real Ray cluster for the drivers."""
+    with cluster():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,19 @@
-"""What tests take from the machine they run on, whatever else runs there: patience, and the processes of actors."""
+"""What tests take from the machine they run on, whatever else runs there: patience, a cluster, processes of actors."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_ray.jobs.cluster import free_port
+from sae_ray.jobs.cluster import allow_slow_starts, free_port
 
 PATIENCE_S = 300
 """How long tests wait for what must come about. Only what never comes takes that long, however slow the machine."""
@@ -71,6 +75,27 @@ def head_options(folder: Path, dashboard: int, cpus: int) -> list[str]:
         *("--min-worker-port", 0, "--max-worker-port", 0, "--disable-usage-stats"),
     ]
     return [str(option) for option in options]
+
+
+@contextmanager
+def cluster() -> Iterator[None]:
+    """A real Ray cluster of this machine, which this process is connected to."""
+    allow_slow_starts()
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    import ray
+
+    scratch = tempfile.mkdtemp(prefix="sr", dir="/tmp")  # Ray's sockets need a short path
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+        _temp_dir=scratch,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def until(holds: Callable[[], bool], seconds: float = PATIENCE_S) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import recalled_plan
 from sae_ray.world import write_world
-from tests.machine import PATIENCE_S, until
+from tests.machine import PATIENCE_S, cluster, until
 
 KEY = "a-key-for-tests"
 LIMITS = {"max_running": 16, "max_waiting": 32, "timeout_s": PATIENCE_S, "body_mb": 4}
@@ -76,7 +76,14 @@ def chat(prompt: str = ONE_WORD, *images: Image.Image, **rest: Any) -> dict[str,
     return {"messages": [{"role": "user", "content": content}], "temperature": 0} | rest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
+def ray_cluster() -> Iterator[None]:
+    """One real Ray cluster for the server. It ends with these tests, so that it does not slow those that follow."""
+    with cluster():
+        yield
+
+
+@pytest.fixture(scope="package")
 def served_study(ray_cluster, tmp_path_factory) -> Path:
     """The root of a finished study with two SAEs where the world's LLaVA reads its tower."""
     from sae_ray.jobs import evaluate, extract, score, train
@@ -120,7 +127,7 @@ def served_study(ray_cluster, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(served_study) -> Server:
     """Deployed as `serve deploy cluster/serve/local.yaml` deploys it, but for root, port, limits and a key."""
     from ray import serve
@@ -156,20 +163,20 @@ def status(url: str) -> int | None:
         return None
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def http(server) -> httpx.Client:
     with server.client() as client:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def star(http) -> int:
     """The feature that a search for stars finds first."""
     found = http.get(f"/v1/saes/{STEERS}/features", params={"search": "star"}).json()["data"]
     return found[0]["index"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def openai_client(server):
     from openai import OpenAI
 
