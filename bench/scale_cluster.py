@@ -27,8 +27,9 @@ from sae_ray.encoders.info import EncoderInfo
 from sae_ray.store.activations import finish_store, read_parts, write_part
 from sae_ray.store.attempts import begin
 from sae_ray.store.casting import stored_rows
-from sae_ray.store.files import LISTED_AHEAD, Folder
+from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
+from sae_ray.store.walking import LISTED_AHEAD
 from sae_ray.study.config import GridCell, Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.survey import Survey, SurveyedImages, SurveyedModels
