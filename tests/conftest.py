@@ -42,7 +42,7 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["SAE_RAY_CACHE"], ignore_errors=True)
 
 
-MARKS_BY_FIXTURE = {"ray_cluster": "ray", "server": "serve", "browser": "browser"}
+MARKS_BY_FIXTURE = {"ray_cluster": "ray", "ran": "ray", "server": "serve", "browser": "browser"}
 
 
 FAULTS = Path(__file__).parents[1] / "docs" / "faults"
