@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from sae_ray.concepts.inputs import as_numpy
 from sae_ray.errors import UsageError, check
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _columns(pairs: Pairs | Mapping[str, Any] | Sequence[Any]) -> Pairs:
         raise UsageError(
             f"pairs has {len(columns)} columns; give the first neurons, the second neurons and the choices"
         )
-    first, second, choice = (_array(one) for one in columns)
+    first, second, choice = (as_numpy(one) for one in columns)
     if not len(first) == len(second) == len(choice):
         raise UsageError(
             f"pairs has {len(first)} first neurons, {len(second)} second neurons and {len(choice)} choices; "
@@ -186,7 +187,7 @@ def _looked_up(score: Any, neurons: np.ndarray) -> np.ndarray:
         if missing:
             raise UsageError(f"score has no neuron {missing[0]!r}, which is in a pair; give the score of every neuron")
         return np.array([score[neuron] for neuron in neurons.tolist()], np.float64)
-    values = _array(score).astype(np.float64)
+    values = as_numpy(score).astype(np.float64)
     if values.ndim != 1:
         raise UsageError(f"score has shape {values.shape}; give one number per neuron")
     if not len(neurons):
@@ -199,7 +200,3 @@ def _looked_up(score: Any, neurons: np.ndarray) -> np.ndarray:
             f"score has {len(values)} neurons, but {wrong[0]} is in a pair; give the score of every neuron"
         )
     return values[neurons]
-
-
-def _array(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)

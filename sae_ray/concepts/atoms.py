@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sae_ray.concepts.cosines import unit
-from sae_ray.concepts.inputs import as_numpy
+from sae_ray.concepts.inputs import as_numpy, unit
 from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:

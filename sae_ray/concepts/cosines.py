@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sae_ray.concepts.dissect import checked_similarities, same_images
-from sae_ray.concepts.inputs import as_numpy
+from sae_ray.concepts.inputs import as_numpy, unit
 from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,9 +97,3 @@ def decoder_cosine(decoder: Any, texts: Any, *, centre: Any = None) -> Float[np.
     if centre is not None:
         rows, words = unit(rows - as_numpy(centre)), unit(words - words.mean(axis=0))
     return rows @ words.T
-
-
-def unit(vectors: Float[np.ndarray, "rows d"]) -> Float[np.ndarray, "rows d"]:
-    """Rows with length 1, as float64; NaN for rows of length zero."""
-    with np.errstate(invalid="ignore"):
-        return vectors / np.linalg.norm(vectors.astype(np.float64, copy=False), axis=1, keepdims=True)

@@ -46,3 +46,9 @@ def sparse_codes(codes: Any) -> Float[SparseMatrix, "rows latents"]:
     if not np.isfinite(found.data).all():
         raise UsageError("codes must be finite; remove the rows with NaN or inf")
     return found
+
+
+def unit(vectors: Float[np.ndarray, "rows d"]) -> Float[np.ndarray, "rows d"]:
+    """Rows with length 1, as float64; NaN for rows of length zero."""
+    with np.errstate(invalid="ignore"):
+        return vectors / np.linalg.norm(vectors.astype(np.float64, copy=False), axis=1, keepdims=True)

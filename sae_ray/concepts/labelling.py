@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from sae_ray.concepts.inputs import unit
 from sae_ray.concepts.naming import class_of
 from sae_ray.scores.scoring import majority
 from sae_ray.scores.tables import Scores
@@ -122,9 +123,9 @@ def mean_embeddings(
         if not len(index):
             continue
         first, last = np.searchsorted(image, (index[0], index[-1] + 1))
-        vectors = _unit(vectors[np.searchsorted(index, image[first:last])].astype(np.float64))
+        vectors = unit(vectors[np.searchsorted(index, image[first:last])])
         np.add.at(total, row[first:last], vectors)
-    return _unit(total)
+    return unit(total)
 
 
 def search(
@@ -140,8 +141,3 @@ def search(
     similarity = means @ text.astype(np.float64)
     found = [Found(concept, value) for concept, value in zip(concepts, similarity.tolist(), strict=True)]
     return sorted(found, key=lambda one: (-one.similarity, one.concept.latent))
-
-
-def _unit(vectors: Float[np.ndarray, "rows d"]) -> Float[np.ndarray, "rows d"]:
-    with np.errstate(invalid="ignore"):
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
