@@ -16,8 +16,8 @@ import numpy as np
 
 from sae_ray.concepts.labels import Labels
 from sae_ray.errors import UsageError
-from sae_ray.images.labels import csv_reader, images_among, text_of
-from sae_ray.images.meeting import meetings, nearest, prefixes
+from sae_ray.images.labels import check_rows, csv_reader, text_of
+from sae_ray.images.meeting import meetings, prefixes
 from sae_ray.store.files import Folder, parent_and_name
 
 FORMS = "a concept file is CSV with the header image_id,<concept>,… and the values 1, 0 or empty"
@@ -61,13 +61,8 @@ def read_concepts(file: str, folder: Folder, image_ids: Sequence[str]) -> Labels
     parent, _ = parent_and_name(file)
     spelled: dict[str, str | None] = {image_id: repr(values) for image_id, values in found.items()}
     row_of = meetings(file, spelled, image_ids, prefixes(folder, parent))
-    images = images_among(list(image_ids))
-    if lacking := [image_id for image_id in images if image_id not in row_of]:
-        none = f"names none of the {len(images):,} images in {folder}: it " if len(lacking) == len(images) else ""
-        raise UsageError(
-            f"{file} {none}has no row for the image {lacking[0]}{nearest(lacking[0], found)}; "
-            f"add the row {lacking[0]!r}, with empty values if nothing is known of the image"
-        )
+    keys = {image_id: image_id for image_id in image_ids}
+    check_rows(file, folder, keys, row_of, found, "with empty values if nothing is known of the image")
     unknown = [np.nan] * len(concepts)
     matrix = [found[row_of[image_id]] if image_id in row_of else unknown for image_id in image_ids]
     return Labels.of(np.array(matrix).reshape(len(image_ids), len(concepts)), concepts)

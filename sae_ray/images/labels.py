@@ -29,7 +29,7 @@ import csv
 import io
 import math
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import PurePosixPath
@@ -117,7 +117,7 @@ def text_of(file: str, forms: str, kind: str = "label file") -> str:
         raise UsageError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
-def images_among(paths: list[str]) -> list[str]:
+def _images(paths: list[str]) -> list[str]:
     """Those that are named like images, or all if none is."""
     return _matching(pa.array(paths, pa.string()), IMAGE).to_pylist() or paths
 
@@ -205,16 +205,30 @@ def _from_csv(file: str, text: str, parent: Folder, folder: Folder, image_ids: l
     except csv.Error as error:
         raise UsageError(f"{file}, row {rows.reader.line_num}: {error}; fix the row") from error
     row_of = meetings(file, names, keys.values(), prefixes(folder, parent))
-    images = images_among(image_ids)
+    check_rows(file, folder, keys, row_of, names, "with an empty label if the image has no class")
+    found = {image_id: names[row_of[key]] for image_id, key in keys.items() if key in row_of}
+    return {image_id: name for image_id, name in found.items() if name is not None}
+
+
+def check_rows(
+    file: str, folder: Folder, keys: Mapping[str, str], row_of: Mapping[str, str], names: Iterable[str], blank: str
+) -> None:
+    """Raises UsageError unless every image has a row.
+
+    Args:
+        file, folder: as messages name them.
+        keys: `image_id` -> how a row names the image.
+        row_of: of `meetings`.
+        names: of all rows.
+        blank: what the row of an image is like of which nothing is known.
+    """
+    images = _images(list(keys))
     if lacking := [image_id for image_id in images if keys[image_id] not in row_of]:
         none = f"names none of the {len(images):,} images in {folder}: it " if len(lacking) == len(images) else ""
         key = keys[lacking[0]]
         raise UsageError(
-            f"{file} {none}has no row for the image {lacking[0]}{nearest(key, names)}; "
-            f"add the row {key!r}, with an empty label if the image has no class"
+            f"{file} {none}has no row for the image {lacking[0]}{nearest(key, names)}; add the row {key!r}, {blank}"
         )
-    found = {image_id: names[row_of[key]] for image_id, key in keys.items() if key in row_of}
-    return {image_id: name for image_id, name in found.items() if name is not None}
 
 
 def csv_reader(text: str, columns: Iterable[Iterable[str]]) -> csv.DictReader:
@@ -253,7 +267,7 @@ def _from_devkit(file: str, text: str, image_ids: list[str]) -> dict[str, str]:
     for row, number in enumerate(numbers, start=1):
         if not number.strip().isdecimal():
             raise UsageError(f"{file}, row {row}: {number!r} is not a class number; {FORMS}")
-    images = sorted(images_among(image_ids), key=lambda path: PurePosixPath(path).name.encode())
+    images = sorted(_images(image_ids), key=lambda path: PurePosixPath(path).name.encode())
     if len(numbers) != len(images):
         raise UsageError(
             f"{file} has {len(numbers)} rows for {len(images)} images; it labels images by order, so the folder must "
