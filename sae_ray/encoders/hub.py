@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sae_ray.encoders.lean import skip_scikit_learn
 from sae_ray.encoders.sources import check_revision, directory_digest, local_directory
 from sae_ray.errors import UsageError
 from sae_ray.store.files import address_shown
@@ -45,6 +46,7 @@ def find(model: str, revision: str | None, forms: str) -> Source:
             the model is not in the cache.
         SaeRayError: As `local_directory`.
     """
+    skip_scikit_learn()
     from transformers import AutoConfig
     from transformers.utils.hub import cached_file
 

@@ -19,6 +19,7 @@ from torch import nn
 from sae_ray.encoders.base import Tower
 from sae_ray.encoders.hub import bad_files, hub_unreachable, refusal, refusing
 from sae_ray.encoders.info import EncoderInfo
+from sae_ray.encoders.lean import skip_scikit_learn
 from sae_ray.encoders.resizing import fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS, check_revision, directory_digest, local_directory
 from sae_ray.errors import UsageError
@@ -140,9 +141,9 @@ def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
 
 def load_text(model: str, revision: str | None, device: torch.device) -> Callable[[list[str]], torch.Tensor]:
     """The text side: texts to vectors in the space of `projection`."""
+    source = _find(model, revision)
     import open_clip
 
-    source = _find(model, revision)
     module = _create(source, device)
     with _refusing(source):
         # A repository on the hub may name the tokenizer of another one.
@@ -184,6 +185,7 @@ def _refusing(source: _Source) -> Iterator[None]:
 
 
 def _find(model: str, revision: str | None) -> _Source:
+    skip_scikit_learn()
     import open_clip
 
     shown = address_shown(model)

@@ -759,3 +759,13 @@ def test_a_model_on_the_hub_is_pinned_by_its_commit(saved, tmp_path, kind, spec)
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["clip", "open_clip_vit"])
+def test_loading_an_encoder_leaves_scikit_learn_alone(saved, kind):
+    code = (
+        "import sys\nfrom sae_ray.encoders import load_encoder, load_preprocess\n"
+        f"load_encoder({saved(kind).spec!r}), load_preprocess({saved(kind).spec!r})\nprint('sklearn' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
