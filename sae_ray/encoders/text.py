@@ -57,9 +57,9 @@ def load_text_encoder(model: str, revision: str | None = None, device: str = "cp
 def _of_transformers(
     model: str, revision: str | None, device: torch.device, dtype: torch.dtype
 ) -> Callable[[list[str]], Tensor]:
+    source = find(model, revision, FORMS)
     from transformers import AutoTokenizer
 
-    source = find(model, revision, FORMS)
     kind = source.config.model_type
     if kind not in TEXT_TYPES:
         raise UsageError(

@@ -127,9 +127,9 @@ def _target(size: Any, image: Image.Image) -> tuple[int, int]:
 
 
 def preprocess(model: str, revision: str | None, fast: bool = False) -> Preprocess:
+    source = find(model, revision, FORMS)
     from transformers import AutoImageProcessor
 
-    source = find(model, revision, FORMS)
     with refusing(source.model, FORMS, of_hub=source.commit is not None):
         processor = AutoImageProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
     return Preprocess(processor, _is_plain(processor), fast)

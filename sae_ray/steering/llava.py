@@ -47,11 +47,11 @@ def load_llava(model: str, revision: str | None = None, device: str = "cpu", dty
             missing, do not fit its configuration or are not safetensors; its language model reads several layers at
             once; or the device or dtype is not available.
     """
-    from transformers import AutoProcessor
-
     target, kind = placement(device, dtype)
     info = describe_llava(model, revision)
     source = find(model, info.tower.revision, FORMS)
+    from transformers import AutoProcessor
+
     with refusing(source.model, FORMS, of_hub=source.commit is not None):
         processor: Any = AutoProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
     if not hasattr(processor, "image_processor"):

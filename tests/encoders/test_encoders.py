@@ -33,6 +33,7 @@ from sae_ray.encoders import (
 from sae_ray.encoders.part import encode_part
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import UsageError
+from sae_ray.world.write import MODELS
 
 VISION = {
     "hidden_size": 32,
@@ -761,11 +762,18 @@ def test_a_model_on_the_hub_is_pinned_by_its_commit(saved, tmp_path, kind, spec)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("kind", ["clip", "open_clip_vit"])
-def test_loading_an_encoder_leaves_scikit_learn_alone(saved, kind):
-    code = (
-        "import sys\nfrom sae_ray.encoders import load_encoder, load_preprocess\n"
-        f"load_encoder({saved(kind).spec!r}), load_preprocess({saved(kind).spec!r})\nprint('sklearn' in sys.modules)"
-    )
+@pytest.mark.parametrize(
+    ("load", "model"),
+    [
+        ("sae_ray.encoders.load_encoder", f"{MODELS}/clip"),
+        ("sae_ray.encoders.load_preprocess", f"{MODELS}/clip"),
+        ("sae_ray.encoders.text.load_text_encoder", f"{MODELS}/clip"),
+        ("sae_ray.encoders.load_encoder", f"open_clip:local-dir:{MODELS}/judge"),
+        ("sae_ray.steering.load_llava", f"{MODELS}/llava"),
+    ],
+)
+def test_models_load_without_scikit_learn(load, model):
+    room, _, name = load.rpartition(".")
+    code = f"import sys\nfrom {room} import {name}\n{name}({model!r})\nprint('sklearn' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
