@@ -30,7 +30,7 @@ from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
 from sae_ray.study.plan import StudyPlan
-from tests.machine import cluster
+from tests.machine import PATIENCE_S, cluster
 
 settings.register_profile(
     "sae-ray", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -43,6 +43,13 @@ def pytest_unconfigure() -> None:
 
 
 MARKS_BY_FIXTURE = {"ray_cluster": "ray", "ran": "ray", "server": "serve", "browser": "browser"}
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
 
 
 FAULTS = Path(__file__).parents[1] / "docs" / "faults"
@@ -120,6 +127,19 @@ def ray_cluster() -> Iterator[None]:
     """One real Ray cluster for the drivers."""
     with cluster():
         yield
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """Chromium. Its event loop runs in this thread, so that other modules could not run theirs beside it."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here; apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        sync_api.expect.set_options(timeout=1000 * PATIENCE_S)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")
