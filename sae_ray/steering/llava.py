@@ -19,7 +19,7 @@ from sae_ray.encoders.transformers_models import blocks_of, describe
 from sae_ray.errors import UsageError
 from sae_ray.steering.config import MAX_NEW_TOKENS
 from sae_ray.steering.info import LlavaInfo
-from sae_ray.steering.interventions import Intervention, TowerEdit
+from sae_ray.steering.interventions import Intervention, TowerEdit, edit_each
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -281,10 +281,8 @@ class Llava:
         """
 
         def hook(module: nn.Module, args: object, stream: Float[Tensor, "n tokens d_in"]) -> Tensor:
-            edited = torch.empty_like(stream)  # the same layout in memory: without an edit, the same bits
-            for chain, x, place in zip(edits, stream, edited, strict=True):
-                place.copy_(_applied(chain, x))
-            return edited
+            # The same layout in memory: without an edit, the same bits.
+            return torch.stack(_edited(edits, stream), out=torch.empty_like(stream))
 
         with self._tower_in_use, contextlib.ExitStack() as hooks:
             if any(edits):
@@ -293,12 +291,29 @@ class Llava:
             yield
 
 
-def _applied(edits: Sequence[TowerEdit], x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
-    for edit in edits:
-        result = edit(x).to(x)
+def _edited(
+    chains: Sequence[Sequence[TowerEdit]], stream: Float[Tensor, "n tokens d_in"]
+) -> list[Float[Tensor, "tokens d_in"]]:
+    """Each image after its own edits: the first ones of all, then the second ones."""
+    images = list(stream)
+    for turn in range(max(map(len, chains))):
+        places = [place for place, chain in enumerate(chains) if turn < len(chain)]
+        results = _applied([chains[place][turn] for place in places], [images[place] for place in places])
+        if not torch.stack(results).isfinite().all():
+            raise UsageError(f"the edited activations are not finite in {str(stream.dtype)[6:]}; lower the strength")
+        for place, result in zip(places, results, strict=True):
+            images[place] = result
+    return images
+
+
+def _applied(edits: Sequence[TowerEdit], images: Sequence[Float[Tensor, "tokens d_in"]]) -> list[Tensor]:
+    interventions = {place: edit for place, edit in enumerate(edits) if isinstance(edit, Intervention)}
+    together = edit_each(list(interventions.values()), [images[place] for place in interventions])
+    edited = dict(zip(interventions, together, strict=True))
+    results = []
+    for place, (edit, x) in enumerate(zip(edits, images, strict=True)):
+        result = edited[place] if place in edited else edit(x).to(x)
         if result.shape != x.shape:
             raise ValueError(f"an edit made {list(result.shape)} of tokens {list(x.shape)}; it must keep their shape")
-        if not result.isfinite().all():
-            raise UsageError(f"the edited activations are not finite in {str(x.dtype)[6:]}; lower the strength")
-        x = result
-    return x
+        results.append(result)
+    return results

@@ -10,6 +10,7 @@ import torch
 from sae_ray.errors import UsageError
 from sae_ray.sae import SAE, model
 from sae_ray.sae.architectures import ARCHITECTURES
+from sae_ray.sae.few_latents import codes_of
 
 D_IN, D_SAE = 6, 20
 
@@ -49,6 +50,15 @@ def test_sparse_codes_are_the_dense_ones_whatever_the_chunks(monkeypatch, name, 
         torch.testing.assert_close(sae.decode(codes).cpu(), decoded)
     torch.testing.assert_close(sae.encode(x).cpu(), dense)
     torch.testing.assert_close(sae.decode(dense.to(device)).cpu(), decoded)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_codes_of_a_few_latents_are_those_of_all(name, device):
+    sae, x, latents = make_sae(name), inputs(40), [7, 0, 19]
+    found = codes_of(sae.to(device), latents)(x.to(device))
+    assert found.device.type == device
+    torch.testing.assert_close(found.cpu(), sae.encode(x)[:, latents])
+    assert codes_of(sae.to(device), [])(x).shape == (40, 0)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
