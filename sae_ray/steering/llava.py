@@ -169,6 +169,8 @@ class Llava:
     ) -> list[Float[Tensor, "patches hidden"]]:
         """What the language model gets to see of each image: vision tower, edits of that image, projector.
 
+        An image may come several times, each time with other edits: what lies below the edited block is computed once.
+
         Raises:
             UsageError: An edit does not fit the tower, or its result is not finite.
         """
@@ -178,9 +180,11 @@ class Llava:
             return []
         for edit in (edit for chain in edits for edit in chain if isinstance(edit, Intervention)):
             self._check(edit)
-        pixels = self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        unlike = {id(image): image for image in images}
+        places = [list(unlike).index(id(image)) for image in images]
+        pixels = self.processor.image_processor(list(unlike.values()), return_tensors="pt")["pixel_values"]
         config = self.model.config
-        with self._edited_by(edits):
+        with self._edited_by(edits, places):
             features = self.model.get_image_features(
                 pixel_values=pixels.to(self.device, self.dtype),
                 vision_feature_layer=config.vision_feature_layer,
@@ -274,33 +278,36 @@ class Llava:
             )
 
     @contextlib.contextmanager
-    def _edited_by(self, edits: Sequence[Sequence[TowerEdit]]) -> Iterator[None]:
-        """While it lasts, each image of the batch has its edits in the vision tower; other threads wait.
+    def _edited_by(self, edits: Sequence[Sequence[TowerEdit]], places: Sequence[int]) -> Iterator[None]:
+        """While it lasts, the block gives for each of `edits` the image at its place, edited; other threads wait.
 
-        Without any edit, nothing is hooked.
+        Without any edit, and with each image once, nothing is hooked.
         """
 
         def hook(module: nn.Module, args: object, stream: Float[Tensor, "n tokens d_in"]) -> Tensor:
+            edited = _edited(edits, [stream[place] for place in places])
+            if len(edited) > len(stream):
+                return torch.stack(edited)
             # The same layout in memory: without an edit, the same bits.
-            return torch.stack(_edited(edits, stream), out=torch.empty_like(stream))
+            return torch.stack(edited, out=torch.empty_like(stream))
 
         with self._tower_in_use, contextlib.ExitStack() as hooks:
-            if any(edits):
+            if any(edits) or len(set(places)) < len(places):
                 # Hooks that transformers has put on the block hand its output to LLaVA; this one must come before them.
                 hooks.callback(self._block.register_forward_hook(hook, prepend=True).remove)
             yield
 
 
 def _edited(
-    chains: Sequence[Sequence[TowerEdit]], stream: Float[Tensor, "n tokens d_in"]
+    chains: Sequence[Sequence[TowerEdit]], images: list[Float[Tensor, "tokens d_in"]]
 ) -> list[Float[Tensor, "tokens d_in"]]:
     """Each image after its own edits: the first ones of all, then the second ones."""
-    images = list(stream)
     for turn in range(max(map(len, chains))):
         places = [place for place, chain in enumerate(chains) if turn < len(chain)]
         results = _applied([chains[place][turn] for place in places], [images[place] for place in places])
         if not torch.stack(results).isfinite().all():
-            raise UsageError(f"the edited activations are not finite in {str(stream.dtype)[6:]}; lower the strength")
+            dtype = str(results[0].dtype)[6:]
+            raise UsageError(f"the edited activations are not finite in {dtype}; lower the strength")
         for place, result in zip(places, results, strict=True):
             images[place] = result
     return images
