@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sae_ray.encoders.base import placement
 from sae_ray.encoders.hub import check_tokenizer, find, load_weights, refusing
 from sae_ray.encoders.info import EncoderInfo
-from sae_ray.encoders.transformers_models import blocks_of, describe
+from sae_ray.encoders.transformers_models import blocks_of, describe, resizing, scale_of
 from sae_ray.errors import UsageError
 from sae_ray.steering.config import MAX_NEW_TOKENS
 from sae_ray.steering.info import LlavaInfo
@@ -109,6 +109,8 @@ class Llava:
         self.processor = processor
         self.device, self.dtype = model.device, model.dtype
         self._block: nn.Module = blocks_of(model.model.vision_tower)[layer]
+        self._resize = resizing(processor.image_processor)
+        self._scale = scale_of(info.model, processor.image_processor)
         self._tower_in_use = threading.Lock()
 
     @property
@@ -128,11 +130,6 @@ class Llava:
 
         height, width = self.info.image_size
         return Image.new("RGB", (width, height), "white")
-
-    def seen(self, image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-        """An image as the tower gets it, resized and cropped by the model's own processor."""
-        [pixels] = self.processor.image_processor(image, do_rescale=False, do_normalize=False)["pixel_values"]
-        return np.asarray(pixels, np.uint8).transpose(1, 2, 0).copy()
 
     def answer(
         self,
@@ -165,11 +162,16 @@ class Llava:
 
     @torch.no_grad()
     def image_embeddings(
-        self, images: Sequence[Image.Image], edits: Sequence[Sequence[TowerEdit]]
+        self,
+        images: Sequence[Image.Image | UInt8[np.ndarray, "3 height width"]],
+        edits: Sequence[Sequence[TowerEdit]],
     ) -> list[Float[Tensor, "patches hidden"]]:
         """What the language model gets to see of each image: vision tower, edits of that image, projector.
 
-        An image may come several times, each time with other edits: what lies below the edited block is computed once.
+        Args:
+            images: RGB, of any size; or as the tower's own `preprocess` resizes and crops them. One may come several
+                times, each time with other edits: what lies below the edited block is then computed once.
+            edits: Per image.
 
         Raises:
             UsageError: An edit does not fit the tower, or its result is not finite.
@@ -182,11 +184,10 @@ class Llava:
             self._check(edit)
         unlike = {id(image): image for image in images}
         places = [list(unlike).index(id(image)) for image in images]
-        pixels = self.processor.image_processor(list(unlike.values()), return_tensors="pt")["pixel_values"]
         config = self.model.config
         with self._edited_by(edits, places):
             features = self.model.get_image_features(
-                pixel_values=pixels.to(self.device, self.dtype),
+                pixel_values=self._pixels(list(unlike.values())),
                 vision_feature_layer=config.vision_feature_layer,
                 vision_feature_select_strategy=config.vision_feature_select_strategy,
             )
@@ -265,6 +266,15 @@ class Llava:
         embedded = self.model.get_input_embeddings()(ids)
         embedded[ids == self.processor.image_token_id] = torch.cat(list(images)).to(embedded)
         return embedded
+
+    def _pixels(
+        self, images: Sequence[Image.Image | UInt8[np.ndarray, "3 height width"]]
+    ) -> Float[Tensor, "n 3 height width"]:
+        """The same bits that the model's own processor makes of them; scaled on the device."""
+        resized = np.stack([one if isinstance(one, np.ndarray) else self._resize(one) for one in images])
+        scaled = torch.from_numpy(resized).to(self.device).double().mul_(self._scale.rescale).float()
+        mean, std = (scaled.new_tensor(values).view(3, 1, 1) for values in (self._scale.mean, self._scale.std))
+        return scaled.sub_(mean).div_(std).to(self.dtype)
 
     def _check(self, edit: Intervention) -> None:
         if edit.sae.d_in != self.width:
