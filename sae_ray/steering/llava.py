@@ -272,7 +272,7 @@ class Llava:
     ) -> Float[Tensor, "n 3 height width"]:
         """The same bits that the model's own processor makes of them; scaled on the device."""
         resized = np.stack([one if isinstance(one, np.ndarray) else self._resize(one) for one in images])
-        scaled = torch.from_numpy(resized).to(self.device).double().mul_(self._scale.rescale).float()
+        scaled = torch.from_numpy(resized).to(self.device).contiguous().double().mul_(self._scale.rescale).float()
         mean, std = (scaled.new_tensor(values).view(3, 1, 1) for values in (self._scale.mean, self._scale.std))
         return scaled.sub_(mean).div_(std).to(self.dtype)
 

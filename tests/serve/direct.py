@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from PIL import Image
 from sae_ray.serve.config import Language, ServeConfig
 from sae_ray.serve.engine import Engine, Task
 from sae_ray.serve.service import Service
@@ -38,9 +37,9 @@ class Tower:
         self._llava = llava
         self.embed = SimpleNamespace(remote=self._embed)
 
-    async def _embed(self, pixels: Any, change: None) -> Any:
-        assert change is None, "there is no SAE here"
-        return self._llava.image_embeddings([Image.fromarray(pixels)], [()])[0].numpy()
+    async def _embed(self, pixels: Any, changes: list[None]) -> list[Any]:
+        assert changes == [None], "there is no SAE here"
+        return [one.numpy() for one in self._llava.image_embeddings([pixels], [()])]
 
 
 class Generator:
