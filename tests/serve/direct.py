@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sae_ray.serve.coalescing import coalesced
 from sae_ray.serve.config import Language, ServeConfig
 from sae_ray.serve.engine import Engine, Task
+from sae_ray.serve.language import HANDFUL_S
 from sae_ray.serve.service import Service
 
 from sae_ray.steering import Llava, load_llava
@@ -54,7 +56,7 @@ class Generator:
         return self
 
     def _generate(self, task: Task) -> Answer:
-        return Answer(self._engine.generate(task))
+        return Answer(coalesced(self._engine.generate(task), HANDFUL_S))
 
 
 def direct_service(**options: Any) -> Service:
