@@ -110,7 +110,8 @@ class Llava:
         self.device, self.dtype = model.device, model.dtype
         self._block: nn.Module = blocks_of(model.model.vision_tower)[layer]
         self._resize = resizing(processor.image_processor)
-        self._scale = scale_of(info.model, processor.image_processor)
+        self._rescale, *scale = scale_of(info.model, processor.image_processor)
+        self._mean, self._std = (torch.tensor(of, device=self.device).view(3, 1, 1) for of in scale)
         self._tower_in_use = threading.Lock()
 
     @property
@@ -272,9 +273,8 @@ class Llava:
     ) -> Float[Tensor, "n 3 height width"]:
         """The same bits that the model's own processor makes of them; scaled on the device."""
         resized = np.stack([one if isinstance(one, np.ndarray) else self._resize(one) for one in images])
-        scaled = torch.from_numpy(resized).to(self.device).contiguous().double().mul_(self._scale.rescale).float()
-        mean, std = (scaled.new_tensor(values).view(3, 1, 1) for values in (self._scale.mean, self._scale.std))
-        return scaled.sub_(mean).div_(std).to(self.dtype)
+        scaled = torch.from_numpy(resized).to(self.device).contiguous().double().mul_(self._rescale).float()
+        return scaled.sub_(self._mean).div_(self._std).to(self.dtype)
 
     def _check(self, edit: Intervention) -> None:
         if edit.sae.d_in != self.width:
