@@ -122,6 +122,8 @@ def pool_codes(row_image: Int[np.ndarray, " rows"], codes: SparseCodes) -> Entri
     """
     import torch
 
+    if not len(codes.values):  # segments cannot be none at all on every device
+        return pool_tokens(row_image, *(column.numpy() for column in to_host(codes.rows, codes.latents, codes.values)))
     device, n_tokens = codes.values.device, torch.from_numpy(np.bincount(row_image))
     key = codes.latents * len(n_tokens) + torch.from_numpy(row_image).to(device)[codes.rows]
     key, order = key.sort(stable=True)
