@@ -236,6 +236,7 @@ def _replaced(
     """The edited rows of several images, `lengths` of each. Their interventions are of one SAE and one kind."""
     sae, drop, isolate = alike[0].sae, alike[0].error == "drop", alike[0].isolate
     latents = list(dict.fromkeys(edit.latent for one in alike for edit in one.edits))
+    column = {latent: place for place, latent in enumerate(latents)}
     if drop == isolate:  # no other latent has a part in the result
         before, others = codes_of(sae, latents)(x), None
     else:
@@ -245,7 +246,7 @@ def _replaced(
     affine = torch.tensor([0.0 if isolate else 1.0, 0.0], dtype=torch.float64).repeat(len(alike), len(latents), 1)
     for own, one in zip(affine, alike, strict=True):
         for edit in one.edits:
-            own[latents.index(edit.latent)] = own.new_tensor(edit.affine(one.max_token))
+            own[column[edit.latent]] = own.new_tensor(edit.affine(one.max_token))
     of_image = torch.tensor(lengths, device=before.device)
     factor, summand = affine.to(before).repeat_interleave(of_image, dim=0, output_size=len(x)).unbind(-1)
     after = before * factor + summand
