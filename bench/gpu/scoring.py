@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
@@ -142,20 +143,24 @@ def encoded(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         table["rows"].append([what, round(ms, 1), round(1000 * sizes.scored / ms), entries])
         return table
 
-    rows = sae_ray.sae.model._ROWS_ON_GPU
+    rows, exact = sae_ray.sae.model._ROWS_ON_GPU, replace(sae, k=None)
     sae.encode_sparse(x[: 8 * rows])
     codes, ms = _timed(lambda: sae.encode_sparse(x), device)
-    yield row(f"encode_sparse as it is: chunks of {rows} rows", ms, len(codes.values))
-    _, ms = _timed(lambda: _by_unlike_chunks(sae, x, rows), device)
-    yield row("the same, the host waits for each chunk, and the last one is smaller", ms, len(codes.values))
+    yield row("encode_sparse as it is: a product in bfloat16 screens, float32 decides", ms, len(codes.values))
+    exact.encode_sparse(x[: 8 * rows])
+    whole, ms = _timed(lambda: exact.encode_sparse(x), device)
+    what = f"by products in float32 of {rows} rows; compared with the first row: {_differing(whole, codes)}"
+    yield row(what, ms, len(whole.values))
+    _, ms = _timed(lambda: _by_unlike_chunks(exact, x, rows), device)
+    yield row("the same, the host waits for each product, and the last one has fewer rows", ms, len(whole.values))
     with _chunks_of(CHUNK_ROWS, sizes):
-        sae.encode_sparse(x[: 2 * CHUNK_ROWS])
-        larger, ms = _timed(lambda: sae.encode_sparse(x), device)
+        exact.encode_sparse(x[: 2 * CHUNK_ROWS])
+        larger, ms = _timed(lambda: exact.encode_sparse(x), device)
         yield row(f"encode_sparse in chunks of {CHUNK_ROWS:,} rows", ms, len(larger.values))
         torch.set_float32_matmul_precision("high")
         try:
-            sae.encode_sparse(x[: 2 * CHUNK_ROWS])
-            rough, ms = _timed(lambda: sae.encode_sparse(x), device)
+            exact.encode_sparse(x[: 2 * CHUNK_ROWS])
+            rough, ms = _timed(lambda: exact.encode_sparse(x), device)
         finally:
             torch.set_float32_matmul_precision("highest")
         yield row(f"the same with products in TF32; {_differing(larger, rough)}", ms, len(rough.values))
@@ -204,16 +209,11 @@ def bits(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     n_rows = (sizes.scored // STORED_SHARE or 1) * _tokens(sizes)
     x = _random_rows(n_rows, sizes.d_in, device)
     sae = make_sae(x, sizes.d_sae, sizes.k)
-    rows = sae_ray.sae.model._ROWS_ON_GPU
-
-    def of_large_chunks(some: Tensor) -> SparseCodes:
-        with _chunks_of(CHUNK_ROWS, sizes):
-            return sae.encode_sparse(some)
-
+    rows, exact = sae_ray.sae.model._ROWS_ON_GPU, replace(sae, k=None)
     ways = {
-        f"chunks of {rows} rows, as it is": sae.encode_sparse,
-        f"chunks of {CHUNK_ROWS:,} rows": of_large_chunks,
-        f"chunks of {rows} rows, the last one smaller": lambda some: _by_unlike_chunks(sae, some, rows),
+        "as it is: screened": sae.encode_sparse,
+        f"products of {rows} rows": exact.encode_sparse,
+        f"products of {rows} rows, the last one of fewer": lambda some: _by_unlike_chunks(exact, some, rows),
     }
     third = n_rows // 3
     parts = {

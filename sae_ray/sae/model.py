@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from sae_ray.errors import UsageError
 from sae_ray.sae.architectures import architecture
+from sae_ray.sae.screening import pays, screening
 from sae_ray.sae.sparse import Pattern, SparseCodes
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class SAE:
             raise UsageError(f"the input has shape {list(x.shape)}; flatten it to [n, {self.d_in}] first")
         if self.device.type == "cuda":
             chunks = x.split(_ROWS_ON_GPU * max(1, _PRE_ENTRIES_ON_GPU // (_ROWS_ON_GPU * self.d_sae)))
-            active = [self._active(self._pre_of_one_shape(chunk)) for chunk in chunks]
+            found_in = screening(self) if pays(self) else lambda rows: self._active(self._pre_of_one_shape(rows))
+            active = [found_in(self._centred(chunk)) for chunk in chunks]
         else:
             chunks = x.split(max(1, _PRE_ENTRIES // self.d_sae))
             active = [self._active(self._pre(chunk)) for chunk in chunks]
@@ -126,14 +128,14 @@ class SAE:
         W_enc, b_enc = self.W_enc.to(self._dtype), self.b_enc.to(self._dtype)
         return self._centred(x) @ W_enc + b_enc
 
-    def _pre_of_one_shape(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+    def _pre_of_one_shape(self, centred: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """As `_pre`, by products of `_ROWS_ON_GPU` rows."""
         W_enc, b_enc = self.W_enc.to(self._dtype), self.b_enc.to(self._dtype)
-        padded = F.pad(self._centred(x), (0, 0, 0, -len(x) % _ROWS_ON_GPU))
+        padded = F.pad(centred, (0, 0, 0, -len(centred) % _ROWS_ON_GPU))
         pre = padded.new_empty(len(padded), self.d_sae)
         for rows, out in zip(padded.split(_ROWS_ON_GPU), pre.split(_ROWS_ON_GPU), strict=True):
             torch.addmm(b_enc, rows, W_enc, out=out)
-        return pre[: len(x)]
+        return pre[: len(centred)]
 
     def _centred(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
         if x.shape[-1] != self.d_in:
