@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    Picture = Image.Image | UInt8[np.ndarray, "3 height width"]
+    """RGB, of any size; or as the tower's own `preprocess` resizes and crops it."""
+
 FORMS = (
     "a LLaVA is named by a directory in the transformers format (a path, or a URI such as s3://bucket/folder) or a "
     "model id on the Hugging Face hub"
@@ -153,7 +156,7 @@ class Llava:
 
     def answers(
         self,
-        images: Sequence[Image.Image],
+        images: Sequence[Picture],
         prompts: Sequence[str],
         interventions: Sequence[Sequence[TowerEdit]],
         max_new_tokens: int = MAX_NEW_TOKENS,
@@ -163,15 +166,13 @@ class Llava:
 
     @torch.no_grad()
     def image_embeddings(
-        self,
-        images: Sequence[Image.Image | UInt8[np.ndarray, "3 height width"]],
-        edits: Sequence[Sequence[TowerEdit]],
+        self, images: Sequence[Picture], edits: Sequence[Sequence[TowerEdit]]
     ) -> list[Float[Tensor, "patches hidden"]]:
         """What the language model gets to see of each image: vision tower, edits of that image, projector.
 
         Args:
-            images: RGB, of any size; or as the tower's own `preprocess` resizes and crops them. One may come several
-                times, each time with other edits: what lies below the edited block is then computed once.
+            images: One may come several times, each time with other edits: what lies below the edited block is then
+                computed once.
             edits: Per image.
 
         Raises:
@@ -268,9 +269,7 @@ class Llava:
         embedded[ids == self.processor.image_token_id] = torch.cat(list(images)).to(embedded)
         return embedded
 
-    def _pixels(
-        self, images: Sequence[Image.Image | UInt8[np.ndarray, "3 height width"]]
-    ) -> Float[Tensor, "n 3 height width"]:
+    def _pixels(self, images: Sequence[Picture]) -> Float[Tensor, "n 3 height width"]:
         """The same bits that the model's own processor makes of them; scaled on the device."""
         resized = np.stack([one if isinstance(one, np.ndarray) else self._resize(one) for one in images])
         scaled = torch.from_numpy(resized).to(self.device).contiguous().double().mul_(self._rescale).float()
