@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 # Weights, gradient and moments of a block are 8 MiB: they stay in the cache while they are worked on.
 _BLOCK_ENTRIES = 2**19
+
+
+def adam_scalars(number: int, learning_rate: float) -> tuple[float, float]:
+    """Of step `number`, counted from 1: its size, and the square root of the correction of the second moment."""
+    return learning_rate / (1 - 0.9**number), (1 - 0.999**number) ** 0.5
 
 
 class RowGradient(NamedTuple):
@@ -57,15 +63,31 @@ class RowAdam:
         }
 
     @torch.no_grad()
-    def step(self, gradients: dict[str, RowGradient], number: int, learning_rate: float) -> None:
-        """Step `number`, counted from 1."""
+    def step(
+        self, gradients: dict[str, RowGradient], factor: Float[Tensor, ""], number: int, learning_rate: float
+    ) -> None:
+        """Step `number`, counted from 1, for gradients that are first multiplied by a factor, in place."""
         for name, parameter in self.weights.named().items():
-            moments, gradient = self.state[parameter].values(), gradients[name]
-            kernels = kernels_for(parameter) if parameter.ndim == 2 else None
-            if kernels is None:
-                self._step_blocks(name, parameter, gradient, number, learning_rate)
-            else:
-                kernels.adam_rows(parameter, *moments, *gradient, number, learning_rate, name == "W_dec")
+            gradient = gradients[name]
+            gradient.values.mul_(factor)
+            self._step_blocks(name, parameter, gradient, number, learning_rate)
+
+    @torch.no_grad()
+    def step_with_kernels(self, gradients: dict[str, RowGradient], scalars: Float[Tensor, " 4"]) -> None:
+        """The same for gradients of all rows, without anything that only the host knows.
+
+        Args:
+            scalars: `adam_scalars` of the step, the factor, and whether to take the step: 1 or 0.
+        """
+        for name, parameter in self.weights.named().items():
+            kernels = kernels_for(parameter)
+            assert kernels is not None
+            tensors = [parameter, *self.state[parameter].values(), gradients[name].values]
+            if parameter.ndim == 1:
+                tensors = [tensor.view(-1, math.gcd(len(tensor), 1024)) for tensor in tensors]
+            kernels.adam_rows(*tensors, scalars, name == "W_dec")
+            if name == "threshold":
+                self.weights.constrain(name, slice(None))
 
     def _step_blocks(
         self, name: str, parameter: Parameter, gradient: RowGradient, number: int, learning_rate: float

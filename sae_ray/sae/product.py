@@ -1,4 +1,4 @@
-"""The encoder's dense product: the one part of a training step whose cost grows with the width of the dictionary."""
+"""Dense products: the encoder's, whose cost grows with the width of the dictionary, and those of a block of latents."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ def affine(
         part = slice(start, start + _LATENTS)
         out[:, part] = torch.ops.mkldnn._linear_pointwise(x, weight[part], bias[part], "none", [], "")
     return out
+
+
+def product(left: Float[Tensor, "n inner"], right: Float[Tensor, "inner m"], dtype: str) -> Float[Tensor, "n m"]:
+    """`left @ right`, float32, of factors that are rounded to this dtype; without a gradient."""
+    if dtype == "float32":
+        return left @ right
+    left, right = left.bfloat16(), right.bfloat16()
+    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else (left @ right).float()
 
 
 def _memory(n_entries: int, dtype: torch.dtype) -> Float[Tensor, " n_entries"]:

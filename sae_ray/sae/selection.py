@@ -76,6 +76,31 @@ def largest_positive_per_row(
     return largest_of_rows(matrix, found[falling[rank < k]].sort().values, k, split.latents)
 
 
+def padded_largest(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, " rows*k"]:
+    """As `largest_positive_per_row` of one process; where entries are missing, `matrix.numel()` at the end.
+
+    The shapes of all that it does depend on those of the matrix alone, so that it can be part of a CUDA graph. The `k`
+    largest of a row are in the `k` blocks with the largest maxima.
+    """
+    n_rows, width = matrix.shape
+    maxima = _block_maxima(matrix, k)
+    size = width // maxima.shape[1]
+    blocks = _first_largest(maxima, min(k, maxima.shape[1]))
+    near = matrix.view(n_rows, -1, size).gather(1, blocks.unsqueeze(2).expand(-1, -1, size)).flatten(1)
+    places = _first_largest(near, k)
+    columns = blocks.gather(1, places // size) * size + places % size
+    flat = torch.arange(0, matrix.numel(), width, device=matrix.device).unsqueeze(1) + columns
+    return torch.where(near.gather(1, places) > 0, flat, matrix.numel()).flatten().sort().values
+
+
+def _first_largest(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, "rows k"]:
+    """Ascending places of the `k` largest of each row, the first among equal ones; what is not above 0 counts as 0."""
+    # A value and its place as one number: the value's bits, then what is lower for a later place.
+    keys = matrix.relu().view(torch.int32).long() << 32
+    keys -= torch.arange(matrix.shape[1], device=matrix.device)
+    return keys.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+
+
 def largest_of_rows(
     matrix: Float[Tensor, "rows latents"], found: Int[Tensor, " found"], k: int, latents: Ranks
 ) -> Int[Tensor, " nnz"]:

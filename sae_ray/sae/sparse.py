@@ -57,6 +57,11 @@ class Pattern:
         """From ascending indices into the flattened matrix."""
         return cls(flat // n_latents, flat % n_latents, n_rows, n_latents)
 
+    @staticmethod
+    def entries(matrix: Float[Tensor, "n_rows n_latents"], flat: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
+        """The values of a matrix at these indices into it, flattened."""
+        return matrix.flatten()[flat]
+
     @cached_property
     def row_offsets(self) -> Int[Tensor, " n_rows+1"]:
         return _offsets(self.rows, self.n_rows)
@@ -103,6 +108,39 @@ class Pattern:
             self.row_offsets, self.latents, empty, (self.n_rows, self.n_latents), check_invariants=False
         )
         return torch.sparse.sampled_addmm(mask, left, right.T, beta=0).values()
+
+
+class PaddedPattern(Pattern):
+    """A pattern for kernels whose number of entries is fixed: missing ones come last, in row `n_rows` or beyond of
+    latent `n_latents`.
+
+    The shapes of all that follows from it are fixed as well: sums go over all latents, gradients of weights are dense.
+    """
+
+    @classmethod
+    def of_flat(cls, flat: Int[Tensor, " nnz"], n_rows: int, n_latents: int) -> Pattern:
+        """From ascending indices into the flattened matrix; `n_rows * n_latents` for a missing entry."""
+        rows = flat // n_latents
+        return cls(rows, torch.where(rows < n_rows, flat % n_latents, n_latents), n_rows, n_latents)
+
+    @staticmethod
+    def entries(matrix: Float[Tensor, "n_rows n_latents"], flat: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
+        """The values of a matrix at these indices into it, flattened; 0 where an entry is missing."""
+        n = matrix.numel()
+        return torch.where(flat < n, matrix.flatten()[flat.clamp_max(n - 1)], 0)
+
+    @cached_property
+    def used(self) -> Int[Tensor, " n_latents"]:
+        """All latents."""
+        return torch.arange(self.n_latents, device=self.rows.device)
+
+    @cached_property
+    def used_offsets(self) -> Int[Tensor, " n_latents+1"]:
+        return _offsets(self.latents[self.by_latent], self.n_latents)
+
+    def of_used(self, sums: Float[Tensor, "n_latents d"]) -> Float[Tensor, "n_latents d"]:
+        """They are those of all latents."""
+        return sums
 
 
 class _EncodeEntries(torch.autograd.Function):

@@ -85,6 +85,8 @@ class Architecture(ABC):
         self.cell, self.split = cell, split
         self.prefixes = [split.latents.share(end) for end in accumulate(cell.group_sizes(d_in))]
         """How many of this rank's latents each nested prefix has."""
+        self._ends: Int[Tensor, " n_prefixes"] | None = None
+        """They, on the device, since the first step there."""
 
     @property
     def learned_threshold(self) -> float | None:
@@ -160,29 +162,37 @@ class SelectingArchitecture(Architecture):
     def select(self, pre: Float[Tensor, "rows latents"]) -> Int[Tensor, " nnz"]:
         """Ascending flat indices of this rank's active entries, all of them above 0."""
 
+    @abstractmethod
+    def padded_select(self, pre: Float[Tensor, "rows latents"]) -> Int[Tensor, " rows*k"]:
+        """The same in a single process, always as many; `pre.numel()` at the end where entries are missing."""
+
     def forward(self, weights: Weights, x: Tensor) -> Forward:
         import torch
 
-        from sae_ray.sae.sparse import Pattern, encode_entries
+        from sae_ray.sae.kernels import fixed_shapes
+        from sae_ray.sae.sparse import PaddedPattern, Pattern, encode_entries
 
+        padded = fixed_shapes(x, self.split)
+        kind = PaddedPattern if padded else Pattern
         with torch.no_grad():
             pre = self.pre_activations(weights, x)
-            flat = self.select(pre)
-        pattern = Pattern.of_flat(flat, *pre.shape)
+            flat = self.padded_select(pre) if padded else self.select(pre)
+        pattern = kind.of_flat(flat, *pre.shape)
         b_dec = self.split.latents.shared(weights.b_dec)
-        values = encode_entries(pre.flatten()[flat], x, weights.W_enc_t, weights.b_enc, b_dec, pattern)
+        values = encode_entries(kind.entries(pre, flat), x, weights.W_enc_t, weights.b_enc, b_dec, pattern)
         errors = x - self._reconstruct_prefixes(values, pattern, weights)
         n_prefixes = len(errors)
         kept = values.detach()
+        active = kept > 0  # all but the missing ones
         return Forward(
             # The reference averages over the prefixes twice; so do we, and losses stay comparable with its own.
             reconstruction_loss=errors.square().sum(-1).mean() / n_prefixes,
             sparsity_penalty=x.new_zeros(()),
             residual=errors[-1].detach(),
             pre=pre,
-            fired=pre.new_zeros(pre.shape[1], dtype=torch.bool).index_fill_(0, pattern.latents, True),
-            n_active=x.new_full((), len(kept)),
-            smallest_active=torch.cat([kept, kept.new_full((1,), torch.inf)]).amin(),
+            fired=pre.new_zeros(pre.shape[1] + 1, dtype=torch.bool).index_fill_(0, pattern.latents, True)[:-1],
+            n_active=active.sum().to(x.dtype),
+            smallest_active=torch.cat([kept.where(active, torch.inf), kept.new_full((1,), torch.inf)]).amin(),
         )
 
     def _reconstruct_prefixes(
@@ -190,19 +200,21 @@ class SelectingArchitecture(Architecture):
     ) -> Float[Tensor, "n_prefixes rows d_in"]:
         import torch
 
-        from sae_ray.sae.sparse import Pattern, decode_entries
+        from sae_ray.sae.sparse import decode_entries
 
         joined = self.split.latents.joined
         if len(self.prefixes) == 1:
             return (joined(decode_entries(values, weights.W_dec, pattern)) + weights.b_dec).unsqueeze(0)
-        ends = torch.tensor(self.prefixes, device=values.device)
-        group = torch.bucketize(pattern.latents, ends, right=True)
+        if self._ends is None:
+            self._ends = torch.tensor(self.prefixes, device=values.device)
+        n_groups = len(self.prefixes)
+        group = torch.bucketize(pattern.latents, self._ends, right=True)
         # Each group decodes into a batch of its own; a prefix is the sum of the groups up to its end.
         rows = group * pattern.n_rows + pattern.rows
         order = rows.argsort(stable=True)
-        grouped = Pattern(rows[order], pattern.latents[order], len(ends) * pattern.n_rows, pattern.n_latents)
-        parts = joined(decode_entries(values[order], weights.W_dec, grouped))
-        return parts.view(len(ends), pattern.n_rows, -1).cumsum(0) + weights.b_dec
+        grouped = type(pattern)(rows[order], pattern.latents[order], n_groups * pattern.n_rows, pattern.n_latents)
+        parts = joined(decode_entries(values.index_select(0, order), weights.W_dec, grouped))
+        return parts.view(n_groups, pattern.n_rows, -1).cumsum(0) + weights.b_dec
 
 
 class PenalisedArchitecture(Architecture):
