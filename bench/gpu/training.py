@@ -151,7 +151,7 @@ def step_ms(
 
 
 class Steps:
-    """Each call takes one step, on the next of batches that repeat.
+    """Each call takes one step, on the next of batches that repeat; the host does not ask for its metrics.
 
     With `half_dead` the last half of the latents count as dead before every step.
     """
@@ -166,7 +166,7 @@ class Steps:
         if self.half_dead:
             dead_after = self.trainer.cell.training.dead_after_samples
             self.trainer.samples_since_fired[self.trainer.d_sae // 2 :] = dead_after
-        self.trainer.step(next(self.batches))
+        self.trainer.advance(next(self.batches))
 
 
 def floor_ms(sizes: Sizes, d_sae: int, precision: str, bytes_per_ms: float, device: torch.device) -> float:

@@ -142,7 +142,7 @@ class CellTrainer:
         self._run(x, averages, self._block)
         self.n_steps += 1
         self._window.done += 1
-        return self.report() if self._window.done == self._window.length else []
+        return self.report() if self.n_steps % self._window.length == 0 else []
 
     def report(self) -> list[StepMetrics]:
         """The metrics of the steps since the last report, for which the host waits. Raises NonFiniteLoss as they do."""

@@ -11,7 +11,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sae_ray.sae.ranks import Ranks, Split
-from sae_ray.sae.selection import BatchSelection, largest_of_rows, largest_positive, largest_positive_per_row
+from sae_ray.sae.selection import (
+    BatchSelection,
+    largest_of_rows,
+    largest_positive,
+    largest_positive_per_row,
+    padded_largest,
+)
 from tests.sae.thread_ranks import on_ranks
 
 Select = Callable[[torch.Tensor], torch.Tensor]
@@ -37,6 +43,14 @@ def sorted_selection(matrix: torch.Tensor, count: int) -> torch.Tensor:
     """By a stable sort of all values."""
     order = matrix.flatten().sort(descending=True, stable=True).indices[:count]
     return order[matrix.flatten()[order] > 0].sort().values
+
+
+def padded_selection(matrix: torch.Tensor, k: int) -> torch.Tensor:
+    found = padded_largest(matrix, k)
+    assert len(found) == k * len(matrix)
+    entries = found[found < matrix.numel()]
+    assert (found[len(entries) :] == matrix.numel()).all()
+    return entries
 
 
 def on_splits(size: int, by: str, matrices: list[torch.Tensor], start: Callable[[Split], Select]) -> list[torch.Tensor]:
@@ -75,6 +89,7 @@ def rows_over_shards(size: int, matrix: torch.Tensor, k: int) -> torch.Tensor:
 @example(torch.full((4, 16), 0.5), 63)
 def test_it_is_what_sorting_gives_however_many_ranks_there_are(matrix: torch.Tensor, count: int):
     expected = sorted_selection(matrix, count)
+    assert torch.equal(padded_selection(matrix.view(1, -1), min(count, matrix.numel())), expected)
     for guess in (0.0, 0.5, 1.0, 1e6, matrix.max().item(), matrix.median().item()):
         assert torch.equal(largest_positive(matrix, count, guess), expected)
     for size, by in product((2, 4), SPLITS):

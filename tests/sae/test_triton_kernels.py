@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -247,6 +248,17 @@ class Lint(TorchDispatchMode):
 
 
 @pytest.mark.gpu
+def test_waits_are_noticed(use_kernels):
+    """In a step without kernels."""
+    trainer = CellTrainer(small_cell("batch_topk", "post"), 8, DEVICE)
+    for batch in small_batches(2):
+        trainer.advance(batch)
+    with Lint() as lint:
+        trainer.advance(batch)
+    assert {"nonzero", "unique_consecutive", "_local_scalar_dense"} < set(lint.found)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dense", [32, 0])
 @pytest.mark.parametrize("name", [*SELECTING, "relu", "jumprelu"])
 def test_no_step_waits_for_the_device_between_reports(use_kernels, monkeypatch, name: str, dense: int):
@@ -271,13 +283,20 @@ def test_a_recorded_step_equals_the_step(name: str, select: str, dtype: str):
     """Also where the room of AuxK and the averaging of the threshold change, which are recorded apart."""
     recorded, eager = (CellTrainer(small_cell(name, select, dtype), 8, DEVICE) for _ in range(2))
     eager._run = eager._work
-    torch.cuda.set_sync_debug_mode("error")
+    first, *batches = small_batches(40)
+    recorded.advance(first)
+    eager.advance(first)
+    torch.cuda.set_sync_debug_mode("warn")
     try:
-        for batch in small_batches(40):
-            recorded.advance(batch)
-            eager.advance(batch)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for batch in batches:
+                recorded.advance(batch)
+                eager.advance(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]
+    assert waits == []
     assert torch.equal(torch.tensor(recorded.report()).nan_to_num(-1), torch.tensor(eager.report()).nan_to_num(-1))
     for (key, one), other in zip(recorded.state()[0].items(), eager.state()[0].values(), strict=True):
         assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1)), key
