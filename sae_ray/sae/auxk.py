@@ -73,7 +73,7 @@ def padded_auxk_loss(
     Args:
         capacity: at least the number of dead latents, at most that of all.
     """
-    block = (~dead).sort(stable=True).indices[:capacity]  # the dead ones, and others that do not take part
+    block = (~dead).byte().sort(stable=True).indices[:capacity]  # the dead ones, and others that do not take part
     pre = forward.pre.index_select(1, block).masked_fill_(~dead[block], -torch.inf)
     top = pre.topk(min(x.shape[1] // 2, capacity), dim=1, sorted=False)
     chosen = top.values > (0 if training.auxk_select == "post" else -torch.inf)

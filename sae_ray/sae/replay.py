@@ -19,38 +19,38 @@ class _Recorded(NamedTuple):
 
 
 class Replayed:
-    """Calls `run(x, *key)`, whose work on the GPU follows from the shape of `x` and from `key`.
+    """Calls a function `run(x, *key)`, always the same, whose work on the GPU follows from the shape of `x` and `key`.
 
     It runs as it is the first time, is recorded the second, and replayed from then on. All tensors that it changes
-    outlive it, and nothing else that it makes is used afterwards: recordings share their memory.
+    are there before, and nothing else that it makes is used afterwards: recordings share their memory.
     """
 
-    def __init__(self, run: Callable[..., None]):
-        self._run = run
+    def __init__(self) -> None:
         self._recorded: dict[Hashable, _Recorded | None] = {}
 
-    def __call__(self, x: Tensor, *key: Any) -> None:
+    def __call__(self, run: Callable[..., None], x: Tensor, *key: Any) -> None:
         place = (x.shape, *key)
         if place not in self._recorded:
             self._recorded[place] = None  # libraries and kernels load what they need
-            self._run(x, *key)
+            run(x, *key)
             return
         recorded = self._recorded[place]
         if recorded is None:
-            recorded = self._recorded[place] = self._record(x, *key)
+            recorded = self._recorded[place] = _record(run, x, *key)
         recorded.x.copy_(x)
         with torch.cuda.device(x.device):
             recorded.graph.replay()
 
-    def _record(self, x: Tensor, *key: Any) -> _Recorded:
-        recorded = _Recorded(torch.cuda.CUDAGraph(), torch.empty_like(x))
-        # Other threads may call CUDA meanwhile: they load the next batches.
-        with (
-            torch.cuda.device(x.device),
-            torch.cuda.graph(recorded.graph, _memory(x.device), capture_error_mode="thread_local"),
-        ):
-            self._run(recorded.x, *key)
-        return recorded
+
+def _record(run: Callable[..., None], x: Tensor, *key: Any) -> _Recorded:
+    recorded = _Recorded(torch.cuda.CUDAGraph(), torch.empty_like(x))
+    # Other threads may call CUDA meanwhile: they load the next batches.
+    with (
+        torch.cuda.device(x.device),
+        torch.cuda.graph(recorded.graph, _memory(x.device), capture_error_mode="thread_local"),
+    ):
+        run(recorded.x, *key)
+    return recorded
 
 
 @cache

@@ -103,7 +103,7 @@ class CellTrainer:
         self._window = Window(REPORT_EVERY if fixed else 1, 3, len(StepMetrics._fields) - 2, self.device)
         self._block = 0
         """Latents that can be dead in the steps of the window, rounded up: the room of AuxK. 0 where it needs none."""
-        self._run = Replayed(self._work) if fixed and self.device.type == "cuda" else self._work
+        self._replayed = Replayed() if fixed and self.device.type == "cuda" else None
 
     def step(self, batch: Float[Tensor, "batch d_in"]) -> StepMetrics:
         """`advance`, and the metrics of this step at once: on a GPU the host waits for them."""
@@ -139,7 +139,10 @@ class CellTrainer:
             self._open_window(max(size, len(x) * sharers.size))
         averages = self.architecture.estimates_threshold
         averages = averages and self.n_steps > self.cell.training.effective("threshold_start_step")
-        self._run(x, averages, self._block)
+        if self._replayed:
+            self._replayed(self._work, x, averages, self._block)
+        else:
+            self._work(x, averages, self._block)
         self.n_steps += 1
         self._window.done += 1
         return self.report() if self.n_steps % self._window.length == 0 else []

@@ -265,7 +265,7 @@ def test_no_step_waits_for_the_device_between_reports(use_kernels, monkeypatch, 
     use_kernels()
     monkeypatch.setattr(auxk, "_DENSE", dense)
     trainer = CellTrainer(small_cell(name, "post", "float32" if dense else "bfloat16"), 8, DEVICE)
-    trainer._run = trainer._work  # as it is before it is recorded
+    trainer._replayed = None  # as it is before it is recorded
     first, *batches = small_batches(3)
     trainer.advance(first)
     with Lint() as lint:
@@ -282,7 +282,7 @@ def test_no_step_waits_for_the_device_between_reports(use_kernels, monkeypatch, 
 def test_a_recorded_step_equals_the_step(name: str, select: str, dtype: str):
     """Also where the room of AuxK and the averaging of the threshold change, which are recorded apart."""
     recorded, eager = (CellTrainer(small_cell(name, select, dtype), 8, DEVICE) for _ in range(2))
-    eager._run = eager._work
+    eager._replayed = None
     first, *batches = small_batches(40)
     recorded.advance(first)
     eager.advance(first)
