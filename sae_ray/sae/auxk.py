@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from sae_ray.sae.product import product
+from sae_ray.sae.product import affine, product
 from sae_ray.sae.selection import largest_of_rows
 from sae_ray.sae.sparse import PaddedPattern, Pattern, decode_entries, encode_entries
 
@@ -74,21 +74,27 @@ def padded_auxk_loss(
         capacity: at least the number of dead latents, at most that of all.
     """
     block = (~dead).byte().sort(stable=True).indices[:capacity]  # the dead ones, and others that do not take part
-    pre = forward.pre.index_select(1, block).masked_fill_(~dead[block], -torch.inf)
+    W_enc_t, b_enc, W_dec = (
+        weight.index_select(0, block) for weight in (weights.W_enc_t, weights.b_enc, weights.W_dec)
+    )
+    if training.dtype == "float32":
+        pre = affine(x - weights.b_dec, W_enc_t, b_enc)
+    else:
+        pre = forward.pre.index_select(1, block)
+    pre = pre.masked_fill(~dead[block], -torch.inf)
     top = pre.topk(min(x.shape[1] // 2, capacity), dim=1, sorted=False)
     chosen = top.values > (0 if training.auxk_select == "post" else -torch.inf)
+    values = top.values.where(chosen, 0.0)
     if training.dtype == "float32" and capacity > _DENSE:
-        starts = torch.arange(0, forward.pre.numel(), len(dead), device=x.device).unsqueeze(1)
-        flat = torch.where(chosen, starts + block[top.indices], forward.pre.numel()).flatten().sort().values
+        missing = forward.pre.numel()
+        starts = torch.arange(0, missing, len(dead), device=x.device).unsqueeze(1)
+        flat, order = torch.where(chosen, starts + block[top.indices], missing).flatten().sort()
         pattern = PaddedPattern.of_flat(flat, len(x), len(dead))
-        pre_of_entries = PaddedPattern.entries(forward.pre, flat)
-        values = encode_entries(pre_of_entries, x, weights.W_enc_t, weights.b_enc, weights.b_dec, pattern)
+        values = values.flatten()[order]
+        values = encode_entries(values, x, weights.W_enc_t, weights.b_enc, weights.b_dec, pattern)
         explained = decode_entries(values, weights.W_dec, pattern)
     else:
-        codes = torch.zeros_like(pre).scatter_(1, top.indices, top.values.where(chosen, 0.0))
-        W_enc_t, b_enc, W_dec = (
-            weight.index_select(0, block) for weight in (weights.W_enc_t, weights.b_enc, weights.W_dec)
-        )
+        codes = torch.zeros_like(pre).scatter_(1, top.indices, values)
         explained = _Block.apply(codes, x, W_enc_t, b_enc, weights.b_dec, W_dec, training.dtype)
         assert isinstance(explained, torch.Tensor)
     return _relative_error(forward.residual, explained, split) * dead.any()

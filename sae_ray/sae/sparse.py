@@ -57,11 +57,6 @@ class Pattern:
         """From ascending indices into the flattened matrix."""
         return cls(flat // n_latents, flat % n_latents, n_rows, n_latents)
 
-    @staticmethod
-    def entries(matrix: Float[Tensor, "n_rows n_latents"], flat: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
-        """The values of a matrix at these indices into it, flattened."""
-        return matrix.flatten()[flat]
-
     @cached_property
     def row_offsets(self) -> Int[Tensor, " n_rows+1"]:
         return _offsets(self.rows, self.n_rows)
@@ -122,12 +117,6 @@ class PaddedPattern(Pattern):
         """From ascending indices into the flattened matrix; `n_rows * n_latents` for a missing entry."""
         rows = flat // n_latents
         return cls(rows, torch.where(rows < n_rows, flat % n_latents, n_latents), n_rows, n_latents)
-
-    @staticmethod
-    def entries(matrix: Float[Tensor, "n_rows n_latents"], flat: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
-        """The values of a matrix at these indices into it, flattened; 0 where an entry is missing."""
-        n = matrix.numel()
-        return torch.where(flat < n, matrix.flatten()[flat.clamp_max(n - 1)], 0)
 
     @cached_property
     def used(self) -> Int[Tensor, " n_latents"]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _ENTRIES = 8
 """Entries of a sum that are read at once."""
 _COMPACTED = 4096
-"""Values that one program of the search looks at, or of the sum with a bias."""
+"""Values that one program of the search looks at."""
 
 
 def bag_sums(
@@ -73,13 +73,6 @@ def at_least(flat: Float[Tensor, " n"], bound: float, capacity: int) -> Int[Tens
     with torch.cuda.device_of(flat):
         _compact[(n_programs,)](flat, bound, counts, ends, found, len(flat), _COMPACTED)
     return found
-
-
-def add_to_rows(matrix: Float[Tensor, "n d"], bias: Float[Tensor, " d"]) -> None:
-    """Adds `bias` to each row, in place. The matrix is contiguous."""
-    n, d = matrix.shape
-    with torch.cuda.device_of(matrix):
-        _add_to_rows[(n, triton.cdiv(d, _COMPACTED))](matrix, bias, d, _COMPACTED)
 
 
 def orthogonalise_rows(values: Float[Tensor, "n d"], directions: Float[Tensor, "n d"]) -> None:
@@ -153,14 +146,6 @@ def _compact(flat, bound, counts, ends, found, n, SIZE: tl.constexpr):
         wanted = tl.load(flat + places, mask=places < n, other=float("-inf")) >= bound
         slots = tl.load(ends + program) - here + tl.cumsum(wanted.to(tl.int32), axis=0) - 1
         tl.store(found + slots, places, mask=wanted)
-
-
-@triton.jit
-def _add_to_rows(matrix, bias, d, SIZE: tl.constexpr):
-    columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    row = matrix + tl.program_id(0).to(tl.int64) * d
-    value = tl.load(row + columns, mask=columns < d) + tl.load(bias + columns, mask=columns < d)
-    tl.store(row + columns, value, mask=columns < d)
 
 
 @triton.jit

@@ -73,14 +73,15 @@ def test_the_selection_is_what_sorting_gives(matrix_of):
     smallest = matrix.flatten()[expected].min().item() if len(expected) else 1.0
     for guess in (0.0, 1e-6, 0.5 * smallest, 0.9 * smallest, smallest, 1e6):
         assert torch.equal(largest_positive(matrix, count, guess), expected)
-    padded = padded_largest(matrix.view(1, -1), count)
+    padded, values = padded_largest(matrix.view(1, -1), count)
+    assert torch.equal(values[: len(expected)], matrix.flatten()[expected])
     assert torch.equal(padded[: len(expected)], expected)
     assert (padded[len(expected) :] == matrix.numel()).all()
     for size in (2, 8):
         assert torch.equal(over_ranks(size, matrix, count, 0.9 * smallest), expected)
     per_row = torch.cat([sorted_selection(row, K) + number * D_SAE for number, row in enumerate(matrix)])
     assert torch.equal(largest_positive_per_row(matrix, K), per_row)
-    assert torch.equal(padded_largest(matrix, K)[: len(per_row)], per_row)
+    assert torch.equal(padded_largest(matrix, K)[0][: len(per_row)], per_row)
 
 
 def test_sums_and_dots_equal_those_in_float64():

@@ -46,10 +46,12 @@ def sorted_selection(matrix: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def padded_selection(matrix: torch.Tensor, k: int) -> torch.Tensor:
-    found = padded_largest(matrix, k)
-    assert len(found) == k * len(matrix)
+    found, values = padded_largest(matrix, k)
+    assert len(found) == len(values) == k * len(matrix)
     entries = found[found < matrix.numel()]
     assert (found[len(entries) :] == matrix.numel()).all()
+    assert torch.equal(values[: len(entries)], matrix.flatten()[entries])
+    assert not values[len(entries) :].any()
     return entries
 
 

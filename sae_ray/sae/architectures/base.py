@@ -34,8 +34,9 @@ class Forward(NamedTuple):
     residual: Float[Tensor, "rows d_in"]
     """x minus the reconstruction; no gradient."""
     pre: Float[Tensor, "rows latents"]
-    """Pre-activations of this rank's latents; no gradient. On a CPU they hold until the next forward pass in this
-    thread, of any cell."""
+    """Pre-activations of this rank's latents; no gradient. With kernels in a single process, those of a selecting
+    architecture are of a product in bfloat16. On a CPU they hold until the next forward pass in this thread, of any
+    cell."""
     fired: Bool[Tensor, " latents"]
     """Those that were active at least once."""
     n_active: Float[Tensor, ""]
@@ -108,20 +109,13 @@ class Architecture(ABC):
         """With gradients if they are enabled."""
         import torch
 
-        from sae_ray.sae.kernels import kernels_for
-        from sae_ray.sae.product import affine
+        from sae_ray.sae.product import affine, rough_affine
 
         centred = x - self.split.latents.shared(weights.b_dec)
         if self.cell.training.dtype == "bfloat16":
-            rough, W_enc = centred.bfloat16(), weights.W_enc_t.bfloat16().T
-            if x.is_cuda and not torch.is_grad_enabled():
-                pre = torch.mm(rough, W_enc, out_dtype=torch.float32)
-                # Not addmm, nor broadcast: both take longer than the product.
-                if kernels := kernels_for(pre):
-                    kernels.add_to_rows(pre, weights.b_enc)
-                    return pre
-                return pre.add_(weights.b_enc)
-            return (rough @ W_enc).float() + weights.b_enc
+            if torch.is_grad_enabled():
+                return (centred.bfloat16() @ weights.W_enc_t.bfloat16().T).float() + weights.b_enc
+            return rough_affine(centred, weights.W_enc_t, weights.b_enc)
         if torch.is_grad_enabled():
             return torch.addmm(weights.b_enc, centred, weights.W_enc_t.T)
         return affine(centred, weights.W_enc_t, weights.b_enc)
@@ -163,8 +157,8 @@ class SelectingArchitecture(Architecture):
         """Ascending flat indices of this rank's active entries, all of them above 0."""
 
     @abstractmethod
-    def padded_select(self, pre: Float[Tensor, "rows latents"]) -> Int[Tensor, " rows*k"]:
-        """The same in a single process, always as many; `pre.numel()` at the end where entries are missing."""
+    def rivals(self, pre: Float[Tensor, "rows latents"]) -> tuple[Float[Tensor, "groups entries"], int]:
+        """All entries of a single process in groups, and how many of each group are active at most."""
 
     def forward(self, weights: Weights, x: Tensor) -> Forward:
         import torch
@@ -172,17 +166,18 @@ class SelectingArchitecture(Architecture):
         from sae_ray.sae.kernels import fixed_shapes
         from sae_ray.sae.sparse import PaddedPattern, Pattern, encode_entries
 
-        padded = fixed_shapes(x, self.split)
-        kind = PaddedPattern if padded else Pattern
         with torch.no_grad():
-            pre = self.pre_activations(weights, x)
-            flat = self.padded_select(pre) if padded else self.select(pre)
-        pattern = kind.of_flat(flat, *pre.shape)
+            if fixed_shapes(x, self.split):
+                pre, flat, kept = self._padded_selection(weights, x)
+                pattern = PaddedPattern.of_flat(flat, *pre.shape)
+            else:
+                pre = self.pre_activations(weights, x)
+                flat = self.select(pre)
+                pattern, kept = Pattern.of_flat(flat, *pre.shape), pre.flatten()[flat]
         b_dec = self.split.latents.shared(weights.b_dec)
-        values = encode_entries(kind.entries(pre, flat), x, weights.W_enc_t, weights.b_enc, b_dec, pattern)
+        values = encode_entries(kept, x, weights.W_enc_t, weights.b_enc, b_dec, pattern)
         errors = x - self._reconstruct_prefixes(values, pattern, weights)
         n_prefixes = len(errors)
-        kept = values.detach()
         active = kept > 0  # all but the missing ones
         return Forward(
             # The reference averages over the prefixes twice; so do we, and losses stay comparable with its own.
@@ -194,6 +189,31 @@ class SelectingArchitecture(Architecture):
             n_active=active.sum().to(x.dtype),
             smallest_active=torch.cat([kept.where(active, torch.inf), kept.new_full((1,), torch.inf)]).amin(),
         )
+
+    def _padded_selection(self, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pre-activations, and the active entries of a single process with their values, padded.
+
+        For float32 a product in bfloat16 tells which entries are computed in float32 and compete; the pre-activations
+        are those of the former. An entry is missed only if the rounding of the former moves it across as many others as
+        are selected.
+        """
+        from sae_ray.sae.kernels import kernels_for
+        from sae_ray.sae.product import rough_affine
+        from sae_ray.sae.selection import padded_largest
+
+        if self.cell.training.dtype != "float32":
+            pre = self.pre_activations(weights, x)
+            return pre, *padded_largest(*self.rivals(pre))
+        centred = x - weights.b_dec
+        pre = rough_affine(centred, weights.W_enc_t, weights.b_enc)
+
+        def exact(flat: Tensor) -> Tensor:
+            kernels = kernels_for(x)
+            assert kernels is not None
+            rows, latents = flat // pre.shape[1], flat % pre.shape[1]
+            return kernels.dots(rows, latents, centred, weights.W_enc_t) + weights.b_enc[latents]
+
+        return pre, *padded_largest(*self.rivals(pre), exact)
 
     def _reconstruct_prefixes(
         self, values: Float[Tensor, " nnz"], pattern: Pattern, weights: Weights

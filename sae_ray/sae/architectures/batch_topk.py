@@ -31,8 +31,6 @@ class BatchTopK(SelectingArchitecture):
     def select(self, pre: Tensor) -> Tensor:
         return self._selection(pre)
 
-    def padded_select(self, pre: Tensor) -> Tensor:
-        from sae_ray.sae.selection import padded_largest
-
+    def rivals(self, pre: Tensor) -> tuple[Tensor, int]:
         assert self.cell.k is not None
-        return padded_largest(pre.view(1, -1), self.cell.k * len(pre))
+        return pre.view(1, -1), self.cell.k * len(pre)

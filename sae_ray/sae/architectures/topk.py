@@ -27,11 +27,9 @@ class TopK(SelectingArchitecture):
         assert self.cell.k is not None
         return largest_positive_per_row(pre, self.cell.k, self.split)
 
-    def padded_select(self, pre: Tensor) -> Tensor:
-        from sae_ray.sae.selection import padded_largest
-
+    def rivals(self, pre: Tensor) -> tuple[Tensor, int]:
         assert self.cell.k is not None
-        return padded_largest(pre, self.cell.k)
+        return pre, self.cell.k
 
     @classmethod
     def check_sae(cls, sae: SAE) -> None:
