@@ -24,12 +24,8 @@ if TYPE_CHECKING:
 
     from bench.gpu.sizes import Sizes
 
-PRECISIONS = {
-    "bfloat16": ("bfloat16", "highest"),
-    "TF32": ("float32", "high"),
-    "float32": ("float32", "highest"),
-}
-"""Of our encoder's product: the cell's dtype, and torch's precision of float32 products."""
+PRECISIONS = {"bfloat16": "bfloat16", "TF32": "tf32", "float32": "float32"}
+"""As tables name them: the cell's dtype."""
 COLUMNS = ["step of", "latents", "ms", "ms, half of the latents dead", "times the floor", "GB"]
 
 
@@ -142,12 +138,8 @@ def step_ms(
     half_dead: bool = False,
 ) -> float:  # fmt: skip
     """Milliseconds of one step."""
-    dtype, of_float32 = PRECISIONS[precision]
-    steps = Steps(make_trainer(sizes, architecture, d_sae, dtype, device), data, half_dead)
-    torch.set_float32_matmul_precision(of_float32)
-    taken = milliseconds(device, steps, sizes.rounds, sizes.warmup)
-    torch.set_float32_matmul_precision("highest")
-    return taken
+    steps = Steps(make_trainer(sizes, architecture, d_sae, PRECISIONS[precision], device), data, half_dead)
+    return milliseconds(device, steps, sizes.rounds, sizes.warmup)
 
 
 class Steps:

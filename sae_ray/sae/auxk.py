@@ -77,10 +77,10 @@ def padded_auxk_loss(
     W_enc_t, b_enc, W_dec = (
         weight.index_select(0, block) for weight in (weights.W_enc_t, weights.b_enc, weights.W_dec)
     )
-    if training.dtype == "float32":
-        pre = affine(x - weights.b_dec, W_enc_t, b_enc)
-    else:
+    if training.dtype == "bfloat16":
         pre = forward.pre.index_select(1, block)
+    else:
+        pre = affine(x - weights.b_dec, W_enc_t, b_enc)
     pre = pre.masked_fill(~dead[block], -torch.inf)
     top = pre.topk(min(x.shape[1] // 2, capacity), dim=1, sorted=False)
     chosen = top.values > (0 if training.auxk_select == "post" else -torch.inf)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +38,19 @@ def affine(
     return out
 
 
+@contextmanager
+def tf32(device: torch.device, dtype: str) -> Iterator[None]:
+    """Within, products of float32 on a GPU round their factors to TF32, if that is the dtype of a cell."""
+    before = torch.get_float32_matmul_precision()
+    if wanted := dtype == "tf32" and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
 def rough_affine(
     x: Float[Tensor, "batch d_in"], weight: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"]
@@ -59,8 +74,8 @@ def rough_affine(
 
 
 def product(left: Float[Tensor, "n inner"], right: Float[Tensor, "inner m"], dtype: str) -> Float[Tensor, "n m"]:
-    """`left @ right`, float32, of factors that are rounded to this dtype; without a gradient."""
-    if dtype == "float32":
+    """`left @ right`, float32, of factors that are rounded to this dtype (see `tf32`); without a gradient."""
+    if dtype != "bfloat16":
         return left @ right
     left, right = left.bfloat16(), right.bfloat16()
     return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else (left @ right).float()

@@ -16,6 +16,7 @@ from sae_ray.sae.auxk import auxk_loss, padded_auxk_loss
 from sae_ray.sae.kernels import fixed_shapes, kernels_for
 from sae_ray.sae.model import SAE
 from sae_ray.sae.optimizer import RowAdam, RowGradient, adam_scalars
+from sae_ray.sae.product import tf32
 from sae_ray.sae.ranks import ALONE
 from sae_ray.sae.replay import Replayed
 from sae_ray.sae.weights import Weights
@@ -139,10 +140,11 @@ class CellTrainer:
             self._open_window(max(size, len(x) * sharers.size))
         averages = self.architecture.estimates_threshold
         averages = averages and self.n_steps > self.cell.training.effective("threshold_start_step")
-        if self._replayed:
-            self._replayed(self._work, x, averages, self._block)
-        else:
-            self._work(x, averages, self._block)
+        with tf32(self.device, self.cell.training.dtype):
+            if self._replayed:
+                self._replayed(self._work, x, averages, self._block)
+            else:
+                self._work(x, averages, self._block)
         self.n_steps += 1
         self._window.done += 1
         return self.report() if self.n_steps % self._window.length == 0 else []

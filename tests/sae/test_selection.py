@@ -86,6 +86,18 @@ def rows_over_shards(size: int, matrix: torch.Tensor, k: int) -> torch.Tensor:
     return found
 
 
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_rough_values_find_the_largest_exact_ones(spread: float, by_row: bool):
+    """Rounded to bfloat16, as products are; also where rows hardly differ, so that many values nearly do not."""
+    exact = normal((1, 500), 0, 0.0) + spread * normal((60, 500), 1, 0.0)
+    matrix, k = (exact, 20) if by_row else (exact.view(1, -1), 20 * len(exact))
+    flat, values = padded_largest(matrix.bfloat16().float(), k, lambda flat: exact.flatten()[flat])
+    expected = [sorted_selection(row, k) + number * matrix.shape[1] for number, row in enumerate(matrix)]
+    assert torch.equal(flat, torch.cat(expected))
+    assert torch.equal(values, exact.flatten()[flat])
+
+
 @given(matrices, st.integers(1, 300))
 @example(torch.zeros(4, 8), 3)
 @example(torch.full((4, 16), 0.5), 63)

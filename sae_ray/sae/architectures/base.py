@@ -191,21 +191,19 @@ class SelectingArchitecture(Architecture):
         )
 
     def _padded_selection(self, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pre-activations, and the active entries of a single process with their values, padded.
+        """Pre-activations of a product in bfloat16, and the active entries of a single process with their values, padded.
 
-        For float32 a product in bfloat16 tells which entries are computed in float32 and compete; the pre-activations
-        are those of the former. An entry is missed only if the rounding of the former moves it across as many others as
-        are selected.
+        Where bfloat16 is not the cell's dtype, that product only tells which entries are computed in float32 and
+        compete: twice as many as are selected. One is missed if rounding moves it behind all the others.
         """
         from sae_ray.sae.kernels import kernels_for
         from sae_ray.sae.product import rough_affine
         from sae_ray.sae.selection import padded_largest
 
-        if self.cell.training.dtype != "float32":
-            pre = self.pre_activations(weights, x)
-            return pre, *padded_largest(*self.rivals(pre))
         centred = x - weights.b_dec
         pre = rough_affine(centred, weights.W_enc_t, weights.b_enc)
+        if self.cell.training.dtype == "bfloat16":
+            return pre, *padded_largest(*self.rivals(pre))
 
         def exact(flat: Tensor) -> Tensor:
             kernels = kernels_for(x)
