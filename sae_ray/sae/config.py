@@ -51,9 +51,9 @@ class TrainingConfig:
     sparsity_warmup_steps: int | None = None
     """Steps over which the coefficient of a sparsity penalty rises linearly from 0. Default: a tenth of `steps`."""
     dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Precision of dense products. "bfloat16" rounds the factors of the encoder's, and on a GPU of AuxK's. "tf32" rounds
-    those of all on a GPU, to 10 bits instead of 7, and is "float32" on a CPU. Weights, Adam moments, sums and everything
-    else stay float32."""
+    """Precision of dense products. "bfloat16" rounds the factors of the encoder's, and on a GPU of AuxK's. "tf32"
+    rounds those of all on a GPU, to 10 bits instead of 7; on a CPU it is "float32". Weights, Adam moments, sums and
+    everything else stay float32."""
 
     def __post_init__(self):
         for name in ("batch_size", "steps", "dead_after_samples"):

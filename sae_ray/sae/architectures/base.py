@@ -191,7 +191,7 @@ class SelectingArchitecture(Architecture):
         )
 
     def _padded_selection(self, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pre-activations of a product in bfloat16, and the active entries of a single process with their values, padded.
+        """Pre-activations of a product in bfloat16; the active entries of a single process and their values, padded.
 
         Where bfloat16 is not the cell's dtype, that product only tells which entries are computed in float32 and
         compete: twice as many as are selected. One is missed if rounding moves it behind all the others.
