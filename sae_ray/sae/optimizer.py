@@ -40,6 +40,8 @@ class RowGradient(NamedTuple):
         if not gradient.is_sparse:
             return cls(torch.arange(len(gradient), device=gradient.device), ranks.mean(gradient.contiguous()))
         gradient = gradient.coalesce()
+        if kernels_for(gradient):  # they take all rows
+            return cls.of(gradient.to_dense(), ranks)
         rows, values = gradient.indices().squeeze(0), gradient.values()
         if ranks.size == 1:
             return cls(rows, values)

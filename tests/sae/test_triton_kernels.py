@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -19,6 +20,7 @@ from sae_ray.sae import (
     Cell,
     CellTrainer,
     NonFiniteLoss,
+    StepMetrics,
     TrainingConfig,
     auxk,
     kernels,
@@ -28,8 +30,10 @@ from sae_ray.sae import (
     training,
 )
 from sae_ray.sae.optimizer import RowAdam, RowGradient, adam_scalars
+from sae_ray.sae.ranks import Ranks, Split
 from sae_ray.sae.selection import largest_positive
 from sae_ray.sae.sparse import Pattern
+from tests.sae.thread_ranks import on_ranks
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -178,6 +182,38 @@ def test_whole_training(use_kernels, monkeypatch, name: str, select: str):
         for key in ("W_enc_t", "W_dec"):  # not the biases: Adam makes much of the rounding of a gradient near 0
             one, other = (found.weights.named()[key].detach() for found in (trainer, expected))
             assert (one - other).norm() < 1e-3 * other.norm()
+
+
+@pytest.fixture
+def one_kernel_at_a_time(monkeypatch) -> None:
+    """The interpreter is not made for threads."""
+    if INTERPRETED:
+        from triton.runtime.interpreter import GridExecutor
+
+        call, lock = GridExecutor.__call__, threading.Lock()
+
+        def guarded(self, *args, **kwargs):
+            with lock:
+                return call(self, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", guarded)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by", ["rows", "latents"])
+def test_two_ranks_train_as_one_does(use_kernels, one_kernel_at_a_time, by: str):
+    cell, batches = small_cell("batch_topk", "post"), small_batches(3)
+    alone = CellTrainer(cell, 8, DEVICE)
+    expected = [alone.step(batch) for batch in batches]
+    assert expected[-1].auxk_loss > 0
+    use_kernels()
+
+    def work(ranks: Ranks) -> list[StepMetrics]:
+        trainer = CellTrainer(cell, 8, DEVICE, Split(**{by: ranks}))
+        return [trainer.step(batch.chunk(2)[ranks.rank] if by == "rows" else batch) for batch in batches]
+
+    for metrics in on_ranks(2, work):
+        torch.testing.assert_close(torch.tensor(metrics), torch.tensor(expected), rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.gpu
