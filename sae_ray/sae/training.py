@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 REPORT_EVERY = 50
 """Steps after which the host waits for a GPU that trains alone, for their metrics."""
-_SMALLEST_BLOCK = 512
+_SMALLEST_ROOM = 512
 """Dead latents for which AuxK has room at least; more room is a power of two of it."""
 
 
@@ -102,8 +102,8 @@ class CellTrainer:
         """Why training stopped for good."""
         fixed = fixed_shapes(self.samples_since_fired, split)
         self._window = Window(REPORT_EVERY if fixed else 1, 3, len(StepMetrics._fields) - 2, self.device)
-        self._block = 0
-        """Latents that can be dead in the steps of the window, rounded up: the room of AuxK. 0 where it needs none."""
+        self._room: int | None = None
+        """Of AuxK with kernels: how many latents can be dead until metrics are due, rounded up; 0 if none can."""
         self._replayed = Replayed() if fixed and self.device.type == "cuda" else None
 
     def step(self, batch: Float[Tensor, "batch d_in"]) -> StepMetrics:
@@ -142,9 +142,9 @@ class CellTrainer:
         averages = averages and self.n_steps > self.cell.training.effective("threshold_start_step")
         with tf32(self.device, self.cell.training.dtype):
             if self._replayed:
-                self._replayed(self._work, x, averages, self._block)
+                self._replayed(self._work, x, averages, self._room)
             else:
-                self._work(x, averages, self._block)
+                self._work(x, averages, self._room)
         self.n_steps += 1
         self._window.done += 1
         return self.report() if self.n_steps % self._window.length == 0 else []
@@ -208,6 +208,8 @@ class CellTrainer:
         with contextlib.suppress(NonFiniteLoss):  # `failed` tells of it
             self.report()
         facts = {"d_in": self.d_in, "cell": self.cell.identity(), "n_steps": self.n_steps, "failed": self.failed}
+        if self._room is not None:
+            facts["auxk_room"] = self._room
         return self._whole(self._tensors(), torch.device("cpu")), facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -216,7 +218,7 @@ class CellTrainer:
         if own != {name: facts.get(name) for name in own}:
             raise UsageError(f"the checkpoint belongs to another cell: it holds {facts}, this one is {own}; delete it")
         self._window.close()
-        self.n_steps, self.failed = facts["n_steps"], facts["failed"]
+        self.n_steps, self.failed, self._room = facts["n_steps"], facts["failed"], facts.get("auxk_room")
         for name, tensor in self._tensors().items():
             tensor.copy_(tensors[name] if _on_all_ranks(name) else self.split.latents.own(tensors[name]))
 
@@ -243,38 +245,38 @@ class CellTrainer:
         return self.samples_since_fired >= self.cell.training.dead_after_samples
 
     def _open_window(self, n_rows: int) -> None:
-        """Tells the device what is known of the steps to come, and looks how many latents can be dead in them."""
+        """Tells the device what is known of the steps to come, and looks how many latents can be dead in them.
+
+        It looks when metrics were due, so that a run which is interrupted in between goes on as it would have.
+        """
         training, steps = self.cell.training, range(self.n_steps, self.n_steps + self._window.length)
         sparsity = self.cell.sparsity or 0.0
         scalars = [adam_scalars(n + 1, training.learning_rate_at(n, self.d_sae)) for n in steps]
         self._window.open(
             [(sparsity * training.sparsity_warmup_at(n), *of) for n, of in zip(steps, scalars, strict=True)]
         )
-        if self._in_block:
+        if not self._revives or self.split.latents.size > 1 or kernels_for(self.threshold) is None:
+            self._room = None
+        elif self._room is None or self.n_steps % len(steps) == 0:
             near = self.samples_since_fired >= training.dead_after_samples - len(steps) * n_rows
             n_dead = int(near.sum())
-            self._block = min(self.d_sae, max(_SMALLEST_BLOCK, 2 ** (n_dead - 1).bit_length())) if n_dead else 0
+            self._room = min(self.d_sae, max(_SMALLEST_ROOM, 2 ** (n_dead - 1).bit_length())) if n_dead else 0
 
     @property
     def _revives(self) -> bool:
         return self.architecture.revives and self.cell.training.auxk_weight > 0
 
-    @property
-    def _in_block(self) -> bool:
-        """Whether AuxK gathers the latents that can be dead in a block of a size that is known before."""
-        return self._revives and self.split.latents.size == 1 and kernels_for(self.threshold) is not None
-
-    def _work(self, x: Float[Tensor, "batch d_in"], averages: bool, block: int) -> None:
+    def _work(self, x: Float[Tensor, "batch d_in"], averages: bool, room: int | None) -> None:
         """What a step does on the device. With fixed shapes it follows from these arguments, but for what tensors hold.
 
         Args:
             averages: whether the threshold is averaged over this step, too.
-            block: `_block`.
+            room: `_room`.
         """
         sparsity, *adam = self._window.numbers()
         forward = self.architecture.forward(self.weights, x)
         self._count_firing(forward, len(x) * self.split.rows.size)
-        auxk = self._auxk_loss(x, forward, block)
+        auxk = self._auxk_loss(x, forward, room)
         weighted = self.cell.training.auxk_weight * auxk
         loss = forward.reconstruction_loss + sparsity * forward.sparsity_penalty + weighted
         gradients, norm = self._gradients(loss)
@@ -295,12 +297,12 @@ class CellTrainer:
         self.samples_since_fired += n_rows
         self.samples_since_fired.masked_fill_(fired, 0)
 
-    def _auxk_loss(self, x: Tensor, forward: Forward, block: int) -> Float[Tensor, ""]:
+    def _auxk_loss(self, x: Tensor, forward: Forward, room: int | None) -> Float[Tensor, ""]:
         training = self.cell.training
-        if block:
-            return padded_auxk_loss(self.weights, x, forward, self._dead(), training, self.split, block)
-        if not self._revives or (self.split.latents.size == 1 and kernels_for(x)):
+        if not self._revives or room == 0:
             return x.new_zeros(())
+        if room is not None:
+            return padded_auxk_loss(self.weights, x, forward, self._dead(), training, self.split, room)
         return auxk_loss(self.weights, x, forward, self._dead(), training.auxk_select, self.split)
 
     def _gradients(self, loss: Tensor) -> tuple[dict[str, RowGradient], Float[Tensor, ""]]:

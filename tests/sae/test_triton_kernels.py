@@ -171,13 +171,13 @@ def small_batches(n: int) -> torch.Tensor:
 def test_whole_training(use_kernels, monkeypatch, name: str, select: str):
     """With AuxK as a dense block, and by entries."""
     expected = CellTrainer(small_cell(name, select), 8, DEVICE)
-    seen = [expected.step(batch) for batch in small_batches(5)]
+    seen = [expected.step(batch) for batch in small_batches(4)]
     use_kernels()
     assert expected.cell.kind.revives == (max(one.auxk_loss for one in seen) > 0), "AuxK took part"
     for dense in (32, 0):
         monkeypatch.setattr(auxk, "_DENSE", dense)
         trainer = CellTrainer(small_cell(name, select), 8, DEVICE)
-        metrics = [trainer.step(batch) for batch in small_batches(5)]
+        metrics = [trainer.step(batch) for batch in small_batches(4)]
         torch.testing.assert_close(torch.tensor(metrics), torch.tensor(seen), rtol=1e-3, atol=1e-5, equal_nan=True)
         for key in ("W_enc_t", "W_dec"):  # not the biases: Adam makes much of the rounding of a gradient near 0
             one, other = (found.weights.named()[key].detach() for found in (trainer, expected))
@@ -220,13 +220,13 @@ def test_two_ranks_train_as_one_does(use_kernels, one_kernel_at_a_time, by: str)
 def test_metrics_that_come_late_are_the_same(use_kernels, monkeypatch):
     """Latents die in between."""
     use_kernels()
-    monkeypatch.setattr(training, "REPORT_EVERY", 3)
+    monkeypatch.setattr(training, "REPORT_EVERY", 2)
     cell = small_cell("batch_topk", "post")
     at_once, late = (CellTrainer(cell, 8, DEVICE) for _ in range(2))
-    batches = small_batches(8)
+    batches = small_batches(5)
     expected = [at_once.step(batch) for batch in batches]
     found = [metrics for batch in batches for metrics in late.advance(batch)]
-    assert [one.step for one in found] == [0, 1, 2, 3, 4, 5]
+    assert [one.step for one in found] == [0, 1, 2, 3]
     assert torch.equal(torch.tensor(found + late.report()).nan_to_num(-1), torch.tensor(expected).nan_to_num(-1))
     assert late.report() == []
 
@@ -235,9 +235,9 @@ def test_metrics_that_come_late_are_the_same(use_kernels, monkeypatch):
 def test_a_loss_that_is_not_finite_is_known_late_and_leaves_the_weights(use_kernels):
     """The steps after the bad one change nothing, and the state tells of it."""
     use_kernels()
-    batches = small_batches(8)
+    batches = small_batches(4)
     trainer, expected = (CellTrainer(small_cell("batch_topk", "post"), 8, DEVICE) for _ in range(2))
-    for batch in (*batches[:2], batches[2] * math.inf, *batches[3:5]):
+    for batch in (*batches[:2], batches[2] * math.inf, *batches[3:]):
         trainer.advance(batch)
     for batch in batches[:2]:
         expected.advance(batch)
@@ -324,6 +324,24 @@ def test_a_recorded_step_equals_the_step(name: str, select: str, dtype: str):
     assert waits == []
     assert torch.equal(torch.tensor(recorded.report()).nan_to_num(-1), torch.tensor(eager.report()).nan_to_num(-1))
     for (key, one), other in zip(recorded.state()[0].items(), eager.state()[0].values(), strict=True):
+        assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1)), key
+
+
+@pytest.mark.gpu
+def test_a_run_that_is_stopped_between_two_reports_goes_on_with_the_same_bits(use_kernels, monkeypatch):
+    """Also where fewer latents can be dead by then than when metrics were due, so that AuxK needed less room."""
+    use_kernels()
+    monkeypatch.setattr(training, "REPORT_EVERY", 4)
+    monkeypatch.setattr(training, "_SMALLEST_ROOM", 1)
+    whole, stopped, resumed = (CellTrainer(small_cell("batch_topk", "post"), 8, DEVICE) for _ in range(3))
+    batches = small_batches(7)
+    for batch in batches:
+        whole.advance(batch)
+    for batch in batches[:6]:
+        stopped.advance(batch)
+    resumed.restore(*stopped.state())
+    resumed.advance(batches[6])
+    for (key, one), other in zip(resumed.state()[0].items(), whole.state()[0].values(), strict=True):
         assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1)), key
 
 
