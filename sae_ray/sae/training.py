@@ -155,7 +155,7 @@ class CellTrainer:
         found = []
         for step, (*averaged, n_dead, threshold, gradient_norm) in enumerate(rows, self.n_steps - len(rows)):
             learning_rate = self.cell.training.learning_rate_at(step, self.d_sae)
-            metrics = StepMetrics(step, *averaged, int(n_dead), threshold, gradient_norm, learning_rate)
+            metrics = StepMetrics._make([step, *averaged, int(n_dead), threshold, gradient_norm, learning_rate])
             if not (math.isfinite(metrics.loss) and math.isfinite(gradient_norm)):
                 self.n_steps = step
                 self.failed = f"step {step}: the loss is {metrics.loss}, the norm of its gradient {gradient_norm}"
