@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -12,10 +12,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class _Memory:
+    """Of all recordings on a device, none of which run at the same time."""
+
+    def __init__(self) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+
+
+_memories: WeakValueDictionary[torch.device, _Memory] = WeakValueDictionary()
+"""CUDA gives a pool up with the last recording in it; later ones then need another."""
+
+
 class _Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
     x: Tensor
     """What it reads."""
+    memory: _Memory
 
 
 class Replayed:
@@ -43,17 +55,12 @@ class Replayed:
 
 
 def _record(run: Callable[..., None], x: Tensor, *key: Any) -> _Recorded:
-    recorded = _Recorded(torch.cuda.CUDAGraph(), torch.empty_like(x))
+    memory = _memories.get(x.device) or _memories.setdefault(x.device, _Memory())
+    recorded = _Recorded(torch.cuda.CUDAGraph(), torch.empty_like(x), memory)
     # Other threads may call CUDA meanwhile: they load the next batches.
     with (
         torch.cuda.device(x.device),
-        torch.cuda.graph(recorded.graph, _memory(x.device), capture_error_mode="thread_local"),
+        torch.cuda.graph(recorded.graph, memory.pool, capture_error_mode="thread_local"),
     ):
         run(recorded.x, *key)
     return recorded
-
-
-@cache
-def _memory(device: torch.device) -> Any:
-    """Of all recordings on a device, none of which run at the same time."""
-    return torch.cuda.graph_pool_handle()

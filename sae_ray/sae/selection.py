@@ -230,7 +230,11 @@ def _block_maxima(matrix: Float[Tensor, "rows width"], count: int) -> Float[Tens
     block = math.gcd(width, 64)
     while block > 1 and width // block < 2 * count:
         block //= 2
-    return matrix.view(n_rows, width // block, block).amax(2) if block > 1 else matrix
+    if block == 1:
+        return matrix
+    if kernels := kernels_for(matrix):
+        return kernels.block_maxima(matrix.flatten(), block).view(n_rows, -1)
+    return matrix.view(n_rows, width // block, block).amax(2)
 
 
 def _bound(maxima: Float[Tensor, "rows n_blocks"], count: int) -> Float[Tensor, "rows 1"]:

@@ -75,6 +75,16 @@ def at_least(flat: Float[Tensor, " n"], bound: float, capacity: int) -> Int[Tens
     return found
 
 
+def block_maxima(flat: Float[Tensor, " n"], block: int) -> Float[Tensor, " n_blocks"]:
+    """The largest value of each `block` neighbours, a power of two; infinity where one of them is NaN."""
+    n_blocks = len(flat) // block
+    maxima = flat.new_empty(n_blocks)
+    count = max(1, _COMPACTED // block)
+    with torch.cuda.device_of(flat):
+        _maxima[(triton.cdiv(n_blocks, count),)](flat, maxima, n_blocks, block, count)
+    return maxima
+
+
 def orthogonalise_rows(values: Float[Tensor, "n d"], directions: Float[Tensor, "n d"]) -> None:
     """Takes from each row of `values`, in place, what is parallel to its row of `directions`, which has unit norm."""
     n, d = values.shape
@@ -146,6 +156,15 @@ def _compact(flat, bound, counts, ends, found, n, SIZE: tl.constexpr):
         wanted = tl.load(flat + places, mask=places < n, other=float("-inf")) >= bound
         slots = tl.load(ends + program) - here + tl.cumsum(wanted.to(tl.int32), axis=0) - 1
         tl.store(found + slots, places, mask=wanted)
+
+
+@triton.jit
+def _maxima(flat, maxima, n_blocks, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+    blocks = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    places = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    values = tl.load(flat + places, mask=(blocks < n_blocks)[:, None], other=float("-inf"))
+    largest = tl.max(tl.where(values == values, values, float("inf")), axis=1)
+    tl.store(maxima + blocks, largest, mask=blocks < n_blocks)
 
 
 @triton.jit

@@ -110,6 +110,18 @@ def test_the_search_above_a_bound():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("block", [2, 16, 64])
+def test_the_largest_of_each_block(block: int):
+    from sae_ray.sae.triton_kernels import block_maxima
+
+    flat = torch.randn(block * 1_000, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    expected = flat.view(-1, block).amax(1)
+    assert torch.equal(block_maxima(flat, block), expected)
+    flat[3], expected[3 // block] = math.nan, math.inf
+    assert torch.equal(block_maxima(flat, block), expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("d", [1, 12, 64])
 def test_rows_lose_what_is_parallel_to_their_directions(d: int):
     from sae_ray.sae.triton_kernels import orthogonalise_rows
@@ -133,7 +145,10 @@ def test_adam(use_kernels):
         factor = torch.full((), 0.7, device=DEVICE)
         found = {name: torch.randn(value.shape, generator=generator) for name, value in weights[0].named().items()}
         gradients = [
-            {name: RowGradient(torch.arange(len(value)), value.clone().to(DEVICE)) for name, value in found.items()}
+            {
+                name: RowGradient(torch.arange(len(value), device=DEVICE), value.clone().to(DEVICE))
+                for name, value in found.items()
+            }
             for _ in range(2)
         ]
         if taken:
@@ -200,7 +215,19 @@ def one_kernel_at_a_time(monkeypatch) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("by", ["rows", "latents"])
+@pytest.mark.parametrize(
+    "by",
+    [
+        "rows",
+        pytest.param(
+            "latents",
+            marks=pytest.mark.skipif(
+                not INTERPRETED,
+                reason="ranks are threads here, and meet in the backward pass, which has one thread per GPU",
+            ),
+        ),
+    ],
+)
 def test_two_ranks_train_as_one_does(use_kernels, one_kernel_at_a_time, by: str):
     cell, batches = small_cell("batch_topk", "post"), small_batches(3)
     alone = CellTrainer(cell, 8, DEVICE)
