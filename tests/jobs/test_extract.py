@@ -10,11 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from PIL import Image
 from sae_ray.jobs import extract
-from sae_ray.jobs.progress import Board
 
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.sites import Site
@@ -146,16 +144,14 @@ def test_a_file_that_may_not_be_read_is_a_reject(ray_cluster, world, tmp_path):
 
     names = [str(path.relative_to(world)) for path in sorted((world / "heldout").rglob("*.png"))[:12]]
     (tmp_path / "lock-of-the-driver.json").touch()
-    board = ray.remote(Board).remote()
     step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
     job = extract.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]})
     manifest = spooled(MANIFEST_SCHEMA, [pa.table([range(12), names, [1] * 12], schema=MANIFEST_SCHEMA)])
     source = extract.ImageSource(Locked(str(world)), manifest, 12)
-    decode = extract.PartDecoder({"train": source}, [job], "run", board)
-    batch = decode(pa.table({"images": ["train"], "part": [0]}))
+    [pixels] = (decoded := extract.PartDecoder({"train": source}, [job], "run")("train", 0)).pixels
     locked = [name for name in names if name.endswith("0.png")]
-    assert batch["rejects"][0].as_py() == [{"image_id": name, "reason": "no permission to read it"} for name in locked]
-    assert len(batch["accepted"][0]) == batch["shape_0"][0].as_py()[0] == len(names) - len(locked) > 0
+    assert decoded.rejects == [(name, "no permission to read it") for name in locked]
+    assert len(decoded.accepted) == len(pixels) == len(names) - len(locked) > 0
     assert locked
 
 
@@ -201,15 +197,17 @@ def test_reports_are_rare_however_short_the_work(monkeypatch):
 def test_a_part_that_keeps_ending_its_process_is_an_error(ray_cluster, world, tmp_path):
     step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
     jobs = (extract.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]}),)
-    encode = extract.PartEncoder(jobs, "cpu", 16, 0, "run", None)
-    batch = pa.table({"images": ["train"], "part": [3], "image_ids": [["a.png", "b.png"]], "begun": [0], "dim": [[]]})
+    names = [f"{number}.png" for number in range(8)]
+    manifest = spooled(MANIFEST_SCHEMA, [pa.table([range(8), names, [1] * 8], schema=MANIFEST_SCHEMA)])
+    decode = extract.PartDecoder({"train": extract.ImageSource(Folder(tmp_path), manifest, 2)}, jobs, "run")
     (tmp_path / "lock-of-the-driver.json").touch()
     for _ in range(extract.MOST_TRIES):
-        begin(step.folder, "run", "part-00003-encode", "a node that was lost")
-        assert extract.begin_part(jobs, "train", 3, "run", "encode") < extract.MOST_TRIES
-    extract.begin_part(jobs, "train", 3, "another run", "encode")
-    [problem] = encode(batch)["problem"].to_pylist()
-    assert problem.startswith("part 3 of images.train (a.png to b.png) ended its process 5 times; if memory ran out, ")
+        begin(step.folder, "run", "part-00003", "a node that was lost")
+        assert extract.begin_part(jobs, "train", 3, "run") < extract.MOST_TRIES
+    extract.begin_part(jobs, "train", 3, "another run")
+    told = r"part 3 of images\.train \(6\.png to 7\.png\) ended its process 5 times; if memory ran out, "
+    with pytest.raises(SaeRayError, match=told):
+        decode("train", 3)
 
 
 def test_what_only_the_driver_sees_is_missed_by_name(ray_cluster, make_plan, world, tmp_path, monkeypatch):
