@@ -178,6 +178,8 @@ def schedule(root: str, longest_run: str) -> list[list]:
     n = len(one.step.folder.read_parquet("parts.parquet"))
     reading = timed(one.step.record)[1]
     assert one.step.finished
+    ray.shutdown()
+    cluster.shutdown()
     return [
         ["plan recalled: s", round(recalling, 1)],
         ["wall time: s", round(seconds)],

@@ -109,6 +109,7 @@ def drive() -> None:
     """The driver."""
     board_of = Progress.board
     Progress.board = lambda progress: StruckBoard(board_of(progress), progress.label.split()[0])
+    extract.RUNS_PER_ACTOR = 1
     steering.Actor = StruckActor
     steering.QUESTIONS_PER_BLOCK = 64
     score.BLOCKS_PER_FOLD = 2

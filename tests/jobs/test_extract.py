@@ -1,9 +1,11 @@
+import json
 import os
 import shutil
 import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 from sae_ray.jobs import extract
+from sae_ray.jobs.progress import Progress
 
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import decode_image
 from sae_ray.images.manifest import MANIFEST_SCHEMA
-from sae_ray.store.activations import ActivationStore
+from sae_ray.store.activations import ActivationStore, read_parts
 from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared, hold
@@ -58,6 +61,37 @@ def test_images_decoded_in_tasks_of_their_own_give_identical_values(ray_cluster,
     extract.run(plan)
     for one, reference in zip(plan.extracts, make_plan(extracted).extracts, strict=True):
         assert rows(one.step.folder) == rows(reference.step.folder)
+
+
+class OnceDeadlyBoard:
+    """Kills an actor, the first that reports to it once a part of a store is written. Notes the files of all there."""
+
+    def __init__(self, store: Folder, noted: Path):
+        self.store, self.noted, self.set = store, noted, self
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        extract.REPORT_SECONDS = 0.0  # in this worker: small parts take less
+
+    def remote(self, piece: str, amount: int) -> None:
+        parts = read_parts(self.store)
+        if parts and not self.noted.exists():
+            self.noted.write_text(json.dumps([part.file for part in parts]))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_actor_has_written_of_its_run_stays(ray_cluster, extracted, make_plan, tmp_path, monkeypatch):
+    """Runs of several parts give the same bits as parts alone, too."""
+    plan = make_plan(tmp_path / "root", **{"resources.extract.workers": 1})
+    chosen = next(one for one in plan.extracts if one.images.name == "train")
+    board = OnceDeadlyBoard(chosen.step.folder, tmp_path / "noted.json")
+    monkeypatch.setattr(Progress, "board", lambda progress: board)
+    monkeypatch.setattr(extract, "RUNS_PER_ACTOR", 1)
+    extract.run_only(plan, [chosen])
+    files = {part.file for part in ActivationStore(chosen.step.folder).parts.values()}
+    assert files > set(json.loads(board.noted.read_text()))
+    reference = next(one for one in make_plan(extracted).extracts if one.step.name == chosen.step.name)
+    assert rows(chosen.step.folder) == rows(reference.step.folder)
 
 
 def test_another_site_extracts_only_that_site(ray_cluster, extracted, make_plan, tmp_path):
@@ -167,14 +201,16 @@ class Deadly:
         return self.preprocess(image)
 
 
-def test_an_image_that_kills_its_decoder_becomes_a_reject(ray_cluster, make_plan, world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", [{}, {"resources.extract.decoders": 1}])
+def test_an_image_that_kills_its_decoder_becomes_a_reject(ray_cluster, make_plan, world, tmp_path, monkeypatch, asked):
     images = tmp_path / "images"
     images.mkdir()
     for number, path in enumerate(sorted((world / "heldout").rglob("*.png"))[:10]):
         shutil.copy(path, images / f"{number}.png")
     Image.new("RGB", (31, 17)).save(images / "deadly.png")
     monkeypatch.setattr(extract, "load_preprocess", lambda *given: Deadly(load_preprocess(*given)))
-    plan = make_plan(tmp_path / "root", **{"images.train.path": str(images), "images.max_bad_fraction": 0.1})
+    asked = asked | {"images.train.path": str(images), "images.max_bad_fraction": 0.1}
+    plan = make_plan(tmp_path / "root", **asked)
     train = next(e for e in plan.extracts if e.images.name == "train")
     extract.run_only(plan, [train])
     rejects = train.step.folder.read_parquet("rejects.parquet").to_pylist()
