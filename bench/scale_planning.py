@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import psutil
 from pyarrow import fs
-from sae_ray.jobs import extract
+from sae_ray.jobs import encoding, extract
 from sae_ray.jobs.cluster import allow_slow_starts
 
 from bench.record import RESULTS, Table, record
@@ -122,7 +122,7 @@ def plan(root: str, world: str, n_images: str, per_part: str) -> list[float]:
     remember(planned)
     _, writing = timed(lambda: [extract._write_lists(images) for images in planned.images.values()])
     manifest = StoredTable(planned.images["train"].step.folder, "manifest.parquet")
-    source = extract.ImageSource(endless, manifest, int(per_part))
+    source = encoding.ImageSource(endless, manifest, int(per_part))
     parts = random.Random(0).sample(range(int(n_images) // int(per_part)), 50)
     _, reading = timed(lambda: [source.images(part) for part in parts])
     megabytes = (
@@ -209,7 +209,7 @@ def unencoded(encoder: Any, sites: list, pixels: Any, image_index: np.ndarray, *
 
 def work_on_nothing() -> None:
     """In every worker, when it starts."""
-    vars(extract).update(decode_part=undecoded, load_encoder=lambda *given: None, encode_part=unencoded)
+    vars(encoding).update(decode_part=undecoded, load_encoder=lambda *given: None, encode_part=unencoded)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

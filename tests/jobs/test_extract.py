@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from sae_ray.jobs import extract
+from sae_ray.jobs import encoding, extract
 from sae_ray.jobs.progress import Progress
 
 from sae_ray.encoders import load_encoder, load_preprocess
@@ -71,7 +71,7 @@ class OnceDeadlyBoard:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
-        extract.REPORT_SECONDS = 0.0  # in this worker: small parts take less
+        encoding.REPORT_SECONDS = 0.0  # in this worker: small parts take less
 
     def remote(self, piece: str, amount: int) -> None:
         parts = read_parts(self.store)
@@ -178,11 +178,11 @@ def test_a_file_that_may_not_be_read_is_a_reject(ray_cluster, world, tmp_path):
 
     names = [str(path.relative_to(world)) for path in sorted((world / "heldout").rglob("*.png"))[:12]]
     (tmp_path / "lock-of-the-driver.json").touch()
-    step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
-    job = extract.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]})
+    step = encoding.SitePart(Folder(tmp_path), Site("projection"), "float32")
+    job = encoding.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]})
     manifest = spooled(MANIFEST_SCHEMA, [pa.table([range(12), names, [1] * 12], schema=MANIFEST_SCHEMA)])
-    source = extract.ImageSource(Locked(str(world)), manifest, 12)
-    [pixels] = (decoded := extract.PartDecoder({"train": source}, [job], "run")("train", 0)).pixels
+    source = encoding.ImageSource(Locked(str(world)), manifest, 12)
+    [pixels] = (decoded := encoding.PartDecoder({"train": source}, [job], "run")("train", 0)).pixels
     locked = [name for name in names if name.endswith("0.png")]
     assert decoded.rejects == [(name, "no permission to read it") for name in locked]
     assert len(decoded.accepted) == len(pixels) == len(names) - len(locked) > 0
@@ -208,7 +208,7 @@ def test_an_image_that_kills_its_decoder_becomes_a_reject(ray_cluster, make_plan
     for number, path in enumerate(sorted((world / "heldout").rglob("*.png"))[:10]):
         shutil.copy(path, images / f"{number}.png")
     Image.new("RGB", (31, 17)).save(images / "deadly.png")
-    monkeypatch.setattr(extract, "load_preprocess", lambda *given: Deadly(load_preprocess(*given)))
+    monkeypatch.setattr(encoding, "load_preprocess", lambda *given: Deadly(load_preprocess(*given)))
     asked = asked | {"images.train.path": str(images), "images.max_bad_fraction": 0.1}
     plan = make_plan(tmp_path / "root", **asked)
     train = next(e for e in plan.extracts if e.images.name == "train")
@@ -221,9 +221,9 @@ def test_an_image_that_kills_its_decoder_becomes_a_reject(ray_cluster, make_plan
 
 def test_reports_are_rare_however_short_the_work(monkeypatch):
     clock = iter(np.arange(0, 100, 0.3))
-    monkeypatch.setattr(extract, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(encoding, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     told: list[int] = []
-    tell = extract.now_and_then(told.append)
+    tell = encoding.now_and_then(told.append)
     for done in range(20):
         tell(done)
     assert 3 <= len(told) <= 6
@@ -231,16 +231,16 @@ def test_reports_are_rare_however_short_the_work(monkeypatch):
 
 
 def test_a_part_that_keeps_ending_its_process_is_an_error(ray_cluster, world, tmp_path):
-    step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
-    jobs = (extract.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]}),)
+    step = encoding.SitePart(Folder(tmp_path), Site("projection"), "float32")
+    jobs = (encoding.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]}),)
     names = [f"{number}.png" for number in range(8)]
     manifest = spooled(MANIFEST_SCHEMA, [pa.table([range(8), names, [1] * 8], schema=MANIFEST_SCHEMA)])
-    decode = extract.PartDecoder({"train": extract.ImageSource(Folder(tmp_path), manifest, 2)}, jobs, "run")
+    decode = encoding.PartDecoder({"train": encoding.ImageSource(Folder(tmp_path), manifest, 2)}, jobs, "run")
     (tmp_path / "lock-of-the-driver.json").touch()
-    for _ in range(extract.MOST_TRIES):
+    for _ in range(encoding.MOST_TRIES):
         begin(step.folder, "run", "part-00003", "a node that was lost")
-        assert extract.begin_part(jobs, "train", 3, "run") < extract.MOST_TRIES
-    extract.begin_part(jobs, "train", 3, "another run")
+        assert encoding.begin_part(jobs, "train", 3, "run") < encoding.MOST_TRIES
+    encoding.begin_part(jobs, "train", 3, "another run")
     told = r"part 3 of images\.train \(6\.png to 7\.png\) ended its process 5 times; if memory ran out, "
     with pytest.raises(SaeRayError, match=told):
         decode("train", 3)
