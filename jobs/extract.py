@@ -1,7 +1,7 @@
 """The extraction stage: Ray Data streams images through encoder actors into the activation store.
 
 One dataset covers both image sets. A part is a fixed range of `image_index`, and one row is a run of parts, so that the
-driver, which needs some 10 ms for a row, has little to do. An actor decodes the parts of a run, encodes them and writes
+driver, which needs some 5 ms for a row, has little to do. An actor decodes the parts of a run, encodes them and writes
 every site (and the judge's embeddings), a few parts at a time. Where it has a GPU, it has tasks decode for it: threads
 of its own would hold up the calls that keep the GPU busy. A part depends on its images alone, so what a killed run
 finished is not repeated.
@@ -189,7 +189,7 @@ def _encoded(
         plan.study.images.rendering,
     )
     dataset = ray.data.from_items(runs, override_num_blocks=len(runs)).map(
-        RunEncoder,
+        RunEncoder,  # pyright: ignore[reportArgumentType]
         fn_constructor_args=(
             decode,
             max(1, decoders // workers) if decoders else None,
