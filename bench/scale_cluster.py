@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from sae_ray.jobs.extract import LONGEST_RUN, run_length
 from sae_ray.jobs.placement import bundles
 
 from bench.record import RESULTS, Table, record
 from bench.scale import object_store
 from sae_ray.encoders.info import EncoderInfo
-from sae_ray.store.activations import finish_store, read_parts, write_part
+from sae_ray.store.activations import finish_store, part_name, read_parts, write_part
 from sae_ray.store.attempts import begin
 from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
@@ -100,8 +101,9 @@ def main() -> None:
             columns=[
                 "images",
                 "GPUs",
+                "parts in a run",
                 "parts/s that the GPUs ask for",
-                "parts/s that it can hand out",
+                "parts/s that one core hands out",
                 "its CPU time / time of the stage",
                 "its CPU time / time of the study",
             ],
@@ -182,19 +184,30 @@ def planned_seconds() -> float:
     return (listed + written) / n_images
 
 
-def driver(row: str) -> float | None:
-    """Seconds per part; None where they were not measured."""
-    scheduled = planning_results()["tables"][1:]
-    return measured("scale_planning", "The driver", row, "value") / 1000 if scheduled else None
+def driver_seconds(n_images: int, n_gpus: int) -> float:
+    """CPU time of the driver for a part."""
+    per_run, per_part = driver_costs()
+    return per_part + per_run / run_length(n_parts(n_images), n_gpus)
+
+
+@cache
+def driver_costs() -> tuple[float, float]:
+    """CPU seconds of the driver for a run, and for each of its parts.
+
+    From as many parts in runs of one and in long runs, and from the most parts that were handed out.
+    """
+    columns = planning_results()["tables"][1]["columns"]
+    row = "CPU time of the driver per part: ms"
+    alone, together, most = (
+        measured("scale_planning", "The driver", row, column) / 1000 for column in (*columns[1:3], columns[-1])
+    )
+    per_run = (alone - together) / (1 - 1 / LONGEST_RUN)
+    return per_run, most - per_run / LONGEST_RUN
 
 
 @cache
 def planning_results() -> dict:
     return json.loads((RESULTS / "scale_planning.json").read_text(encoding="utf-8"))
-
-
-HANDED_OUT = "wall time per part, until the last is written: ms"
-DRIVER_CPU = "CPU time of the driver per part: ms"
 
 
 # The study
@@ -254,9 +267,8 @@ def extraction(n_images: int, n_gpus: int) -> Stage:
         "GPUs": encoded() * n_gpus,
         "decoding": decoded() * nodes * CORES_PER_NODE,
         "network": NODE_BYTES_PER_SECOND * nodes / JPEG_BYTES,
+        "driver": PER_PART / driver_seconds(n_images, n_gpus),
     }
-    if handed_out := driver(HANDED_OUT):
-        per_second["driver"] = PER_PART / handed_out
     limit = min(per_second, key=lambda one: per_second[one])
     return Stage(START_SECONDS + n_images / per_second[limit], limit)
 
@@ -333,12 +345,10 @@ def scoring(n_images: int, n_gpus: int) -> Stage:
 
 
 def share(n_images: int, n_gpus: int, extraction_seconds: float, total: float) -> list:
-    asked = round(encoded() * n_gpus / PER_PART, 1)
-    handed_out, cpu = driver(HANDED_OUT), driver(DRIVER_CPU)
-    if handed_out is None or cpu is None:
-        return [n_images, n_gpus, asked, "unmeasured", "unmeasured", "unmeasured"]
+    asked, cpu = encoded() * n_gpus / PER_PART, driver_seconds(n_images, n_gpus)
     percent = (f"{100 * n_parts(n_images) * cpu / seconds:.1f} %" for seconds in (extraction_seconds, total))
-    return [n_images, n_gpus, asked, round(1 / handed_out, 1), *percent]
+    length = run_length(n_parts(n_images), n_gpus)
+    return [n_images, n_gpus, length, round(asked, 1), round(1 / cpu, 1), *percent]
 
 
 # Bytes, objects, requests
@@ -378,8 +388,7 @@ def counted() -> Requests:
         step = Step(Folder(root), "extract", f"store-{n}", {"store_dtype": "float16", "images_per_part": 8})
         seen = [n_requests()]
         for number in range(n):
-            for what in ("decode", "encode"):
-                begin(step.folder, "run", f"part-{number:05d}-{what}", "node")
+            begin(step.folder, "run", part_name(number), "node")
         seen.append(n_requests())
         parts = [write_part(step.folder, number, rows, []) for number in range(n)]
         seen.append(n_requests())
@@ -419,10 +428,8 @@ def ingredients(requests: Requests) -> list[list]:
             "bench.scale_planning",
         ],
         [
-            "ms per part handed out, and of the driver's CPU",
-            ", ".join(
-                "unmeasured" if one is None else f"{1000 * one:.2f}" for one in map(driver, (HANDED_OUT, DRIVER_CPU))
-            ),
+            "ms of the driver's CPU per run, and for each of its parts",
+            ", ".join(f"{1000 * one:.2f}" for one in driver_costs()),
             "bench.scale_planning",
         ],
         [

@@ -1,31 +1,34 @@
 """Planning and scheduling 100 million images, really executed: `python -m bench.scale_planning`.
 
 The images are made up: a file system lists them, but none can be read. One process lists, labels and plans them and
-writes the lists under a root. Another one then drives their extraction on a Ray cluster of three nodes. Its dataset,
-actors, attempts, parts, markers and the finished step are those of the product; only decoding and encoding do nothing,
-and a vector is one number wide.
+writes the lists under a root. Another one then drives an extraction of as many parts on a Ray cluster of three nodes,
+each part of few images. Its dataset, actors, attempts, parts, markers and the finished step are those of the product;
+only decoding and encoding do nothing, and a vector is one number wide.
+
+`python -m bench.scale_planning scheduling` measures the extraction alone, and keeps what is recorded of the lists.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 from pyarrow import fs
-from sae_ray.jobs import extract
+from sae_ray.jobs import encoding, extract
 from sae_ray.jobs.cluster import allow_slow_starts
 
-from bench.record import Table, record
+from bench.record import RESULTS, Table, record
 from sae_ray.images.part import DecodedPart
 from sae_ray.store.activations import Rows
 from sae_ray.store.files import Folder
@@ -40,30 +43,54 @@ from tests.endless import Endless
 PLANNED = (1_000_000, 10_000_000, 100_000_000)
 """Images that are listed and planned."""
 PER_FOLDER = 1250
-SCHEDULED_PARTS = 195_313
-"""All parts of the largest."""
+PER_PART = 512
+SCHEDULED = ((4_000, 1), (4_000, None), (16_000, None), (195_375, None))
+"""Parts, and the longest run of them if it is not the product's. The last one has as many as the largest list."""
+IMAGES_OF_SCHEDULED = 10
+"""Of a part: the driver knows parts alone."""
 CPUS = (2, 1, 1)
 """Logical CPUs of the nodes."""
 ENDLESS = "/endless"
 
 
 def main() -> None:
+    command = "python -m bench.scale_planning"
     with tempfile.TemporaryDirectory() as scratch:
         write_world(f"{scratch}/world", n_train=20, n_heldout=10)
-        rows = []
-        for n_images in PLANNED:
-            told = own_process("plan", f"{scratch}/root", f"{scratch}/world", str(n_images))
-            rows.append([n_images, *told])
-            print(rows[-1], flush=True)
-        columns = ["images", "listed, labelled, digests: s", "of which the made-up file system: s"]
-        columns += ["lists written: s", "MB of lists", "names of a part read: ms", "peak MB"]
-        planned = Table(title="Planning, one process", columns=columns, rows=rows)
-        record("scale_planning", [planned], {"command": "python -m bench.scale_planning, the lists alone"})
-        told = own_process("schedule", f"{scratch}/root", str(SCHEDULED_PARTS))
-        nodes = f"{len(CPUS)} nodes of {', '.join(map(str, CPUS))} logical CPUs"
-        title = f"The driver of {SCHEDULED_PARTS:,} of {PLANNED[-1] // 512 + 1:,} parts, one site, {nodes}"
-        scheduled = Table(title=title, columns=["what", "value"], rows=told)
-    record("scale_planning", [planned, scheduled], {"command": "python -m bench.scale_planning"})
+        if sys.argv[1:] == ["scheduling"]:
+            command += " scheduling"
+            planned = json.loads((RESULTS / "scale_planning.json").read_text(encoding="utf-8"))["tables"][0]
+        else:
+            planned = planning(scratch)
+            record("scale_planning", [planned], {"command": f"{command}, the lists alone"})
+        for scheduled in scheduling(scratch):
+            record("scale_planning", [planned, scheduled], {"command": command})
+
+
+def planning(scratch: str) -> Table:
+    rows = []
+    for n_images in PLANNED:
+        told = own_process("plan", f"{scratch}/root-{n_images}", f"{scratch}/world", str(n_images), str(PER_PART))
+        rows.append([n_images, *told])
+        print(rows[-1], flush=True)
+    columns = ["images", "listed, labelled, digests: s", "of which the made-up file system: s"]
+    columns += ["lists written: s", "MB of lists", "names of a part read: ms", "peak MB"]
+    return Table(title="Planning, one process", columns=columns, rows=rows)
+
+
+def scheduling(scratch: str) -> Iterator[Table]:
+    """The table, each time with one more column."""
+    nodes = f"{len(CPUS)} nodes of {', '.join(map(str, CPUS))} logical CPUs"
+    title = f"The driver of an extraction, one site, {nodes}, {len(os.sched_getaffinity(0))} cores in all"
+    columns, rows = ["what"], []
+    for n_parts, longest in SCHEDULED:
+        root, n_images = f"{scratch}/root-{n_parts}-{longest}", str(n_parts * IMAGES_OF_SCHEDULED)
+        own_process("plan", root, f"{scratch}/world", n_images, str(IMAGES_OF_SCHEDULED))
+        told = own_process("schedule", root, str(longest or extract.LONGEST_RUN))
+        columns = [*columns, f"{n_parts:,} parts, runs of {longest or extract.LONGEST_RUN}"]
+        rows = [[*row, value] for row, (_, value) in zip(rows or [[what] for what, _ in told], told, strict=True)]
+        print(columns[-1], told, flush=True)
+        yield Table(title=title, columns=columns, rows=rows)
 
 
 def own_process(*arguments: str) -> list:
@@ -72,7 +99,7 @@ def own_process(*arguments: str) -> list:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
-def plan(root: str, world: str, n_images: str) -> list[float]:
+def plan(root: str, world: str, n_images: str, per_part: str) -> list[float]:
     """Plans a study of made-up images, and writes their lists under the root."""
     endless = Folder(ENDLESS)
     made_up = Endless(ENDLESS, int(n_images) // PER_FOLDER, PER_FOLDER)
@@ -85,6 +112,7 @@ def plan(root: str, world: str, n_images: str) -> list[float]:
             "encoder": {"model": f"{world}/clip"},
             "judge": {"model": f"open_clip:local-dir:{world}/judge", "point": "projection"},
             "grid": [{"sites": ["projection"], "expansions": [4], "k": [8]}],
+            "extraction": {"images_per_part": int(per_part)},
         }
     )
     surveyed, listing = timed(lambda: surveying.survey(study))
@@ -94,8 +122,8 @@ def plan(root: str, world: str, n_images: str) -> list[float]:
     remember(planned)
     _, writing = timed(lambda: [extract._write_lists(images) for images in planned.images.values()])
     manifest = StoredTable(planned.images["train"].step.folder, "manifest.parquet")
-    source = extract.ImageSource(endless, manifest, 512)
-    parts = random.Random(0).sample(range(int(n_images) // 512), 50)
+    source = encoding.ImageSource(endless, manifest, int(per_part))
+    parts = random.Random(0).sample(range(int(n_images) // int(per_part)), 50)
     _, reading = timed(lambda: [source.images(part) for part in parts])
     megabytes = (
         sum(
@@ -115,18 +143,13 @@ def plan(root: str, world: str, n_images: str) -> list[float]:
     ]
 
 
-def schedule(root: str, n_parts: str) -> list[list]:
-    """Drives the extraction of the first parts."""
+def schedule(root: str, longest_run: str) -> list[list]:
+    """Drives the extraction."""
     import ray
     from ray.cluster_utils import Cluster
 
-    class Some(extract.PartsOf):
-        def __init__(self, *given: Any):
-            super().__init__(*given)
-            self.missing = {number for number in self.missing if number < int(n_parts)}
-
     allow_slow_starts()
-    vars(extract).update(PartsOf=Some)
+    vars(extract).update(LONGEST_RUN=int(longest_run))
     recalled, recalling = timed(lambda: recalled_plan(root))
     cluster = Cluster()
     for cpus in CPUS:
@@ -134,11 +157,13 @@ def schedule(root: str, n_parts: str) -> list[list]:
     hook = {"worker_process_setup_hook": work_on_nothing}
     ray.init(address=cluster.address, log_to_driver=False, runtime_env=hook)
     one = next(one for one in recalled.extracts if one.images.name == "train")
-    finish, finishing = extract._finish, 0.0
+    finish, finishing, finishing_cpu = extract._finish, 0.0, 0.0
 
     def timed_finish(*given: Any) -> None:
-        nonlocal finishing
+        nonlocal finishing, finishing_cpu
+        used = cpu_seconds()
         finishing = timed(lambda: finish(*given))[1]
+        finishing_cpu = cpu_seconds() - used
 
     vars(extract).update(_finish=timed_finish)
     before, cpu = peak_mb(), cpu_seconds()
@@ -150,9 +175,11 @@ def schedule(root: str, n_parts: str) -> list[list]:
         if child.name() in ("gcs_server", "raylet")
     )
     peak = peak_mb()
-    n = int(n_parts)
+    n = len(one.step.folder.read_parquet("parts.parquet"))
     reading = timed(one.step.record)[1]
     assert one.step.finished
+    ray.shutdown()
+    cluster.shutdown()
     return [
         ["plan recalled: s", round(recalling, 1)],
         ["wall time: s", round(seconds)],
@@ -160,6 +187,7 @@ def schedule(root: str, n_parts: str) -> list[list]:
         ["step.json read and its files compared: s", round(reading, 1)],
         ["wall time per part, until the last is written: ms", round(1000 * (seconds - finishing) / n, 2)],
         ["CPU time of the driver per part: ms", round(1000 * cpu / n, 2)],
+        ["of which to finish the step: ms", round(1000 * finishing_cpu / n, 2)],
         ["CPU time of Ray's own processes on all nodes per part: ms", round(1000 * ray_cpu / n, 2)],
         ["peak MB of the driver before", before],
         ["peak MB of the driver", peak],
@@ -181,7 +209,7 @@ def unencoded(encoder: Any, sites: list, pixels: Any, image_index: np.ndarray, *
 
 def work_on_nothing() -> None:
     """In every worker, when it starts."""
-    vars(extract).update(decode_part=undecoded, load_encoder=lambda *given: None, encode_part=unencoded)
+    vars(encoding).update(decode_part=undecoded, load_encoder=lambda *given: None, encode_part=unencoded)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -202,7 +230,7 @@ def peak_mb() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[1:] and sys.argv[1] != "scheduling":
         print(json.dumps({"plan": plan, "schedule": schedule}[sys.argv[1]](*sys.argv[2:])))
     else:
         main()

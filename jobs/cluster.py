@@ -198,6 +198,13 @@ def n_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
+def store_bytes() -> float:
+    """Memory of the cluster's object stores."""
+    import ray
+
+    return ray.cluster_resources().get("object_store_memory", 0.0)
+
+
 def slots(cpus: float, gpus: float) -> float:
     """How many workers of these resources run at once by default: one per GPU, or one per two CPUs, since logical CPUs
     may outnumber the cores."""

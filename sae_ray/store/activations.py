@@ -120,12 +120,17 @@ def finished_parts(folder: Folder) -> set[int]:
     return {int(name.removeprefix("part-").removesuffix(".json")) for name in markers if name.endswith(".json")}
 
 
+def read_part(folder: Folder, number: int) -> Part:
+    """The marker of a part. Raises FileNotFoundError where it is not written yet."""
+    return Part.from_json(folder.read_json(f"parts/{part_name(number)}.json"))
+
+
 def read_parts(folder: Folder, known: Mapping[int, Part] | None = None) -> list[Part]:
     """All parts that exist, in order. Markers are read of those that are not `known`."""
     known = known or {}
 
     def read(number: int) -> Part:
-        return known.get(number) or Part.from_json(folder.read_json(f"parts/{part_name(number)}.json"))
+        return known.get(number) or read_part(folder, number)
 
     with ThreadPoolExecutor(READS_AT_ONCE) as readers:
         return list(readers.map(read, sorted(finished_parts(folder))))

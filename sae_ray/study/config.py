@@ -141,7 +141,7 @@ class Extraction:
     """Dtype on disk."""
     images_per_part: Count = 512
     """Images per part at most; sets of a few thousand images have smaller parts, so that every worker gets some. After
-    a kill unfinished parts are redone, up to two per encoder actor."""
+    a kill unfinished parts are redone, up to two per encoder actor, and one per task that decodes."""
     pixels: Literal["exact", "fast"] = "exact"
     """`exact` gives the same pixels as the encoder's own processor (on Pillow). `fast` decodes JPEGs at a half, quarter
     or eighth of their size if both sides stay at least twice as long as the encoder's input, and resizes with a
@@ -176,8 +176,9 @@ class ExtractResources:
     gpus: Amount | None = None
     """GPUs per encoder actor. Default: 1 if the cluster has GPUs."""
     decoders: Count | None = None
-    """Number of tasks, of one CPU each, that read and decode images at the same time. Default: the remaining CPUs if
-    encoder actors have GPUs; otherwise these decode their images themselves."""
+    """Number of tasks, of one CPU each, that read and decode images at the same time, shared among the encoder actors.
+    Default: the remaining CPUs if encoder actors have GPUs, as long as the pixels fit into half of Ray's object stores;
+    otherwise the actors decode their images themselves."""
     batch_size: Count = 64
     """Images per forward pass."""
 

@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from sae_ray.jobs import extract, score, steering, study
+from sae_ray.jobs import encoding, extract, score, steering, study
 from sae_ray.jobs.cluster import allow_slow_starts
 from sae_ray.jobs.progress import Progress
 
@@ -88,7 +88,7 @@ class StruckBoard:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
-        extract.REPORT_SECONDS = 0.0  # in this worker: small parts take less
+        encoding.REPORT_SECONDS = 0.0  # in this worker: small parts take less
 
     def remote(self, piece: str, amount: int, *more: Any) -> None:
         self.board.set.remote(piece, amount, *more)
@@ -109,6 +109,7 @@ def drive() -> None:
     """The driver."""
     board_of = Progress.board
     Progress.board = lambda progress: StruckBoard(board_of(progress), progress.label.split()[0])
+    extract.RUNS_PER_ACTOR = 1
     steering.Actor = StruckActor
     steering.QUESTIONS_PER_BLOCK = 64
     score.BLOCKS_PER_FOLD = 2

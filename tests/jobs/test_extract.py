@@ -1,27 +1,28 @@
+import json
 import os
 import shutil
 import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from PIL import Image
-from sae_ray.jobs import extract
-from sae_ray.jobs.progress import Board
+from sae_ray.jobs import encoding, extract
+from sae_ray.jobs.progress import Progress
 
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images import decode_image
 from sae_ray.images.manifest import MANIFEST_SCHEMA
-from sae_ray.store.activations import ActivationStore
+from sae_ray.store.activations import ActivationStore, read_parts
 from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared, hold
@@ -60,6 +61,37 @@ def test_images_decoded_in_tasks_of_their_own_give_identical_values(ray_cluster,
     extract.run(plan)
     for one, reference in zip(plan.extracts, make_plan(extracted).extracts, strict=True):
         assert rows(one.step.folder) == rows(reference.step.folder)
+
+
+class OnceDeadlyBoard:
+    """Kills an actor, the first that reports to it once a part of a store is written. Notes the files of all there."""
+
+    def __init__(self, store: Folder, noted: Path):
+        self.store, self.noted, self.set = store, noted, self
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        encoding.REPORT_SECONDS = 0.0  # in this worker: small parts take less
+
+    def remote(self, piece: str, amount: int) -> None:
+        parts = read_parts(self.store)
+        if parts and not self.noted.exists():
+            self.noted.write_text(json.dumps([part.file for part in parts]))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_actor_has_written_of_its_run_stays(ray_cluster, extracted, make_plan, tmp_path, monkeypatch):
+    """Runs of several parts give the same bits as parts alone, too."""
+    plan = make_plan(tmp_path / "root", **{"resources.extract.workers": 1})
+    chosen = next(one for one in plan.extracts if one.images.name == "train")
+    board = OnceDeadlyBoard(chosen.step.folder, tmp_path / "noted.json")
+    monkeypatch.setattr(Progress, "board", lambda progress: board)
+    monkeypatch.setattr(extract, "RUNS_PER_ACTOR", 1)
+    extract.run_only(plan, [chosen])
+    files = {part.file for part in ActivationStore(chosen.step.folder).parts.values()}
+    assert files > set(json.loads(board.noted.read_text()))
+    reference = next(one for one in make_plan(extracted).extracts if one.step.name == chosen.step.name)
+    assert rows(chosen.step.folder) == rows(reference.step.folder)
 
 
 def test_another_site_extracts_only_that_site(ray_cluster, extracted, make_plan, tmp_path):
@@ -146,16 +178,14 @@ def test_a_file_that_may_not_be_read_is_a_reject(ray_cluster, world, tmp_path):
 
     names = [str(path.relative_to(world)) for path in sorted((world / "heldout").rglob("*.png"))[:12]]
     (tmp_path / "lock-of-the-driver.json").touch()
-    board = ray.remote(Board).remote()
-    step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
-    job = extract.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]})
+    step = encoding.SitePart(Folder(tmp_path), Site("projection"), "float32")
+    job = encoding.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]})
     manifest = spooled(MANIFEST_SCHEMA, [pa.table([range(12), names, [1] * 12], schema=MANIFEST_SCHEMA)])
-    source = extract.ImageSource(Locked(str(world)), manifest, 12)
-    decode = extract.PartDecoder({"train": source}, [job], "run", board)
-    batch = decode(pa.table({"images": ["train"], "part": [0]}))
+    source = encoding.ImageSource(Locked(str(world)), manifest, 12)
+    [pixels] = (decoded := encoding.PartDecoder({"train": source}, [job], "run")("train", 0)).pixels
     locked = [name for name in names if name.endswith("0.png")]
-    assert batch["rejects"][0].as_py() == [{"image_id": name, "reason": "no permission to read it"} for name in locked]
-    assert len(batch["accepted"][0]) == batch["shape_0"][0].as_py()[0] == len(names) - len(locked) > 0
+    assert decoded.rejects == [(name, "no permission to read it") for name in locked]
+    assert len(decoded.accepted) == len(pixels) == len(names) - len(locked) > 0
     assert locked
 
 
@@ -171,14 +201,16 @@ class Deadly:
         return self.preprocess(image)
 
 
-def test_an_image_that_kills_its_decoder_becomes_a_reject(ray_cluster, make_plan, world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", [{}, {"resources.extract.decoders": 1}])
+def test_an_image_that_kills_its_decoder_becomes_a_reject(ray_cluster, make_plan, world, tmp_path, monkeypatch, asked):
     images = tmp_path / "images"
     images.mkdir()
     for number, path in enumerate(sorted((world / "heldout").rglob("*.png"))[:10]):
         shutil.copy(path, images / f"{number}.png")
     Image.new("RGB", (31, 17)).save(images / "deadly.png")
-    monkeypatch.setattr(extract, "load_preprocess", lambda *given: Deadly(load_preprocess(*given)))
-    plan = make_plan(tmp_path / "root", **{"images.train.path": str(images), "images.max_bad_fraction": 0.1})
+    monkeypatch.setattr(encoding, "load_preprocess", lambda *given: Deadly(load_preprocess(*given)))
+    asked = asked | {"images.train.path": str(images), "images.max_bad_fraction": 0.1}
+    plan = make_plan(tmp_path / "root", **asked)
     train = next(e for e in plan.extracts if e.images.name == "train")
     extract.run_only(plan, [train])
     rejects = train.step.folder.read_parquet("rejects.parquet").to_pylist()
@@ -189,9 +221,9 @@ def test_an_image_that_kills_its_decoder_becomes_a_reject(ray_cluster, make_plan
 
 def test_reports_are_rare_however_short_the_work(monkeypatch):
     clock = iter(np.arange(0, 100, 0.3))
-    monkeypatch.setattr(extract, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(encoding, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     told: list[int] = []
-    tell = extract.now_and_then(told.append)
+    tell = encoding.now_and_then(told.append)
     for done in range(20):
         tell(done)
     assert 3 <= len(told) <= 6
@@ -199,17 +231,19 @@ def test_reports_are_rare_however_short_the_work(monkeypatch):
 
 
 def test_a_part_that_keeps_ending_its_process_is_an_error(ray_cluster, world, tmp_path):
-    step = extract.SitePart(Folder(tmp_path), Site("projection"), "float32")
-    jobs = (extract.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]}),)
-    encode = extract.PartEncoder(jobs, "cpu", 16, 0, "run", None)
-    batch = pa.table({"images": ["train"], "part": [3], "image_ids": [["a.png", "b.png"]], "begun": [0], "dim": [[]]})
+    step = encoding.SitePart(Folder(tmp_path), Site("projection"), "float32")
+    jobs = (encoding.EncoderJob(f"{world}/clip", None, "float32", None, "encoder.model", {"train": [step]}),)
+    names = [f"{number}.png" for number in range(8)]
+    manifest = spooled(MANIFEST_SCHEMA, [pa.table([range(8), names, [1] * 8], schema=MANIFEST_SCHEMA)])
+    decode = encoding.PartDecoder({"train": encoding.ImageSource(Folder(tmp_path), manifest, 2)}, jobs, "run")
     (tmp_path / "lock-of-the-driver.json").touch()
-    for _ in range(extract.MOST_TRIES):
-        begin(step.folder, "run", "part-00003-encode", "a node that was lost")
-        assert extract.begin_part(jobs, "train", 3, "run", "encode") < extract.MOST_TRIES
-    extract.begin_part(jobs, "train", 3, "another run", "encode")
-    [problem] = encode(batch)["problem"].to_pylist()
-    assert problem.startswith("part 3 of images.train (a.png to b.png) ended its process 5 times; if memory ran out, ")
+    for _ in range(encoding.MOST_TRIES):
+        begin(step.folder, "run", "part-00003", "a node that was lost")
+        assert encoding.begin_part(jobs, "train", 3, "run") < encoding.MOST_TRIES
+    encoding.begin_part(jobs, "train", 3, "another run")
+    told = r"part 3 of images\.train \(6\.png to 7\.png\) ended its process 5 times; if memory ran out, "
+    with pytest.raises(SaeRayError, match=told):
+        decode("train", 3)
 
 
 def test_what_only_the_driver_sees_is_missed_by_name(ray_cluster, make_plan, world, tmp_path, monkeypatch):
