@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import asdict
 
+from sae_ray.concepts.summary import comparison_lines
 from sae_ray.report import REPORT, write_report
 from sae_ray.report.neurons import shown_cells
 from sae_ray.steering.evaluation import rate_lines
@@ -15,7 +16,7 @@ from sae_ray.study.models import check_models, models_needed
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.summary import compare, summarise, summary_lines
 
-from . import evaluate, extract, pictures, score, steering, train
+from . import concepts, evaluate, extract, pictures, score, steering, train
 from .progress import say
 from .stage import readable
 
@@ -30,11 +31,13 @@ def run(plan: StudyPlan) -> dict:
     missing = [step for step in steps if not step.finished]
     if not missing:
         say(f"{plan.study.name}: all {len(steps)} steps are done, nothing left to do")
-    check_models(models_needed(plan.extracts, plan.steerings))
+    check_models(models_needed(plan.extracts, plan.concepts, plan.steerings))
+    concepts.check(plan)
     extract.run(plan)
     train.run(plan)
     evaluate.run(plan)
     score.run(plan)
+    concepts.run(plan)
     steering.run(plan)
     summary = write_summary(plan)
     pictures.run(plan)
@@ -53,6 +56,7 @@ def write_summary(plan: StudyPlan) -> dict:
         "root": str(plan.root),
         "cells": [_row(row) for row in rows],
         "comparisons": [asdict(comparison) for comparison in compare(rows)],
+        "concepts": {one.name: one.counts for one in concepts.cells(plan)},
         "steering": {one.name: record["counts"] for one in plan.steerings if (record := one.step.record())},
         "failed": {name: reason for name, reason in failures.items() if reason},
         "table": summary_lines(rows),
@@ -89,6 +93,8 @@ def summary_text(plan: StudyPlan, summary: dict) -> str:
     comparisons = summary["comparisons"]
     lines += [f"{'yes' if one['holds'] else 'NO '}  {one['statement']}" for one in comparisons]
     lines += [f"{sum(one['holds'] for one in comparisons)} of {len(comparisons)} comparisons hold", ""]
+    if compared := comparison_lines(concepts.cells(plan)):
+        lines += ["Concepts on held-out images: the best SAE by each measure", "", *compared, ""]
     for name, counts in summary["steering"].items():
         lines += [f"Steering by {name}: {_edit(plan.study)}", "", *rate_lines(counts), ""]
     lines += [f"FAILED  {name}: {reason}" for name, reason in summary["failed"].items()]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from sae_ray.concepts.config import Concepts
 from sae_ray.config import STRICT, Amount, Count, Dtype
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import check
@@ -115,6 +116,9 @@ class Grid:
     """Average number of active latents per row, for the TopK family."""
     sparsity: tuple[float, ...] = ()
     """Sparsity coefficients, for architectures with a penalty: `relu` (L1), `jumprelu` (L0)."""
+    seeds: tuple[Annotated[int, Ge(0)], ...] = (0,)
+    """Every SAE is trained once for each, from another start and in another order of the data: `[0, 1]` shows which
+    latents are found again (`stability` in `[concepts]`)."""
     score_tokens: str | None = None
     """Tokens to score on, such as `cls` or `all`. Default: the tokens that were trained on."""
 
@@ -122,7 +126,7 @@ class Grid:
         kinds = [architecture(name, "grid.architectures") for name in self.architectures]
         by_k = [kind.name for kind in kinds if kind.tuned_by == "k"]
         by_sparsity = [kind.name for kind in kinds if kind.tuned_by == "sparsity"]
-        for name in ("sites", "architectures", "expansions"):
+        for name in ("sites", "architectures", "expansions", "seeds"):
             check(bool(getattr(self, name)), f"grid.{name}", [], "name at least one")
         check(bool(self.k) or not by_k, "grid.k", [], f"{', '.join(by_k)}: name at least one")
         check(bool(self.sparsity) or not by_sparsity, "grid.sparsity", [],
@@ -255,6 +259,20 @@ class ScoreResources:
 
 
 @dataclass(frozen=True)
+class ConceptsResources:
+    """Resources for concepts."""
+
+    __pydantic_config__ = STRICT
+
+    workers: Count | None = None
+    """Number of tasks at the same time, each with one SAE. Default: as many as the CPUs (or GPUs) allow."""
+    cpus: Amount = 1
+    """CPUs per task."""
+    gpus: Amount = 0
+    """GPUs per task. Only the encoder's product runs there; all else is done by CPUs."""
+
+
+@dataclass(frozen=True)
 class SteeringResources:
     """Resources for steering."""
 
@@ -299,6 +317,8 @@ class Resources:
     """For evaluation."""
     score: ScoreResources = field(default_factory=ScoreResources)
     """For scoring."""
+    concepts: ConceptsResources = field(default_factory=ConceptsResources)
+    """For concepts."""
     steering: SteeringResources = field(default_factory=SteeringResources)
     """For steering."""
     pictures: PicturesResources = field(default_factory=PicturesResources)
@@ -315,10 +335,17 @@ class GridCell:
     """The site it is scored on: the same layer, possibly with other tokens."""
     cell: Cell
     """The SAE."""
+    seed: int = 0
+    """Which of `Grid.seeds`."""
 
     @property
     def name(self) -> str:
-        """Readable and unique within a study: `projection-batch_topk-x4-k20`."""
+        """Readable and unique within a study: `projection-batch_topk-x4-k20`; with another seed it ends in `-seed1`."""
+        return self.recipe + (f"-seed{self.seed}" if self.seed else "")
+
+    @property
+    def recipe(self) -> str:
+        """What cells that differ in their seeds alone have in common."""
         amount = f"k{self.cell.k}" if self.cell.k is not None else f"s{self.cell.sparsity:g}"
         return f"{self.site.name}-{self.cell.architecture}-x{self.cell.expansion:g}-{amount}"
 
@@ -347,6 +374,8 @@ class Study:
     """How activations are stored."""
     scoring: Scoring = field(default_factory=Scoring)
     """How neurons are scored."""
+    concepts: Concepts | None = None
+    """How it is measured what neurons mean. Without it that is skipped."""
     steering: Steering | None = None
     """How a LLaVA is steered. Without it steering is skipped."""
     resources: Resources = field(default_factory=Resources)
@@ -370,7 +399,7 @@ class Study:
         """All SAEs of the study, without duplicates, in the order of the file."""
         cells: dict[str, GridCell] = {}
         for grid in self.grid:
-            for text, name, expansion in product(grid.sites, grid.architectures, grid.expansions):
+            for seed, text, name, expansion in product(grid.seeds, grid.sites, grid.architectures, grid.expansions):
                 site = Site.parse(text)
                 score_site = dataclasses.replace(site, tokens=grid.score_tokens) if grid.score_tokens else site
                 by_k = architecture(name).tuned_by == "k"
@@ -384,7 +413,7 @@ class Study:
                         training=self.training,
                         settings=getattr(self.architectures, name, None),
                     )
-                    grid_cell = GridCell(site, score_site, cell)
+                    grid_cell = GridCell(site, score_site, cell, seed)
                     # The seed comes from the name, not the position in the grid: adding cells changes no other cell.
                     seeded = dataclasses.replace(cell, seed=derived_seed(self.seed, grid_cell.name))
                     named = dataclasses.replace(grid_cell, cell=seeded)
