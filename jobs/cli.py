@@ -44,6 +44,11 @@ def _json_option(command: Callable) -> Callable:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")(command)
 
 
+def _sae_option(command: Callable) -> Callable:
+    explained = "The SAE, named as in the summary. Default: the one used for steering, or the only one."
+    return click.option("--sae", metavar="CELL", help=explained)(command)
+
+
 @main.command()
 @study_options
 @click.option("--dry-run", is_flag=True, help="Print the steps, their rows, bytes and work; do nothing.")
@@ -180,7 +185,22 @@ def steering(**options: Any) -> None:
     from . import study
 
     plan = plan_to_work_on(**options)
-    check_models(models_needed((), (), plan.steerings))
+    check_models(models_needed((), steerings=plan.steerings))
+    stage.run(plan)
+    click.echo(study.summary_text(plan, study.write_summary(plan)))
+
+
+@main.command()
+@study_options
+def naming(**options: Any) -> None:
+    """Let the LLaVA of a study name the latents of its SAEs, and print how well the names hold."""
+    from sae_ray.study.models import check_models, models_needed
+
+    from . import naming as stage
+    from . import study
+
+    plan = plan_to_work_on(**options)
+    check_models(models_needed((), namings=plan.namings))
     stage.run(plan)
     click.echo(study.summary_text(plan, study.write_summary(plan)))
 
@@ -199,11 +219,7 @@ def pictures(**options: Any) -> None:
 @main.command()
 @click.argument("text")
 @study_options
-@click.option(
-    "--sae",
-    metavar="CELL",
-    help="The SAE, named as in the summary. Default: the one used for steering, or the only one.",
-)
+@_sae_option
 @click.option("-n", "n", default=10, show_default=True, help="Latents to show.")
 @_json_option
 def find(text: str, sae: str | None, n: int, as_json: bool, **options: Any) -> None:
@@ -222,11 +238,7 @@ def humans() -> None:
 
 @humans.command("make")
 @study_options
-@click.option(
-    "--sae",
-    metavar="CELL",
-    help="The SAE, named as in the summary. Default: the one used for steering, or the only one.",
-)
+@_sae_option
 @click.option("--pairs", "n_pairs", default=200, show_default=True, help="Pairs of neurons to compare.")
 def humans_make(sae: str | None, n_pairs: int, **options: Any) -> None:
     """Make a page on which people compare pairs of neurons, and print its path.

@@ -233,7 +233,7 @@ def _block_maxima(matrix: Float[Tensor, "rows width"], count: int) -> Float[Tens
     if block == 1:
         return matrix
     if kernels := kernels_for(matrix):
-        return kernels.block_maxima(matrix.flatten(), block).view(n_rows, -1)
+        return kernels.block_maxima(matrix.flatten(), block).view(n_rows, width // block)
     return matrix.view(n_rows, width // block, block).amax(2)
 
 
