@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from sae_ray.concepts.agreeing import AGREEMENT_SCHEMA
+from sae_ray.concepts.best_words import NAMES_SCHEMA
+from sae_ray.concepts.tables import CONCEPTS_SCHEMA as CONCEPT_SCORES_SCHEMA
+from sae_ray.concepts.tables import CORRELATIONS_SCHEMA, NEURONS_SCHEMA
 from sae_ray.images.manifest import LABELS_SCHEMA, MANIFEST_SCHEMA
 from sae_ray.report.pictures import HEAT_SCHEMA
 from sae_ray.report.rating import PAIRS_SCHEMA
@@ -42,6 +45,10 @@ def test_versions_are_those_of_the_code():
         ("`scores-*`", SCORES_SCHEMA),
         ("`scores-*`", TOP_IMAGES_SCHEMA),
         ("`scores-*`", HISTOGRAM_SCHEMA),
+        ("`concepts-*`", NEURONS_SCHEMA),
+        ("`concepts-*`", CONCEPT_SCORES_SCHEMA),
+        ("`concepts-*`", CORRELATIONS_SCHEMA),
+        ("`concepts-*`", NAMES_SCHEMA),
         ("`steering-*`", ANSWERS_SCHEMA),
         ("`steering-*`", CONCEPTS_SCHEMA),
         ("`pictures-*`", HEAT_SCHEMA),

@@ -31,6 +31,7 @@ SCHEMA_VERSIONS = {
     "train": 3,
     "evaluate": 3,
     "score": 3,
+    "concepts": 1,
     "steering": 3,
     "pictures": 1,
     "report": 3,
