@@ -69,8 +69,12 @@ def soft_wpmi(
     Raises:
         UsageError: shapes do not fit, or values are not finite.
     """
-    weights = _P_START - np.arange(top_k) / top_k * (_P_START - _P_END)
-    return _scores(activations, similarities, a, lam, top_images, weights)
+    return _scores(activations, similarities, a, lam, top_images, soft_wpmi_weights(top_k))
+
+
+def soft_wpmi_weights(top_k: int) -> Float[np.ndarray, " top_k"]:
+    """Of the ranks of top images: from .998 towards .97."""
+    return _P_START - np.arange(top_k) / top_k * (_P_START - _P_END)
 
 
 def wpmi(

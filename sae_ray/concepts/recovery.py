@@ -36,6 +36,8 @@ class QStar(NamedTuple):
     """Condition number of the second moment with its ridge."""
     ridge: float
     """What was added to its eigenvalues."""
+    coherence: Float[np.ndarray, " live"]
+    """Of each live atom under the atomic inner product, as `sae_ray.concepts.coherence` gives it."""
 
 
 def q_star(decoder: Any, second_moment: Any, l0: Any, *, ridge: float = RIDGE, live: Any = None) -> QStar:
@@ -81,6 +83,7 @@ def q_star(decoder: Any, second_moment: Any, l0: Any, *, ridge: float = RIDGE, l
         float(of_samples[: limit + 1].sum() / of_samples.sum()),
         metric.condition,
         metric.ridge,
+        found.coherence,
     )
 
 

@@ -237,21 +237,20 @@ class ConceptTables:
         return table.select(schema.names)
 
 
-def as_table(columns: Mapping[str, Any], schema: pa.Schema, n_rows: int) -> pa.Table:
+def as_table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
     """A table of a schema. Columns that are not given are null, like NaN, None and, in columns of whole numbers, -1."""
+    n_rows = max(map(len, columns.values()), default=0)
     arrays = []
     for field in schema:
         values = columns.get(field.name)
         if values is None:
             arrays.append(pa.nulls(n_rows, field.type))
-        elif pa.types.is_floating(field.type):
-            values = np.asarray(values, np.float64)
-            arrays.append(pa.array(values, field.type, mask=np.isnan(values)))
-        elif pa.types.is_integer(field.type):
-            values = np.asarray(values, np.int64)
-            arrays.append(pa.array(values, field.type, mask=values < 0))
-        else:
+        elif pa.types.is_string(field.type):
             arrays.append(pa.array(list(values), field.type))
+        else:
+            values = np.asarray(values)
+            missing = np.isnan(values) if pa.types.is_floating(field.type) else values < 0
+            arrays.append(pa.array(values, mask=missing).cast(field.type))
     return pa.table(arrays, schema=schema)
 
 

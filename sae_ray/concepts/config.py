@@ -1,0 +1,36 @@
+"""The configuration of the stage `concepts`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from annotated_types import Ge
+
+from sae_ray.config import STRICT, Count
+
+Measure = Literal["labels", "probes", "fms", "sparse_probing", "names", "atoms", "uniqueness", "spatial", "tpp"]
+CHEAP: tuple[Measure, ...] = tuple(measure for measure in get_args(Measure) if measure != "tpp")
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """How it is measured what neurons mean. An empty table is enough; without it the stage is skipped."""
+
+    __pydantic_config__ = STRICT
+
+    measures: tuple[Measure, ...] = CHEAP
+    """What is computed: `labels` (correlation, entropy, purity), `probes`, `fms`, `sparse_probing`, `names`, `atoms`,
+    `uniqueness`, `spatial` and `tpp`. Default: all but `tpp`, whose cost grows with the square of the concepts."""
+    file: str | None = None
+    """A concept file for the held-out images: CSV with `image_id,<concept>,…` and 1, 0 or nothing for unknown. Default:
+    the classes of the images."""
+    ignore_labels: tuple[str, ...] = ()
+    """Classes that are no concepts, such as `blank`."""
+    min_images: Annotated[int, Ge(10)] = 10
+    """Concepts that fewer held-out images show are left out."""
+    max_concepts: Count = 100
+    """Probes, FMS and sparse probing are computed for at most as many concepts, drawn by the study's seed; TPP for at
+    most 20 of these. Correlations are those of all concepts."""
+    vocabulary: str | None = None
+    """A text file with one name per line that neurons may get. Default: the names of the concepts."""

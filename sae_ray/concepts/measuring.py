@@ -1,0 +1,88 @@
+"""All that is measured of what the neurons of one SAE, or of one site, mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae_ray.concepts.config import Concepts
+from sae_ray.concepts.findings import Findings, mean
+from sae_ray.concepts.image_codes import image_codes
+from sae_ray.concepts.inputs import as_numpy
+from sae_ray.concepts.label_findings import add_labels, add_tpp, usable_labels
+from sae_ray.concepts.labels import Labels
+from sae_ray.concepts.neuron_measures import concept_purity, top_positions
+from sae_ray.concepts.patch_maps import Patches, spatial_coherence
+from sae_ray.concepts.splits import halves
+from sae_ray.concepts.structure import add_atoms, add_overlap
+from sae_ray.concepts.word_names import Texts, add_names
+
+if TYPE_CHECKING:
+    from sae_ray.sae import SAE
+    from sae_ray.store.activations import ActivationStore
+
+TOP_IMAGES = 16
+"""Of purity, uniqueness and spatial coherence."""
+
+
+def measure(
+    sae: SAE | None,
+    store: ActivationStore,
+    labels: Labels | None,
+    settings: Concepts,
+    *,
+    texts: Texts | None = None,
+    patches: Patches | None = None,
+    seed: int = 0,
+    after_images: Callable[[int], None] = lambda done: None,
+) -> Findings:
+    """Measures the latents of an SAE, or the raw neurons of a site, on the images of a store.
+
+    The same inputs give the same bits. What is computed are codes that are not 0, in blocks of neurons; beside these,
+    memory grows with images, neurons and concepts, and never with the product of two of them.
+
+    Args:
+        sae: on any device; None for the raw coordinates of the activation.
+        store: activations of the site that the SAE was trained on, of images that it was not trained on.
+        labels: of all images by `image_index`; None without any. Concepts of too few images are left out here.
+        settings: what is measured.
+        texts: what neurons are named with; None: they get no names.
+        patches: of the encoder, if the store has all tokens; None: no spatial coherence.
+        seed: the study's.
+        after_images: called with the number of images encoded.
+
+    Raises:
+        UsageError: the SAE takes activations of another width.
+        SaeRayError: the images of `texts` are others.
+    """
+    wanted = set(settings.measures)
+    images = image_codes(sae, store, "tpp" in wanted, after_images)
+    codes, decoder = images.codes, None if sae is None else as_numpy(sae.W_dec)
+    labels = None if labels is None else usable_labels(labels.take(images.image_index), settings.min_images)
+    split = None if labels is None else halves(labels, seed)
+    top_images = top_positions(codes, TOP_IMAGES)
+    firing = top_images[:, 0] >= 0
+
+    found = Findings(codes.shape[1])
+    found.counts |= {"images": len(images.image_index), "n_live": int(firing.sum())}
+    if labels is not None and split is not None:
+        if wanted & {"labels", "probes", "fms", "sparse_probing"}:
+            add_labels(found, images, labels, split, settings, seed)
+            found.neurons["purity"] = concept_purity(top_images, labels)
+            found.counts["purity"] = mean(found.neurons["purity"])
+        if "tpp" in wanted and sae is not None and images.activations is not None:
+            add_tpp(found, sae, images, labels, split, settings, seed)
+    if "uniqueness" in wanted:
+        add_overlap(found, top_images)
+    if "atoms" in wanted and decoder is not None:
+        add_atoms(found, decoder, firing, images)
+    if "spatial" in wanted and patches is not None:
+        found.neurons["spatial"] = spatial_coherence(sae, store, top_images, patches)
+        found.counts["spatial"] = mean(found.neurons["spatial"])
+    if "names" in wanted and texts is not None:
+        judged = np.zeros(0, np.int64) if split is None else split.judged
+        of_texts = texts.images.folder == store.folder
+        add_names(found, decoder if of_texts else None, images, judged, texts)
+    return found

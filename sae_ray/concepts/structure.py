@@ -1,0 +1,66 @@
+"""What is measured of an SAE without labels: how alike its latents' top images and directions are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae_ray.concepts.atoms import coherence
+from sae_ray.concepts.findings import Findings, mean
+from sae_ray.concepts.image_codes import ImageCodes
+from sae_ray.concepts.overlap import uniqueness
+from sae_ray.concepts.recovery import k_unique, q_star
+from sae_ray.errors import SaeRayError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+def add_overlap(found: Findings, top_images: Int[np.ndarray, "neurons n"]) -> None:
+    """Uniqueness of the neurons that have all n top images; how far each one overlaps with the nearest other."""
+    live = (top_images >= 0).all(axis=1)
+    unique = uniqueness(top_images, live)
+    overlap = np.where(live, 0.0, np.nan)
+    for side in (unique.pairs.neuron_a, unique.pairs.neuron_b):
+        np.maximum.at(overlap, side, unique.pairs.jaccard)
+    found.neurons["overlap"] = overlap
+    found.counts |= {
+        "overlapping": float(unique.shares[0]),
+        "overlap_counts": unique.counts.tolist(),
+        "overlap_pairs": unique.n_pairs,
+    }
+
+
+def add_atoms(
+    found: Findings, decoder: Float[np.ndarray, "latents d"], firing: Bool[np.ndarray, " latents"], images: ImageCodes
+) -> None:
+    """Coherence of the latents that fire; that under the atomic inner product, and q*, if there are enough activations
+    for it."""
+    live = np.flatnonzero(firing & decoder.any(axis=1))
+    if len(live) < 2:
+        return
+
+    def of_live(values: np.ndarray) -> np.ndarray:
+        column = np.full(len(decoder), np.nan)
+        column[live] = values
+        return column
+
+    plain = coherence(decoder[live]).coherence
+    found.neurons["coherence"] = of_live(plain)
+    found.counts["coherence"] = mean(plain)
+    try:
+        moment = images.moment.matrix()
+    except SaeRayError:  # too few activations to invert it
+        return
+    measured = q_star(decoder, moment, np.repeat(np.arange(len(images.l0)), images.l0), live=live)
+    found.neurons["coherence_aip"] = of_live(measured.coherence)
+    found.neurons["k_unique"] = of_live(k_unique(measured.coherence))
+    found.counts |= {
+        "coherence_aip": mean(measured.coherence),
+        "q_star_atom": measured.atom,
+        "q_star_pair": measured.pair,
+        "largest_k": measured.largest_k,
+        "reachable": measured.reachable,
+        "condition": measured.condition,
+    }

@@ -1,0 +1,269 @@
+"""All that the stage `concepts` measures of one SAE: known answers, single functions, blocks, and what is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+from sae_ray.concepts import Labels, halves, label_correlation, label_entropy, uniqueness
+from sae_ray.concepts.config import Concepts
+from sae_ray.concepts.findings import Findings
+from sae_ray.concepts.measuring import measure
+from sae_ray.concepts.patch_maps import Patches
+from sae_ray.concepts.ranking import average_precisions
+from sae_ray.concepts.tables import CONCEPTS_SCHEMA, NEURONS_SCHEMA, ConceptTables
+from sae_ray.concepts.word_names import Texts
+from sae_ray.errors import SaeRayError
+from sae_ray.sae import SAE
+from sae_ray.store.activations import ActivationStore
+from sae_ray.store.files import Folder
+
+N, D, N_LATENTS = 600, 16, 40
+CLASSES = ("apple", "bird", "cat", "dog")
+ALL = Concepts(measures=(*Concepts().measures, "tpp"))
+
+
+class World(NamedTuple):
+    """Activations of which coordinate c is the class c, the others noise; latent j < 16 is coordinate j."""
+
+    store: ActivationStore
+    embeddings: ActivationStore
+    x: np.ndarray
+    classes: np.ndarray
+
+    @property
+    def labels(self) -> Labels:
+        return Labels.of_classes([CLASSES[one] for one in self.classes])
+
+    @property
+    def texts(self) -> Texts:
+        """A word for each class, whose embedding is that of the images of the class, and two for nothing."""
+        words = [*CLASSES, "nothing", "nobody"]
+        return Texts(words, np.eye(6, 8), self.embeddings, {name: name for name in CLASSES})
+
+
+@pytest.fixture(scope="module")
+def world(write_store: Callable[..., ActivationStore], tmp_path_factory: pytest.TempPathFactory) -> World:
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, len(CLASSES), N)
+    x = np.where(rng.random((N, D)) < 0.3, rng.random((N, D)), 0)
+    x[:, : len(CLASSES)] = np.eye(len(CLASSES))[classes] * (1 + rng.random((N, 1)))
+    x = x.astype(np.float32)
+    unit = np.eye(8)[classes] + 0.01 * rng.normal(size=(N, 8))
+    root = tmp_path_factory.mktemp("world")
+    parts = [np.arange(start, min(start + 250, N)) for start in range(0, N, 250)]
+    none = np.full(N, -1)
+    store = write_store(root, [(part, none[part], x[part]) for part in parts])
+    embeddings = write_store(root, [(part, none[part], unit[part]) for part in parts], label="embeddings")
+    return World(store, embeddings, x, classes)
+
+
+def sae_of(d: int = D, n_latents: int = N_LATENTS, alive: bool = True) -> SAE:
+    """Latent j is coordinate j; those that are left never fire."""
+    encoder = torch.eye(d, n_latents)
+    bias = torch.zeros(n_latents) if alive else torch.full((n_latents,), -100.0)
+    bias[d:] = -100
+    decoder = torch.eye(n_latents, d)
+    decoder[d:] = 1
+    return SAE("relu", encoder, decoder, bias, torch.zeros(d), None, None)
+
+
+def tables(found: Findings, folder) -> ConceptTables:
+    found.write(Folder(folder))
+    return ConceptTables(Folder(folder))
+
+
+def test_latents_that_are_the_classes_are_found_named_and_told_from_chance(world: World, tmp_path):
+    found = measure(sae_of(), world.store, world.labels, ALL, texts=world.texts)
+    neurons, concepts = tables(found, tmp_path).neurons, tables(found, tmp_path).concepts
+    of_class = slice(0, len(CLASSES))
+    assert neurons.concept[of_class].tolist() == neurons.name[of_class].tolist() == list(CLASSES)
+    assert (neurons.rho[of_class] > 0.9).all()
+    assert (neurons.shuffled_rho[:D] < 0.25).all()
+    assert (neurons.judged_rho[of_class] > 0.9).all()
+    assert (neurons.average_precision[of_class] == 1).all()
+    assert (neurons.purity[of_class] == 1).all()
+    assert (neurons.entropy_balanced[of_class] < 1e-9).all()
+    assert (neurons.entropy_balanced[len(CLASSES) : D] > 0.9).all()
+    for column in (concepts.neuron, concepts.probe_neuron, concepts.fms_neuron):
+        assert column.tolist() == list(range(len(CLASSES)))
+    for score, chance, least, most in (
+        (concepts.rho, concepts.shuffled_rho, 0.9, 0.25),
+        (concepts.average_precision, concepts.shuffled_average_precision, 0.999, 0.5),
+        (concepts.probe_r, concepts.shuffled_probe_r, 0.9, 0.1),
+        (concepts.sparse_1, concepts.shuffled_sparse_1, 0.99, 0.65),
+        (concepts.fms_1, concepts.shuffled_fms_1, 0.75, 0.5),
+    ):
+        assert (score >= least).all()
+        assert (chance <= most).all()
+    assert concepts.n_images.tolist() == np.bincount(world.classes).tolist()
+    counts = found.counts
+    assert counts["n_live"] == D
+    assert counts["n_found_concepts"] == len(CLASSES)
+    assert counts["shuffled"]["n_found_concepts"] == 0
+    assert counts["names_right"] == 1
+    assert counts["tpp"][0] > 0.4
+    assert counts["coherence"] == 0  # among the latents that fire, which are orthogonal
+    assert np.isnan(neurons.coherence[D:]).all()
+    assert (neurons.coherence_aip[:D] > 0).all()
+
+
+def test_the_columns_are_those_of_the_single_functions(world: World, tmp_path):
+    labels = world.labels
+    found = tables(measure(sae_of(), world.store, labels, Concepts(), seed=3), tmp_path)
+    codes = np.pad(world.x, ((0, 0), (0, N_LATENTS - D))).astype(float)
+    rho = label_correlation(codes, labels)
+    np.testing.assert_allclose(found.neurons.rho[:D], rho[:D].max(axis=1), rtol=1e-9)
+    np.testing.assert_allclose(found.neurons.entropy_balanced, label_entropy(codes, labels), rtol=1e-9, atol=1e-12)
+    top = np.argsort(-codes, axis=0, kind="stable")[:16].T
+    top[D:] = -1
+    assert measure(sae_of(), world.store, labels, Concepts()).counts["overlap_counts"] == (
+        uniqueness(top).counts.tolist()
+    )
+    for concept in range(len(CLASSES)):
+        listed = found.correlations.concept == CLASSES[concept]
+        order = np.argsort(-rho[:D, concept], kind="stable")
+        assert found.correlations.neuron[listed].tolist() == order.tolist()
+    split = halves(labels, 3)
+    fitted, judged = (label_correlation(codes[half], labels.take(half)) for half in split)
+    best = fitted[:D].argmax(axis=0)
+    assert found.concepts.neuron.tolist() == best.tolist()
+    np.testing.assert_allclose(found.concepts.rho, judged[best, np.arange(len(CLASSES))], rtol=1e-9)
+
+
+def test_average_precisions_are_scikit_learns():
+    rng = np.random.default_rng(1)
+    codes = np.round(rng.normal(size=(80, 12)), 1) * (rng.random((80, 12)) < 0.5)  # ties, zeros, values below 0
+    known = rng.random((80, 3)) < 0.8
+    shown = (rng.random((80, 3)) < 0.3).astype(float)
+    concept = rng.integers(-1, 3, 12)
+    for values in (shown, np.where(known, shown, np.nan)):
+        found = average_precisions(codes, Labels.of(values), concept)
+        for latent, one in enumerate(concept):
+            rows = ~np.isnan(values[:, one])
+            expected = average_precision_score(values[rows, one], codes[rows, latent]) if one >= 0 else np.nan
+            np.testing.assert_allclose(found[latent], expected, rtol=1e-12)
+
+
+def equal(one: Findings, other: Findings) -> bool:
+    """Bit by bit."""
+    columns = [(a, b) for name in ("neurons", "concepts", "correlations") for a, b in
+               zip(getattr(one, name).values(), getattr(other, name).values(), strict=True)]  # fmt: skip
+    same = all(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind == "f")
+               for a, b in columns)  # fmt: skip
+    return same and str(one.counts) == str(other.counts) and all(
+        a.equals(b) for a, b in zip(one.names, other.names, strict=True)
+    )  # fmt: skip
+
+
+def test_blocks_of_neurons_and_words_change_nothing(world: World, monkeypatch: pytest.MonkeyPatch):
+    whole = measure(sae_of(), world.store, world.labels, Concepts(), texts=world.texts)
+    monkeypatch.setattr("sae_ray.scores.statistics.BLOCK_BYTES", 7 * 8 * len(CLASSES))
+    blocks = measure(sae_of(), world.store, world.labels, Concepts(), texts=world.texts)
+    assert equal(whole, blocks)
+    monkeypatch.setattr("sae_ray.concepts.word_names._BLOCK_NUMBERS", 2 * N)
+    words = measure(sae_of(), world.store, world.labels, Concepts(), texts=world.texts)
+    np.testing.assert_allclose(words.neurons["name_score"], whole.neurons["name_score"], atol=1e-9)
+    assert words.neurons["name"].tolist() == whole.neurons["name"].tolist()
+
+
+def test_raw_neurons_and_images_without_labels(world: World, tmp_path):
+    found = measure(None, world.store, None, ALL, texts=world.texts)
+    there = tables(found, tmp_path)
+    assert there.neurons.name[: len(CLASSES)].tolist() == list(CLASSES)
+    assert np.isnan(there.neurons.rho).all()
+    assert set(there.neurons.concept) == {None}
+    assert (there.neurons.n_firing == -1).all()
+    assert len(there.concepts.concept) == len(there.correlations.concept) == 0
+    assert "rho" not in found.counts
+    labelled = measure(None, world.store, world.labels, ALL)
+    assert np.isnan(tables(labelled, tmp_path / "labelled").neurons.coherence).all(), "raw neurons have no decoder"
+    assert (labelled.neurons["rho"][: len(CLASSES)] > 0.9).all()
+
+
+def test_one_class_and_rare_ones_are_no_concepts(world: World):
+    assert measure(sae_of(), world.store, Labels.of_classes(["all"] * N), Concepts()).concepts == {}
+    rare = Labels.of_classes([CLASSES[one] if row >= 9 else "rare" for row, one in enumerate(world.classes)])
+    found = measure(sae_of(), world.store, rare, Concepts())
+    assert found.concepts["concept"] == CLASSES
+    assert found.concepts["n_known"].tolist() == [N] * len(CLASSES), "images of a rare class are known not to show them"
+
+
+def test_a_dead_sae_has_no_scores(world: World, tmp_path):
+    found = measure(sae_of(alive=False), world.store, world.labels, ALL, texts=world.texts)
+    there = tables(found, tmp_path)
+    assert found.counts["n_live"] == 0
+    for column in ("rho", "entropy_balanced", "purity", "overlap", "coherence", "name_score"):
+        assert np.isnan(getattr(there.neurons, column)).all()
+    assert set(there.neurons.name) == {None}
+    assert (there.concepts.neuron == -1).all()
+    assert np.isnan(there.concepts.rho).all()
+    assert (there.concepts.n_images > 0).all()
+
+
+def test_an_image_may_show_two_concepts_and_some_are_unknown(world: World):
+    """Coordinates 0 and 1 are made concepts of their own, with an image in five unknown of the second."""
+    shown = np.stack([world.classes == 0, (world.classes == 0) | (world.classes == 1)], axis=1).astype(float)
+    shown[np.arange(N) % 5 == 0, 1] = np.nan
+    labels = Labels.of(shown, ["apple", "fruit or bird"])
+    found = measure(sae_of(), world.store, labels, Concepts())
+    assert found.concepts["neuron"][0] == 0
+    assert found.concepts["neuron"][1] in (0, 1)
+    assert found.neurons["concept"][:2].tolist() == ["apple", "fruit or bird"]
+    assert found.neurons["purity"][0] == 1
+    assert found.concepts["n_known"].tolist() == [N, N - N // 5]
+    assert (found.concepts["rho"] > 0.5).all()
+
+
+def test_many_classes_cost_no_matrix_and_only_some_are_drawn(world: World):
+    labels = Labels.of_classes([f"class {row % 50}" for row in range(N)])  # 12 images each
+    found = measure(sae_of(), world.store, labels, Concepts(max_concepts=5), seed=1)
+    assert len(found.concepts["concept"]) == 50
+    assert np.isfinite(found.concepts["rho"]).all()
+    drawn = found.concepts["n_rows"] >= 0
+    assert drawn.sum() == 5
+    assert np.isfinite(found.concepts["fms_1"]).tolist() == drawn.tolist()
+    others = measure(sae_of(), world.store, labels, Concepts(max_concepts=5), seed=2)
+    assert (others.concepts["n_rows"] >= 0).tolist() != drawn.tolist()
+
+
+def test_names_rest_on_no_image_that_is_judged(world: World):
+    found = measure(sae_of(), world.store, world.labels, Concepts(), texts=world.texts)
+    split = halves(world.labels, 0)
+    firing = (world.x[split.fitted, 0] > 0).sum()
+    assert found.neurons["name_images"][0] == min(firing, 100)
+
+
+def test_names_of_other_images_are_refused(world: World, write_store, tmp_path):
+    other = write_store(tmp_path, [(np.arange(5), np.full(5, -1), np.eye(5, 8))])
+    with pytest.raises(SaeRayError, match="has other images than the activations"):
+        measure(
+            sae_of(), world.store, None, Concepts(), texts=world.texts.__class__(["a", "b"], np.eye(2, 8), other, {})
+        )
+
+
+def test_maps_that_hang_together_are_told_from_noise(write_store, tmp_path):
+    """Coordinate 0 marks the left half of 4 × 4 patches, coordinate 1 a chequerboard, coordinate 2 the whole image."""
+    n, side = 30, 4
+    row, column = np.divmod(np.arange(side * side), side)
+    maps = np.stack([column < 2, (row + column) % 2 == 0, np.ones(16), np.zeros(16)], axis=1).astype(np.float32)
+    image, token = np.repeat(np.arange(n), 17), np.tile(np.arange(17), n)  # the first token is no patch
+    x = np.tile(np.concatenate([np.zeros((1, 4), np.float32), maps]), (n, 1)) * (1 + image[:, None])
+    store = write_store(tmp_path, [(image, token, x.astype(np.float32))])
+    for sae in (sae_of(4, 4), None):
+        spatial = measure(sae, store, None, Concepts(), patches=Patches(side, side, 1)).neurons["spatial"]
+        assert spatial[0] > 0.6
+        assert spatial[1] == -1
+        assert np.isnan(spatial[2:]).all()
+
+
+def test_every_column_is_written(world: World):
+    found = measure(sae_of(), world.store, world.labels, Concepts(), texts=world.texts)
+    later = {"spatial", "stability"}  # need patches, and another seed
+    assert set(found.neurons) == set(NEURONS_SCHEMA.names) - later
+    assert set(found.concepts) == set(CONCEPTS_SCHEMA.names)
