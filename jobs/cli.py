@@ -142,6 +142,35 @@ def score(**options: Any) -> None:
 
 @main.command()
 @study_options
+@_json_option
+def concepts(as_json: bool, **options: Any) -> None:
+    """Measure what the neurons of a study mean, and print which SAE is best by which measure.
+
+    A study without [concepts] is measured as if it had an empty one.
+    """
+    from sae_ray.study.models import check_models, models_needed
+    from sae_ray.study.root import remember
+
+    from . import concepts as stage
+    from . import extract
+
+    plan = open_plan(**options)
+    if plan.study.concepts is None:
+        plan = open_plan(**options | {"settings": (*options["settings"], "concepts={}")})
+    remember(plan)
+    space = [] if plan.naming_space is None else [plan.naming_space]
+    check_models(models_needed(space, plan.concepts))
+    stage.check(plan)
+    extract.run_only(plan, space)
+    stage.run(plan)
+    if as_json:
+        click.echo(json.dumps({one.name: one.counts for one in stage.cells(plan)}, indent=1))
+    else:
+        click.echo("\n".join(stage.lines(plan)))
+
+
+@main.command()
+@study_options
 def steering(**options: Any) -> None:
     """Measure how well the SAEs of a study steer its LLaVA, and print the rates."""
     from sae_ray.study.models import check_models, models_needed
@@ -150,7 +179,7 @@ def steering(**options: Any) -> None:
     from . import study
 
     plan = plan_to_work_on(**options)
-    check_models(models_needed((), plan.steerings))
+    check_models(models_needed((), (), plan.steerings))
     stage.run(plan)
     click.echo(study.summary_text(plan, study.write_summary(plan)))
 

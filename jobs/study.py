@@ -15,7 +15,7 @@ from sae_ray.study.models import check_models, models_needed
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.summary import compare, summarise, summary_lines
 
-from . import evaluate, extract, pictures, score, steering, train
+from . import concepts, evaluate, extract, pictures, score, steering, train
 from .progress import say
 from .stage import readable
 
@@ -30,11 +30,13 @@ def run(plan: StudyPlan) -> dict:
     missing = [step for step in steps if not step.finished]
     if not missing:
         say(f"{plan.study.name}: all {len(steps)} steps are done, nothing left to do")
-    check_models(models_needed(plan.extracts, plan.steerings))
+    check_models(models_needed(plan.extracts, plan.concepts, plan.steerings))
+    concepts.check(plan)
     extract.run(plan)
     train.run(plan)
     evaluate.run(plan)
     score.run(plan)
+    concepts.run(plan)
     steering.run(plan)
     summary = write_summary(plan)
     pictures.run(plan)

@@ -9,6 +9,8 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from sae_ray.concepts.measuring import measure
+from sae_ray.concepts.word_names import Texts
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.part import encode_part
 from sae_ray.images.part import Preparation, decode_part
@@ -20,8 +22,18 @@ from sae_ray.steering.evaluation import ANSWERS_SCHEMA, CONCEPTS_SCHEMA, rates
 from sae_ray.steering.protocol import WHITE
 from sae_ray.store.activations import ActivationStore, finish_store, write_part, write_rejects
 from sae_ray.store.files import Folder
+from sae_ray.study.concepts import asked
 from sae_ray.study.config import Study
-from sae_ray.study.plan import EvaluatePlan, ExtractPlan, PicturesPlan, ScorePlan, SteeringPlan, StudyPlan, TrainPlan
+from sae_ray.study.plan import (
+    ConceptsPlan,
+    EvaluatePlan,
+    ExtractPlan,
+    PicturesPlan,
+    ScorePlan,
+    SteeringPlan,
+    StudyPlan,
+    TrainPlan,
+)
 
 LABELS = ("red", "green", "<b>&blue\"'")
 COLOURS = ((220, 40, 40), (40, 180, 60), (50, 70, 220))
@@ -64,6 +76,7 @@ def plan_study(directory: Path, llava: str, clip: str, judge: str, **overrides) 
             {"sites": ["layer0:cls"], "architectures": ["topk"], "expansions": [2], "k": [4]},
         ],
         "scoring": {"pictures": "train"},
+        "concepts": {},
         "steering": {"llava": llava, "scorer": clip, "strength": 4.0, "unit": "max", "other_prompts": ["What colour?"]},
         "extraction": {"images_per_part": 16},
     }
@@ -84,6 +97,8 @@ def finish_study(plan: StudyPlan) -> StudyPlan:
         finish_evaluation(one)
     for score in plan.scores:
         finish_score(score)
+    for concepts in plan.concepts:
+        finish_concepts(plan, concepts)
     for steering in plan.steerings:
         finish_steering(steering)
     finish_pictures_of(plan, plan.pictures)
@@ -147,6 +162,27 @@ def finish_score(score: ScorePlan) -> None:
     stats = score_store(sae, store, embeddings, score.step.config["top_images"])
     write_tables(score.step.folder, stats)
     score.step.finish(3.0, {"images": store.n_images, "neurons": score.neurons})
+
+
+def finish_concepts(plan: StudyPlan, one: ConceptsPlan) -> None:
+    """Measured as by the stage, with made-up embeddings of the words."""
+    labels, words, _ = asked(plan)
+    assert words is not None
+    assert one.embeddings is not None
+    images = ActivationStore(one.embeddings.step.folder)
+    directions = np.random.default_rng(0).normal(size=(len(words.words), images.d))
+    embeddings = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    found = measure(
+        load_sae(one.sae.step.folder) if one.sae else None,
+        ActivationStore(one.activations.step.folder),
+        labels,
+        one.settings,
+        texts=Texts(words.words, embeddings, images, words.word_of),
+        patches=one.patches,
+        seed=plan.study.seed,
+    )
+    found.write(one.step.folder)
+    one.step.finish(4.0, found.counts)
 
 
 def finish_steering(plan: SteeringPlan) -> None:

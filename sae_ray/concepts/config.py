@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from annotated_types import Ge
 
@@ -34,3 +34,12 @@ class Concepts:
     most 20 of these. Correlations are those of all concepts."""
     vocabulary: str | None = None
     """A text file with one name per line that neurons may get. Default: the names of the concepts."""
+
+
+class Patches(NamedTuple):
+    """How the tokens of an image are laid out."""
+
+    rows: int
+    columns: int
+    first_token: int
+    """The number of the first patch: 1 after a CLS token."""

@@ -158,7 +158,11 @@ def add_tpp(
         return
     found.counts |= {
         "tpp_ns": list(measured.ns),
-        "tpp": measured.tpp.tolist(),
-        "tpp_intended": measured.intended.tolist(),
-        "tpp_unintended": measured.unintended.tolist(),
+        "tpp": _nullable(measured.tpp),
+        "tpp_intended": _nullable(measured.intended),
+        "tpp_unintended": _nullable(measured.unintended),
     }
+
+
+def _nullable(values: Float[np.ndarray, " some"]) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]

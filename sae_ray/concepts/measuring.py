@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sae_ray.concepts.config import Concepts
+from sae_ray.concepts.config import Concepts, Patches
 from sae_ray.concepts.findings import Findings, mean
 from sae_ray.concepts.image_codes import image_codes
 from sae_ray.concepts.inputs import as_numpy
 from sae_ray.concepts.label_findings import add_labels, add_tpp, usable_labels
 from sae_ray.concepts.labels import Labels
 from sae_ray.concepts.neuron_measures import concept_purity, top_positions
-from sae_ray.concepts.patch_maps import Patches, spatial_coherence
+from sae_ray.concepts.patch_maps import spatial_coherence
 from sae_ray.concepts.splits import halves
 from sae_ray.concepts.structure import add_atoms, add_overlap
 from sae_ray.concepts.word_names import Texts, add_names

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sae_ray.concepts.config import Patches
 from sae_ray.concepts.spatial import morans_i
 from sae_ray.scores.scoring import image_blocks
 
@@ -14,15 +15,6 @@ if TYPE_CHECKING:
 
     from sae_ray.sae import SAE
     from sae_ray.store.activations import ActivationStore
-
-
-class Patches(NamedTuple):
-    """How the tokens of an image are laid out."""
-
-    rows: int
-    columns: int
-    first_token: int
-    """The number of the first patch: 1 after a CLS token."""
 
 
 def spatial_coherence(

@@ -43,8 +43,12 @@ def class_vocabulary(label_names: Iterable[str]) -> Vocabulary:
 
     A synset without words is left out.
     """
-    names = class_names(label_names)
-    return _different(sorted(first_synonym(name).replace("_", " ") for name in names.values()))
+    return _different(sorted(class_words(label_names).values()))
+
+
+def class_words(label_names: Iterable[str]) -> dict[str, str]:
+    """Class -> its word in `class_vocabulary`."""
+    return {label: first_synonym(name).replace("_", " ") for label, name in class_names(label_names).items()}
 
 
 def _different(lines: Iterable[str]) -> Vocabulary:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from sae_ray.concepts.config import Concepts
 from sae_ray.config import STRICT, Amount, Count, Dtype
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import check
@@ -254,6 +255,20 @@ class ScoreResources:
 
 
 @dataclass(frozen=True)
+class ConceptsResources:
+    """Resources for concepts."""
+
+    __pydantic_config__ = STRICT
+
+    workers: Count | None = None
+    """Number of tasks at the same time, each with one SAE. Default: as many as the CPUs (or GPUs) allow."""
+    cpus: Amount = 1
+    """CPUs per task."""
+    gpus: Amount = 0
+    """GPUs per task. Only the encoder's product runs there; all else is done by CPUs."""
+
+
+@dataclass(frozen=True)
 class SteeringResources:
     """Resources for steering."""
 
@@ -298,6 +313,8 @@ class Resources:
     """For evaluation."""
     score: ScoreResources = field(default_factory=ScoreResources)
     """For scoring."""
+    concepts: ConceptsResources = field(default_factory=ConceptsResources)
+    """For concepts."""
     steering: SteeringResources = field(default_factory=SteeringResources)
     """For steering."""
     pictures: PicturesResources = field(default_factory=PicturesResources)
@@ -346,6 +363,8 @@ class Study:
     """How activations are stored."""
     scoring: Scoring = field(default_factory=Scoring)
     """How neurons are scored."""
+    concepts: Concepts | None = None
+    """How it is measured what neurons mean. Without it that is skipped."""
     steering: Steering | None = None
     """How a LLaVA is steered. Without it steering is skipped."""
     resources: Resources = field(default_factory=Resources)

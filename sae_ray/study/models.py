@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, assert_never
 
 from sae_ray.encoders.sources import named_by
-from sae_ray.study.plan import ExtractPlan, SteeringPlan
+from sae_ray.study.plan import ConceptsPlan, ExtractPlan, SteeringPlan
 
 
 class ModelUse(NamedTuple):
@@ -21,12 +21,18 @@ class ModelUse(NamedTuple):
     dtype: str
 
 
-def models_needed(extracts: Sequence[ExtractPlan], steerings: Sequence[SteeringPlan] = ()) -> Iterator[ModelUse]:
+def models_needed(
+    extracts: Sequence[ExtractPlan], concepts: Sequence[ConceptsPlan] = (), steerings: Sequence[SteeringPlan] = ()
+) -> Iterator[ModelUse]:
     """The models that unfinished steps need."""
     for extract in extracts:
         if not extract.step.finished:
             info = extract.info
             yield ModelUse(extract.field, "images", info.model, info.revision, extract.encoder.dtype)
+    for one in concepts:
+        if one.embeddings is not None and not one.step.finished:
+            space = one.embeddings
+            yield ModelUse(space.field, "texts", space.info.model, space.info.revision, "float32")
     for one in steerings:
         if not one.step.finished:
             steering = one.steering

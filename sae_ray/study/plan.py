@@ -10,6 +10,7 @@ from typing import Literal
 
 import pyarrow as pa
 
+from sae_ray.concepts.config import Concepts, Patches
 from sae_ray.encoders.info import EncoderInfo, check_site, check_text_side, rows_per_image, site_width
 from sae_ray.encoders.sites import Site
 from sae_ray.encoders.sources import is_digest
@@ -25,6 +26,8 @@ from sae_ray.store.tables import StoredTable
 from sae_ray.study.config import EncoderConfig, Extraction, GridCell, JudgeConfig, Scoring, Study
 from sae_ray.study.survey import Survey, SurveyedImages, survey
 
+CONCEPT_FILES = ("file", "vocabulary")
+"""Fields of `[concepts]` that name files. Steps are named by what these hold."""
 MODELS = ("llava", "revision", "scorer", "scorer_revision")
 """Fields of `[steering]` that name models. Steps are named by what these resolve to."""
 
@@ -243,6 +246,54 @@ class ScorePlan:
 
 
 @dataclass(frozen=True)
+class ConceptsPlan:
+    """What the neurons of one SAE, or the raw ones of a site, mean: measured on held-out images."""
+
+    name: str
+    """Name of the cell, or `raw-<site>`."""
+    settings: Concepts
+    sae: TrainPlan | None
+    activations: ExtractPlan
+    embeddings: ExtractPlan | None
+    """The same images in a space shared with texts; None where no model has one, or names are not asked for."""
+    step: Step
+
+    @property
+    def images(self) -> ImagePlan:
+        return self.activations.images
+
+    @property
+    def patches(self) -> Patches | None:
+        """How tokens are laid out at a site with all of them."""
+        info, site = self.activations.info, self.activations.site
+        return Patches(*info.patch_grid, int(info.has_cls)) if site.tokens == "all" else None
+
+    @property
+    def inputs(self) -> list[Step]:
+        """The steps that are read."""
+        read = (self.activations, self.embeddings, self.sae)
+        return [*(plan.step for plan in read if plan is not None), self.images.step, self.images.labels_step]
+
+    @property
+    def neurons(self) -> int:
+        return self.sae.d_sae if self.sae else self.activations.width
+
+    @property
+    def rows(self) -> int:
+        return self.activations.rows
+
+    @property
+    def bytes(self) -> int:
+        """Approximate size on disk: the columns of a neuron, and ten names."""
+        return 400 * self.neurons
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the encoder's product."""
+        return 2.0 * self.rows * self.activations.width * self.neurons if self.sae else 0.0
+
+
+@dataclass(frozen=True)
 class SteeringPlan:
     """A LLaVA steered by one SAE. Concepts are found on training images, steering is judged on held-out ones."""
 
@@ -330,7 +381,7 @@ class PicturesPlan:
         """Not known: it depends on the encoder."""
 
 
-AnyPlan = ListPlan | ExtractPlan | TrainPlan | EvaluatePlan | ScorePlan | SteeringPlan | PicturesPlan
+AnyPlan = ListPlan | ExtractPlan | TrainPlan | EvaluatePlan | ScorePlan | ConceptsPlan | SteeringPlan | PicturesPlan
 
 
 class StudyPlan:
@@ -366,7 +417,8 @@ class StudyPlan:
         """The plan of every step, in the order of work."""
         for images in self.images.values():
             yield from (ListPlan(step, images.n_images) for step in (images.step, images.labels_step))
-        yield from (*self.extracts, *self.trains, *self.evaluations, *self.scores, *self.steerings, self.pictures)
+        yield from (*self.extracts, *self.trains, *self.evaluations, *self.scores)
+        yield from (*self.concepts, *self.steerings, self.pictures)
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -375,7 +427,8 @@ class StudyPlan:
 
     @cached_property
     def extracts(self) -> list[ExtractPlan]:
-        """Sites on both image sets: what is trained on, evaluated and scored, the judge's embeddings, the scorer's."""
+        """Sites on both image sets: what is trained on, evaluated and scored, the judge's embeddings, the scorer's, and
+        those that names are found with."""
         train, heldout = self.images["train"], self.images["heldout"]
         wanted: dict[str, ExtractPlan] = {}
 
@@ -388,6 +441,8 @@ class StudyPlan:
             want(self._activations(heldout, cell.score_site))
             want(self._activations(self.images[self.study.scoring.pictures], cell.score_site))
         want(self._embeddings)
+        if self.naming_space is not None:
+            want(self.naming_space)
         if self.study.steering is not None:
             want(self.text_space)
         return list(wanted.values())
@@ -414,6 +469,24 @@ class StudyPlan:
             for plan in plans:
                 scores.setdefault(plan.step.name, plan)
         return list(scores.values())
+
+    @cached_property
+    def concepts(self) -> list[ConceptsPlan]:
+        """Raw neurons of every scored site first, then every SAE; none without `[concepts]`."""
+        settings = self.study.concepts
+        if settings is None:
+            return []
+        return [self._concepts(settings, score) for score in self.scores if score.embeddings]
+
+    @cached_property
+    def naming_space(self) -> ExtractPlan | None:
+        """The held-out images in the space that names are found in: the encoder's, or else the judge's. None if neither
+        embeds texts, or no names are asked for."""
+        if self.study.concepts is None or "names" not in self.study.concepts.measures:
+            return None
+        if self.encoder.has_text:
+            return self._activations(self.images["heldout"], Site("projection"))
+        return self._embeddings if self.judge.has_text and self.judge_site.point == "projection" else None
 
     def _steerings(self) -> list[SteeringPlan]:
         """Every SAE of the layer that the study's LLaVA reads, except those trained on one vector per image."""
@@ -549,6 +622,20 @@ class StudyPlan:
         label = f"scores-{activations.images.name}-{name}"
         step = Step(self.root, "score", label, config, {"top_images": defaults(Scoring)["top_images"]})
         return ScorePlan(name, sae, activations, embeddings, step)
+
+    def _concepts(self, settings: Concepts, score: ScorePlan) -> ConceptsPlan:
+        files, space = self.survey.files, self.naming_space
+        config = {
+            "sae": score.sae.step.name if score.sae else None,
+            "activations": score.activations.step.name,
+            "labels": files.get("file", score.activations.images.labels_step.name),
+            "embeddings": space.step.name if space else None,
+            "vocabulary": files.get("vocabulary"),
+            "settings": {name: value for name, value in changed(settings).items() if name not in CONCEPT_FILES},
+            "seed": self.study.seed,
+        }
+        step = Step(self.root, "concepts", f"concepts-{score.name}", config)
+        return ConceptsPlan(score.name, settings, score.sae, score.activations, space, step)
 
     def _steering(self, steering: Steering, train: TrainPlan, llava: LlavaInfo) -> SteeringPlan:
         site = train.grid_cell.score_site

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sae_ray.concepts.config import Concepts
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.sources import named_by
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.images.labels import text_of
 from sae_ray.images.manifest import ImageList, labels_digest, list_images, manifest_digest, select_split
 from sae_ray.steering.info import LlavaInfo
 from sae_ray.store.files import Folder
+from sae_ray.store.steps import digest
 from sae_ray.study.config import Images, ImageSet, Study
 
 
@@ -55,11 +58,13 @@ class Survey:
 
     images: Mapping[str, SurveyedImages]
     models: SurveyedModels
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Digests of the files that `[concepts]` names, by its field: `file`, `vocabulary`."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, without the lists of images."""
         images = {name: vars(one) | {"found": None} for name, one in self.images.items()}
-        return {"images": images, "models": dataclasses.asdict(self.models)}
+        return {"images": images, "models": dataclasses.asdict(self.models), "files": dict(self.files)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Survey:
@@ -69,7 +74,7 @@ class Survey:
         infos: dict[str, Any] = {name: EncoderInfo.from_dict(info) if info else None for name, info in models.items()}
         infos["llava"] = LlavaInfo.from_dict(llava) if llava else None
         images = {name: SurveyedImages(**one) for name, one in values["images"].items()}
-        return cls(images, SurveyedModels(**infos))
+        return cls(images, SurveyedModels(**infos), values.get("files", {}))
 
 
 def survey_images(images: Images) -> dict[str, SurveyedImages]:
@@ -117,9 +122,27 @@ def survey_models(study: Study) -> SurveyedModels:
     )
 
 
+def survey_files(concepts: Concepts | None) -> dict[str, str]:
+    """Reads the files that `[concepts]` names.
+
+    Raises:
+        UsageError: one cannot be read.
+    """
+    from sae_ray.concepts import concept_files, vocabulary
+
+    if concepts is None:
+        return {}
+    named = {"file": (concepts.file, concept_files.FORMS), "vocabulary": (concepts.vocabulary, vocabulary.FORM)}
+    return {
+        field: digest(text_of(path, form, f"concepts.{field}"))
+        for field, (path, form) in named.items()
+        if path is not None
+    }
+
+
 def survey(study: Study) -> Survey:
-    """Lists the folders and describes the models; errors are those of the two."""
-    return Survey(survey_images(study.images), survey_models(study))
+    """Lists the folders, describes the models and reads the files; errors are those of the three."""
+    return Survey(survey_images(study.images), survey_models(study), survey_files(study.concepts))
 
 
 def _named(field: str, describe: Any, model: str, revision: str | None) -> Any:

@@ -11,10 +11,9 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from sae_ray.concepts import Labels, halves, label_correlation, label_entropy, uniqueness
-from sae_ray.concepts.config import Concepts
+from sae_ray.concepts.config import Concepts, Patches
 from sae_ray.concepts.findings import Findings
 from sae_ray.concepts.measuring import measure
-from sae_ray.concepts.patch_maps import Patches
 from sae_ray.concepts.ranking import average_precisions
 from sae_ray.concepts.tables import CONCEPTS_SCHEMA, NEURONS_SCHEMA, ConceptTables
 from sae_ray.concepts.word_names import Texts

@@ -79,6 +79,7 @@ def steered_values(study_values, world) -> dict:
         "grid": [grid | {"score_tokens": "all"}],
         "training": study_values["training"] | {"steps": 300},
         "scoring": {"pictures": "train"},
+        "concepts": {"ignore_labels": ["blank"], "min_images": 10},
         "steering": {
             "llava": f"{world}/llava",
             "scorer": f"{world}/clip",

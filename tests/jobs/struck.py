@@ -27,7 +27,7 @@ from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 
-STAGES = ("extract", "train", "evaluate", "score", "steering", "pictures")
+STAGES = ("extract", "train", "evaluate", "score", "concepts", "steering", "pictures")
 GIVEN = "SAE_RAY_TESTS_STRUCK"
 """The environment variable by which every process of the cluster knows what was given."""
 QUICKLY = {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "500"}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sae_ray.jobs import evaluate, extract, pictures, score, stage, steering, study, train
+from sae_ray.jobs import concepts, evaluate, extract, pictures, score, stage, steering, study, train
 
 from sae_ray.errors import SaeRayError
 from tests.roots import differences
@@ -18,6 +18,7 @@ STAGES = {
     "train": (train, "sae-*"),
     "evaluate": (evaluate, "fidelity-*"),
     "score": (score, "scores-*"),
+    "concepts": (concepts, "concepts-*"),
     "steering": (steering, "steering-*"),
     "pictures": (pictures, "pictures-*"),
 }

@@ -472,7 +472,7 @@ def test_resources_and_root_change_no_step(make_plan: MakePlan, tmp_path: Path):
         for stage, fields in resources.items()
         for name, value in fields.items()
     }
-    assert len(overrides) == 26
+    assert len(overrides) == 29
     shards = {"resources.train.shards": overrides.pop("resources.train.shards")}  # never beside several workers
     assert names(make_plan(overrides)) == names(make_plan(shards)) == before
     assert names(make_plan(root=tmp_path / "elsewhere")) == before
@@ -513,6 +513,73 @@ def test_more_cells_and_pictures_add_steps_and_change_none(make_plan: MakePlan):
     pictures = names(make_plan({"scoring.pictures": "train"}))
     assert before.items() < pictures.items()
     assert pictures.keys() - before.keys() == {label.replace("-heldout-", "-train-") for label in SCORES}
+
+
+SAE_CONCEPTS = {label.replace("sae-", "concepts-", 1) for label in SAES}
+RAW_CONCEPTS = {"concepts-raw-projection", "concepts-raw-layer1.random-2"}
+CONCEPTS = SAE_CONCEPTS | RAW_CONCEPTS
+
+
+def test_concepts_add_steps_and_change_none(make_plan: MakePlan):
+    before, plan = names(make_plan()), make_plan({"concepts": {}})
+    after = names(plan)
+    assert after.keys() - before.keys() == CONCEPTS
+    assert changed(before, {label: after[label] for label in before}) == set()
+    known: set[str] = set()
+    for step in plan.steps:
+        one = next((one for one in plan.concepts if one.step is step), None)
+        assert one is None or {read.name for read in one.inputs} <= known
+        known.add(step.name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"concepts.max_concepts": 100}, set()),  # as it stands anyway
+        ({"concepts.max_concepts": 7}, CONCEPTS),
+        ({"concepts.measures": ["fms"]}, CONCEPTS),
+        ({"concepts.ignore_labels": ["blank"]}, CONCEPTS),
+        ({"resources.concepts.workers": 2}, set()),
+        ({"training.steps": 50_000}, TRAINED | SAE_CONCEPTS),
+        ({"judge.dtype": "bfloat16"}, EMBEDDINGS | SCORES),
+    ],
+    ids=str,
+)
+def test_settings_of_concepts_change_its_own_steps(make_plan: MakePlan, overrides: dict, expected: set[str]):
+    assert changed(names(make_plan({"concepts": {}})), names(make_plan({"concepts": {}, **overrides}))) == expected
+
+
+@pytest.mark.parametrize("field", ["file", "vocabulary"])
+def test_concepts_depend_on_what_is_in_their_files(make_plan: MakePlan, tmp_path: Path, field: str):
+    file, other = tmp_path / "one.csv", tmp_path / "other.csv"
+    file.write_text("image_id,fish\n00.png,1\n")
+    shutil.copy(file, other)
+    before = names(make_plan({f"concepts.{field}": str(file)}))
+    assert before != names(make_plan({"concepts": {}}))
+    assert names(make_plan({f"concepts.{field}": str(other)})) == before
+    other.write_text("image_id,fish\n00.png,0\n")
+    assert changed(before, names(make_plan({f"concepts.{field}": str(other)}))) == CONCEPTS
+    with pytest.raises(UsageError, match=f"concepts.{field} .*cannot be read"):
+        make_plan({f"concepts.{field}": str(tmp_path / "none.csv")})
+
+
+def test_names_are_found_with_a_model_that_embeds_texts(make_plan: MakePlan, tiny_llava: str):
+    grid = {"grid.sites": ["layer1:cls"], "concepts": {}}
+    space = make_plan(grid).naming_space
+    assert space is not None
+    assert space.step.label == "activations-heldout-projection"
+    assert space.step in [one.step for one in make_plan(grid).extracts]
+    by_judge = make_plan({**grid, "encoder.model": tiny_llava}).naming_space
+    assert by_judge is not None
+    assert by_judge.step.label == "embeddings-heldout"
+    assert make_plan({**grid, "encoder.model": tiny_llava, "judge.point": "pooled"}).naming_space is None
+    assert make_plan({**grid, "concepts.measures": ["fms"]}).naming_space is None
+
+
+def test_a_plan_knows_the_patches_of_a_site_that_has_all_of_them(make_plan: MakePlan):
+    of_all = make_plan({"grid.score_tokens": "all", "grid.sites": ["layer1:random:2"], "concepts": {}}).concepts
+    assert {one.patches for one in of_all} == {(2, 2, 1)}
+    assert {one.patches for one in make_plan({"concepts": {}}).concepts} == {None}
 
 
 def test_a_study_that_was_remembered_is_the_same_steps(make_plan: MakePlan):

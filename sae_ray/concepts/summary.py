@@ -1,0 +1,113 @@
+"""Which SAE is best, by which measure: the figures of the stage `concepts` beside raw neurons and shuffled labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sae_ray.concepts.tables import ConceptTables
+from sae_ray.text_table import number, table_lines
+
+
+class Compared(NamedTuple):
+    """A figure by which SAEs are compared."""
+
+    key: str
+    """In `counts` of `step.json`."""
+    title: str
+    lower_is_better: bool = False
+
+
+MEASURES = (
+    Compared("n_found_concepts", "concepts found (ρ ≥ .5)"),
+    Compared("rho", "ρ of a concept's best neuron"),
+    Compared("mean_entropy_balanced", "entropy over concepts", lower_is_better=True),
+    Compared("purity", "purity of 16 top images"),
+    Compared("probe_r", "probe R"),
+    Compared("average_precision", "mean average precision"),
+    Compared("coverage", "coverage (AP ≥ .3)"),
+    Compared("sparse_1", "sparse probing, 1 neuron"),
+    Compared("sparse_5", "sparse probing, 5 neurons"),
+    Compared("fms_1", "FMS@1"),
+    Compared("fms_5", "FMS@5"),
+    Compared("names_right", "names of pure neurons right"),
+    Compared("overlapping", "pairs that share a top image", lower_is_better=True),
+    Compared("coherence_aip", "coherence of atoms", lower_is_better=True),
+    Compared("q_star_atom", "q*"),
+    Compared("spatial", "spatial coherence"),
+)
+SHOWN_CONCEPTS = 10
+"""Of an SAE's table."""
+
+
+class Cell(NamedTuple):
+    """An SAE, or the raw neurons of a site, that is measured."""
+
+    name: str
+    site: str
+    is_sae: bool
+    counts: Mapping[str, Any]
+
+
+class Best(NamedTuple):
+    """The best SAE by one measure. None where there is no value."""
+
+    measure: Compared
+    name: str
+    value: float
+    raw: float | None
+    """Of the raw neurons of the same site."""
+    shuffled: float | None
+    """Of the same SAE, with shuffled labels."""
+
+
+def best_by_measure(cells: Sequence[Cell]) -> list[Best]:
+    """One row per measure that an SAE has a value for; the first SAE in ties."""
+    found = []
+    for measure in MEASURES:
+        having = [one for one in cells if one.is_sae and one.counts.get(measure.key) is not None]
+        if not having:
+            continue
+        sign = -1 if measure.lower_is_better else 1
+        best = max(having, key=lambda one: sign * one.counts[measure.key])
+        raw = [one.counts.get(measure.key) for one in cells if not one.is_sae and one.site == best.site]
+        shuffled = best.counts.get("shuffled", {}).get(measure.key)
+        found.append(Best(measure, best.name, best.counts[measure.key], raw[0] if raw else None, shuffled))
+    return found
+
+
+def comparison_lines(cells: Sequence[Cell]) -> list[str]:
+    """The rows of `best_by_measure` as a table."""
+    table = [["measure", "best SAE", "", "raw neurons", "shuffled labels"]]
+    for one in best_by_measure(cells):
+        title = f"{one.measure.title}{' (low is good)' if one.measure.lower_is_better else ''}"
+        table.append([title, one.name, *map(_figure, (one.value, one.raw, one.shuffled))])
+    return table_lines(table, "<<>>>") if len(table) > 1 else []
+
+
+def concept_lines(cell: Cell, tables: ConceptTables) -> list[str]:
+    """The concepts that an SAE has the best neurons for, with their scores, and how many there are."""
+    concepts, names = tables.concepts, tables.neurons.name
+    order = sorted(
+        (place for place, neuron in enumerate(concepts.neuron) if neuron >= 0 and not math.isnan(concepts.rho[place])),
+        key=lambda place: -concepts.rho[place],
+    )
+    table = [["concept", "images", "neuron", "named", "ρ", "shuffled", "AP", "1 neuron", "5", "FMS@1", "shuffled"]]
+    for place in order[:SHOWN_CONCEPTS]:
+        neuron = int(concepts.neuron[place])
+        scores = (
+            concepts.rho, concepts.shuffled_rho, concepts.average_precision, concepts.sparse_1, concepts.sparse_5,
+            concepts.fms_1, concepts.shuffled_fms_1,
+        )  # fmt: skip
+        texts = [str(concepts.concept[place]), f"{concepts.n_images[place]:,}", str(neuron), names[neuron] or "–"]
+        table.append([*texts, *(number(float(column[place]), 2) for column in scores)])
+    title = f"{cell.name}: {cell.counts['n_live']:,} of {cell.counts['neurons']:,} neurons fire"
+    if not order:
+        return [title]
+    more = len(order) - SHOWN_CONCEPTS
+    return [title, "", *table_lines(table, "<>><>>>>>>>"), *([f"and {more:,} more concepts"] if more > 0 else [])]
+
+
+def _figure(value: float | None) -> str:
+    return f"{value:,}" if isinstance(value, int) else number(value, 3)
