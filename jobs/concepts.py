@@ -77,6 +77,7 @@ class Job(NamedTuple):
     activations: Folder
     embeddings: Folder | None
     patches: Patches | None
+    counterpart: Folder | None
     settings: Concepts
     seed: int
 
@@ -104,15 +105,10 @@ def _measure(plan: StudyPlan, todo: list[ConceptsPlan]) -> None:
 
 
 def _job(one: ConceptsPlan, seed: int) -> Job:
-    return Job(
-        one.step,
-        one.sae and one.sae.step.folder,
-        one.activations.step.folder,
-        one.embeddings and one.embeddings.step.folder,
-        one.patches,
-        one.settings,
-        seed,
+    sae, embeddings, counterpart = (
+        read and read.step.folder for read in (one.sae, one.embeddings, one.living_counterpart)
     )
+    return Job(one.step, sae, one.activations.step.folder, embeddings, one.patches, counterpart, one.settings, seed)
 
 
 def _embedded(plan: StudyPlan, given: Asked) -> Any:
@@ -163,11 +159,20 @@ def measured(job: Job, shared: tuple[Asked, Any], device: str, board: Any) -> No
             job.settings,
             texts=texts,
             patches=job.patches,
+            counterpart=job.counterpart and _live_rows(job.counterpart),
             seed=job.seed,
             after_images=lambda images: board.set.remote(job.step.name, images),
         )
     found.write(job.step.folder)
     job.step.finish(time.monotonic() - started, found.counts)
+
+
+def _live_rows(sae: Folder) -> Any:
+    """The decoder rows of the latents that fired in training."""
+    from sae_ray.sae import load_sae
+    from sae_ray.steering.interventions import load_max_token
+
+    return load_sae(sae).W_dec.detach().double().numpy()[load_max_token(sae).numpy() > 0]
 
 
 if __name__ == "__main__":

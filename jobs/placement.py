@@ -26,7 +26,8 @@ PACES = {"cpu": Pace(step=4e7, worker=1e11), "cuda": Pace(step=1e11, worker=2e14
 
 
 def bundles(plan: StudyPlan, todo: Sequence[TrainPlan], slots: int, device: str) -> list[BundleJob]:
-    """Cells that read the same activations, packed so that the bundles keep `slots` busy; the most work comes first.
+    """Cells that read the same activations in the same order, packed so that the bundles keep `slots` busy; the one with
+    the most work comes first.
 
     A bundle holds at most `resources.train.cells_per_bundle` cells, and several cells only if their work is at most a
     fair share of all work, and not more than that of one cell which hides the reading.
@@ -43,7 +44,7 @@ def bundles(plan: StudyPlan, todo: Sequence[TrainPlan], slots: int, device: str)
         own = work(train, pace)
         limit = min(share, train.grid_cell.cell.training.steps * (ALONE + pace.step))
         for place, (load, bundle) in enumerate(packed):
-            same = bundle[0].activations.step.name == train.activations.step.name
+            same = stream(bundle[0]) == stream(train)
             if same and len(bundle) < resources.cells_per_bundle and load + own <= limit:
                 packed[place] = load + own, [*bundle, train]
                 break
@@ -60,6 +61,11 @@ def bundles(plan: StudyPlan, todo: Sequence[TrainPlan], slots: int, device: str)
         )
         for _, bundle in packed
     ]
+
+
+def stream(train: TrainPlan) -> tuple[str, int]:
+    """What a cell reads: the activations, and the seed of their order."""
+    return train.activations.step.name, train.stream_seed
 
 
 def work(train: TrainPlan, pace: Pace) -> float:

@@ -9,7 +9,9 @@ from annotated_types import Ge
 
 from sae_ray.config import STRICT, Count
 
-Measure = Literal["labels", "probes", "fms", "sparse_probing", "names", "atoms", "uniqueness", "spatial", "tpp"]
+Measure = Literal[
+    "labels", "probes", "fms", "sparse_probing", "names", "atoms", "uniqueness", "spatial", "stability", "tpp"
+]
 CHEAP: tuple[Measure, ...] = tuple(measure for measure in get_args(Measure) if measure != "tpp")
 
 
@@ -21,7 +23,8 @@ class Concepts:
 
     measures: tuple[Measure, ...] = CHEAP
     """What is computed: `labels` (correlation, entropy, purity), `probes`, `fms`, `sparse_probing`, `names`, `atoms`,
-    `uniqueness`, `spatial` and `tpp`. Default: all but `tpp`, whose cost grows with the square of the concepts."""
+    `uniqueness`, `spatial`, `stability` (if a grid has several `seeds`) and `tpp`. Default: all but `tpp`, whose cost
+    grows with the square of the concepts."""
     file: str | None = None
     """A concept file for the held-out images: CSV with `image_id,<concept>,…` and 1, 0 or nothing for unknown. Default:
     the classes of the images."""

@@ -16,10 +16,12 @@ from sae_ray.concepts.labels import Labels
 from sae_ray.concepts.neuron_measures import concept_purity, top_positions
 from sae_ray.concepts.patch_maps import spatial_coherence
 from sae_ray.concepts.splits import halves
-from sae_ray.concepts.structure import add_atoms, add_overlap
+from sae_ray.concepts.structure import add_atoms, add_overlap, add_stability
 from sae_ray.concepts.word_names import Texts, add_names
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from sae_ray.sae import SAE
     from sae_ray.store.activations import ActivationStore
 
@@ -35,6 +37,7 @@ def measure(
     *,
     texts: Texts | None = None,
     patches: Patches | None = None,
+    counterpart: Float[np.ndarray, "others d"] | None = None,
     seed: int = 0,
     after_images: Callable[[int], None] = lambda done: None,
 ) -> Findings:
@@ -50,6 +53,7 @@ def measure(
         settings: what is measured.
         texts: what neurons are named with; None: they get no names.
         patches: of the encoder, if the store has all tokens; None: no spatial coherence.
+        counterpart: decoder rows of the latents that fire of an SAE with another seed, for stability.
         seed: the study's.
         after_images: called with the number of images encoded.
 
@@ -78,6 +82,8 @@ def measure(
         add_overlap(found, top_images)
     if "atoms" in wanted and decoder is not None:
         add_atoms(found, decoder, firing, images)
+    if "stability" in wanted and decoder is not None and counterpart is not None:
+        add_stability(found, decoder, firing, counterpart, seed)
     if "spatial" in wanted and patches is not None:
         found.neurons["spatial"] = spatial_coherence(sae, store, top_images, patches)
         found.counts["spatial"] = mean(found.neurons["spatial"])

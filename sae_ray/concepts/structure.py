@@ -11,7 +11,9 @@ from sae_ray.concepts.findings import Findings, mean
 from sae_ray.concepts.image_codes import ImageCodes
 from sae_ray.concepts.overlap import uniqueness
 from sae_ray.concepts.recovery import k_unique, q_star
+from sae_ray.concepts.stability import matched_cosine
 from sae_ray.errors import SaeRayError
+from sae_ray.seeds import derived_seed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -64,3 +66,23 @@ def add_atoms(
         "reachable": measured.reachable,
         "condition": measured.condition,
     }
+
+
+def add_stability(
+    found: Findings,
+    decoder: Float[np.ndarray, "latents d"],
+    firing: Bool[np.ndarray, " latents"],
+    counterpart: Float[np.ndarray, "others d"],
+    seed: int,
+) -> None:
+    """Cosines of the latents that fire with their counterparts in another SAE, beside those with random directions."""
+    live = np.flatnonzero(firing & decoder.any(axis=1))
+    counterpart = counterpart[counterpart.any(axis=1)]
+    if not len(live) or not len(counterpart):
+        return
+    matched = matched_cosine(decoder[live], counterpart)
+    stability = np.full(len(decoder), np.nan)
+    stability[live] = matched.cosine
+    random = np.random.default_rng(derived_seed(seed, "random directions")).normal(size=counterpart.shape)
+    found.neurons["stability"] = stability
+    found.counts |= {"stability": matched.mean, "stability_random": matched_cosine(decoder[live], random).mean}

@@ -35,6 +35,7 @@ MEASURES = (
     Compared("overlapping", "pairs that share a top image", lower_is_better=True),
     Compared("coherence_aip", "coherence of atoms", lower_is_better=True),
     Compared("q_star_atom", "q*"),
+    Compared("stability", "stability between seeds"),
     Compared("spatial", "spatial coherence"),
 )
 SHOWN_CONCEPTS = 10

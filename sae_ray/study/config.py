@@ -116,6 +116,9 @@ class Grid:
     """Average number of active latents per row, for the TopK family."""
     sparsity: tuple[float, ...] = ()
     """Sparsity coefficients, for architectures with a penalty: `relu` (L1), `jumprelu` (L0)."""
+    seeds: tuple[Annotated[int, Ge(0)], ...] = (0,)
+    """Every SAE is trained once for each, from another start and in another order of the data: `[0, 1]` shows which
+    latents are found again (`stability` in `[concepts]`)."""
     score_tokens: str | None = None
     """Tokens to score on, such as `cls` or `all`. Default: the tokens that were trained on."""
 
@@ -123,7 +126,7 @@ class Grid:
         kinds = [architecture(name, "grid.architectures") for name in self.architectures]
         by_k = [kind.name for kind in kinds if kind.tuned_by == "k"]
         by_sparsity = [kind.name for kind in kinds if kind.tuned_by == "sparsity"]
-        for name in ("sites", "architectures", "expansions"):
+        for name in ("sites", "architectures", "expansions", "seeds"):
             check(bool(getattr(self, name)), f"grid.{name}", [], "name at least one")
         check(bool(self.k) or not by_k, "grid.k", [], f"{', '.join(by_k)}: name at least one")
         check(bool(self.sparsity) or not by_sparsity, "grid.sparsity", [],
@@ -331,10 +334,17 @@ class GridCell:
     """The site it is scored on: the same layer, possibly with other tokens."""
     cell: Cell
     """The SAE."""
+    seed: int = 0
+    """Which of `Grid.seeds`."""
 
     @property
     def name(self) -> str:
-        """Readable and unique within a study: `projection-batch_topk-x4-k20`."""
+        """Readable and unique within a study: `projection-batch_topk-x4-k20`; with another seed it ends in `-seed1`."""
+        return self.recipe + (f"-seed{self.seed}" if self.seed else "")
+
+    @property
+    def recipe(self) -> str:
+        """What cells that differ in their seeds alone have in common."""
         amount = f"k{self.cell.k}" if self.cell.k is not None else f"s{self.cell.sparsity:g}"
         return f"{self.site.name}-{self.cell.architecture}-x{self.cell.expansion:g}-{amount}"
 
@@ -388,7 +398,7 @@ class Study:
         """All SAEs of the study, without duplicates, in the order of the file."""
         cells: dict[str, GridCell] = {}
         for grid in self.grid:
-            for text, name, expansion in product(grid.sites, grid.architectures, grid.expansions):
+            for seed, text, name, expansion in product(grid.seeds, grid.sites, grid.architectures, grid.expansions):
                 site = Site.parse(text)
                 score_site = dataclasses.replace(site, tokens=grid.score_tokens) if grid.score_tokens else site
                 by_k = architecture(name).tuned_by == "k"
@@ -402,7 +412,7 @@ class Study:
                         training=self.training,
                         settings=getattr(self.architectures, name, None),
                     )
-                    grid_cell = GridCell(site, score_site, cell)
+                    grid_cell = GridCell(site, score_site, cell, seed)
                     # The seed comes from the name, not the position in the grid: adding cells changes no other cell.
                     seeded = dataclasses.replace(cell, seed=derived_seed(self.seed, grid_cell.name))
                     named = dataclasses.replace(grid_cell, cell=seeded)

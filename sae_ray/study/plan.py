@@ -256,6 +256,8 @@ class ConceptsPlan:
     activations: ExtractPlan
     embeddings: ExtractPlan | None
     """The same images in a space shared with texts; None where no model has one, or names are not asked for."""
+    counterpart: TrainPlan | None
+    """The SAE of the next seed, for stability; None without one."""
     step: Step
 
     @property
@@ -271,8 +273,13 @@ class ConceptsPlan:
     @property
     def inputs(self) -> list[Step]:
         """The steps that are read."""
-        read = (self.activations, self.embeddings, self.sae)
+        read = (self.activations, self.embeddings, self.sae, self.living_counterpart)
         return [*(plan.step for plan in read if plan is not None), self.images.step, self.images.labels_step]
+
+    @property
+    def living_counterpart(self) -> TrainPlan | None:
+        """None also if its training failed."""
+        return None if self.counterpart is None or self.counterpart.step.failure else self.counterpart
 
     @property
     def neurons(self) -> int:
@@ -593,7 +600,8 @@ class StudyPlan:
 
     def _train(self, grid_cell: GridCell) -> TrainPlan:
         activations = self._activations(self.images["train"], grid_cell.site)
-        stream_seed = derived_seed(self.study.seed, grid_cell.site.name)
+        order = grid_cell.site.name + (f", seed {grid_cell.seed}" if grid_cell.seed else "")
+        stream_seed = derived_seed(self.study.seed, order)
         config = {
             "activations": activations.step.name,
             "cell": grid_cell.cell.identity(),
@@ -625,17 +633,27 @@ class StudyPlan:
 
     def _concepts(self, settings: Concepts, score: ScorePlan) -> ConceptsPlan:
         files, space = self.survey.files, self.naming_space
+        compared = score.sae is not None and "stability" in settings.measures
+        counterpart = self._counterpart(score.sae) if compared else None
         config = {
             "sae": score.sae.step.name if score.sae else None,
             "activations": score.activations.step.name,
             "labels": files.get("file", score.activations.images.labels_step.name),
             "embeddings": space.step.name if space else None,
             "vocabulary": files.get("vocabulary"),
+            "counterpart": counterpart.step.name if counterpart else None,
             "settings": {name: value for name, value in changed(settings).items() if name not in CONCEPT_FILES},
             "seed": self.study.seed,
         }
         step = Step(self.root, "concepts", f"concepts-{score.name}", config)
-        return ConceptsPlan(score.name, settings, score.sae, score.activations, space, step)
+        return ConceptsPlan(score.name, settings, score.sae, score.activations, space, counterpart, step)
+
+    def _counterpart(self, sae: TrainPlan) -> TrainPlan | None:
+        """The SAE of the next seed, after the last one that of the first; None if there is only one."""
+        recipe = (sae.grid_cell.recipe, sae.grid_cell.score_site)
+        alike = [one for one in self.trains if (one.grid_cell.recipe, one.grid_cell.score_site) == recipe]
+        place = next(place for place, one in enumerate(alike) if one.step.name == sae.step.name)
+        return alike[(place + 1) % len(alike)] if len(alike) > 1 else None
 
     def _steering(self, steering: Steering, train: TrainPlan, llava: LlavaInfo) -> SteeringPlan:
         site = train.grid_cell.score_site

@@ -261,8 +261,18 @@ def test_maps_that_hang_together_are_told_from_noise(write_store, tmp_path):
         assert np.isnan(spatial[2:]).all()
 
 
+def test_latents_that_another_seed_finds_again_are_stable(world: World):
+    """The other SAE has all directions but one, in another order and with other signs for none."""
+    others = np.random.default_rng(0).permutation(np.eye(D)[1:])
+    found = measure(sae_of(), world.store, None, Concepts(), counterpart=others)
+    assert np.isnan(found.neurons["stability"]).sum() == 1 + N_LATENTS - D
+    np.testing.assert_allclose(found.neurons["stability"][1:D], 1)
+    assert found.counts["stability"] == pytest.approx(1)
+    assert found.counts["stability_random"] < 0.8
+
+
 def test_every_column_is_written(world: World):
-    found = measure(sae_of(), world.store, world.labels, Concepts(), texts=world.texts)
-    later = {"spatial", "stability"}  # need patches, and another seed
-    assert set(found.neurons) == set(NEURONS_SCHEMA.names) - later
+    counterpart = np.eye(D)
+    found = measure(sae_of(), world.store, world.labels, Concepts(), texts=world.texts, counterpart=counterpart)
+    assert set(found.neurons) == set(NEURONS_SCHEMA.names) - {"spatial"}, "which needs patches"
     assert set(found.concepts) == set(CONCEPTS_SCHEMA.names)

@@ -582,6 +582,21 @@ def test_a_plan_knows_the_patches_of_a_site_that_has_all_of_them(make_plan: Make
     assert {one.patches for one in make_plan({"concepts": {}}).concepts} == {None}
 
 
+def test_seeds_add_saes_that_differ_in_start_and_order_and_are_compared(make_plan: MakePlan):
+    before, plan = names(make_plan({"concepts": {}})), make_plan({"concepts": {}, "grid.seeds": [0, 3]})
+    after = names(plan)
+    more = {f"{label}-seed3" for label in SAES | FIDELITY | SAE_CONCEPTS | SAE_SCORES - PICTURES}
+    assert after.keys() - before.keys() == more
+    assert changed(before, {label: after[label] for label in before}) == PICTURES | SAE_CONCEPTS
+    first, second = (one for one in plan.trains if one.grid_cell.site.name == "projection")
+    assert first.grid_cell.cell.seed != second.grid_cell.cell.seed
+    assert first.stream_seed != second.stream_seed
+    compared = {one.name: one.counterpart for one in plan.concepts}
+    assert compared[first.grid_cell.name] is second
+    assert compared[second.grid_cell.name] is first
+    assert compared["raw-projection"] is None
+
+
 def test_a_study_that_was_remembered_is_the_same_steps(make_plan: MakePlan):
     plan = make_plan({"grid.expansions": [1, 4], "training.gradient_clip": 1})
     study = Study.from_dict(json.loads(json.dumps(plan.study.to_dict())))
