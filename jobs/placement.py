@@ -26,8 +26,8 @@ PACES = {"cpu": Pace(step=4e7, worker=1e11), "cuda": Pace(step=1e11, worker=2e14
 
 
 def bundles(plan: StudyPlan, todo: Sequence[TrainPlan], slots: int, device: str) -> list[BundleJob]:
-    """Cells that read the same activations in the same order, packed so that the bundles keep `slots` busy; the one with
-    the most work comes first.
+    """Cells that read the same activations in the same order, packed so that the bundles keep `slots` busy; the most
+    work comes first.
 
     A bundle holds at most `resources.train.cells_per_bundle` cells, and several cells only if their work is at most a
     fair share of all work, and not more than that of one cell which hides the reading.

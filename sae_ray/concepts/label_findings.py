@@ -14,7 +14,7 @@ from sae_ray.concepts.image_codes import ImageCodes
 from sae_ray.concepts.inputs import as_numpy
 from sae_ray.concepts.label_scoring import label_summary
 from sae_ray.concepts.labels import Labels
-from sae_ray.concepts.neuron_measures import NeuronMeasures, neuron_measures
+from sae_ray.concepts.neuron_measures import NeuronMeasures, concept_purity, neuron_measures
 from sae_ray.concepts.splits import Halves, halves, shuffled_labels
 from sae_ray.concepts.targeted_perturbation import tpp
 from sae_ray.errors import UsageError
@@ -67,13 +67,20 @@ def some_concepts(labels: Labels, chosen: Int[np.ndarray, " chosen"]) -> Labels:
 
 
 def add_labels(
-    found: Findings, images: ImageCodes, labels: Labels, split: Halves, settings: Concepts, seed: int
+    found: Findings,
+    images: ImageCodes,
+    top_images: Int[np.ndarray, "neurons n"],
+    labels: Labels,
+    split: Halves,
+    settings: Concepts,
+    seed: int,
 ) -> None:
     """All scores by labels. What is fitted or chosen is so on one half and judged on the other.
 
     Args:
         found: what to add them to.
         images: the codes.
+        top_images: positions of the images on which each neuron is largest, -1 in unused places.
         labels: of these images, usable ones.
         split: their `halves`.
         settings: what is measured.
@@ -126,6 +133,9 @@ def add_labels(
     found.counts |= {"labelled": int(labels.labelled.sum()), "concepts": labels.n_concepts, "drawn": len(drawn)}
     found.counts |= real.figures | {f"fitted_fms_{p}": mean(concepts.fms("fitted", p)) for p in PS}
     found.counts["shuffled"] = twin.figures
+    found.neurons["purity"] = concept_purity(top_images, labels)
+    found.counts["purity"] = mean(found.neurons["purity"])
+    found.counts["shuffled"]["purity"] = mean(concept_purity(top_images, shuffled))
 
 
 def _by_labels(

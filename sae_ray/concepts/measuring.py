@@ -13,7 +13,7 @@ from sae_ray.concepts.image_codes import image_codes
 from sae_ray.concepts.inputs import as_numpy
 from sae_ray.concepts.label_findings import add_labels, add_tpp, usable_labels
 from sae_ray.concepts.labels import Labels
-from sae_ray.concepts.neuron_measures import concept_purity, top_positions
+from sae_ray.concepts.neuron_measures import top_positions
 from sae_ray.concepts.patch_maps import spatial_coherence
 from sae_ray.concepts.splits import halves
 from sae_ray.concepts.structure import add_atoms, add_overlap, add_stability
@@ -73,9 +73,7 @@ def measure(
     found.counts |= {"images": len(images.image_index), "n_live": int(firing.sum())}
     if labels is not None and split is not None:
         if wanted & {"labels", "probes", "fms", "sparse_probing"}:
-            add_labels(found, images, labels, split, settings, seed)
-            found.neurons["purity"] = concept_purity(top_images, labels)
-            found.counts["purity"] = mean(found.neurons["purity"])
+            add_labels(found, images, top_images, labels, split, settings, seed)
         if "tpp" in wanted and sae is not None and images.activations is not None:
             add_tpp(found, sae, images, labels, split, settings, seed)
     if "uniqueness" in wanted:

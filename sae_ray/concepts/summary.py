@@ -80,7 +80,7 @@ def best_by_measure(cells: Sequence[Cell]) -> list[Best]:
 
 def comparison_lines(cells: Sequence[Cell]) -> list[str]:
     """The rows of `best_by_measure` as a table."""
-    table = [["measure", "best SAE", "", "raw neurons", "shuffled labels"]]
+    table = [["measure", "best SAE", "its value", "raw neurons", "shuffled labels"]]
     for one in best_by_measure(cells):
         title = f"{one.measure.title}{' (low is good)' if one.measure.lower_is_better else ''}"
         table.append([title, one.name, *map(_figure, (one.value, one.raw, one.shuffled))])
