@@ -151,7 +151,8 @@ def measured(job: Job, shared: tuple[Asked, Any], device: str, board: Any) -> No
         texts = None
         if words is not None and job.embeddings is not None:
             same = job.embeddings == job.activations
-            texts = Texts(words.words, embeddings, store if same else ActivationStore(job.embeddings), words.word_of)
+            space = store if same else ActivationStore(job.embeddings)
+            texts = Texts.of(words.words, embeddings, space, words.word_of, holds_decoder=same)
         found = measure(
             load_sae(job.sae).to(device) if job.sae else None,
             store,

@@ -177,7 +177,7 @@ def finish_concepts(plan: StudyPlan, one: ConceptsPlan) -> None:
         ActivationStore(one.activations.step.folder),
         labels,
         one.settings,
-        texts=Texts(words.words, embeddings, images, words.word_of),
+        texts=Texts.of(words.words, embeddings, images, words.word_of),
         patches=one.patches,
         seed=plan.study.seed,
     )

@@ -11,7 +11,6 @@ from sae_ray.concepts.concept_measures import KS, ConceptMeasures, concept_measu
 from sae_ray.concepts.config import Concepts
 from sae_ray.concepts.findings import Findings, mean
 from sae_ray.concepts.image_codes import ImageCodes
-from sae_ray.concepts.inputs import as_numpy
 from sae_ray.concepts.label_scoring import label_summary
 from sae_ray.concepts.labels import Labels
 from sae_ray.concepts.neuron_measures import NeuronMeasures, concept_purity, neuron_measures
@@ -21,8 +20,6 @@ from sae_ray.errors import UsageError
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-    from sae_ray.sae import SAE
 
 PS = (1, 5)
 """Of FMS@p."""
@@ -156,14 +153,18 @@ def _by_labels(
 
 
 def add_tpp(
-    found: Findings, sae: SAE, images: ImageCodes, labels: Labels, split: Halves, settings: Concepts, seed: int
+    found: Findings,
+    decoder: Float[np.ndarray, "latents d"],
+    images: ImageCodes,
+    labels: Labels,
+    split: Halves,
+    settings: Concepts,
+    seed: int,
 ):
     """TPP of an SAE whose images have one activation each; nothing if no concept has enough images in both halves."""
     drawn = drawn_concepts(labels, min(settings.max_concepts, MOST_PERTURBED), seed)
     try:
-        measured = tpp(
-            images.activations, images.codes, as_numpy(sae.W_dec), some_concepts(labels, drawn), split, seed=seed
-        )
+        measured = tpp(images.activations, images.codes, decoder, some_concepts(labels, drawn), split, seed=seed)
     except UsageError:
         return
     found.counts |= {

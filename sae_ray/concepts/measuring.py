@@ -9,7 +9,7 @@ import numpy as np
 
 from sae_ray.concepts.config import Concepts, Patches
 from sae_ray.concepts.findings import Findings, mean
-from sae_ray.concepts.image_codes import image_codes
+from sae_ray.concepts.image_codes import ImageCodes, image_codes
 from sae_ray.concepts.inputs import as_numpy
 from sae_ray.concepts.label_findings import add_labels, add_tpp, usable_labels
 from sae_ray.concepts.labels import Labels
@@ -20,7 +20,7 @@ from sae_ray.concepts.structure import add_atoms, add_overlap, add_stability
 from sae_ray.concepts.word_names import Texts, add_names
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
     from sae_ray.sae import SAE
     from sae_ray.store.activations import ActivationStore
@@ -43,8 +43,8 @@ def measure(
 ) -> Findings:
     """Measures the latents of an SAE, or the raw neurons of a site, on the images of a store.
 
-    The same inputs give the same bits. What is computed are codes that are not 0, in blocks of neurons; beside these,
-    memory grows with images, neurons and concepts, and never with the product of two of them.
+    The same inputs give the same bits. What is computed with are codes that are not 0, in blocks of neurons; beside
+    these, memory grows with images, neurons and concepts, and never with the product of two of them.
 
     Args:
         sae: on any device; None for the raw coordinates of the activation.
@@ -61,32 +61,54 @@ def measure(
         UsageError: the SAE takes activations of another width.
         SaeRayError: the images of `texts` are others.
     """
-    wanted = set(settings.measures)
-    images = image_codes(sae, store, "tpp" in wanted, after_images)
-    codes, decoder = images.codes, None if sae is None else as_numpy(sae.W_dec)
-    labels = None if labels is None else usable_labels(labels.take(images.image_index), settings.min_images)
-    split = None if labels is None else halves(labels, seed)
-    top_images = top_positions(codes, TOP_IMAGES)
-    firing = top_images[:, 0] >= 0
+    images = image_codes(sae, store, "tpp" in settings.measures, after_images)
+    decoder = None if sae is None else as_numpy(sae.W_dec)
+    labels = None if labels is None else labels.take(images.image_index)
+    top_images = top_positions(images.codes, TOP_IMAGES)
+    found = measure_codes(images, top_images, decoder, labels, settings, texts, counterpart, seed)
+    if "spatial" in settings.measures and patches is not None:
+        found.neurons["spatial"] = spatial_coherence(sae, store, top_images, patches)
+        found.counts["spatial"] = mean(found.neurons["spatial"])
+    return found
 
-    found = Findings(codes.shape[1])
+
+def measure_codes(
+    images: ImageCodes,
+    top_images: Int[np.ndarray, "neurons n"],
+    decoder: Float[np.ndarray, "latents d"] | None,
+    labels: Labels | None,
+    settings: Concepts,
+    texts: Texts | None = None,
+    counterpart: Float[np.ndarray, "others d"] | None = None,
+    seed: int = 0,
+) -> Findings:
+    """All that `measure` finds once images are encoded, but for maps of patches.
+
+    Args:
+        images: the codes.
+        top_images: `top_positions` of the codes.
+        decoder: None for raw neurons.
+        labels: of these images.
+        settings, texts, counterpart, seed: as in `measure`.
+    """
+    wanted = set(settings.measures)
+    labels = None if labels is None else usable_labels(labels, settings.min_images)
+    split = None if labels is None else halves(labels, seed)
+    firing = top_images[:, 0] >= 0
+    found = Findings(len(top_images))
     found.counts |= {"images": len(images.image_index), "n_live": int(firing.sum())}
     if labels is not None and split is not None:
         if wanted & {"labels", "probes", "fms", "sparse_probing"}:
             add_labels(found, images, top_images, labels, split, settings, seed)
-        if "tpp" in wanted and sae is not None and images.activations is not None:
-            add_tpp(found, sae, images, labels, split, settings, seed)
+        if "tpp" in wanted and decoder is not None and images.activations is not None:
+            add_tpp(found, decoder, images, labels, split, settings, seed)
     if "uniqueness" in wanted:
         add_overlap(found, top_images)
     if "atoms" in wanted and decoder is not None:
         add_atoms(found, decoder, firing, images)
     if "stability" in wanted and decoder is not None and counterpart is not None:
         add_stability(found, decoder, firing, counterpart, seed)
-    if "spatial" in wanted and patches is not None:
-        found.neurons["spatial"] = spatial_coherence(sae, store, top_images, patches)
-        found.counts["spatial"] = mean(found.neurons["spatial"])
     if "names" in wanted and texts is not None:
         judged = np.zeros(0, np.int64) if split is None else split.judged
-        of_texts = texts.images.folder == store.folder
-        add_names(found, decoder if of_texts else None, images, judged, texts)
+        add_names(found, decoder, images, judged, texts)
     return found

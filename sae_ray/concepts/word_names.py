@@ -74,10 +74,27 @@ class Texts:
     words: list[str]
     embeddings: Float[np.ndarray, "words d"]
     """Unit vectors."""
-    images: ActivationStore
-    """The `projection` of the model that embedded the words, of the images that have codes."""
+    image_index: Int[np.ndarray, " images"]
+    images: Float[np.ndarray, "images d"]
+    """Unit vectors of the images that have codes, by the model that embedded the words."""
     word_of: Mapping[str, str]
     """The word of each concept that has one in the vocabulary."""
+    holds_decoder: bool = False
+    """Whether decoder rows are in this space: those of an SAE that was trained on these very vectors."""
+
+    @classmethod
+    def of(
+        cls,
+        words: list[str],
+        embeddings: Float[np.ndarray, "words d"],
+        store: ActivationStore,
+        word_of: Mapping[str, str],
+        holds_decoder: bool = False,
+    ) -> Texts:
+        """`store`: the `projection` of the model, one row per image."""
+        parts = [store.read(number) for number in store.parts]
+        index, vectors = (np.concatenate([part[column] for part in parts]) for column in (0, 2))
+        return cls(words, embeddings, index, unit(vectors), word_of, holds_decoder)
 
 
 def add_names(
@@ -91,7 +108,7 @@ def add_names(
 
     Args:
         found: what to add them to; knows concept and purity if there are labels.
-        decoder: of an SAE of the projection of the model that embeds the texts; None for others.
+        decoder: of an SAE; None for raw neurons.
         images: the codes.
         judged: positions of images that something is judged on, so that no name rests on them.
         texts: the vocabulary.
@@ -99,15 +116,15 @@ def add_names(
     Raises:
         SaeRayError: the images of the texts are others.
     """
-    index, embeddings = _unit_vectors(texts.images)
-    if not np.array_equal(index, images.image_index):
+    if not np.array_equal(texts.image_index, images.image_index):
         raise SaeRayError(
-            f"{texts.images.folder} has other images than the activations; extract both from the same manifest"
+            "the embeddings that names are found with are of other images than the activations; extract both from the "
+            "same manifest"
         )
-    used = np.delete(np.arange(len(index)), judged)
+    used = np.delete(np.arange(len(texts.images)), judged)
     top = top_positions(images.codes.tocsr()[used].tocsc(), TOP_K)
     n_images = (top >= 0).sum(axis=1)
-    best = soft_wpmi_names(top, embeddings[used], texts.embeddings)
+    best = soft_wpmi_names(top, texts.images[used], texts.embeddings)
     named = best.first >= 0
     words = np.array([*texts.words, None], object)  # the last one is that of -1
     found.names.append(best.table("soft_wpmi", texts.words, n_images))
@@ -121,7 +138,7 @@ def add_names(
     }
     found.counts |= {"words": len(texts.words), "named": int(named.sum()), "distinct_names": best.n_distinct}
     found.counts["names_right"] = _right(found, words[best.first], texts)
-    if decoder is not None:
+    if decoder is not None and texts.holds_decoder:
         by_decoder = decoder_names(decoder, texts.embeddings)
         found.names.append(by_decoder.table("decoder_cosine", texts.words, np.zeros(len(n_images), np.int64)))
         found.counts["decoder_names_right"] = _right(found, words[by_decoder.first], texts)
@@ -138,9 +155,3 @@ def _right(found: Findings, names: np.ndarray, texts: Texts) -> float:
         if share >= PURE and one in texts.word_of and name is not None
     ]
     return float(np.mean(right)) if right else np.nan
-
-
-def _unit_vectors(store: ActivationStore) -> tuple[Int[np.ndarray, " images"], Float[np.ndarray, "images d"]]:
-    """`image_index` and embeddings of all images of a store with one row for each."""
-    parts = [store.read(number) for number in store.parts]
-    return np.concatenate([part[0] for part in parts]), unit(np.concatenate([part[2] for part in parts]))

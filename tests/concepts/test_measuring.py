@@ -43,7 +43,7 @@ class World(NamedTuple):
     def texts(self) -> Texts:
         """A word for each class, whose embedding is that of the images of the class, and two for nothing."""
         words = [*CLASSES, "nothing", "nobody"]
-        return Texts(words, np.eye(6, 8), self.embeddings, {name: name for name in CLASSES})
+        return Texts.of(words, np.eye(6, 8), self.embeddings, {name: name for name in CLASSES})
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +240,9 @@ def test_names_rest_on_no_image_that_is_judged(world: World):
 
 def test_names_of_other_images_are_refused(world: World, write_store, tmp_path):
     other = write_store(tmp_path, [(np.arange(5), np.full(5, -1), np.eye(5, 8))])
-    with pytest.raises(SaeRayError, match="has other images than the activations"):
-        measure(
-            sae_of(), world.store, None, Concepts(), texts=world.texts.__class__(["a", "b"], np.eye(2, 8), other, {})
-        )
+    texts = Texts.of(["a", "b"], np.eye(2, 8), other, {})
+    with pytest.raises(SaeRayError, match="are of other images than the activations"):
+        measure(sae_of(), world.store, None, Concepts(), texts=texts)
 
 
 def test_maps_that_hang_together_are_told_from_noise(write_store, tmp_path):
