@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import asdict
 
+from sae_ray.concepts.summary import comparison_lines
 from sae_ray.report import REPORT, write_report
 from sae_ray.report.neurons import shown_cells
 from sae_ray.steering.evaluation import rate_lines
@@ -55,6 +56,7 @@ def write_summary(plan: StudyPlan) -> dict:
         "root": str(plan.root),
         "cells": [_row(row) for row in rows],
         "comparisons": [asdict(comparison) for comparison in compare(rows)],
+        "concepts": {one.name: one.counts for one in concepts.cells(plan)},
         "steering": {one.name: record["counts"] for one in plan.steerings if (record := one.step.record())},
         "failed": {name: reason for name, reason in failures.items() if reason},
         "table": summary_lines(rows),
@@ -91,6 +93,8 @@ def summary_text(plan: StudyPlan, summary: dict) -> str:
     comparisons = summary["comparisons"]
     lines += [f"{'yes' if one['holds'] else 'NO '}  {one['statement']}" for one in comparisons]
     lines += [f"{sum(one['holds'] for one in comparisons)} of {len(comparisons)} comparisons hold", ""]
+    if compared := comparison_lines(concepts.cells(plan)):
+        lines += ["Concepts on held-out images: the best SAE by each measure", "", *compared, ""]
     for name, counts in summary["steering"].items():
         lines += [f"Steering by {name}: {_edit(plan.study)}", "", *rate_lines(counts), ""]
     lines += [f"FAILED  {name}: {reason}" for name, reason in summary["failed"].items()]

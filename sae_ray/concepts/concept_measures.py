@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 KS = (1, 2, 5)
 """Numbers of neurons of the sparse probes."""
+MOST_POSITIVES = 1000
+"""Images of a concept that sparse probing and FMS draw at most; as many others are added."""
+POSITIVES_IN_ALL = 20_000
+"""Over all drawn concepts, or 100 of each if that is more: trees of a thousand raw neurons and 2,000 images take
+seconds."""
 
 
 class ConceptMeasures(NamedTuple):
@@ -83,11 +88,12 @@ def concept_measures(
     )
     in_fitted = np.zeros(labels.n_images, bool)
     in_fitted[split.fitted] = True
+    max_positives = min(MOST_POSITIVES, max(100, POSITIVES_IN_ALL // max(1, len(drawn))))
     for concept in drawn.tolist():
         shown = labels.of_concept(concept)
         if "probes" in measures:
             _probe(found, concept, codes, shown, split, candidates[concept])
-        rows = balanced_rows(labels, concept, seed)
+        rows = balanced_rows(labels, concept, seed, max_positives=max_positives)
         if rows is None or not {"sparse_probing", "fms"} & set(measures):
             continue
         found.n_rows[concept] = len(rows)

@@ -27,6 +27,10 @@ CANDIDATES = 32
 """Neurons that a concept's probe is chosen among: those that correlate with it most, with either sign."""
 
 
+BLOCK_ENTRIES = 2**22
+"""Codes of a block of neurons, which raw neurons have many of: 50 MB, held about ten times."""
+
+
 class Leading(NamedTuple):
     """The neurons with the largest values of each concept, largest first."""
 
@@ -96,7 +100,7 @@ def neuron_measures(codes: SparseMatrix, labels: Labels, split: Halves) -> Neuro
 
 def _blocks(codes: SparseMatrix, labels: Labels, split: Halves) -> Iterator[NeuronMeasures]:
     of_half = [labels.take(half) for half in split]
-    for neurons in neuron_blocks(codes.shape[1], labels.n_concepts):
+    for neurons in blocks_of(codes, labels.n_concepts):
         rows = codes[:, neurons.start : neurons.stop].tocsr()
         parts = [rows[half] for half in split]
         fitted, judged = (ClassStats.of(part, own) for part, own in zip(parts, of_half, strict=True))
@@ -121,8 +125,19 @@ def _blocks(codes: SparseMatrix, labels: Labels, split: Halves) -> Iterator[Neur
 
 
 def top_positions(codes: SparseMatrix, n: int) -> Int[np.ndarray, "neurons n"]:
-    """As `top_firing`, in blocks of neurons."""
-    return np.concatenate([top_firing(codes[:, b.start : b.stop], n) for b in neuron_blocks(codes.shape[1], 4 * n)])
+    """As `top_firing`, in blocks of neurons. Codes are CSC."""
+    return np.concatenate([top_firing(codes[:, one.start : one.stop], n) for one in blocks_of(codes, 4 * n)])
+
+
+def blocks_of(codes: SparseMatrix, width: int) -> Iterator[range]:
+    """Ranges of neurons of CSC codes, for work that holds their codes several times and `width` numbers of each."""
+    for neurons in neuron_blocks(codes.shape[1], width):
+        start = neurons.start
+        while start < neurons.stop:
+            last = np.searchsorted(codes.indptr, codes.indptr[start] + BLOCK_ENTRIES, side="right") - 1
+            end = min(neurons.stop, max(start + 1, int(last)))
+            yield range(start, end)
+            start = end
 
 
 def concept_purity(top_images: Int[np.ndarray, "neurons k"], labels: Labels) -> Float[np.ndarray, " neurons"]:
