@@ -50,6 +50,7 @@ bench: .venv/.test
 	$(BIN)/python -m bench.train
 	$(BIN)/python -m bench.exchange
 	$(BIN)/python -m bench.scoring
+	$(BIN)/python -m bench.concepts
 	$(BIN)/python -m bench.extraction
 	$(BIN)/python -m bench.scale
 	$(BIN)/python -m bench.all_tokens

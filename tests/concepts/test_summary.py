@@ -1,0 +1,81 @@
+"""Which SAE is best by which measure, and a table of an SAE's best neurons."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from sae_ray.concepts.findings import Findings
+from sae_ray.concepts.summary import SHOWN_CONCEPTS, Cell, best_by_measure, comparison_lines, concept_lines
+from sae_ray.concepts.tables import NEURONS, ConceptTables
+from sae_ray.errors import SaeRayError
+from sae_ray.store.files import Folder
+
+
+def cells() -> list[Cell]:
+    def counts(rho: float | None, entropy: float, chance: float = 0.01) -> dict:
+        return {"rho": rho, "mean_entropy_balanced": entropy, "n_found_concepts": 3, "shuffled": {"rho": chance}}
+
+    return [
+        Cell("raw-a", "a", False, counts(0.9, 0.95)),
+        Cell("raw-b", "b", False, counts(0.3, 0.8)),
+        Cell("narrow", "a", True, counts(0.5, 0.2, 0.02)),
+        Cell("wide", "b", True, counts(0.7, 0.4, 0.03)),
+        Cell("dead", "b", True, counts(None, 0.5)),
+    ]
+
+
+def test_the_best_is_an_sae_and_its_row_has_its_own_sites_raw_neurons():
+    best = {one.measure.key: one for one in best_by_measure(cells())}
+    rho, entropy = best["rho"], best["mean_entropy_balanced"]
+    assert (rho.name, rho.value, rho.raw, rho.shuffled) == ("wide", 0.7, 0.3, 0.03)
+    assert (entropy.name, entropy.value, entropy.raw, entropy.shuffled) == ("narrow", 0.2, 0.95, None)
+    assert best["n_found_concepts"].name == "narrow", "the first one in a tie"
+    assert best.keys() == {"rho", "mean_entropy_balanced", "n_found_concepts"}
+
+
+def test_the_comparison_is_a_table_of_what_there_is():
+    lines = comparison_lines(cells())
+    assert len(lines) == 1 + 3
+    assert lines[0].split() == ["measure", "best", "SAE", "its", "value", "raw", "neurons", "shuffled", "labels"]
+    assert ["narrow", "0.200", "0.950", "–"] in [line.split()[-4:] for line in lines]
+    assert comparison_lines([one for one in cells() if not one.is_sae]) == []
+
+
+def tables(folder, n_concepts: int) -> ConceptTables:
+    found = Findings(2)
+    found.neurons |= {"name": ["cat", None]}
+    places = range(n_concepts)
+    found.concepts |= {
+        "concept": [f"concept {place}" for place in places],
+        "n_images": [20] * n_concepts,
+        "neuron": [place % 2 if place else -1 for place in places],  # none for the first
+        "rho": [place / 100 for place in places],
+    }
+    found.write(Folder(folder))
+    return ConceptTables(Folder(folder))
+
+
+def test_a_table_has_the_best_concepts_first_and_says_how_many_there_are(tmp_path):
+    cell = Cell("wide", "b", True, {"n_live": 1, "neurons": 2})
+    lines = concept_lines(cell, tables(tmp_path / "many", 14))
+    assert lines[0] == "wide: 1 of 2 neurons fire"
+    rows = lines[3:-1]
+    assert [row.split()[1] for row in rows] == [str(place) for place in range(13, 3, -1)]
+    assert len(rows) == SHOWN_CONCEPTS
+    assert rows[0].split()[3:6] == ["1", "–", "0.13"]
+    assert rows[1].split()[3:6] == ["0", "cat", "0.12"]
+    assert lines[-1] == "and 3 more concepts"
+    assert concept_lines(cell, tables(tmp_path / "none", 0)) == ["wide: 1 of 2 neurons fire"]
+
+
+def test_what_is_missing_is_missing_when_it_is_read_again(tmp_path):
+    read = tables(tmp_path, 2)
+    assert read.concepts.neuron.tolist() == [-1, 1]
+    assert read.neurons.name.tolist() == ["cat", None]
+    assert read.neurons.name_images.tolist() == [-1, -1]
+    stored = Folder(tmp_path).read_parquet(NEURONS)
+    assert stored["rho"].null_count == stored["name_images"].null_count == 2, "null in the file"
+    Folder(tmp_path).write_parquet(NEURONS, stored.set_column(3, "rho", pa.array([1, 2])))
+    with pytest.raises(SaeRayError, match=r"no column 'rho' of type double; delete .* run the concepts stage again"):
+        _ = ConceptTables(Folder(tmp_path)).neurons
