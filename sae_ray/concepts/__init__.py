@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sae_ray.concepts.benchmark import read_benchmark as read_benchmark
     from sae_ray.concepts.best_words import BestWords as BestWords
     from sae_ray.concepts.concept_files import read_concepts as read_concepts
+    from sae_ray.concepts.config import Concepts as Concepts
     from sae_ray.concepts.correlations import correlation as correlation
     from sae_ray.concepts.correlations import label_correlation as label_correlation
     from sae_ray.concepts.cosines import cosine as cosine
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from sae_ray.concepts.logistic_probes import best_probes as best_probes
     from sae_ray.concepts.logistic_probes import judge_probes as judge_probes
     from sae_ray.concepts.logistic_probes import latent_probes as latent_probes
+    from sae_ray.concepts.measuring import measure as measure
     from sae_ray.concepts.naming import class_names as class_names
     from sae_ray.concepts.naming import class_of as class_of
     from sae_ray.concepts.orders import rank_reorder as rank_reorder
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from sae_ray.concepts.overlap import count_above as count_above
     from sae_ray.concepts.overlap import shared_pairs as shared_pairs
     from sae_ray.concepts.overlap import uniqueness as uniqueness
+    from sae_ray.concepts.ranking import average_precisions as average_precisions
     from sae_ray.concepts.recovery import QStar as QStar
     from sae_ray.concepts.recovery import k_unique as k_unique
     from sae_ray.concepts.recovery import largest_k as largest_k
@@ -72,6 +75,7 @@ if TYPE_CHECKING:
     from sae_ray.concepts.stability import matched_cosine as matched_cosine
     from sae_ray.concepts.statistics import ClassStats as ClassStats
     from sae_ray.concepts.statistics import merged as merged
+    from sae_ray.concepts.tables import ConceptTables as ConceptTables
     from sae_ray.concepts.targeted_perturbation import TPP as TPP
     from sae_ray.concepts.targeted_perturbation import tpp as tpp
     from sae_ray.concepts.taxonomy import image_paths as image_paths
@@ -80,6 +84,7 @@ if TYPE_CHECKING:
     from sae_ray.concepts.vocabulary import Vocabulary as Vocabulary
     from sae_ray.concepts.vocabulary import class_vocabulary as class_vocabulary
     from sae_ray.concepts.vocabulary import read_vocabulary as read_vocabulary
+    from sae_ray.concepts.word_names import Texts as Texts
 
 __getattr__ = exports(
     __name__,
@@ -89,6 +94,7 @@ __getattr__ = exports(
         "benchmark": ["read_benchmark"],
         "best_words": ["BestWords"],
         "concept_files": ["read_concepts"],
+        "config": ["Concepts"],
         "correlations": ["correlation", "label_correlation"],
         "cosines": ["cosine", "cosine_cubed", "decoder_cosine"],
         "dissect": ["soft_wpmi", "wpmi"],
@@ -106,9 +112,11 @@ __getattr__ = exports(
             "judge_probes",
             "latent_probes",
         ],
+        "measuring": ["measure"],
         "naming": ["class_names", "class_of"],
         "orders": ["rank_reorder"],
         "overlap": ["Uniqueness", "count_above", "shared_pairs", "uniqueness"],
+        "ranking": ["average_precisions"],
         "recovery": ["QStar", "k_unique", "largest_k", "q_star", "rip_bound", "welch_bound"],
         "second_moment": ["SecondMoment", "aip_cosines", "mean_angle", "whitening"],
         "sparse_probes": ["SparseProbe", "purity", "sparse_probing"],
@@ -116,8 +124,10 @@ __getattr__ = exports(
         "splits": ["Halves", "balanced_rows", "halves", "shuffled_labels"],
         "stability": ["matched_cosine"],
         "statistics": ["ClassStats", "merged"],
+        "tables": ["ConceptTables"],
         "targeted_perturbation": ["TPP", "tpp"],
         "taxonomy": ["image_paths", "inaturalist_taxonomy", "read_taxonomy"],
         "vocabulary": ["Vocabulary", "class_vocabulary", "read_vocabulary"],
+        "word_names": ["Texts"],
     },
 )
