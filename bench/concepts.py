@@ -137,7 +137,8 @@ def main() -> None:
     ):
         changing = next(place for place in range(3) if sizes[0][place] != sizes[-1][place])
         points = [[size[changing], round(cpu_seconds(*size), 1)] for size in sizes]
-        slope = float(np.polyfit(*np.log(points).T, 1)[0])
+        x, y = np.log(points).T
+        slope = float(np.polyfit(x, y, 1)[0])
         slopes[f"slope_of_time_against_{what}"] = round(slope, 3)
         title = f"CPU time against {what}, without atoms: slope {slope:.2f} on log axes"
         tables.append({"title": title, "columns": [what, "CPU seconds"], "rows": points})

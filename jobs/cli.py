@@ -156,7 +156,8 @@ def concepts(as_json: bool, **options: Any) -> None:
 
     plan = open_plan(**options)
     if plan.study.concepts is None:
-        plan = open_plan(**options | {"settings": (*options["settings"], "concepts={}")})
+        options["settings"] += ("concepts={}",)
+        plan = open_plan(**options)
     remember(plan)
     space = [] if plan.naming_space is None else [plan.naming_space]
     check_models(models_needed(space, plan.concepts))

@@ -131,7 +131,7 @@ def add_names(
     score, following = np.where(np.isfinite(best.score[:, :2]), best.score[:, :2], np.nan).T
     found.neurons |= {
         "name": words[best.first],
-        "name_method": np.where(named, "soft_wpmi", None),
+        "name_method": np.array([None, "soft_wpmi"], object)[named.astype(int)],
         "name_score": score,
         "name_margin": score - following,
         "name_images": np.where(named, n_images, -1),

@@ -633,8 +633,7 @@ class StudyPlan:
 
     def _concepts(self, settings: Concepts, score: ScorePlan) -> ConceptsPlan:
         files, space = self.survey.files, self.naming_space
-        compared = score.sae is not None and "stability" in settings.measures
-        counterpart = self._counterpart(score.sae) if compared else None
+        counterpart = self._counterpart(score.sae) if score.sae and "stability" in settings.measures else None
         config = {
             "sae": score.sae.step.name if score.sae else None,
             "activations": score.activations.step.name,
