@@ -55,16 +55,20 @@ def average_precisions(
     order = np.lexsort((-value, latent))
     latent, value, weight, shown = latent[order], value[order], weight[order], shown[order]
 
-    first = np.r_[True, latent[1:] != latent[:-1]]
-    starts = np.flatnonzero(first)[latent] if len(latent) else np.zeros(0, np.int64)
-    total, hits = (np.cumsum(one) - (np.cumsum(one) - one)[starts] for one in (weight, shown))
-    last = np.flatnonzero(np.r_[(latent[1:] != latent[:-1]) | (value[1:] != value[:-1]), True])
-    latent, total, hits = latent[last], total[last], hits[last]
-    gained = np.diff(hits, prepend=0)
-    opening = np.r_[True, latent[1:] != latent[:-1]]
-    gained[opening] = hits[opening]
+    starts = np.flatnonzero(np.r_[True, latent[1:] != latent[:-1]])[latent]
+
+    def so_far(values: np.ndarray) -> np.ndarray:
+        """Sums over the entries of a latent up to each."""
+        total = values.cumsum()
+        return total - (total - values)[starts]
+
+    seen, hits = so_far(weight), so_far(shown)
+    last = np.flatnonzero(np.r_[(latent[1:] != latent[:-1]) | (value[1:] != value[:-1]), True])  # of a step
+    latent, seen, hits = latent[last], seen[last], hits[last]
+    before = np.where(np.r_[True, latent[1:] != latent[:-1]], 0, np.r_[0, hits[:-1]])
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.bincount(latent, weights=gained * np.nan_to_num(hits / total), minlength=n_latents) / n_positive
+        precision = np.nan_to_num(hits / seen)
+        found = np.bincount(latent, weights=(hits - before) * precision, minlength=n_latents) / n_positive
     defined = (concept >= 0) & (n_positive > 0) & (n_positive < n_known)
     return np.where(defined, found, np.nan)
 
