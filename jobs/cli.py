@@ -44,6 +44,11 @@ def _json_option(command: Callable) -> Callable:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")(command)
 
 
+def _sae_option(command: Callable) -> Callable:
+    explained = "The SAE, named as in the summary. Default: the one used for steering, or the only one."
+    return click.option("--sae", metavar="CELL", help=explained)(command)
+
+
 @main.command()
 @study_options
 @click.option("--dry-run", is_flag=True, help="Print the steps, their rows, bytes and work; do nothing.")
@@ -199,11 +204,7 @@ def pictures(**options: Any) -> None:
 @main.command()
 @click.argument("text")
 @study_options
-@click.option(
-    "--sae",
-    metavar="CELL",
-    help="The SAE, named as in the summary. Default: the one used for steering, or the only one.",
-)
+@_sae_option
 @click.option("-n", "n", default=10, show_default=True, help="Latents to show.")
 @_json_option
 def find(text: str, sae: str | None, n: int, as_json: bool, **options: Any) -> None:
@@ -222,11 +223,7 @@ def humans() -> None:
 
 @humans.command("make")
 @study_options
-@click.option(
-    "--sae",
-    metavar="CELL",
-    help="The SAE, named as in the summary. Default: the one used for steering, or the only one.",
-)
+@_sae_option
 @click.option("--pairs", "n_pairs", default=200, show_default=True, help="Pairs of neurons to compare.")
 def humans_make(sae: str | None, n_pairs: int, **options: Any) -> None:
     """Make a page on which people compare pairs of neurons, and print its path.
