@@ -48,6 +48,12 @@ if TYPE_CHECKING:
     from sae_ray.concepts.measuring import measure as measure
     from sae_ray.concepts.naming import class_names as class_names
     from sae_ray.concepts.naming import class_of as class_of
+    from sae_ray.concepts.naming_by_answers import AnsweredNames as AnsweredNames
+    from sae_ray.concepts.naming_by_answers import Trials as Trials
+    from sae_ray.concepts.naming_by_answers import answered_names as answered_names
+    from sae_ray.concepts.naming_by_answers import name_scores as name_scores
+    from sae_ray.concepts.naming_by_answers import random_images as random_images
+    from sae_ray.concepts.naming_by_answers import trials as trials
     from sae_ray.concepts.orders import rank_reorder as rank_reorder
     from sae_ray.concepts.overlap import Uniqueness as Uniqueness
     from sae_ray.concepts.overlap import count_above as count_above
@@ -114,6 +120,14 @@ __getattr__ = exports(
         ],
         "measuring": ["measure"],
         "naming": ["class_names", "class_of"],
+        "naming_by_answers": [
+            "AnsweredNames",
+            "Trials",
+            "answered_names",
+            "name_scores",
+            "random_images",
+            "trials",
+        ],
         "orders": ["rank_reorder"],
         "overlap": ["Uniqueness", "count_above", "shared_pairs", "uniqueness"],
         "ranking": ["average_precisions"],
