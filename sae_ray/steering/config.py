@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from annotated_types import Gt, Le
 
@@ -13,6 +13,7 @@ from sae_ray.errors import check
 
 ONE_WORD = "What is shown in this image? Use exactly one word!"
 """The question of Pach et al. (arXiv 2504.02821, sec. 3.3)."""
+NamingMethod = Literal["vlm", "steering"]
 MAX_NEW_TOKENS = 32
 """Length of an answer, where none is asked for."""
 
@@ -64,3 +65,22 @@ class Steering:
         check(math.isfinite(self.strength), "steering.strength", self.strength, "choose a finite number")
         check(self.prompt not in self.other_prompts, "steering.other_prompts", self.prompt,
               "this is already steering.prompt; remove it")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the study's LLaVA names latents. An empty table is enough; without it naming is skipped."""
+
+    __pydantic_config__ = STRICT
+
+    methods: tuple[NamingMethod, ...] = get_args(NamingMethod)
+    """`vlm`: what the LLaVA answers to `steering.prompt` about a latent's top training images. `steering`: what it
+    answers about a white image with the latent set to `steering.strength`, for SAEs of the layer that it reads. The
+    first method that has a name for a latent is the one that is shown."""
+    n_latents: Count = 1000
+    """Maximum number of latents of each SAE to name: those that fire on most training images. Up to 16 training and 32
+    held-out images are asked about for each, every image once."""
+
+    def __post_init__(self):
+        check(bool(self.methods), "naming.methods", [], "name at least one, or remove [naming]")
+        check(len(set(self.methods)) == len(self.methods), "naming.methods", list(self.methods), "name each one once")

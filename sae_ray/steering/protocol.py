@@ -152,9 +152,6 @@ def main_questions(
         images: the images to ask about.
     """
 
-    def of_white(kind: Kind, some: Sequence[Concept]) -> list[Question]:
-        return [Question(kind, one.latent, one.label, _strength(one, steering), WHITE, steering.prompt) for one in some]
-
     def of_images(kind: Kind, latent: int, label: str | None, strength: float, some: Sequence[int]) -> list[Question]:
         prompts = (steering.prompt, *steering.other_prompts)
         return [Question(kind, latent, label, strength, image, prompt) for image in some for prompt in prompts]
@@ -163,9 +160,9 @@ def main_questions(
     for image in images:
         for kind in ("unsteered", "reconstruction"):
             asked += of_images(kind, -1, classes[image], 0.0, [image])
-    asked += of_white("white", subjects.concepts)
-    asked += of_white("impure", subjects.impure)
-    asked += of_white("neuron", subjects.neurons)
+    asked += white_questions("white", subjects.concepts, steering)
+    asked += white_questions("impure", subjects.impure, steering)
+    asked += white_questions("neuron", subjects.neurons, steering)
     for one in subjects.best:
         own, others = _split(images, classes, one.label)
         asked += of_images("insertion", one.latent, one.label, _strength(one, steering), others)
@@ -176,6 +173,11 @@ def main_questions(
             asked += of_images("diffmean_insertion", -1, one.label, insertion, others)
             asked += of_images("diffmean_suppression", -1, one.label, -suppression, own)
     return asked
+
+
+def white_questions(kind: Kind, some: Sequence[Concept], steering: Steering) -> list[Question]:
+    """The study's question about a white image, each time with one latent or neuron set to the strength."""
+    return [Question(kind, one.latent, one.label, _strength(one, steering), WHITE, steering.prompt) for one in some]
 
 
 def _split(images: Sequence[int], classes: Sequence[str | None], label: str | None) -> tuple[list[int], list[int]]:

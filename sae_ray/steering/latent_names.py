@@ -1,0 +1,182 @@
+"""Names that a LLaVA gives to the latents of an SAE, tried on held-out images.
+
+| method | name | control |
+|---|---|---|
+| `vlm` | the commonest answer about the latent's top training images | that about as many random ones |
+| `steering` | the answer about a white image, with the latent set to a strength | the name of another latent |
+
+Every question is the same, and one about an image serves all latents. Names are tried by the answers about held-out
+images: does the model name images on which the latent fires so, and no others (`name_scores`)?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
+
+import numpy as np
+import pyarrow as pa
+
+from sae_ray.concepts.labelling import Concept
+from sae_ray.concepts.naming import names
+from sae_ray.concepts.naming_by_answers import (
+    MIN_TRIED,
+    N_IMAGES,
+    VERIFIED,
+    AnsweredNames,
+    Trials,
+    answered_names,
+    name_scores,
+    plain,
+)
+from sae_ray.steering.config import NamingMethod
+from sae_ray.steering.protocol import Question
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+LATENT_NAMES_SCHEMA = pa.schema(
+    [
+        ("neuron", pa.int64()),
+        ("method", pa.string()),
+        ("name", pa.string()),
+        ("score", pa.float64()),
+        ("agreement", pa.float64()),
+        ("n_images", pa.int64()),
+        ("control", pa.string()),
+        ("control_score", pa.float64()),
+    ]
+)
+
+
+class Shown(NamedTuple):
+    """The images that names rest on, by `image_index`; -1 in unused places. One row per latent."""
+
+    top: Int[np.ndarray, "latents n"]
+    """Top training images."""
+    random: Int[np.ndarray, "latents n"]
+    """Training images of the control."""
+    tried: Trials
+    """Held-out images."""
+
+    @property
+    def training(self) -> list[int]:
+        """All training images."""
+        return _listed(self.top[:, :N_IMAGES], self.random)
+
+    @property
+    def heldout(self) -> list[int]:
+        """All held-out images."""
+        return _listed(*self.tried)
+
+
+class Answers(NamedTuple):
+    """What the model said."""
+
+    training: Mapping[int, str]
+    """About training images, by `image_index`."""
+    heldout: Mapping[int, str]
+    white: Sequence[str]
+    """About the white image with each latent set; empty where the method is not wanted."""
+    unsteered: str
+    """About the white image itself."""
+
+
+def nameable(concepts: Iterable[Concept], n_latents: int) -> list[Concept]:
+    """At most as many latents, those that fire on most images first; ones that hardly fire are not worth a name."""
+    return sorted((one for one in concepts if one.n_firing >= MIN_TRIED), key=lambda one: one.support)[:n_latents]
+
+
+def image_questions(images: Iterable[int], prompt: str) -> list[Question]:
+    """The question about each image, without an edit."""
+    return [Question("unsteered", -1, None, 0.0, image, prompt) for image in images]
+
+
+def name_table(
+    subjects: Sequence[Concept], shown: Shown, answers: Answers, methods: Sequence[NamingMethod]
+) -> pa.Table:
+    """The names of some latents, in `LATENT_NAMES_SCHEMA`: one row per latent and method, the methods in order.
+
+    `name` is null where nothing was said, or where setting the latent changed nothing. `score` is null as `name_scores`
+    has it; `agreement` (share of the top images that were called so) and `n_images` belong to `vlm`.
+    """
+    tables = []
+    for method in methods:
+        found, control = _named(method, shown, answers)
+        columns = {
+            "neuron": [one.latent for one in subjects],
+            "method": [method] * len(subjects),
+            "name": found.name,
+            "score": _tried(found.name, shown, answers),
+            "agreement": found.agreement,
+            "n_images": found.n_images,
+            "control": control,
+            "control_score": _tried(control, shown, answers),
+        }
+        arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in LATENT_NAMES_SCHEMA]
+        tables.append(pa.table(arrays, schema=LATENT_NAMES_SCHEMA))
+    return pa.concat_tables(tables) if tables else LATENT_NAMES_SCHEMA.empty_table()
+
+
+def _named(method: NamingMethod, shown: Shown, answers: Answers) -> tuple[AnsweredNames, list[str | None]]:
+    """The names of a method, and those of its control."""
+    match method:
+        case "vlm":
+            found = answered_names(shown.top[:, :N_IMAGES], answers.training)
+            return found, answered_names(shown.random, answers.training).name
+        case "steering":
+            said = [plain(answer) for answer in answers.white]
+            name = [one if one and one != plain(answers.unsteered) else None for one in said]
+            return AnsweredNames(name, np.full(len(name), np.nan), np.zeros(len(name), np.int64)), name[1:] + name[:1]
+        case _:
+            assert_never(method)
+
+
+def _tried(named: Sequence[str | None], shown: Shown, answers: Answers) -> Float[np.ndarray, " latents"]:
+    return name_scores(named, shown.tried, lambda name, image: names(answers.heldout[image], name))
+
+
+def name_rates(
+    table: pa.Table, subjects: Sequence[Concept], class_name: Mapping[str, str], min_images: int, min_purity: float
+) -> dict[str, dict[str, Any]]:
+    """The figures of each method, as plain values; None if there is nothing to count.
+
+    `latents` asked about, `named` ones, `distinct` names; of the names that could be tried (`tried`) the mean `score`
+    and the share that holds (`verified`), and both for the control. Of latents that represent a class (`pure`) the
+    share whose name is the class (`right`), and whose control's name is (`control_right`).
+    """
+    found = {}
+    concepts = {one.latent: one for one in subjects}
+    for method in dict.fromkeys(table["method"].to_pylist()):
+        rows = [row for row in table.to_pylist() if row["method"] == method]
+        tried = [row for row in rows if row["score"] is not None]
+        held = [row["control_score"] for row in rows if row["control_score"] is not None]
+        pure = []
+        for row in rows:
+            one = concepts[row["neuron"]]
+            if one.stands_for_its_class(min_images, min_purity) and one.label in class_name:
+                pure.append((row, class_name[one.label]))
+        scores = [row["score"] for row in tried]
+        found[method] = {
+            "latents": len(rows),
+            "named": sum(row["name"] is not None for row in rows),
+            "distinct": len({row["name"] for row in rows} - {None}),
+            "tried": len(tried),
+            "score": _mean(scores),
+            "verified": _mean([score >= VERIFIED for score in scores]),
+            "control_score": _mean(held),
+            "control_verified": _mean([score >= VERIFIED for score in held]),
+            "pure": len(pure),
+            "right": _mean([names(row["name"] or "", name) for row, name in pure]),
+            "control_right": _mean([names(row["control"] or "", name) for row, name in pure]),
+        }
+    return found
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _listed(*images: Int[np.ndarray, "latents n"]) -> list[int]:
+    """Each once, ascending."""
+    return sorted({image for array in images for image in array.ravel().tolist()} - {-1})
