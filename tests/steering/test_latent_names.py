@@ -32,7 +32,7 @@ from sae_ray.world.render import SHAPES, attributes, render
 from sae_ray.world.write import MODELS
 
 BOTH = ("vlm", "steering")
-N_TRAIN, N_HELDOUT = 400, 250
+N_TRAIN, N_HELDOUT = 600, 400
 STEERING = Steering("llava", strength=4.0, unit="max")
 
 
@@ -93,7 +93,7 @@ def test_both_ways_find_the_shapes_and_controls_do_not(named: Named):
         assert rates["right"] >= 0.85
         assert rates["distinct"] >= 13
         assert rates["control_right"] <= 0.25
-        assert rates["score"] > 0.75 > 0.6 > rates["control_score"]
+        assert rates["score"] > 0.7 > 0.55 > rates["control_score"]
 
 
 def test_a_latent_that_changes_nothing_has_no_name():
