@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from sae_ray.jobs import extract, score, steering, study
+from sae_ray.jobs import asking, extract, score, steering, study
 from sae_ray.jobs.cluster import allow_slow_starts
 from sae_ray.jobs.progress import Progress
 
@@ -96,21 +96,21 @@ class StruckBoard:
             strike(self.stage)
 
 
-class StruckActor(steering.Actor):
+class StruckActor(steering.SteeringActor):
     """Of the blocks of answers the first one passes."""
 
-    def answer(self, folder: Folder, file: str, *asked: Any) -> Any:
+    def answer(self, step: Folder, sae: Folder, directions: Any, folder: Folder, file: str, *asked: Any) -> Any:
         if folder.name == "answers" and not file.startswith("part-00000"):
             strike("steering")
-        return super().answer(folder, file, *asked)
+        return super().answer(step, sae, directions, folder, file, *asked)
 
 
 def drive() -> None:
     """The driver."""
     board_of = Progress.board
     Progress.board = lambda progress: StruckBoard(board_of(progress), progress.label.split()[0])
-    steering.Actor = StruckActor
-    steering.QUESTIONS_PER_BLOCK = 64
+    steering.SteeringActor = StruckActor
+    asking.QUESTIONS_PER_BLOCK = 64
     score.BLOCKS_PER_FOLD = 2
     scoring.IMAGES_PER_BLOCK = given()["images_per_block"]
     (marks() / DRIVER).write_text(str(os.getpid()))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
-from sae_ray.jobs import status, steering, study
+from sae_ray.jobs import asking, status, steering, study
 from sae_ray.jobs.cli import main
 from sae_ray.jobs.progress import Progress
 
@@ -85,7 +85,7 @@ class Interrupted(Exception):
 
 
 def test_an_interrupted_run_goes_on_where_it_was(steered, scored, make_steered, tmp_path, monkeypatch):
-    monkeypatch.setattr(steering, "QUESTIONS_PER_BLOCK", 40)
+    monkeypatch.setattr(asking, "QUESTIONS_PER_BLOCK", 40)
     root = tmp_path / "root"
     shutil.copytree(scored, root)
 
@@ -95,7 +95,7 @@ def test_an_interrupted_run_goes_on_where_it_was(steered, scored, make_steered, 
             raise Interrupted
 
     with monkeypatch.context() as patched:
-        patched.setattr(steering.Progress, "advance", stop)
+        patched.setattr(asking.Progress, "advance", stop)
         with pytest.raises(Interrupted):
             steering.run(make_steered(root))
     plan = make_steered(root, **{"resources.steering.workers": 2})
@@ -120,16 +120,14 @@ def test_only_answers_to_the_same_questions_are_taken_over(ray_cluster, scored, 
     shutil.copytree(scored, root)
     plan = make_steered(root)
     evaluation = steering.Evaluation(plan.steerings[0], plan.study.seed)
-    actors = steering.Actors(evaluation.plan, plan.study.resources.steering)
-    with hold([evaluation.plan.step]):
-        evaluation._directions(actors)
+    actors = asking.Actors(evaluation.steering, plan.study.resources.steering)
     prompt = evaluation.steering.prompt
     questions = [Question("unsteered", -1, None, 0.0, image, prompt) for image in evaluation.heldout.usable[::20][:8]]
     parts = evaluation.folder / "answers"
 
     def answers(asked: list[Question], block: int) -> list[str]:
-        monkeypatch.setattr(steering, "QUESTIONS_PER_BLOCK", block)
-        return actors.answers("answers", asked, evaluation.heldout)
+        monkeypatch.setattr(asking, "QUESTIONS_PER_BLOCK", block)
+        return actors.answers(evaluation.plan, "answers", asked, evaluation.heldout)
 
     with hold([evaluation.plan.step]):
         told = answers(questions, 4)
