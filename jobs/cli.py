@@ -185,7 +185,22 @@ def steering(**options: Any) -> None:
     from . import study
 
     plan = plan_to_work_on(**options)
-    check_models(models_needed((), (), plan.steerings))
+    check_models(models_needed((), steerings=plan.steerings))
+    stage.run(plan)
+    click.echo(study.summary_text(plan, study.write_summary(plan)))
+
+
+@main.command()
+@study_options
+def naming(**options: Any) -> None:
+    """Let the LLaVA of a study name the latents of its SAEs, and print how well the names hold."""
+    from sae_ray.study.models import check_models, models_needed
+
+    from . import naming as stage
+    from . import study
+
+    plan = plan_to_work_on(**options)
+    check_models(models_needed((), namings=plan.namings))
     stage.run(plan)
     click.echo(study.summary_text(plan, study.write_summary(plan)))
 

@@ -10,13 +10,14 @@ from sae_ray.concepts.summary import comparison_lines
 from sae_ray.report import REPORT, write_report
 from sae_ray.report.neurons import shown_cells
 from sae_ray.steering.evaluation import rate_lines
+from sae_ray.steering.latent_names import name_lines
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.models import check_models, models_needed
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.summary import compare, summarise, summary_lines
 
-from . import concepts, evaluate, extract, pictures, score, steering, train
+from . import concepts, evaluate, extract, naming, pictures, score, steering, train
 from .progress import say
 from .stage import readable
 
@@ -31,7 +32,7 @@ def run(plan: StudyPlan) -> dict:
     missing = [step for step in steps if not step.finished]
     if not missing:
         say(f"{plan.study.name}: all {len(steps)} steps are done, nothing left to do")
-    check_models(models_needed(plan.extracts, plan.concepts, plan.steerings))
+    check_models(models_needed(plan.extracts, plan.concepts, plan.steerings, plan.namings))
     concepts.check(plan)
     extract.run(plan)
     train.run(plan)
@@ -39,6 +40,7 @@ def run(plan: StudyPlan) -> dict:
     score.run(plan)
     concepts.run(plan)
     steering.run(plan)
+    naming.run(plan)
     summary = write_summary(plan)
     pictures.run(plan)
     make_report(plan)
@@ -58,6 +60,7 @@ def write_summary(plan: StudyPlan) -> dict:
         "comparisons": [asdict(comparison) for comparison in compare(rows)],
         "concepts": {one.name: one.counts for one in concepts.cells(plan)},
         "steering": {one.name: record["counts"] for one in plan.steerings if (record := one.step.record())},
+        "naming": {one.name: record["counts"]["methods"] for one in plan.namings if (record := one.step.record())},
         "failed": {name: reason for name, reason in failures.items() if reason},
         "table": summary_lines(rows),
     }
@@ -97,6 +100,9 @@ def summary_text(plan: StudyPlan, summary: dict) -> str:
         lines += ["Concepts on held-out images: the best SAE by each measure", "", *compared, ""]
     for name, counts in summary["steering"].items():
         lines += [f"Steering by {name}: {_edit(plan.study)}", "", *rate_lines(counts), ""]
+    if summary["naming"]:
+        lines += ["Names that the LLaVA gives to latents, and in brackets those of controls", ""]
+        lines += [*name_lines(summary["naming"]), ""]
     lines += [f"FAILED  {name}: {reason}" for name, reason in summary["failed"].items()]
     lines += ["Files:"]
     for step in plan.steps:

@@ -31,10 +31,12 @@ from sae_ray.concepts.naming_by_answers import (
 )
 from sae_ray.steering.config import NamingMethod
 from sae_ray.steering.protocol import Question
+from sae_ray.text_table import table_lines
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+NAMES = "names.parquet"
 LATENT_NAMES_SCHEMA = pa.schema(
     [
         ("neuron", pa.int64()),
@@ -46,6 +48,9 @@ LATENT_NAMES_SCHEMA = pa.schema(
         ("control", pa.string()),
         ("control_score", pa.float64()),
     ]
+)
+NAMING_ANSWERS_SCHEMA = pa.schema(
+    [("about", pa.string()), ("image_index", pa.int64()), ("latent", pa.int64()), ("answer", pa.string())]
 )
 
 
@@ -80,6 +85,18 @@ class Answers(NamedTuple):
     """About the white image with each latent set; empty where the method is not wanted."""
     unsteered: str
     """About the white image itself."""
+
+    def table(self, latents: Sequence[int]) -> pa.Table:
+        """Every answer, in `NAMING_ANSWERS_SCHEMA`. `about` is `train`, `heldout` or `white`.
+
+        Args:
+            latents: those that `white` is about.
+        """
+        rows: list[tuple] = [("train", image, None, answer) for image, answer in self.training.items()]
+        rows += [("heldout", image, None, answer) for image, answer in self.heldout.items()]
+        rows += [("white", None, *one) for one in zip(latents, self.white, strict=True)] if self.white else []
+        columns = list(zip(*rows, strict=True)) or [()] * len(NAMING_ANSWERS_SCHEMA)
+        return pa.table(columns, schema=NAMING_ANSWERS_SCHEMA)
 
 
 def nameable(concepts: Iterable[Concept], n_latents: int) -> list[Concept]:
@@ -171,6 +188,30 @@ def name_rates(
             "control_right": _mean([names(row["control"] or "", name) for row, name in pure]),
         }
     return found
+
+
+def name_lines(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """The figures of all SAEs as an aligned table; in brackets those of controls.
+
+    Args:
+        found: SAE -> `name_rates`.
+    """
+    table = [["", "names by", "latents", "named", "distinct", "is the class", "", "score", "", "holds", ""]]
+    for name, methods in found.items():
+        for method, one in methods.items():
+            cells = [name, method, *(f"{one[key]:,}" for key in ("latents", "named", "distinct"))]
+            for key, control, digits in (
+                ("right", "control_right", ".0%"),
+                ("score", "control_score", ".3f"),
+                ("verified", "control_verified", ".0%"),
+            ):
+                cells += [_text(one[key], digits), f"({_text(one[control], digits)})"]
+            table.append(cells)
+    return table_lines(table, "<<>>>>>>>>>")
+
+
+def _text(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -33,6 +33,7 @@ SCHEMA_VERSIONS = {
     "score": 3,
     "concepts": 1,
     "steering": 3,
+    "naming": 1,
     "pictures": 1,
     "report": 3,
     "humans": 1,

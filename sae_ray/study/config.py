@@ -19,7 +19,7 @@ from sae_ray.images.rendering import Rendering, rgb
 from sae_ray.sae.architectures import ArchitectureSettings, architecture
 from sae_ray.sae.config import Cell, TrainingConfig
 from sae_ray.seeds import derived_seed
-from sae_ray.steering.config import Steering
+from sae_ray.steering.config import Naming, Steering
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class ConceptsResources:
 
 @dataclass(frozen=True)
 class SteeringResources:
-    """Resources for steering."""
+    """Resources for steering and naming."""
 
     __pydantic_config__ = STRICT
 
@@ -319,7 +319,7 @@ class Resources:
     concepts: ConceptsResources = field(default_factory=ConceptsResources)
     """For concepts."""
     steering: SteeringResources = field(default_factory=SteeringResources)
-    """For steering."""
+    """For steering and naming."""
     pictures: PicturesResources = field(default_factory=PicturesResources)
     """For the thumbnails and heat maps of the report."""
 
@@ -377,6 +377,8 @@ class Study:
     """How it is measured what neurons mean. Without it that is skipped."""
     steering: Steering | None = None
     """How a LLaVA is steered. Without it steering is skipped."""
+    naming: Naming | None = None
+    """How that LLaVA names latents. Without it naming is skipped."""
     resources: Resources = field(default_factory=Resources)
     """Resources of the cluster to use."""
     shuffle_rows: Count = 2_097_152
@@ -389,6 +391,8 @@ class Study:
         check(bool(self.grid), "grid", [], "add a [[grid]] with at least one site")
         check(self.steering is None or self.scoring.pictures == "train", "scoring.pictures", self.scoring.pictures,
               'steering takes its concepts from training images; choose "train"')  # fmt: skip
+        check(self.naming is None or self.steering is not None, "naming", "{}",
+              "latents are named by the LLaVA of [steering]; add that table, or remove this one")  # fmt: skip
         least, _ = self.resources.train.workers_span
         check(self.training.batch_size % least == 0, "resources.train.workers", least,
               f"choose a divisor of training.batch_size = {self.training.batch_size}")  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, assert_never
 
 from sae_ray.encoders.sources import named_by
-from sae_ray.study.plan import ConceptsPlan, ExtractPlan, SteeringPlan
+from sae_ray.study.plan import ConceptsPlan, ExtractPlan, NamingPlan, SteeringPlan
 
 
 class ModelUse(NamedTuple):
@@ -22,7 +22,10 @@ class ModelUse(NamedTuple):
 
 
 def models_needed(
-    extracts: Sequence[ExtractPlan], concepts: Sequence[ConceptsPlan] = (), steerings: Sequence[SteeringPlan] = ()
+    extracts: Sequence[ExtractPlan],
+    concepts: Sequence[ConceptsPlan] = (),
+    steerings: Sequence[SteeringPlan] = (),
+    namings: Sequence[NamingPlan] = (),
 ) -> Iterator[ModelUse]:
     """The models that unfinished steps need."""
     for extract in extracts:
@@ -33,10 +36,13 @@ def models_needed(
         if one.embeddings is not None and not one.step.finished:
             space = one.embeddings
             yield ModelUse(space.field, "texts", space.info.model, space.info.revision, "float32")
-    for one in steerings:
+    for one in (*steerings, *namings):
         if not one.step.finished:
             steering = one.steering
             yield ModelUse("steering.llava", "llava", steering.llava, steering.revision, steering.dtype)
+    for one in steerings:
+        if not one.step.finished:
+            steering = one.steering
             yield ModelUse("steering.scorer", "texts", steering.scorer, steering.scorer_revision, "float32")
 
 

@@ -17,7 +17,7 @@ from sae_ray.encoders.sources import is_digest
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images.rendering import Rendering
 from sae_ray.seeds import derived_seed
-from sae_ray.steering.config import Steering
+from sae_ray.steering.config import Naming, NamingMethod, Steering
 from sae_ray.steering.info import LlavaInfo
 from sae_ray.store.files import Folder
 from sae_ray.store.identity import changed, defaults
@@ -30,6 +30,10 @@ CONCEPT_FILES = ("file", "vocabulary")
 """Fields of `[concepts]` that name files. Steps are named by what these hold."""
 MODELS = ("llava", "revision", "scorer", "scorer_revision")
 """Fields of `[steering]` that name models. Steps are named by what these resolve to."""
+NAMING = ("dtype", "prompt", "max_new_tokens", "ignore_labels", "min_images", "min_purity")
+"""Those that naming depends on."""
+SET = ("strength", "unit", "error")
+"""Those that naming by steering depends on, besides."""
 
 FEWEST_PARTS = 16
 """Of an image set, so that every worker gets some."""
@@ -358,6 +362,58 @@ class SteeringPlan:
 
 
 @dataclass(frozen=True)
+class NamingPlan:
+    """A LLaVA names the latents of one SAE. Names rest on training images and are tried on held-out ones."""
+
+    steering: Steering
+    methods: tuple[NamingMethod, ...]
+    """Those that this SAE can be named by."""
+    n_latents: int
+    scores: ScorePlan
+    """Of the SAE, on training images."""
+    heldout: ExtractPlan
+    """Activations of the held-out images."""
+    step: Step
+
+    @property
+    def train(self) -> ImagePlan:
+        """The training images."""
+        return self.scores.activations.images
+
+    @property
+    def name(self) -> str:
+        """Name of the cell."""
+        return self.scores.name
+
+    @property
+    def sae(self) -> TrainPlan:
+        assert self.scores.sae is not None, "raw neurons are not named"
+        return self.scores.sae
+
+    @property
+    def inputs(self) -> list[Step]:
+        """The steps that are read."""
+        read = (self.train, self.heldout.images, self.scores.activations, self.heldout, self.sae, self.scores)
+        return [*(plan.step for plan in read), self.train.labels_step, self.heldout.images.labels_step]
+
+    @property
+    def rows(self) -> int:
+        """Approximate number of answers, at most."""
+        latents = min(self.n_latents, self.scores.neurons)
+        images = min(16 * latents, self.train.n_images) + min(32 * latents, self.heldout.images.n_images)
+        return images + latents * ("steering" in self.methods)
+
+    @property
+    def bytes(self) -> int:
+        """Approximate size on disk, including the intermediate parts."""
+        return 60 * self.rows
+
+    @property
+    def flops(self) -> None:
+        """Not known: it depends on the LLaVA."""
+
+
+@dataclass(frozen=True)
 class PicturesPlan:
     """The thumbnails and heat maps of a report on some cells."""
 
@@ -388,7 +444,17 @@ class PicturesPlan:
         """Not known: it depends on the encoder."""
 
 
-AnyPlan = ListPlan | ExtractPlan | TrainPlan | EvaluatePlan | ScorePlan | ConceptsPlan | SteeringPlan | PicturesPlan
+AnyPlan = (
+    ListPlan
+    | ExtractPlan
+    | TrainPlan
+    | EvaluatePlan
+    | ScorePlan
+    | ConceptsPlan
+    | SteeringPlan
+    | NamingPlan
+    | PicturesPlan
+)
 
 
 class StudyPlan:
@@ -425,7 +491,7 @@ class StudyPlan:
         for images in self.images.values():
             yield from (ListPlan(step, images.n_images) for step in (images.step, images.labels_step))
         yield from (*self.extracts, *self.trains, *self.evaluations, *self.scores)
-        yield from (*self.concepts, *self.steerings, self.pictures)
+        yield from (*self.concepts, *self.steerings, *self.namings, self.pictures)
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -520,6 +586,20 @@ class StudyPlan:
                 f'trained on tokens of it; add a [[grid]] with sites = ["layer{layer}:random:2"]'
             )
         return [self._steering(steering, train, llava) for train in steered]
+
+    @cached_property
+    def namings(self) -> list[NamingPlan]:
+        """Every SAE that the study's LLaVA names; none without `[naming]`."""
+        naming, steering = self.study.naming, self.study.steering
+        if naming is None or steering is None:
+            return []
+        steered = {one.name for one in self.steerings}
+        found = []
+        for train in self.trains:
+            methods = tuple(one for one in naming.methods if one != "steering" or train.grid_cell.name in steered)
+            if methods:
+                found.append(self._naming(naming, self.steerings[0].steering, methods, train))
+        return found
 
     def passes(self, name: str) -> tuple[ScorePlan, ScorePlan]:
         """The scoring passes of a cell (`ScorePlan.name`) over held-out images and over those of the pictures."""
@@ -677,6 +757,27 @@ class StudyPlan:
         revisions = {"revision": llava.tower.revision, "scorer_revision": self.text_space.info.revision}
         pinned = dataclasses.replace(steering, **revisions)
         return SteeringPlan(pinned, scores, raw_scores, self.text_space, heldout, heldout_activations, step)
+
+    def _naming(
+        self, naming: Naming, steering: Steering, methods: tuple[NamingMethod, ...], train: TrainPlan
+    ) -> NamingPlan:
+        llava = self.survey.models.llava
+        assert llava is not None, "a study with steering has its LLaVA surveyed"
+        heldout, scores = self.passes(train.grid_cell.name)
+        used = (*NAMING, *SET) if "steering" in methods else NAMING
+        config = {
+            "sae": train.step.name,
+            "scores": scores.step.name,
+            "heldout": heldout.activations.step.name,
+            "labels": scores.activations.images.labels_step.name,
+            "llava": _identity(llava.tower),
+            "methods": list(methods),
+            "n_latents": naming.n_latents,
+            "settings": {name: value for name, value in changed(steering).items() if name in used},
+            "seed": self.study.seed,
+        }
+        step = Step(self.root, "naming", f"naming-{train.grid_cell.name}", config)
+        return NamingPlan(steering, methods, naming.n_latents, scores, heldout.activations, step)
 
     def _pictures(self, scores: list[ScorePlan], steerings: list[SteeringPlan]) -> PicturesPlan:
         config = {

@@ -93,6 +93,7 @@ def steered_values(study_values, world) -> dict:
             "n_images": 20,
             "n_image_latents": 3,
         },
+        "naming": {"n_latents": 40},
     }
 
 

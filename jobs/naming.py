@@ -1,0 +1,107 @@
+"""The naming stage: the study's LLaVA names the latents of each SAE, and its names are tried on held-out images.
+
+All images are known before the first question: those that names rest on, and those that they are tried on. Ray actors
+are asked about each once, and the driver counts: `names.parquet`, `answers.parquet`, and the figures in `step.json`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sae_ray.concepts.image_codes import image_codes
+from sae_ray.concepts.labelling import image_classes, label_concepts
+from sae_ray.concepts.naming import class_names
+from sae_ray.concepts.naming_by_answers import Trials, random_images, trials
+from sae_ray.scores.tables import ScoreTables
+from sae_ray.steering.interventions import load_max_token
+from sae_ray.steering.latent_names import (
+    NAMES,
+    Answers,
+    Shown,
+    image_questions,
+    name_rates,
+    name_table,
+    nameable,
+)
+from sae_ray.steering.protocol import WHITE, white_questions
+from sae_ray.store.activations import ActivationStore
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import check_shared
+from sae_ray.study.plan import NamingPlan, StudyPlan
+
+from .asking import Actor, Actors, Images
+from .stage import at_work, unfinished
+
+
+def run(plan: StudyPlan) -> None:
+    """Names the latents of each SAE that are not named yet.
+
+    Raises:
+        SaeRayError: an input step is missing, the disk is too full, or another driver works on the same step.
+    """
+    todo = unfinished(plan.namings)
+    if todo:
+        with at_work(plan.root, "naming", todo):
+            actors = Actors(todo[0].steering, plan.study.resources.steering, NamingActor)
+            for one in todo:
+                _name(one, actors, plan.study.seed)
+
+
+class NamingActor(Actor):
+    """Also draws the images that names are tried on."""
+
+    def trials(self, step: Folder, sae: Folder, store: ActivationStore, latents: Sequence[int], seed: int) -> Trials:
+        """By `image_index`, from one pass over the held-out images."""
+        check_shared(step)
+        found = image_codes(self._sae(sae), store)
+        drawn = trials(found.codes, latents, seed)
+        return Trials(*(np.where(places >= 0, found.image_index[places], -1) for places in drawn))
+
+
+def _name(plan: NamingPlan, actors: Actors, seed: int) -> None:
+    started = time.monotonic()
+    steering, folder = plan.steering, plan.step.folder
+    tables = ScoreTables(plan.scores.step.folder)
+    top, max_token = tables.top_images.image, load_max_token(plan.sae.step.folder).numpy()
+    train = Images(plan.train, (), plan.scores.activations.step.folder)
+    heldout = Images(plan.heldout.images, (), plan.heldout.step.folder)
+    classes = image_classes(plan.train.labels, steering.ignore_labels)
+    subjects = nameable(label_concepts(tables.scores, top, classes, max_token), plan.n_latents)
+    latents = [one.latent for one in subjects]
+    shown = Shown(top[latents], random_images(train.usable, len(latents), seed), _trials(plan, actors, latents, seed))
+
+    def about(name: str, wanted: list[int], images: Images) -> dict[int, str]:
+        asked = image_questions(wanted, steering.prompt)
+        return dict(zip(wanted, actors.answers(plan, f"answers/{name}", asked, images), strict=True))
+
+    training = about("train", shown.training, train) if "vlm" in plan.methods else {}
+    told = about("heldout", shown.heldout, heldout)
+    white = []
+    if "steering" in plan.methods:
+        asked = [*image_questions([WHITE], steering.prompt), *white_questions("white", subjects, steering)]
+        white = actors.answers(plan, "answers/white", asked, train)
+    answers = Answers(training, told, white[1:], "".join(white[:1]))
+
+    names = name_table(subjects, shown, answers, plan.methods)
+    folder.write_parquet(NAMES, names)
+    folder.write_parquet("answers.parquet", answers.table(latents))
+    rates = name_rates(names, subjects, class_names(train.labels), steering.min_images, steering.min_purity)
+    counts = {"rows": len(training) + len(told) + len(white), "methods": rates}
+    plan.step.finish(time.monotonic() - started, counts)
+
+
+def _trials(plan: NamingPlan, actors: Actors, latents: Sequence[int], seed: int) -> Trials:
+    import ray
+
+    store: Any = ActivationStore(plan.heldout.step.folder)
+    return ray.get(actors.all[0].trials.remote(plan.step.folder, plan.sae.step.folder, store, latents, seed))
+
+
+if __name__ == "__main__":
+    from .cli import naming as command
+
+    command()
