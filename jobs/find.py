@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from sae_ray.concepts.labelling import image_classes, label_concepts, mean_embeddings, search
-from sae_ray.concepts.naming import class_names
 from sae_ray.encoders.text import load_text_encoder
 from sae_ray.errors import SaeRayError
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering.interventions import load_max_token
 from sae_ray.store.activations import ActivationStore
+from sae_ray.study.names import LABEL, NeuronNames
 from sae_ray.study.plan import StudyPlan
-from sae_ray.text_table import table_lines
+from sae_ray.text_table import number, table_lines
 
 from . import extract
 from .options import chosen_sae
@@ -50,31 +50,45 @@ def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, 
     steering = plan.study.steering
     labels = pictures.activations.images.labels
     classes = image_classes(labels, steering.ignore_labels if steering else ())
-    names = class_names(set(labels["label_name"].to_pylist()) - {None})
+    names = NeuronNames.read(plan, chosen, labels["label_name"].to_pylist())
     concepts = label_concepts(tables.scores, top_image, classes, max_token)
     means = mean_embeddings(top_image, ActivationStore(space.step.folder), [one.latent for one in concepts])
     vector = load_text_encoder(space.encoder.model, space.info.revision).embed_texts([text])[0].numpy()
-    return [
-        {
-            "latent": one.concept.latent,
-            "similarity": one.similarity,
-            "ms": None if np.isnan(ms[one.concept.latent]) else ms[one.concept.latent],
-            "label": one.concept.label,
-            "name": names.get(one.concept.label or "", one.concept.label),
-            "purity": one.concept.purity,
-            "frequency": one.concept.frequency,
-            "max_token": one.concept.max_token,
+    rows = []
+    for concept, similarity in search(vector, means, concepts):
+        name, method, score = names.of(concept) or (None, None, None)
+        facts = {
+            "latent": concept.latent,
+            "similarity": similarity,
+            "ms": None if np.isnan(ms[concept.latent]) else ms[concept.latent],
+            "name": name,
+            "name_method": method,
+            "name_score": score,
+            "label": concept.label,
+            "label_name": names.label_of(concept),
+            "purity": concept.purity,
+            "frequency": concept.frequency,
+            "max_token": concept.max_token,
         }
-        for one in search(vector, means, concepts)
-    ]
+        rows.append(facts)
+    return rows
 
 
 def found_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The latents as a table."""
-    table = [["latent", "similarity", "MS", "frequency", "max_token", "most of its top images"]]
-    for row in rows:
-        ms = "–" if row["ms"] is None else f"{row['ms']:.3f}"
-        label = "" if row["name"] is None else f"{row['name']} ({row['purity']:.0%})"
-        figures = [f"{row['similarity']:.3f}", ms, f"{row['frequency']:.4f}", f"{row['max_token']:.3g}"]
-        table.append([str(row["latent"]), *figures, label])
-    return table_lines(table, ">>>>><")
+    """The latents as a table; names have a column of their own where a stage has found some."""
+    titles = ["latent", "similarity", "MS", "frequency", "max_token", "name", "most of its top images"]
+    table = [titles, *map(_cells, rows)]
+    if not any(cells[5] for cells in table[1:]):
+        return table_lines([cells[:5] + cells[6:] for cells in table], ">>>>><")
+    return table_lines(table, ">>>>><<")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    name = label = ""
+    if row["name_method"] not in (None, LABEL):
+        score = "" if row["name_score"] is None else f" {row['name_score']:.2f}"
+        name = f"{row['name']} ({row['name_method']}{score})"
+    if row["label"] is not None:
+        label = f"{row['label_name']} ({row['purity']:.0%})"
+    numbers = [f"{row['similarity']:.3f}", number(row["ms"], 3), f"{row['frequency']:.4f}", f"{row['max_token']:.3g}"]
+    return [str(row["latent"]), *numbers, name, label]

@@ -323,7 +323,10 @@ def _add_features(app: FastAPI, service: Service) -> None:
 def _summary(one: Summary) -> FeatureSummary:
     return FeatureSummary(
         index=one.concept.latent,
-        name=one.name,
+        name=one.name and one.name.name,
+        name_method=one.name and one.name.method,
+        name_score=one.name and one.name.score,
+        label=one.label,
         purity=one.concept.purity,
         ms=one.ms,
         frequency=one.concept.frequency,

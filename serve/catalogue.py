@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from sae_ray.concepts.labelling import Concept, image_classes, label_concepts, mean_embeddings
-from sae_ray.concepts.naming import class_names
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.text import TextEncoder, load_text_encoder
 from sae_ray.errors import UsageError
@@ -23,6 +22,7 @@ from sae_ray.steering import load_max_token
 from sae_ray.steering.llava import describe_llava
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
+from sae_ray.study.names import Name, NeuronNames
 from sae_ray.study.plan import ImagePlan, StudyPlan, TrainPlan
 from sae_ray.study.root import recalled_plan
 
@@ -40,7 +40,9 @@ class Summary(NamedTuple):
     """One feature."""
 
     concept: Concept
-    name: str | None
+    name: Name | None
+    label: str | None
+    """The most common class of its top images, readable."""
     ms: float | None
     n_images: int
     similarity: float | None
@@ -64,7 +66,7 @@ class SaeEntry:
     train: TrainPlan
     concepts: dict[int, Concept]
     """Every feature that fired at least once."""
-    class_name: dict[str, str]
+    names: NeuronNames
     ms: Float[np.ndarray, " d_sae"]
     top_images: TopImages
     histogram: Int[np.ndarray, "d_sae bins"]
@@ -80,8 +82,8 @@ class SaeEntry:
         """Raises KeyError if the feature never fired."""
         concept = self.concepts[index]
         ms = float(self.ms[index])
-        name = None if concept.label is None else self.class_name.get(concept.label, concept.label)
-        return Summary(concept, name, None if np.isnan(ms) else ms, self._n_top(index), similarity)
+        name, label = self.names.of(concept), self.names.label_of(concept)
+        return Summary(concept, name, label, None if np.isnan(ms) else ms, self._n_top(index), similarity)
 
     def search(self, text: str | None, sort: Sort | None) -> list[Summary]:
         """Sorted features: all that fired at least once, or those that match a text.
@@ -93,7 +95,7 @@ class SaeEntry:
         else:
             similarity = self.similar_to.similarities(text) if self.similar_to else {}
             similar = sorted(similarity, key=lambda index: -similarity[index])[:MOST_SIMILAR]
-            named = [index for index in self.concepts if text.lower() in (self.summary(index).name or "").lower()]
+            named = [index for index in self.concepts if self._mentions(index, text)]
             found = [self.summary(index, similarity.get(index)) for index in dict.fromkeys([*similar, *named])]
         by = sort or ("similarity" if text and self.similar_to else "ms")
         if by == "similarity" and not (text and self.similar_to):
@@ -122,6 +124,10 @@ class SaeEntry:
         """A thumbnail of a top image as PNG; None if there is no image of that rank."""
         ids = {top.rank: top.image_id for top in self.top(index)} if index in self.concepts else {}
         return _thumbnail(self.pictures.folder, ids[rank], self.pictures.rendering) if rank in ids else None
+
+    def _mentions(self, index: int, text: str) -> bool:
+        one = self.summary(index)
+        return any(text.lower() in words.lower() for words in (one.name and one.name.name, one.label) if words)
 
     def _n_top(self, index: int) -> int:
         return int((self.top_images.image[index] >= 0).sum())
@@ -192,14 +198,13 @@ def _entry(plan: StudyPlan, train: TrainPlan, store: ActivationStore | None, enc
     classes = image_classes(images.labels, steering.ignore_labels if steering else ())
     max_token = load_max_token(train.step.folder).numpy()
     concepts = {one.latent: one for one in label_concepts(scores, top_images.image, classes, max_token)}
-    labels = [name for name in images.labels["label_name"].to_pylist() if name is not None]
     similar = MeanEmbeddings(top_images, store, list(concepts), encoder) if store and encoder else None
     return SaeEntry(
         train.grid_cell.name,
         train.step.folder,
         train,
         concepts,
-        class_names(labels),
+        NeuronNames.read(plan, train.grid_cell.name, images.labels["label_name"].to_pylist()),
         of_heldout.scores.ms,
         top_images,
         of_heldout.histogram,

@@ -160,8 +160,9 @@ async function picture(path) {
 }
 
 const titleOf = (feature) => feature.name ?? `feature ${feature.index}`;
+const namedBy = ({ name_method, name_score }) => name_method === null ? "" : `name by ${name_method}${name_score === null ? "" : ` (${name_score.toFixed(2)})`}`;
 const factsOf = (feature) =>
-  [`#${feature.index}`, feature.ms === null ? "" : `MS ${feature.ms.toFixed(2)}`, `fires on ${(100 * feature.frequency).toLocaleString("en", { maximumSignificantDigits: 2 })} %`]
+  [`#${feature.index}`, namedBy(feature), feature.ms === null ? "" : `MS ${feature.ms.toFixed(2)}`, `fires on ${(100 * feature.frequency).toLocaleString("en", { maximumSignificantDigits: 2 })} %`]
     .filter(Boolean).join(" · ");
 
 function card(feature) {
