@@ -20,6 +20,7 @@ from sae_ray.report.rating import PAIRS_SCHEMA
 from sae_ray.sae import load_sae
 from sae_ray.scores.tables import HISTOGRAM_SCHEMA, SCORES_SCHEMA, TOP_IMAGES_SCHEMA, ScoreTables
 from sae_ray.steering.evaluation import ANSWERS_SCHEMA, CONCEPTS_SCHEMA
+from sae_ray.steering.latent_names import LATENT_NAMES_SCHEMA, NAMING_ANSWERS_SCHEMA
 from sae_ray.store.activations import PARTS_SCHEMA, REJECTS_SCHEMA, ActivationStore
 from sae_ray.store.steps import SCHEMA_VERSIONS, SCRATCH
 from sae_ray.study.root import LAYOUT
@@ -51,6 +52,8 @@ def test_versions_are_those_of_the_code():
         ("`concepts-*`", NAMES_SCHEMA),
         ("`steering-*`", ANSWERS_SCHEMA),
         ("`steering-*`", CONCEPTS_SCHEMA),
+        ("`naming-*`", LATENT_NAMES_SCHEMA),
+        ("`naming-*`", NAMING_ANSWERS_SCHEMA),
         ("`pictures-*`", HEAT_SCHEMA),
         ("`humans-*`", PAIRS_SCHEMA),
         ("`agreement-*`", AGREEMENT_SCHEMA),
