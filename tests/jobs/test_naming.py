@@ -15,12 +15,10 @@ from sae_ray.jobs.progress import Progress
 
 from sae_ray.concepts import answered_names
 from sae_ray.concepts.image_codes import image_codes
-from sae_ray.errors import UsageError
 from sae_ray.sae import load_sae
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering.latent_names import LATENT_NAMES_SCHEMA, NAMES
 from sae_ray.store.activations import ActivationStore
-from sae_ray.study.config import Study
 from sae_ray.study.names import NeuronNames
 from sae_ray.study.plan import NamingPlan
 from sae_ray.study.root import remember
@@ -123,19 +121,3 @@ def test_names_are_shown_by_find_and_in_the_summary(one, steered, make_steered, 
     text = study.summary_text(plan, study.write_summary(plan))
     assert "Names that the LLaVA gives to latents" in text
     assert len(NeuronNames.read(plan, one.name, []).found) >= len([row for row in named.values() if row["name"]])
-
-
-def test_what_changes_names(make_steered, tmp_path):
-    def steps(**overrides) -> list[str]:
-        return [plan.step.name for plan in make_steered(tmp_path, **overrides).namings]
-
-    [first] = steps()
-    assert steps(**{"steering.n_images": 5, "steering.other_prompts": []}) == [first]
-    for field, value in {"naming.n_latents": 7, "steering.strength": 3, "steering.prompt": "What?", "seed": 1}.items():
-        assert steps(**{field: value}) != [first]
-    assert steps(**{"naming.methods": ["vlm"], "steering.strength": 3}) == steps(**{"naming.methods": ["vlm"]})
-
-
-def test_naming_needs_the_llava_of_steering(study_values, tmp_path):
-    with pytest.raises(UsageError, match="add that table"):
-        Study.from_dict(study_values | {"naming": {}})

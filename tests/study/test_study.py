@@ -730,6 +730,50 @@ def test_settings_of_steering_change_its_own_steps(make_steered: MakePlan, overr
     assert changed(names(make_steered()), names(make_steered(overrides))) == expected
 
 
+NAMING = {"naming-" + label for label in (
+    "layer0.all-batch_topk-x2-k4", "layer1.all-batch_topk-x2-k4", "layer1.cls-batch_topk-x2-k4",
+    "layer1.random-2-batch_topk-x2-k4",
+)}  # fmt: skip
+BY_STEERING = {label.replace("steering-", "naming-", 1) for label in STEERING}
+
+
+def test_the_llava_names_latents_of_every_sae_and_steers_those_of_its_layer(make_steered: MakePlan):
+    before, plan = names(make_steered()), make_steered({"naming": {}})
+    after = names(plan)
+    assert after.keys() - before.keys() == NAMING
+    assert changed(before, {label: after[label] for label in before}) == set()
+    assert {one.step.label for one in plan.namings if one.methods == ("vlm", "steering")} == BY_STEERING
+    assert {one.methods for one in plan.namings} == {("vlm", "steering"), ("vlm",)}
+    steps = list(plan.steps)
+    for one in plan.namings:
+        assert all(step in steps[: steps.index(one.step)] for step in one.inputs)
+        assert (one.train.name, one.heldout.images.name) == ("train", "heldout")
+    only = make_steered({"naming.methods": ["steering"]})
+    assert {one.step.label for one in only.namings} == BY_STEERING
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"naming.n_latents": 1000}, set()),  # as it stands anyway
+        ({"naming.n_latents": 7}, NAMING),
+        ({"steering.prompt": "What?"}, NAMING | STEERING | PICTURES),
+        ({"steering.strength": 40}, BY_STEERING | STEERING | PICTURES),
+        ({"steering.n_images": 7}, STEERING | PICTURES),
+        ({"naming.methods": ["steering", "vlm"]}, BY_STEERING),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",  # sets have no order
+)
+def test_settings_change_the_names_that_depend_on_them(make_steered: MakePlan, overrides: dict, expected: set[str]):
+    before, after = names(make_steered({"naming": {}})), names(make_steered({"naming": {}, **overrides}))
+    assert changed(before, after) == expected
+
+
+def test_naming_needs_the_llava_of_steering():
+    with pytest.raises(UsageError, match=r"latents are named by the LLaVA of \[steering\]; add that table"):
+        study({"naming": {}})
+
+
 def test_other_models_change_the_steps_that_they_decide(
     make_steered: MakePlan, make_clip: Callable[..., str], make_llava: Callable[..., str], tmp_path: Path
 ):
