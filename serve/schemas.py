@@ -371,10 +371,10 @@ class FeatureSummary(BaseModel):
     name: str | None
     """Its name, if the study has named its features; otherwise the label."""
     name_method: str | None
-    """How the name was found: `soft_wpmi`, `decoder_cosine`, `vlm`, `steering`, or `label`."""
+    """How the name was found: `vlm`, `steering`, `soft_wpmi`, or `label`."""
     name_score: float | None
     """How good the name is: for `vlm` and `steering` how well it tells held-out images (1 always, 0.5 by chance), for
-    `soft_wpmi` and `decoder_cosine` their own score, for `label` the purity."""
+    `soft_wpmi` in nats, for `label` the purity."""
     label: str | None
     """The most common class of its top images."""
     purity: float
