@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from sae_ray.concepts.naming import class_of as class_of
     from sae_ray.concepts.naming_by_answers import AnsweredNames as AnsweredNames
     from sae_ray.concepts.naming_by_answers import Trials as Trials
+    from sae_ray.concepts.naming_by_answers import affirms as affirms
     from sae_ray.concepts.naming_by_answers import answered_names as answered_names
     from sae_ray.concepts.naming_by_answers import name_scores as name_scores
     from sae_ray.concepts.naming_by_answers import random_images as random_images
@@ -123,6 +124,7 @@ __getattr__ = exports(
         "naming_by_answers": [
             "AnsweredNames",
             "Trials",
+            "affirms",
             "answered_names",
             "name_scores",
             "random_images",
