@@ -16,7 +16,7 @@ import numpy as np
 from bench.record import Table, record
 from sae_ray.concepts.labelling import Concept, image_classes, label_concepts
 from sae_ray.concepts.naming import names
-from sae_ray.concepts.naming_by_answers import plain
+from sae_ray.concepts.naming_by_answers import VERIFIED, plain
 from sae_ray.concepts.tables import ConceptTables
 from sae_ray.sae import load_sae
 from sae_ray.scores.tables import ScoreTables
@@ -50,6 +50,14 @@ def right(concepts: Iterable[Concept], name: Mapping[int, str | None]) -> float 
     return float(np.mean(said)) if said and name else None
 
 
+def holding(concepts: Iterable[Concept], plan: NamingPlan) -> float:
+    """The share whose name by the LLaVA holds on held-out images, of those that could be tried."""
+    rows = plan.step.folder.read_parquet(NAMES).to_pylist()
+    score = {row["neuron"]: row["score"] for row in rows if row["method"] == "vlm"}
+    tried = [score[one.latent] for one in concepts if score[one.latent] is not None]
+    return float(np.mean([one >= VERIFIED for one in tried]))
+
+
 def names_of(plan: StudyPlan, one: NamingPlan) -> dict[str, dict[int, str | None]]:
     """Method, or its control -> latent -> name."""
     found: dict[str, dict[int, str | None]] = {}
@@ -73,8 +81,11 @@ def main() -> None:
     for one in plan.namings:
         found, concepts = names_of(plan, one), pure(one)
         shares = [right(concepts, found.get(method, {})) for method in methods]
-        rows.append([f"`{one.name}`", len(concepts), *(one if one is None else round(one, 3) for one in shares)])
-    tables = [Table(title="Right names", columns=["SAE", "latents", *methods.values()], rows=rows)]
+        by_llava, *others = (share if share is None else round(share, 3) for share in shares)
+        rows.append([f"`{one.name}`", len(concepts), by_llava, round(holding(concepts, one), 3), *others])
+    by_llava, *others = methods.values()
+    columns = ["SAE", "latents", by_llava, "and holds", *others]
+    tables = [Table(title="Right names", columns=columns, rows=rows)]
 
     [steered] = [one for one in plan.namings if "steering" in one.methods]
     llava = load_llava(steered.steering.llava, steered.steering.revision)
