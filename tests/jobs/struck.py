@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from sae_ray.jobs import asking, extract, score, steering, study
+from sae_ray.jobs import asking, extract, naming, score, steering, study
 from sae_ray.jobs.cluster import allow_slow_starts
 from sae_ray.jobs.progress import Progress
 
@@ -27,7 +27,7 @@ from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 
-STAGES = ("extract", "train", "evaluate", "score", "concepts", "steering", "pictures")
+STAGES = ("extract", "train", "evaluate", "score", "concepts", "steering", "naming", "pictures")
 GIVEN = "SAE_RAY_TESTS_STRUCK"
 """The environment variable by which every process of the cluster knows what was given."""
 QUICKLY = {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "500"}
@@ -96,20 +96,29 @@ class StruckBoard:
             strike(self.stage)
 
 
-class StruckActor(steering.SteeringActor):
+class StruckActor(asking.Actor):
     """Of the blocks of answers the first one passes."""
 
     def answer(self, step: Folder, sae: Folder, directions: Any, folder: Folder, file: str, *asked: Any) -> Any:
-        if folder.name == "answers" and not file.startswith("part-00000"):
-            strike("steering")
+        if folder.name in ("answers", "train") and not file.startswith("part-00000"):
+            strike(step.name.split("-")[0])
         return super().answer(step, sae, directions, folder, file, *asked)
+
+
+class StruckSteeringActor(StruckActor, steering.SteeringActor):
+    pass
+
+
+class StruckNamingActor(StruckActor, naming.NamingActor):
+    pass
 
 
 def drive() -> None:
     """The driver."""
     board_of = Progress.board
     Progress.board = lambda progress: StruckBoard(board_of(progress), progress.label.split()[0])
-    steering.SteeringActor = StruckActor
+    steering.SteeringActor = StruckSteeringActor
+    naming.NamingActor = StruckNamingActor
     asking.QUESTIONS_PER_BLOCK = 64
     score.BLOCKS_PER_FOLD = 2
     scoring.IMAGES_PER_BLOCK = given()["images_per_block"]

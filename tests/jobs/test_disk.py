@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sae_ray.jobs import concepts, evaluate, extract, pictures, score, stage, steering, study, train
+from sae_ray.jobs import concepts, evaluate, extract, naming, pictures, score, stage, steering, study, train
 
 from sae_ray.errors import SaeRayError
 from tests.roots import differences
@@ -20,6 +20,7 @@ STAGES = {
     "score": (score, "scores-*"),
     "concepts": (concepts, "concepts-*"),
     "steering": (steering, "steering-*"),
+    "naming": (naming, "naming-*"),
     "pictures": (pictures, "pictures-*"),
 }
 """Stage -> its module and its steps."""
