@@ -166,19 +166,18 @@ def name_rates(
     concepts = {one.latent: one for one in subjects}
     for method in dict.fromkeys(table["method"].to_pylist()):
         rows = [row for row in table.to_pylist() if row["method"] == method]
-        tried = [row for row in rows if row["score"] is not None]
-        held = [row["control_score"] for row in rows if row["control_score"] is not None]
+        scores, held = ([row[key] for row in rows if row[key] is not None] for key in ("score", "control_score"))
         pure = []
         for row in rows:
             one = concepts[row["neuron"]]
-            if one.stands_for_its_class(min_images, min_purity) and one.label in class_name:
-                pure.append((row, class_name[one.label]))
-        scores = [row["score"] for row in tried]
+            name = class_name.get(one.label or "")
+            if name is not None and one.stands_for_its_class(min_images, min_purity):
+                pure.append((row, name))
         found[method] = {
             "latents": len(rows),
             "named": sum(row["name"] is not None for row in rows),
             "distinct": len({row["name"] for row in rows} - {None}),
-            "tried": len(tried),
+            "tried": len(scores),
             "score": _mean(scores),
             "verified": _mean([score >= VERIFIED for score in scores]),
             "control_score": _mean(held),

@@ -115,10 +115,10 @@ def outputs_at(
     ids = [""] * len(pixels)  # only needed to draw tokens
 
     def outputs(edit: TowerEdit | None) -> Tensor:
-        inside = edit is not None and site.layer is not None
-        with _edited(encoder, site, edit) if inside else contextlib.nullcontext():
+        inside = edit if site.layer is not None else None
+        with contextlib.nullcontext() if inside is None else _edited(encoder, site, inside):
             output = encoder.tap(pixels, [readout], ids, seed=0)[readout].activation
-        return output if edit is None or inside else edit(output)
+        return edit(output) if edit is not None and inside is None else output
 
     return outputs
 

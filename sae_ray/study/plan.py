@@ -596,7 +596,9 @@ class StudyPlan:
         steered = {one.name for one in self.steerings}
         found = []
         for train in self.trains:
-            methods = tuple(one for one in naming.methods if one != "steering" or train.grid_cell.name in steered)
+            methods: tuple[NamingMethod, ...] = naming.methods
+            if train.grid_cell.name not in steered:
+                methods = tuple(one for one in methods if one != "steering")
             if methods:
                 found.append(self._naming(naming, self.steerings[0].steering, methods, train))
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,15 +90,13 @@ def test_the_rest_of_the_encoder_runs_on_edited_tokens(tokens: str, edited: slic
     site = Site.parse(f"layer2:{tokens}")
     sae = lossless(128, kept=0.5)
     with torch.no_grad():
-        stream = [
-            tapped.activation for tapped in encoder.tap(pixels, [Site.parse("layer2:all")], [""] * 300, 0).values()
-        ]
-        stream = stream[0].view(300, 17, 128).clone()
+        whole = Site.parse("layer2:all")
+        stream = encoder.tap(pixels, [whole], [""] * 300, 0)[whole].activation.view(300, 17, 128).clone()
         stream[:, edited] *= 0.5
-        tower = encoder.tower.module.vision_model
+        module: Any = encoder.tower.module
         for block in encoder.tower.blocks[3:]:
             stream = block(stream, attention_mask=None)
-        expected = encoder.tower.module.visual_projection(tower.post_layernorm(stream[:, 0]))
+        expected = module.visual_projection(module.vision_model.post_layernorm(stream[:, 0]))
     outputs = outputs_at(encoder, pixels, site)
     before = outputs(None)
     assert torch.allclose(outputs(lambda x: sae.decode(sae.encode(x))), expected, atol=1e-5)
