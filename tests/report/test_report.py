@@ -26,10 +26,10 @@ from sae_ray.images.rendering import Rendering
 from sae_ray.report import album as albums
 from sae_ray.report import write_report
 from sae_ray.report.album import SIDE, Album, thumbnail_size
-from sae_ray.report.data import rounded
 from sae_ray.report.heat import HeatCell, HeatMaps, caution, codes_of, heat_cells, why_none
 from sae_ray.report.neighbours import N_NEAREST, nearest_latents
 from sae_ray.report.neurons import Neurons, read_neurons, shown_cells
+from sae_ray.report.packing import rounded
 from sae_ray.report.pictures import (
     PicturesJob,
     Shown,
@@ -546,9 +546,8 @@ def test_a_report_is_uploaded_where_nothing_can_be_renamed(copy: StudyPlan, monk
     monkeypatch.setattr(Folder, "is_local", False, raising=False)
     assert write_report(copy)
     place = Path((copy.root / "report").path)
-    assert {"index.html", "report.json", "report.css", "report.js", "data", "sprites"} == {
-        p.name for p in place.iterdir()
-    }
+    files = {"index.html", "common.js", "report.css", "report.js", "concepts.html", "concepts.css", "concepts.js"}
+    assert {*files, "report.json", "data", "sprites"} == {path.name for path in place.iterdir()}
     assert not write_report(copy)
 
 
