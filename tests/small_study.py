@@ -15,6 +15,8 @@ from sae_ray.concepts.word_names import Texts
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.part import encode_part
 from sae_ray.images.part import Preparation, decode_part
+from sae_ray.report import write_report
+from sae_ray.report.neurons import shown_cells
 from sae_ray.report.pictures import Shown, finish_pictures, make_sprite, pictures_job
 from sae_ray.sae import SAE, load_sae, save_sae
 from sae_ray.scores.scoring import score_store
@@ -118,6 +120,14 @@ def finish_pictures_of(plan: StudyPlan, pictures: PicturesPlan) -> None:
     for sprite in sprites:
         make_sprite(job, sprite)
     finish_pictures(pictures, shown.album, 1.0)
+
+
+def make_report(plan: StudyPlan) -> bool:
+    """As `sae-ray report` does, without Ray."""
+    cells = shown_cells(plan)
+    if cells and not (pictures := plan.pictures_of(cells)).step.finished:
+        finish_pictures_of(plan, pictures)
+    return write_report(plan)
 
 
 def finish_extract(extract: ExtractPlan) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sae_ray.concepts.summary import MEASURES, Cell, Compared, best_by_measure
 from sae_ray.report import plots
-from sae_ray.report.meanings import INDEXED, MEASURED, MOST_CONCEPTS, MOST_NEURONS, Meaning
+from sae_ray.report.meanings import INDEXED, MEASURED, Meaning
 from sae_ray.report.page import template
 from sae_ray.report.people import Judged
 from sae_ray.report.wording import number
@@ -83,8 +83,6 @@ def _facts(meanings: Mapping[str, Meaning], facts: Mapping[str, Any]) -> dict[st
         "home": "index.html",
         "cells": cells,
         "first": first,
-        "most_neurons": MOST_NEURONS,
-        "most_concepts": MOST_CONCEPTS,
     }
 
 

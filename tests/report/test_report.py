@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shutil
@@ -49,7 +48,8 @@ from sae_ray.store.steps import Step, hold
 from sae_ray.study.plan import ImagePlan, StudyPlan
 from sae_ray.study.summary import summarise
 from sae_ray.study.survey import SurveyedImages
-from tests.small_study import DEAD, LABELS, STEERED, finish_pictures_of
+from tests.report_data import data, unpacked
+from tests.small_study import DEAD, LABELS, STEERED, make_report
 
 Plan = Callable[..., StudyPlan]
 MATRYOSHKA = "layer1.all-matryoshka_batch_topk-x4-k4"
@@ -79,18 +79,6 @@ def copy(small_study: Path, plan_small_study: Plan, tmp_path: Path) -> StudyPlan
     shutil.copytree(small_study, tmp_path / "study")
     shutil.rmtree(tmp_path / "study" / "root" / "report", ignore_errors=True)
     return plan_small_study(tmp_path / "study")
-
-
-def data(report: Path, name: str):
-    """What a file of data hands to the page."""
-    found = re.fullmatch(r'report\("(.*?)",(.*)\)\n', (report / "data" / f"{name}.js").read_text(), re.DOTALL)
-    assert found is not None
-    assert found[1] == name
-    return json.loads(found[2])
-
-
-def unpacked(text: str, dtype: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype)
 
 
 # Neurons
@@ -444,14 +432,6 @@ def test_the_page_is_whole_and_needs_no_network(report: Path, plan: StudyPlan):
     assert "red/broken.png" in page
     ids = re.findall(r'\bid="(.*?)"', page)
     assert len(ids) == len(set(ids))
-
-
-def make_report(plan: StudyPlan) -> bool:
-    """As `sae-ray report` does, without Ray."""
-    cells = shown_cells(plan)
-    if cells and not (pictures := plan.pictures_of(cells)).step.finished:
-        finish_pictures_of(plan, pictures)
-    return write_report(plan)
 
 
 def test_a_report_is_made_once(copy: StudyPlan):

@@ -32,9 +32,10 @@ function once(name, packed, Type) {
 
 /** A score of the cell's neurons, in the order of the index. */
 async function scoresOf(cell, key) {
-  const index = await openIndex(cell);
-  const n = Math.min(index.neuron.length, facts.most_neurons);
-  if (facts.scores[key].indexed) return index[key].subarray(0, n);
+  if (facts.scores[key].indexed) {
+    const { index, n } = await open(cell);
+    return index[key].subarray(0, n);
+  }
   const name = `${cell}/scores/${key}`;
   return once(name, await load(name), Float32Array);
 }
@@ -71,7 +72,7 @@ const written = (value) => (value === null || value === undefined || Number.isNa
 
 function save(what, rows) {
   const text = rows.map((row) => `${row.map(written).join(",")}\r\n`).join("");
-  const file = URL.createObjectURL(new Blob(["\ufeff", text], { type: "text/csv" }));
+  const file = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
   const name = `${facts.study}-${what}.csv`.replace(/[^\p{L}\p{N}.]+/gu, "-").replace(/^-+/, "");
   Object.assign(document.createElement("a"), { href: file, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(file), 60_000);
