@@ -288,7 +288,7 @@ def test_points_can_be_reached_by_keyboard(reader: Reader, cell: Neurons):
     known = [
         neuron for neuron in cell.order if not np.isnan(cell.columns.ms[neuron]) and cell.columns.frequency[neuron]
     ]
-    worst, next_ = sorted(known, key=lambda neuron: cell.columns.ms[neuron])[:2]
+    worst, next_ = sorted(known, key=lambda neuron: ms[neuron])[:2]
     reader.page.locator("#scatter").focus()
     reader.page.keyboard.press("ArrowRight")
     sync_api.expect(reader.page.locator("#pointed")).to_contain_text(f"Neuron {worst}")
