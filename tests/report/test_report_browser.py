@@ -285,9 +285,8 @@ def test_points_can_be_reached_by_keyboard(reader: Reader, cell: Neurons):
     reader.passing(len(cell.order))
     reader.page.get_by_label("Across").select_option("MonoSemanticity")
     reader.page.get_by_label("Up").select_option("share of images it fires on")
-    known = [
-        neuron for neuron in cell.order if not np.isnan(cell.columns.ms[neuron]) and cell.columns.frequency[neuron]
-    ]
+    ms, frequency = cell.columns.ms, cell.columns.frequency
+    known = [neuron for neuron in cell.order if not np.isnan(ms[neuron]) and frequency[neuron] > 0]
     worst, next_ = sorted(known, key=lambda neuron: ms[neuron])[:2]
     reader.page.locator("#scatter").focus()
     reader.page.keyboard.press("ArrowRight")
