@@ -70,8 +70,8 @@ class Reader:
     def open_concepts(self, cell: str = MATRYOSHKA) -> None:
         """The page of concepts, with nothing left out but what never fired."""
         self.open(page="concepts.html")
-        self.page.get_by_label("SAE", exact=True).select_option(cell)
-        self.page.get_by_label("Active on at least").fill("0")
+        self.page.locator("#filters [name=cell]").select_option(cell)
+        self.page.locator("#filters [name=support]").fill("0")
 
     def passing(self, n: int) -> None:
         """Waits until so many neurons pass the filter of the page of concepts."""
@@ -251,8 +251,8 @@ def test_the_purity_is_readable_however_long_the_label(reader: Reader, width: in
 def test_a_point_shows_its_neuron_and_leads_to_it(reader: Reader, cell: Neurons, tables: ConceptTables):
     reader.open_concepts()
     reader.passing(len(cell.order))
-    reader.page.get_by_label("Across").select_option("MonoSemanticity")
-    reader.page.get_by_label("Up").select_option("ρ with its concept")
+    reader.page.locator("#across").select_option("MonoSemanticity")
+    reader.page.locator("#up").select_option("ρ with its concept")
     both = [n for n in cell.order if not np.isnan([cell.columns.ms[n], tables.neurons.rho[n]]).any()]
     sync_api.expect(reader.page.locator("#scatter-words")).to_contain_text(f"{len(both):,} neurons are shown")
     neuron = max(both, key=lambda one: tables.neurons.rho[one])
@@ -283,8 +283,8 @@ def test_a_point_shows_its_neuron_and_leads_to_it(reader: Reader, cell: Neurons,
 def test_points_can_be_reached_by_keyboard(reader: Reader, cell: Neurons):
     reader.open_concepts()
     reader.passing(len(cell.order))
-    reader.page.get_by_label("Across").select_option("MonoSemanticity")
-    reader.page.get_by_label("Up").select_option("share of images it fires on")
+    reader.page.locator("#across").select_option("MonoSemanticity")
+    reader.page.locator("#up").select_option("share of images it fires on")
     ms, frequency = cell.columns.ms, cell.columns.frequency
     known = [neuron for neuron in cell.order if not np.isnan(ms[neuron]) and frequency[neuron] > 0]
     worst, next_ = sorted(known, key=lambda neuron: ms[neuron])[:2]
@@ -304,7 +304,7 @@ def test_concepts_and_neurons_are_filtered_and_downloaded(reader: Reader, cell: 
     sync_api.expect(reader.page.locator("#matrix tbody tr")).to_have_count(len(LABELS))
     assert len(reader.downloaded("#concepts-csv")) == len(LABELS)
 
-    reader.page.get_by_label("Concept contains").fill(LABELS[2][:4].upper())
+    reader.page.locator("#filters [name=concept]").fill(LABELS[2][:4].upper())
     mine = [neuron for neuron in order if neurons.concept[neuron] == LABELS[2]]
     assert mine
     reader.passing(len(mine))
@@ -317,8 +317,8 @@ def test_concepts_and_neurons_are_filtered_and_downloaded(reader: Reader, cell: 
     assert [int(text) for text in links.all_text_contents()] == best[:8].tolist()
 
     middle = float(np.median(neurons.rho[mine]))
-    reader.page.get_by_label("Score", exact=True).select_option("ρ with its concept")
-    reader.page.get_by_label("at least", exact=True).fill(repr(middle))
+    reader.page.locator("#filters [name=score]").select_option("ρ with its concept")
+    reader.page.locator("#filters [name=from]").fill(repr(middle))
     kept = [neuron for neuron in mine if neurons.rho[neuron].astype("f4") >= middle]
     assert 0 < len(kept) < len(mine)
     reader.passing(len(kept))
@@ -333,7 +333,7 @@ def test_concepts_and_neurons_are_filtered_and_downloaded(reader: Reader, cell: 
 
     reader.page.get_by_role("button", name="Reset").click()
     reader.open_concepts()
-    reader.page.get_by_label("Name contains").fill("nothing")
+    reader.page.locator("#filters [name=name]").fill("nothing")
     reader.passing(1)
     [row] = reader.downloaded("#names-csv")
     assert (int(row["neuron"]), row["name"], float(row["score"])) == (STEERED[-1], "nothing", 0.5)
@@ -344,7 +344,7 @@ def test_concepts_and_neurons_are_filtered_and_downloaded(reader: Reader, cell: 
 def test_saes_are_filtered_and_downloaded(reader: Reader, plan: StudyPlan):
     reader.open(page="concepts.html")
     reader.page.locator("summary").first.click()
-    reader.page.get_by_label("Name contains").first.fill("RAW-")
+    reader.page.locator("[data-rows=all-table]").fill("RAW-")
     rows = reader.downloaded("[data-table=all-table]")
     raw = [one for one in plan.concepts if one.sae is None]
     assert [row["SAE"] for row in rows] == [one.name for one in raw]
