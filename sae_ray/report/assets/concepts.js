@@ -228,7 +228,7 @@ function axisOf(values, logarithmic, from, to) {
   const pad = 0.03 * (high - low) || 0.5;
   [low, high] = [low - pad, high + pad];
   const place = (value) => from + ((at(value) - low) / (high - low)) * (to - from);
-  const most = Math.max(2, Math.abs(to - from) / 80);
+  const most = Math.max(2, Math.abs(to - from) / (to > from ? 75 : 45)); // labels are wider than tall
   const rough = (high - low) / most;
   const unit = 10 ** Math.floor(Math.log10(rough));
   const step = unit * [1, 2, 5, 10].find((one) => one * unit >= rough);
