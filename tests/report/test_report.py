@@ -98,7 +98,7 @@ def test_neurons_are_ordered_by_score_where_it_has_support(plan: StudyPlan, plan
 
 
 def test_pictures_come_from_their_own_image_set(plan: StudyPlan, small_study: Path, plan_small_study: Plan):
-    heldout = plan_small_study(small_study, **{"scoring.pictures": "heldout", "steering": None})
+    heldout = plan_small_study(small_study, **{"scoring.pictures": "heldout", "steering": None, "naming": None})
     for ours, other in zip(read_neurons(plan), read_neurons(heldout), strict=True):
         assert (ours.pictures.name, other.pictures.name) == ("train", "heldout")
         assert np.array_equal(ours.columns.ms, other.columns.ms, equal_nan=True)
