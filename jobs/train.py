@@ -143,7 +143,7 @@ def train_bundle(config: dict[str, Any]) -> None:
         now = time.monotonic()
         if first is None:  # the first step is slower than others
             began, first = now, done
-        if now - told >= REPORT_SECONDS or done == bundle.steps:
+        if reports and (now - told >= REPORT_SECONDS or done == bundle.steps):
             told = now
             pace = pace_of(done, bundle.steps, "steps", done - first, now - began)
             tell(done, {name: pace | cell_figures(report) for name, report in reports.items()})

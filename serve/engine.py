@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
-    from jaxtyping import Float
+    from jaxtyping import Shaped
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Task:
 
     tokens: tuple[int, ...]
     """The prompt, with one image token per image."""
-    images: tuple[Float[np.ndarray, "patches hidden"], ...]
-    """The image embeddings from the tower."""
+    images: tuple[Shaped[np.ndarray, "patches hidden"], ...]
+    """The image embeddings from the tower, `packed`."""
     sampling: Sampling
 
 

@@ -8,8 +8,12 @@ from typing import assert_never
 
 from ray import serve
 
+from .coalescing import coalesced
 from .config import ServeConfig
 from .engine import Engine, Step, Task
+
+HANDFUL_S = 0.03
+"""Seconds between two messages of tokens of an answer. What streams faster is not read faster."""
 
 
 @serve.deployment
@@ -23,7 +27,7 @@ class Language:
     async def generate(self, task: Task) -> AsyncGenerator[Step, None]:
         self._running += 1
         try:
-            async with aclosing(self.engine.generate(task)) as steps:
+            async with aclosing(coalesced(self.engine.generate(task), HANDFUL_S)) as steps:
                 async for step in steps:
                     yield step
         finally:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sae_ray.encoders.loading import load_preprocess
 from sae_ray.encoders.sources import model_name
 
 from .catalogue import SaeEntry, read_catalogue
@@ -113,6 +114,7 @@ class Service:
         self.config = config
         self.tower, self.language = tower, language
         self.tokenizer = Tokenizer(config.model, config.revision)
+        self._preprocess = load_preprocess(config.model, config.revision)
         self.saes: dict[str, SaeEntry] = {}
         self.limiter = Limiter(config.limits.max_running, config.limits.max_waiting)
         self.metrics = Metrics(self.limiter)
@@ -166,8 +168,11 @@ class Service:
             self.tokenizer,
         )
 
-    async def images(self, urls: Sequence[str], names: Sequence[str]) -> list[UInt8[np.ndarray, "height width 3"]]:
-        """Decodes images. Raises ApiError for an invalid one, and if they have too many pixels together."""
+    async def images(self, urls: Sequence[str], names: Sequence[str]) -> list[UInt8[np.ndarray, "3 height width"]]:
+        """Images as the tower takes them: decoded, resized and cropped.
+
+        Raises ApiError for an invalid one, and if they have too many pixels together.
+        """
         limits, images = self.config.limits, []
         left = limits.image_megapixels * 1e6
         for url, name in zip(urls, names, strict=True):
@@ -177,7 +182,7 @@ class Service:
                 error.param = name
                 raise
             left -= image.width * image.height
-            images.append(np.asarray(image))
+            images.append(await asyncio.to_thread(self._preprocess, image))
         return images
 
     async def events(self, completion: Completion) -> AsyncGenerator[Event, None]:
@@ -226,21 +231,17 @@ class Service:
                 for choice, kind in enumerate(completion.types):
                     tasks.create_task(self._answer(completion, choice, embedded[kind], queue))
 
-    async def _embedded(self, completion: Completion) -> dict[str, tuple[np.ndarray, ...]]:
+    async def _embedded(self, completion: Completion) -> dict[SteeringType, tuple[np.ndarray, ...]]:
         """The image embeddings per type. The pixels are freed here, before the long generation starts."""
         images = await self.images(completion.request.image_urls, completion.image_names)
+        types = list(dict.fromkeys(completion.types))
+        changes = [completion.change if kind == "STEERED" else None for kind in types]
         async with asyncio.TaskGroup() as tasks:
-            embedded = {
-                kind: [
-                    tasks.create_task(self._embed(pixels, completion.change if kind == "STEERED" else None))
-                    for pixels in images
-                ]
-                for kind in dict.fromkeys(completion.types)
-            }
-        return {kind: tuple(task.result() for task in of) for kind, of in embedded.items()}
+            embedded = [tasks.create_task(self._embed(pixels, changes)) for pixels in images]
+        return {kind: tuple(task.result()[place] for task in embedded) for place, kind in enumerate(types)}
 
-    async def _embed(self, pixels: np.ndarray, change: Change | None) -> np.ndarray:
-        return await self.tower.embed.remote(pixels, change)
+    async def _embed(self, pixels: np.ndarray, changes: Sequence[Change | None]) -> list[np.ndarray]:
+        return await self.tower.embed.remote(pixels, changes)
 
     async def _answer(
         self, completion: Completion, choice: int, images: tuple[np.ndarray, ...], queue: asyncio.Queue[Event | None]

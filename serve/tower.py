@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,15 +15,16 @@ import torch
 from ray import serve
 
 from sae_ray.errors import UsageError
+from sae_ray.host import to_host
 from sae_ray.sae import SAE, load_sae
 from sae_ray.steering import Intervention, LatentEdit, TowerEdit, load_llava, load_max_token
 from sae_ray.store.files import Folder
 
 from .config import ServeConfig
+from .embeddings import packed
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, UInt8
-    from PIL import Image
+    from jaxtyping import Float, Shaped, UInt8
     from torch import Tensor
 
 
@@ -76,41 +78,51 @@ class Tower:
         batching.set_batch_wait_timeout_s(config.tower.batch_wait_s)
 
     async def embed(
-        self, pixels: UInt8[np.ndarray, "height width 3"], change: Change | None
-    ) -> Float[np.ndarray, "patches hidden"]:
-        """The image's embedding, as the language model gets it.
+        self, pixels: UInt8[np.ndarray, "3 height width"], changes: Sequence[Change | None]
+    ) -> list[Shaped[np.ndarray, "patches hidden"]]:
+        """The image's embeddings, one per change, as the language model gets them: `packed`, in the model's dtype.
+
+        Args:
+            pixels: Resized and cropped by the model's own processor (`load_preprocess`).
+            changes: What to do to the image; None for nothing.
 
         Raises UsageError for an invalid edit.
         """
-        edits = () if change is None else (await self._in_thread(self._intervention, change),)
-        embedding: Any = await self._embed_batch(_image(pixels), edits)  # type: ignore  # Serve batches single calls
-        if isinstance(embedding, UsageError):
-            raise embedding
-        return embedding
+        chains = [() if one is None else (await self._in_thread(self._intervention, one),) for one in changes]
+        embeddings: Any = await self._embed_batch(pixels, chains)  # type: ignore  # Serve batches single calls
+        for one in embeddings:
+            if isinstance(one, UsageError):
+                raise one
+        return embeddings
 
     async def ping(self) -> None:
         """Succeeds once a replica is running."""
 
-    async def inspect(self, pixels: UInt8[np.ndarray, "height width 3"], folder: Folder, most: int) -> Look:
+    async def inspect(self, pixels: UInt8[np.ndarray, "3 height width"], folder: Folder, most: int) -> Look:
         """What the tower sees of an image, and the latents with the largest values on any patch."""
-        return await self._in_thread(self._inspect, _image(pixels), folder, most)
+        return await self._in_thread(self._inspect, pixels, folder, most)
 
     @serve.batch  # pyright: ignore[reportArgumentType, reportCallIssue]  # its stubs do not cover methods
     async def _embed_batch(
-        self, images: list[Image.Image], edits: list[Sequence[TowerEdit]]
-    ) -> list[Float[np.ndarray, "patches hidden"] | UsageError]:
-        return await self._in_thread(self._forward, images, edits)
+        self, images: list[UInt8[np.ndarray, "3 height width"]], chains: list[list[Sequence[TowerEdit]]]
+    ) -> list[list[Shaped[np.ndarray, "patches hidden"] | UsageError]]:
+        edits = [chain for of_image in chains for chain in of_image]
+        shown = [image for image, of_image in zip(images, chains, strict=True) for _ in of_image]
+        embeddings = iter(await self._in_thread(self._forward, shown, edits))
+        return [list(islice(embeddings, len(of_image))) for of_image in chains]
 
-    def _forward(self, images: Sequence[Image.Image], edits: Sequence[Sequence[TowerEdit]]) -> list:
+    def _forward(
+        self, images: Sequence[UInt8[np.ndarray, "3 height width"]], edits: Sequence[Sequence[TowerEdit]]
+    ) -> list[Shaped[np.ndarray, "patches hidden"] | UsageError]:
         try:
-            found = self.llava.image_embeddings(images, edits)
+            found = torch.stack(self.llava.image_embeddings(images, edits))
         except UsageError as error:
             if len(images) == 1:
                 return [error]
             # One invalid edit fails the whole pass: run the images one by one, so that only its request fails.
             return [self._forward([image], [chain])[0] for image, chain in zip(images, edits, strict=True)]
-        # Copies, since a slice of a batch would be serialised with the whole batch.
-        return [one.float().cpu().numpy().copy() if one.isfinite().all() else _not_finite() for one in found]
+        embeddings, finite = to_host(found, found.isfinite().flatten(1).all(1))
+        return [packed(one) if fine else _not_finite() for one, fine in zip(embeddings, finite, strict=True)]
 
     def _intervention(self, change: Change) -> Intervention:
         loaded = self._load(change.folder)
@@ -123,14 +135,14 @@ class Tower:
         )
 
     @torch.no_grad()
-    def _inspect(self, image: Image.Image, folder: Folder, most: int) -> Look:
+    def _inspect(self, pixels: UInt8[np.ndarray, "3 height width"], folder: Folder, most: int) -> Look:
         sae, tokens = self._load(folder).sae, []
 
         def look(x: Tensor) -> Tensor:
             tokens.append(x)
             return x
 
-        self.llava.image_embeddings([image], [[look]])
+        self.llava.image_embeddings([pixels], [[look]])
         patches = tokens[0][int(self.llava.info.has_cls) :]
         codes = sae.encode_sparse(patches.to(sae.device))
         latents, place = codes.latents.unique(return_inverse=True)
@@ -139,7 +151,7 @@ class Tower:
         grid = self.llava.info.patch_grid
         strongest = values.amax(dim=1).argsort(descending=True, stable=True)[:most].tolist()
         active = [Active(int(latents[one]), values[one].reshape(grid).cpu().numpy().copy()) for one in strongest]
-        return Look(self.llava.seen(image), active)
+        return Look(pixels.transpose(1, 2, 0), active)
 
     def _load(self, folder: Folder) -> _Sae:
         if folder not in self._saes:
@@ -155,9 +167,3 @@ class Tower:
 
 def _not_finite() -> UsageError:
     return UsageError("the steered image embedding is not finite; lower the strengths")
-
-
-def _image(pixels: UInt8[np.ndarray, "height width 3"]) -> Image.Image:
-    from PIL import Image
-
-    return Image.fromarray(pixels)

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sae_ray.steering import load_llava
 
 from .config import ServeConfig
+from .embeddings import unpacked
 from .engine import Sampling, Scored, Step, Task
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class _Batch:
         pieces, images = [], iter(task.images)
         for token in task.tokens:
             if token == self._image_token:
-                pieces.append(torch.from_numpy(next(images).copy()).to(self._embed.weight))
+                pieces.append(unpacked(next(images)).to(self._embed.weight))
             else:
                 pieces.append(self._embed(torch.tensor([token], device=self._device)))
         return torch.cat(pieces)

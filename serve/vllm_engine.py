@@ -16,6 +16,7 @@ from sae_ray.errors import UsageError
 from sae_ray.steering.llava import FORMS, describe_llava
 
 from .config import ServeConfig
+from .embeddings import unpacked
 from .engine import Sampling, Scored, Step, Task
 
 CPU_CACHE_MB = 1024
@@ -76,7 +77,7 @@ class VllmEngine:
 
     def _checked(self, embedding: Any) -> torch.Tensor:
         """The embedding as vLLM takes it. It accepts a wrong number of tokens in silence, and others may end it."""
-        tensor = torch.from_numpy(embedding.copy())
+        tensor = unpacked(embedding)
         sent = tensor.to(self.dtype)
         if tensor.shape != self.shape or not tensor.is_floating_point() or not sent.isfinite().all():
             raise ValueError(

@@ -29,7 +29,7 @@ class BatchTopK:
             self.trainer.weights.named()[weight].data.copy_(value)
 
     def step(self, batch: Tensor) -> None:
-        self.trainer.step(batch)
+        self.trainer.advance(batch)
 
     def mark_dead(self, count: int) -> None:
         """Counts the last `count` latents as dead, unless they fire in the next step."""

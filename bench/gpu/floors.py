@@ -9,7 +9,7 @@ import torch
 
 from bench.gpu.timing import in_a_row
 from bench.record import Table
-from sae_ray.sae.kernels import kernels_for
+from sae_ray.sae.product import rough_affine
 
 if TYPE_CHECKING:
     from bench.gpu.sizes import Sizes
@@ -46,12 +46,8 @@ def encoder_products(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         forms["float32 result, float32 bias added by the product"] = lambda: torch.addmm(
             bias, x, W_enc, out_dtype=torch.float32
         )
-    if kernels := kernels_for(x):
-
-        def ours() -> None:
-            kernels.add_to_rows(torch.mm(x, W_enc, out_dtype=torch.float32), bias)
-
-        forms["float32 result, bias added by our kernel"] = ours
+    rough, weight = x.float(), W_enc.T.float()
+    forms["float32 result, both rounded, bias as columns (ours)"] = lambda: rough_affine(rough, weight, bias)
     forms["float32 result, bias added afterwards"] = lambda: (x @ W_enc).float().add_(bias)
     rows = []
     for name, run in forms.items():

@@ -78,4 +78,5 @@ def make_sae(x: Float[Tensor, "n d_in"], d_sae: int, k: int) -> SAE:
         bias(d_sae),
         bias(x.shape[1]),
         threshold.expand(d_sae).clone(),
+        k,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
@@ -20,9 +21,10 @@ from bench.gpu.models import info_of, make_sae
 from bench.gpu.sizes import Sizes
 from bench.gpu.timing import milliseconds, wait
 from bench.record import Table
+from sae_ray.sae import SAE
 from sae_ray.sae.sparse import SparseCodes
 from sae_ray.scores.scoring import image_blocks, read_block
-from sae_ray.scores.statistics import pool_tokens
+from sae_ray.scores.statistics import pool_codes, pool_tokens
 from sae_ray.store.activations import ROW_GROUP_BYTES, ActivationStore, finish_store, write_part
 from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
@@ -92,7 +94,9 @@ def stored(sizes: Sizes, device: torch.device) -> Iterator[Table]:
                 lambda: _vectors(folder.read_parquet(path.name)),
                 lambda: path,
             )
-        yield row("Arrow IPC, not compressed", lambda: _write_ipc(made, path), lambda: _read_ipc(path), lambda: path)
+        yield row(
+            "Arrow IPC, not compressed", lambda: _write_ipc(made.table(), path), lambda: _read_ipc(path), lambda: path
+        )
 
 
 def streamed(sizes: Sizes, device: torch.device) -> Iterator[Table]:
@@ -139,38 +143,38 @@ def encoded(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         table["rows"].append([what, round(ms, 1), round(1000 * sizes.scored / ms), entries])
         return table
 
-    small = max(1, sae_ray.sae.model._PRE_ENTRIES // sizes.d_sae)
-    sae.encode_sparse(x[: 4 * small])
+    rows, exact = sae_ray.sae.model._ROWS_ON_GPU, replace(sae, k=None)
+    sae.encode_sparse(x[: 8 * rows])
     codes, ms = _timed(lambda: sae.encode_sparse(x), device)
-    yield row(f"encode_sparse as it is: chunks of {small} rows", ms, len(codes.values))
+    yield row("encode_sparse as it is: a product in bfloat16 screens, float32 decides", ms, len(codes.values))
+    exact.encode_sparse(x[: 8 * rows])
+    whole, ms = _timed(lambda: exact.encode_sparse(x), device)
+    what = f"by products in float32 of {rows} rows; compared with the first row: {_differing(whole, codes)}"
+    yield row(what, ms, len(whole.values))
+    _, ms = _timed(lambda: _by_unlike_chunks(exact, x, rows), device)
+    yield row("the same, the host waits for each product, and the last one has fewer rows", ms, len(whole.values))
     with _chunks_of(CHUNK_ROWS, sizes):
-        sae.encode_sparse(x[: 2 * CHUNK_ROWS])
-        codes, ms = _timed(lambda: sae.encode_sparse(x), device)
-        yield row(f"encode_sparse in chunks of {CHUNK_ROWS:,} rows", ms, len(codes.values))
+        exact.encode_sparse(x[: 2 * CHUNK_ROWS])
+        larger, ms = _timed(lambda: exact.encode_sparse(x), device)
+        yield row(f"encode_sparse in chunks of {CHUNK_ROWS:,} rows", ms, len(larger.values))
         torch.set_float32_matmul_precision("high")
         try:
-            sae.encode_sparse(x[: 2 * CHUNK_ROWS])
-            rough, ms = _timed(lambda: sae.encode_sparse(x), device)
+            exact.encode_sparse(x[: 2 * CHUNK_ROWS])
+            rough, ms = _timed(lambda: exact.encode_sparse(x), device)
         finally:
             torch.set_float32_matmul_precision("highest")
-        yield row(f"the same with products in TF32; {_differing(codes, rough)}", ms, len(rough.values))
+        yield row(f"the same with products in TF32; {_differing(larger, rough)}", ms, len(rough.values))
 
     image = np.repeat(np.arange(sizes.scored), _tokens(sizes))
     host, ms = _timed(lambda: [one.cpu().numpy() for one in (codes.rows, codes.latents, codes.values)], device)
     yield row("codes copied to the host", ms, len(host[0]))
     entries, ms = _timed(lambda: pool_tokens(image, *host), device)
     yield row("pool_tokens on one core", ms, len(entries.value))
-    image_on_device = torch.from_numpy(image).to(device)
-    _pooled(codes, image_on_device, sizes)
-    [neuron, place, mean, largest], ms = _timed(lambda: _pooled(codes, image_on_device, sizes), device)
-    same = np.array_equal(neuron.cpu(), entries.neuron) and np.array_equal(place.cpu(), entries.image)
-    if same:
-        equal = (mean.cpu().numpy() == entries.value).mean()
-        same_max = np.array_equal(largest.cpu(), entries.token_max)
-        agreement = f"{100 * equal:.2f} % of the means bit-equal, the maxima {'all' if same_max else 'not all'}"
-    else:
-        agreement = "other entries"
-    yield row(f"prototype: pooled on the GPU by sort and segment_reduce; {agreement}", ms, len(mean))
+    pool_codes(image, codes)
+    pooled, ms = _timed(lambda: pool_codes(image, codes), device)
+    same = all(np.array_equal(one, other) for one, other in zip(pooled, entries, strict=True))
+    what = f"pooled on the GPU and copied to the host (pool_codes); {'' if same else 'not '}the same bits"
+    yield row(what, ms, len(pooled.value))
 
 
 def blocks(sizes: Sizes, device: torch.device) -> Iterator[Table]:
@@ -192,8 +196,8 @@ def blocks(sizes: Sizes, device: torch.device) -> Iterator[Table]:
 
         found, ms = _timed(lambda: store.read(0), device)
         yield row("read the part", ms)
-        _, ms = _timed(lambda: torch.from_numpy(found[2].astype(np.float32)).to(device), device)
-        yield row("cast to float32 and copied to the GPU", ms)
+        _, ms = _timed(lambda: torch.tensor(found[2]).to(device).float(), device)
+        yield row("copied to the GPU and cast to float32", ms)
         _, ms = _timed(lambda: sae.encode_sparse(x), device)
         yield row("encoded", ms)
         _, ms = _timed(lambda: read_block([sae], store, None, image_blocks(store)[0]), device)
@@ -205,24 +209,27 @@ def bits(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     n_rows = (sizes.scored // STORED_SHARE or 1) * _tokens(sizes)
     x = _random_rows(n_rows, sizes.d_in, device)
     sae = make_sae(x, sizes.d_sae, sizes.k)
-    table = Table(
+    rows, exact = sae_ray.sae.model._ROWS_ON_GPU, replace(sae, k=None)
+    ways = {
+        "as it is: screened": sae.encode_sparse,
+        f"products of {rows} rows": exact.encode_sparse,
+        f"products of {rows} rows, the last one of fewer": lambda some: _by_unlike_chunks(exact, some, rows),
+    }
+    third = n_rows // 3
+    parts = {
+        "the same rows twice": slice(0, n_rows),
+        "the first third alone": slice(0, third),
+        "the middle third alone, of which chunks start elsewhere": slice(third, 2 * third),
+    }
+    wholes = {way: encode(x) for way, encode in ways.items()}
+    yield Table(
         title=f"Codes of {n_rows:,} rows, {sizes.d_sae:,} latents: the same bits?",
-        columns=["compared", f"chunks of {2**24 // sizes.d_sae} rows, as it is", f"chunks of {CHUNK_ROWS:,} rows"],
+        columns=["compared", *ways],
         rows=[
-            ["the same rows twice"],
-            ["the first third alone"],
-            ["the middle third alone, of which chunks start elsewhere"],
+            [what, *(_differing(_only(wholes[way], part), encode(x[part])) for way, encode in ways.items())]
+            for what, part in parts.items()
         ],
     )
-    third = n_rows // 3
-    for rows_per_chunk in (2**24 // sizes.d_sae, CHUNK_ROWS):
-        with _chunks_of(rows_per_chunk, sizes):
-            whole = sae.encode_sparse(x)
-            table["rows"][0].append(_differing(whole, sae.encode_sparse(x)))
-            for row, start in ((1, 0), (2, third)):
-                part = slice(start, start + third)
-                table["rows"][row].append(_differing(_only(whole, part), sae.encode_sparse(x[part])))
-    yield table
 
 
 def products(sizes: Sizes, device: torch.device) -> Iterator[Table]:
@@ -287,14 +294,12 @@ def _read_ipc(path: Path) -> np.ndarray:
         return _vectors(pa.ipc.open_file(source).read_all())
 
 
-def _pooled(codes: SparseCodes, image: Int[Tensor, " rows"], sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Neuron, image, mean over the tokens and maximum of every pair that has an entry, sorted by both."""
-    key = codes.latents * sizes.scored + image[codes.rows]
-    order = key.argsort(stable=True)
-    pairs, counts = torch.unique_consecutive(key[order], return_counts=True)
-    values = codes.values[order].double()
-    total, largest = (torch.segment_reduce(values, reduce, lengths=counts, unsafe=True) for reduce in ("sum", "max"))
-    return pairs // sizes.scored, pairs % sizes.scored, total / _tokens(sizes), largest
+def _by_unlike_chunks(sae: SAE, x: Float[Tensor, "n d_in"], rows: int) -> SparseCodes:
+    """As a CPU encodes: chunks of so many rows but for the last one, and a wait after each."""
+    found = [sae._active(sae._pre(chunk)) for chunk in x.split(rows)]
+    flat = torch.cat([flat + start * rows * sae.d_sae for start, (flat, _) in enumerate(found)])
+    values = torch.cat([values for _, values in found])
+    return SparseCodes(flat // sae.d_sae, flat % sae.d_sae, values, len(x), sae.d_sae)
 
 
 def _only(codes: SparseCodes, rows: slice) -> SparseCodes:
@@ -317,8 +322,8 @@ def _differing(one: SparseCodes, other: SparseCodes) -> str:
 
 
 def _chunks_of(rows: int, sizes: Sizes) -> Any:
-    """While it lasts, `encode_sparse` takes chunks of so many rows."""
-    return patch.object(sae_ray.sae.model, "_PRE_ENTRIES", rows * sizes.d_sae)
+    """While it lasts, `encode_sparse` takes chunks of so many rows on a GPU."""
+    return patch.multiple(sae_ray.sae.model, _ROWS_ON_GPU=rows, _PRE_ENTRIES_ON_GPU=rows * sizes.d_sae)
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from bench.gpu.in_turn import free, in_turn
 from bench.gpu.models import info_of, make_llava_model, make_sae
 from bench.gpu.sizes import Sizes
 from bench.gpu.timing import in_a_row, milliseconds
 from bench.record import Table
-from sae_ray.steering.interventions import Intervention, LatentEdit
+from sae_ray.host import to_host
+from sae_ray.steering.interventions import Intervention, LatentEdit, TowerEdit
 from sae_ray.steering.llava import Llava
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ def tower(sizes: Sizes, device: torch.device) -> Iterator[Table]:
             columns=["when", "GB in use", "GB kept by torch"],
             rows=memory,
         )
-    pixels = _pixels(sizes, llava, sizes.requests[-1])
+    pixels = _pixels(sizes, sizes.requests[-1])
     table = Table(
         title=f"Image embeddings of a LLaVA's tower, 1 latent of {sizes.d_sae:,} set",
         columns=["images at once", "images are", "ms", "images/s", "ms, handed out as the tower deployment does"],
@@ -54,12 +57,40 @@ def tower(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     )
     ways = _ways(sizes, llava, pixels[0])
     for batch in sizes.requests:
+        shown = pixels[:batch]
         for what, chain in ways.items():
-            embed = lambda: llava.image_embeddings(pixels[:batch], [chain] * batch)  # noqa: B023, E731
-            handed = lambda: [one.float().cpu().numpy().copy() for one in embed() if one.isfinite().all()]  # noqa: B023, E731
-            ms, handed_ms = milliseconds(device, embed, 4), milliseconds(device, handed, 3, warmup=1)
+            embed = lambda: llava.image_embeddings(shown, [chain] * batch)  # noqa: B023, E731
+            ms = milliseconds(device, embed, 4)
+            handed_ms = milliseconds(device, lambda: _handed_out(embed()), 4)  # noqa: B023
             table["rows"].append([batch, what, round(ms, 1), round(1000 * batch / ms), round(handed_ms, 1)])
             yield table
+        both = lambda: llava.image_embeddings(  # noqa: E731
+            [one for one in shown for _ in range(2)],  # noqa: B023
+            [(), chain] * batch,  # noqa: B023
+        )
+        ms, handed_ms = milliseconds(device, both, 4), milliseconds(device, lambda: _handed_out(both()), 4)  # noqa: B023
+        what = f"not steered, and each also {what}"
+        table["rows"].append([batch, what, round(ms, 1), round(1000 * batch / ms), round(handed_ms, 1)])
+        yield table
+    plain = llava.image_embeddings(pixels, [()] * len(pixels))
+    table = Table(
+        title=f"{len(pixels)} embeddings of {plain[0].numel():,} numbers handed out",
+        columns=["way", "ms"],
+        rows=[],
+    )
+    one_by_one = lambda: [one.float().cpu().numpy().copy() for one in plain if one.isfinite().all()]  # noqa: E731
+    ways_out = {
+        "as the tower deployment does: checked together, one copy to pinned memory": lambda: _handed_out(plain),
+        "in float32, checked and copied one by one": one_by_one,
+    }
+    for what, hand_out in ways_out.items():
+        table["rows"].append([what, round(milliseconds(device, hand_out, 5), 1)])
+        yield table
+
+
+def _handed_out(found: Sequence[Tensor]) -> list[Tensor]:
+    embeddings = torch.stack(list(found))
+    return to_host(embeddings, embeddings.isfinite().flatten(1).all(1))
 
 
 def language(sizes: Sizes, device: torch.device) -> Iterator[Table]:
@@ -68,14 +99,16 @@ def language(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     billions = sum(parameter.numel() for parameter in llava.model.parameters()) / 1e9
     model = f"LLaVA with {billions:.1f} billion random weights in bfloat16"
     n_prompt = info_of(sizes, "llava").n_tokens - 1 + WORDS
-    pixels = _pixels(sizes, llava, 1)
+    pixels = _pixels(sizes, 1)
     table = Table(
         title=f"Time to the first token of one request, {n_prompt} tokens, {model}",
         columns=["image is", "ms", "against not steered"],
         rows=[],
     )
     plain_ms = None
-    for what, chain in _ways(sizes, llava, pixels[0]).items():
+    ways = _ways(sizes, llava, pixels[0])
+    for what in (name for name in ways if not name.endswith("one after the other")):
+        chain = ways[what]
         ms = milliseconds(device, lambda: llava.answers(pixels, ["?"], [chain], 1), 9)  # noqa: B023
         plain_ms = plain_ms or ms
         table["rows"].append([what, round(ms, 1), round(ms / plain_ms, 3)])
@@ -141,9 +174,9 @@ def _llava(sizes: Sizes, device: torch.device) -> Llava:
     # Answers have as many tokens as are asked for.
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     info = info_of(sizes, "llava")
-    # Pixels are ready: what a processor takes is no part of this.
+    edge = {name: sizes.vision["image_size"] for name in ("height", "width")}
     processor = SimpleNamespace(
-        image_processor=lambda images, return_tensors: {"pixel_values": torch.stack(images)},
+        image_processor=CLIPImageProcessorPil(size=edge, crop_size=edge),
         image_token="<image>",
         image_token_id=model.config.image_token_id,
         chat_template=None,
@@ -168,14 +201,14 @@ class _Tokenizer:
         return [str(one) for one in tokens.tolist()]
 
 
-def _pixels(sizes: Sizes, llava: Llava, n: int) -> Any:
-    """Typed as images, for which `Llava` takes them with the processor above."""
-    edge = sizes.vision["image_size"]
-    return [torch.randn(3, edge, edge, device=llava.device, dtype=llava.dtype) for _ in range(n)]
+def _pixels(sizes: Sizes, n: int) -> list[np.ndarray]:
+    """As the API sends them: resized, not scaled."""
+    edge, dice = sizes.vision["image_size"], np.random.default_rng(0)
+    return [dice.integers(0, 256, (3, edge, edge), np.uint8) for _ in range(n)]
 
 
-def _ways(sizes: Sizes, llava: Llava, pixels: Any) -> dict[str, Sequence[Intervention]]:
-    """Nothing, and one latent set in the two ways."""
+def _ways(sizes: Sizes, llava: Llava, pixels: np.ndarray) -> dict[str, Sequence[TowerEdit]]:
+    """Nothing, and one latent set in the two ways; and by functions, which run one after the other."""
     tokens: list[Tensor] = []
 
     def look(x: Tensor) -> Tensor:
@@ -185,10 +218,13 @@ def _ways(sizes: Sizes, llava: Llava, pixels: Any) -> dict[str, Sequence[Interve
     llava.image_embeddings([pixels], [[look]])
     sae = make_sae(tokens[0].float(), sizes.d_sae, sizes.k)
     edit = (LatentEdit(0, "set", 4.0),)
+    replaced, kept = Intervention(sae, edit), Intervention(sae, edit, error="keep")
     return {
         "not steered": [],
-        "replaced by their edited reconstruction": [Intervention(sae, edit)],
-        "edited, the reconstruction's error kept": [Intervention(sae, edit, error="keep")],
+        "replaced by their edited reconstruction, one after the other": [lambda x: replaced(x)],
+        "replaced by their edited reconstruction": [replaced],
+        "edited, the reconstruction's error kept, one after the other": [lambda x: kept(x)],
+        "edited, the reconstruction's error kept": [kept],
     }
 
 

@@ -24,12 +24,8 @@ if TYPE_CHECKING:
 
     from bench.gpu.sizes import Sizes
 
-PRECISIONS = {
-    "bfloat16": ("bfloat16", "highest"),
-    "TF32": ("float32", "high"),
-    "float32": ("float32", "highest"),
-}
-"""Of our encoder's product: the cell's dtype, and torch's precision of float32 products."""
+PRECISIONS = {"bfloat16": "bfloat16", "TF32": "tf32", "float32": "float32"}
+"""As tables name them: the cell's dtype."""
 COLUMNS = ["step of", "latents", "ms", "ms, half of the latents dead", "times the floor", "GB"]
 
 
@@ -142,16 +138,12 @@ def step_ms(
     half_dead: bool = False,
 ) -> float:  # fmt: skip
     """Milliseconds of one step."""
-    dtype, of_float32 = PRECISIONS[precision]
-    steps = Steps(make_trainer(sizes, architecture, d_sae, dtype, device), data, half_dead)
-    torch.set_float32_matmul_precision(of_float32)
-    taken = milliseconds(device, steps, sizes.rounds, sizes.warmup)
-    torch.set_float32_matmul_precision("highest")
-    return taken
+    steps = Steps(make_trainer(sizes, architecture, d_sae, PRECISIONS[precision], device), data, half_dead)
+    return milliseconds(device, steps, sizes.rounds, sizes.warmup)
 
 
 class Steps:
-    """Each call takes one step, on the next of batches that repeat.
+    """Each call takes one step, on the next of batches that repeat; the host does not ask for its metrics.
 
     With `half_dead` the last half of the latents count as dead before every step.
     """
@@ -166,7 +158,7 @@ class Steps:
         if self.half_dead:
             dead_after = self.trainer.cell.training.dead_after_samples
             self.trainer.samples_since_fired[self.trainer.d_sae // 2 :] = dead_after
-        self.trainer.step(next(self.batches))
+        self.trainer.advance(next(self.batches))
 
 
 def floor_ms(sizes: Sizes, d_sae: int, precision: str, bytes_per_ms: float, device: torch.device) -> float:

@@ -73,6 +73,8 @@ class Encoder:
         self.tower = tower
         weights = next(tower.module.parameters())
         self.device, self.dtype = weights.device, weights.dtype
+        # Made once: each copy of a few numbers would wait for the batch before.
+        self._mean, self._std = (torch.tensor(of, device=self.device).view(3, 1, 1) for of in (tower.mean, tower.std))
 
     @torch.inference_mode()
     def tap(
@@ -99,13 +101,15 @@ class Encoder:
         for site in sites:
             if site.layer is not None:
                 residual.setdefault(site.layer, []).append(site)
+        # Before the pass, so that it does not wait for them.
+        tokens = {site: self._tokens(site, image_ids, seed) for of_layer in residual.values() for site in of_layer}
         whole = any(site.point != "residual" for site in sites)
         tapped: dict[Site, Tapped] = {}
 
         def hook_of(layer: int):
             def hook(module: nn.Module, args: object, stream: Float[Tensor, "n t d"]) -> None:
                 for site in residual[layer]:
-                    tapped[site] = self._select(site, stream, image_ids, seed)
+                    tapped[site] = self._select(stream, tokens[site])
                 if not whole and layer == max(residual):
                     raise _Deepest
 
@@ -125,19 +129,22 @@ class Encoder:
         return {site: tapped[site] for site in sites}
 
     def _normalise(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
-        mean = torch.tensor(self.tower.mean, device=self.device).view(3, 1, 1)
-        std = torch.tensor(self.tower.std, device=self.device).view(3, 1, 1)
         # In place: allocating memory for each of these took as long as the arithmetic.
-        return pixels.to(self.device).float().mul_(self.tower.rescale).sub_(mean).div_(std).to(self.dtype)
+        scaled = pixels.to(self.device, non_blocking=True).float().mul_(self.tower.rescale)
+        return scaled.sub_(self._mean).div_(self._std).to(self.dtype)
 
-    def _select(self, site: Site, stream: Float[Tensor, "n t d"], image_ids: Sequence[str], seed: int) -> Tapped:
+    def _tokens(self, site: Site, image_ids: Sequence[str], seed: int) -> Int[Tensor, "n k"] | None:
+        """The numbers of the tokens to take of each image; None for the mean of all."""
         if site.tokens == "mean":
+            return None
+        tokens_nk = np.stack([select_tokens(site, self.info.n_tokens, image_id, seed) for image_id in image_ids])
+        return torch.from_numpy(tokens_nk).to(self.device, non_blocking=True)
+
+    def _select(self, stream: Float[Tensor, "n t d"], tokens_nk: Int[Tensor, "n k"] | None) -> Tapped:
+        if tokens_nk is None:
             n_cls = int(self.info.has_cls)
             kept = torch.cat([stream[:, :n_cls], stream[:, n_cls + self.info.n_registers :]], dim=1)
             return self._per_image(kept.float().mean(1))
-        tokens_nk = torch.from_numpy(
-            np.stack([select_tokens(site, self.info.n_tokens, image_id, seed) for image_id in image_ids])
-        ).to(stream.device)
         # Registers stand between the CLS token and the patches.
         places_nk = torch.where(tokens_nk >= self.info.has_cls, tokens_nk + self.info.n_registers, tokens_nk)
         positions_nk = torch.arange(len(stream), device=stream.device).unsqueeze(1).expand_as(tokens_nk)

@@ -48,14 +48,18 @@ def encode_part(
     Raises:
         SaeRayError: an activation is not finite, or does not fit into the stored dtype.
     """
+    on_gpu = encoder.device.type == "cuda"
     collected = [_Collected(encoder, site, dtype, len(pixels)) for site, dtype in sites]
     for start in range(0, len(pixels), batch_size):
         batch = slice(start, start + batch_size)
-        tapped = encoder.tap(torch.from_numpy(pixels[batch]), [site for site, _ in sites], image_ids[batch], seed)
+        shown = torch.from_numpy(pixels[batch])
+        if on_gpu:
+            shown = shown.pin_memory()  # its copy waits for the batch before, but the host does not
+        tapped = encoder.tap(shown, [site for site, _ in sites], image_ids[batch], seed)
         for rows in collected:
             rows.add(tapped[rows.site])
         after_batch(min(start + batch_size, len(pixels)))
-    if encoder.device.type == "cuda":
+    if on_gpu:
         torch.cuda.current_stream(encoder.device).synchronize()  # copies from the device may still be under way
     return [rows.finished(image_index) for rows in collected]
 

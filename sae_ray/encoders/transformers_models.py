@@ -132,6 +132,10 @@ def preprocess(model: str, revision: str | None, fast: bool = False) -> Preproce
 
     with refusing(source.model, FORMS, of_hub=source.commit is not None):
         processor = AutoImageProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
+    return resizing(processor, fast)
+
+
+def resizing(processor: Any, fast: bool = False) -> Preprocess:
     return Preprocess(processor, _is_plain(processor), fast)
 
 
@@ -145,10 +149,24 @@ def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
         module,
         blocks=blocks_of(module),
         embed=lambda pixels: _embed(module, plan, pixels),
-        rescale=processor.rescale_factor if processor.do_rescale else 1.0,
-        mean=_channels(source.model, processor, "image_mean") if processor.do_normalize else (0.0,) * 3,
-        std=_channels(source.model, processor, "image_std") if processor.do_normalize else (1.0,) * 3,
+        **scale_of(source.model, processor)._asdict(),
     )
+
+
+class Scale(NamedTuple):
+    """How a processor brings uint8 pixels to a model's scale: times `rescale`, minus `mean`, divided by `std`."""
+
+    rescale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def scale_of(model: str, processor: Any) -> Scale:
+    """Raises UsageError, which names the model, for channels that cannot be."""
+    rescale = processor.rescale_factor if processor.do_rescale else 1.0
+    if not processor.do_normalize:
+        return Scale(rescale, (0.0,) * 3, (1.0,) * 3)
+    return Scale(rescale, _channels(model, processor, "image_mean"), _channels(model, processor, "image_std"))
 
 
 def _plan(model: str, config: Any) -> _Plan:

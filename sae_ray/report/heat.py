@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_ray.encoders import Encoder
-    from sae_ray.sae import SAE
 
 PER_CELL = 48
 """Maximum number of latents per cell that get heat maps, best first."""
@@ -90,9 +89,10 @@ class HeatMaker:
 
     def __init__(self, cell: HeatCell, encoder: Encoder):
         from sae_ray.sae import load_sae
+        from sae_ray.sae.few_latents import codes_of
 
         self.site = Site("residual", cell.layer, "all")
-        self._codes = codes_of(load_sae(cell.sae).to(encoder.device), np.array(cell.latents, dtype=np.int64))
+        self._codes = codes_of(load_sae(cell.sae).to(encoder.device), cell.latents)
         self._n_cls = int(encoder.info.has_cls)
 
     def maps(
@@ -103,33 +103,3 @@ class HeatMaker:
         # An SAE whose latents never fire has none to show, so the number of tokens is no -1 for torch to find out.
         n_tokens = len(codes) // n_images
         return codes.reshape(n_images, n_tokens, codes.shape[1])[:, self._n_cls :].cpu().numpy()
-
-
-def codes_of(sae: SAE, latents: Int[np.ndarray, " latents"]) -> Callable[[Tensor], Tensor]:
-    """Makes what computes the codes of a few latents: activations `[n, d_in]` to codes `[n, latents]`.
-
-    It keeps and computes the other latents only where they compete with these.
-    """
-    import torch
-
-    where = torch.from_numpy(latents).to(sae.device)
-    if not sae.kind.latents_compete:
-        few = replace(
-            sae,
-            W_enc=sae.W_enc[:, where],
-            W_dec=sae.W_dec[where],
-            b_enc=sae.b_enc[where],
-            threshold=None if sae.threshold is None else sae.threshold[where],
-        )
-        return few.encode
-    place = torch.full((sae.d_sae,), -1, device=sae.device)
-    place[where] = torch.arange(len(where), device=sae.device)
-
-    def codes(x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n latents"]:
-        active = sae.encode_sparse(x)
-        kept = place[active.latents] >= 0
-        found = torch.zeros(len(x), len(where), device=sae.device)
-        found[active.rows[kept], place[active.latents[kept]]] = active.values[kept].to(found.dtype)
-        return found
-
-    return codes

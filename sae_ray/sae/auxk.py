@@ -6,16 +6,22 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from sae_ray.sae.product import affine, product
 from sae_ray.sae.selection import largest_of_rows
-from sae_ray.sae.sparse import Pattern, decode_entries, encode_entries
+from sae_ray.sae.sparse import PaddedPattern, Pattern, decode_entries, encode_entries
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
     from sae_ray.sae.architectures.base import Forward
+    from sae_ray.sae.config import TrainingConfig
     from sae_ray.sae.ranks import Split
     from sae_ray.sae.weights import Weights
+
+_DENSE = 4096
+"""Dead latents up to which dense products in float32 take less time on a GPU than sums over entries. With products on
+tensor cores they always do."""
 
 
 def auxk_loss(
@@ -48,7 +54,76 @@ def auxk_loss(
     pattern = Pattern.of_flat(flat, len(x), len(dead))
     b_dec = split.latents.shared(weights.b_dec)
     values = encode_entries(forward.pre.flatten()[flat], x, weights.W_enc_t, weights.b_enc, b_dec, pattern)
-    error = forward.residual - split.latents.joined(decode_entries(values, weights.W_dec, pattern))
-    mean = split.rows.mean(forward.residual.mean(0))
-    variance = split.rows.mean((forward.residual - mean).square().sum(-1).mean())
-    return error.square().sum(-1).mean() * torch.where(variance > 0, 1 / variance, 0.0)
+    explained = split.latents.joined(decode_entries(values, weights.W_dec, pattern))
+    return _relative_error(forward.residual, explained, split)
+
+
+def padded_auxk_loss(
+    weights: Weights,
+    x: Float[Tensor, "rows d_in"],
+    forward: Forward,
+    dead: Bool[Tensor, " latents"],
+    training: TrainingConfig,
+    split: Split,
+    capacity: int,
+) -> Float[Tensor, ""]:
+    """The same with kernels, where latents are not split over ranks. The shapes of all that it does follow from
+    `capacity` alone.
+
+    Args:
+        capacity: at least the number of dead latents, at most that of all.
+    """
+    block = (~dead).byte().sort(stable=True).indices[:capacity]  # the dead ones, and others that do not take part
+    W_enc_t, b_enc, W_dec = (
+        weight.index_select(0, block) for weight in (weights.W_enc_t, weights.b_enc, weights.W_dec)
+    )
+    if training.dtype == "bfloat16":
+        pre = forward.pre.index_select(1, block)
+    else:
+        pre = affine(x - weights.b_dec, W_enc_t, b_enc)
+    pre = pre.masked_fill(~dead[block], -torch.inf)
+    top = pre.topk(min(x.shape[1] // 2, capacity), dim=1, sorted=False)
+    chosen = top.values > (0 if training.auxk_select == "post" else -torch.inf)
+    values = top.values.where(chosen, 0.0)
+    if training.dtype == "float32" and capacity > _DENSE:
+        missing = forward.pre.numel()
+        starts = torch.arange(0, missing, len(dead), device=x.device).unsqueeze(1)
+        flat, order = torch.where(chosen, starts + block[top.indices], missing).flatten().sort()
+        pattern = PaddedPattern.of_flat(flat, len(x), len(dead))
+        values = values.flatten()[order]
+        values = encode_entries(values, x, weights.W_enc_t, weights.b_enc, weights.b_dec, pattern)
+        explained = decode_entries(values, weights.W_dec, pattern)
+    else:
+        codes = torch.zeros_like(pre).scatter_(1, top.indices, values)
+        explained = _Block.apply(codes, x, W_enc_t, b_enc, weights.b_dec, W_dec, training.dtype)
+        assert isinstance(explained, torch.Tensor)
+    return _relative_error(forward.residual, explained, split) * dead.any()
+
+
+def _relative_error(
+    residual: Float[Tensor, "rows d_in"], explained: Float[Tensor, "rows d_in"], split: Split
+) -> Float[Tensor, ""]:
+    """Squared error of the explanation, relative to the residual's variance over the whole batch."""
+    mean = split.rows.mean(residual.mean(0))
+    variance = split.rows.mean((residual - mean).square().sum(-1).mean())
+    return (residual - explained).square().sum(-1).mean() * torch.where(variance > 0, 1 / variance, 0.0)
+
+
+class _Block(torch.autograd.Function):
+    """`codes @ W_dec`, where the codes that are not 0 are entries of `(x - b_dec) @ W_enc_t.T + b_enc`."""
+
+    @staticmethod
+    def forward(ctx, codes, x, W_enc_t, b_enc, b_dec, W_dec, dtype):
+        ctx.save_for_backward(codes, x, W_enc_t, b_dec, W_dec)
+        ctx.dtype = dtype
+        return product(codes, W_dec, dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        codes, x, W_enc_t, b_dec, W_dec = ctx.saved_tensors
+        dtype = ctx.dtype
+        grad_codes = product(grad, W_dec.T, dtype).masked_fill_(codes == 0, 0.0)
+        grad_W_enc_t = product(grad_codes.T, x - b_dec, dtype)
+        grad_b_enc = grad_codes.sum(0)
+        grad_W_dec = product(codes.T, grad, dtype)
+        return None, None, grad_W_enc_t, grad_b_enc, -(grad_b_enc @ W_enc_t), grad_W_dec, None

@@ -95,8 +95,8 @@ def train_cells(
     Args:
         split: every rank of it makes this call, the first one writes. Another attempt may have another.
         after_step: called on every rank after each step, with the number of steps done and a report of every cell that
-            made this step, by the name of the cell's own step. Says whether checkpoints are to be written at once, on
-            all ranks alike.
+            made this step and whose metrics are known (on a GPU not after each step), by the name of the cell's own
+            step. Says whether checkpoints are to be written at once, on all ranks alike.
 
     Raises:
         UsageError: the batch or the latents of a cell cannot be split over the ranks.
@@ -134,18 +134,23 @@ def _train(
         rows = next(batches)
         waited += time.monotonic() - asked
         batch = rows[share].float() / scale
+        done = step + 1
+        save = done % bundle.checkpoint_every == 0 or done == bundle.steps
         reports: dict[str, CellReport] = {}
         for run in list(running):
             if run.trainer.n_steps > step:
                 continue  # it resumed from a newer checkpoint than the others
             try:
-                reports[run.job.step.name] = CellReport(run.trainer.step(batch), run.trainer.d_sae)
+                metrics = run.trainer.advance(batch)
+                if save:
+                    metrics += run.trainer.report()
             except NonFiniteLoss as error:
                 running.remove(run)
                 _fail(run, _explained(error, store), time.monotonic() - started)
-        done = step + 1
-        at_once = after_step(done, reports)
-        if workers.rank == 0 and (at_once or done % bundle.checkpoint_every == 0 or done == bundle.steps):
+                continue
+            if metrics:
+                reports[run.job.step.name] = CellReport(metrics[-1], run.trainer.d_sae)
+        if (after_step(done, reports) or save) and workers.rank == 0:
             for run in running:
                 _save(run)
         if not running:

@@ -50,8 +50,10 @@ class TrainingConfig:
     `steps`, at most 1000."""
     sparsity_warmup_steps: int | None = None
     """Steps over which the coefficient of a sparsity penalty rises linearly from 0. Default: a tenth of `steps`."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the encoder's product; weights, Adam moments and everything else stay float32."""
+    dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Precision of dense products. "bfloat16" rounds the factors of the encoder's, and on a GPU of AuxK's. "tf32"
+    rounds those of all on a GPU, to 10 bits instead of 7; on a CPU it is "float32". Weights, Adam moments, sums and
+    everything else stay float32."""
 
     def __post_init__(self):
         for name in ("batch_size", "steps", "dead_after_samples"):
@@ -67,7 +69,7 @@ class TrainingConfig:
         self._check("threshold_beta", 0 <= self.threshold_beta < 1, "at least 0 and below 1")
         for name in ("threshold_start_step", "sparsity_warmup_steps"):
             self._check(name, self.effective(name) >= 0, "0 or more, or unset")
-        self._check("dtype", self.dtype in ("float32", "bfloat16"), '"float32" or "bfloat16"')
+        self._check("dtype", self.dtype in ("float32", "tf32", "bfloat16"), '"float32", "tf32" or "bfloat16"')
 
     @property
     def derived(self) -> dict[str, int]:

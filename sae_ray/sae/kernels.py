@@ -11,10 +11,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sae_ray.sae.ranks import Split
+
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
     """`triton_kernels`, for a tensor on a CUDA device of a machine that has Triton; None elsewhere."""
     return _kernels() if tensor.is_cuda else None
+
+
+def fixed_shapes(tensor: Tensor, split: Split) -> bool:
+    """Whether a step on this tensor has the same shapes whatever its numbers are: with kernels, in a single process."""
+    return kernels_for(tensor) is not None and split.ranks.size == 1
 
 
 @cache

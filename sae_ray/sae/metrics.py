@@ -82,7 +82,7 @@ class LatentSums:
 
 
 class Fidelity:
-    """Sums over samples, in float64 on the CPU. Fidelities of parts of the data merge into that of the whole."""
+    """Sums over samples, in float64, taken where the samples are. Those of parts of the data merge into the whole's."""
 
     def __init__(self, d_in: int, d_sae: int):
         self.latent_sums = LatentSums(d_sae)
@@ -96,13 +96,13 @@ class Fidelity:
 
     def update(self, x: Float[Tensor, "n d_in"], codes: SparseCodes, x_hat: Float[Tensor, "n d_in"]) -> None:
         """Adds samples with their codes and reconstructions."""
-        x, x_hat = x.double().cpu(), x_hat.double().cpu()
+        x, x_hat = x.double(), x_hat.double()
         self.latent_sums.update(codes)
         self.error += (x - x_hat).square().sum().item()
         self.power += x.square().sum().item()
         # By default vectors shorter than 1e-8 are taken for longer ones.
         self.cosine += torch.nn.functional.cosine_similarity(x, x_hat, dim=1, eps=1e-150).sum().item()
-        self.total += x.sum(0)
+        self.total += x.sum(0).cpu()
 
     def merge(self, other: Fidelity) -> None:
         """Adds the samples of `other`."""
@@ -132,8 +132,9 @@ def evaluate(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) -> Fidelity:
     """Fidelity on activations that are not normalised, with inference-threshold codes."""
     fidelity = Fidelity(sae.d_in, sae.d_sae)
     for batch in batches:
-        codes = sae.encode_sparse(batch)
-        fidelity.update(batch, codes, sae.decode(codes))
+        x = batch.to(sae.device)
+        codes = sae.encode_sparse(x)
+        fidelity.update(x, codes, sae.decode(codes))
     return fidelity
 
 

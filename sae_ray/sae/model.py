@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from sae_ray.errors import UsageError
 from sae_ray.sae.architectures import architecture
+from sae_ray.sae.screening import pays, screening
 from sae_ray.sae.sparse import Pattern, SparseCodes
 
 if TYPE_CHECKING:
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 
 # Pre-activations held at once by `encode_sparse`: 64 MiB of float32. The size of a chunk depends only on the SAE.
 _PRE_ENTRIES = 2**24
+# A GPU waits for the host after every chunk, so that its chunks are larger.
+_PRE_ENTRIES_ON_GPU = 2**26
+# Rows of every product on a GPU. The order of its sums depends on the shape: with one shape alone, the codes of a row
+# are the same bits whatever the rows beside it.
+_ROWS_ON_GPU = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +96,13 @@ class SAE:
         """
         if x.ndim != 2:
             raise UsageError(f"the input has shape {list(x.shape)}; flatten it to [n, {self.d_in}] first")
-        chunks = x.split(max(1, _PRE_ENTRIES // self.d_sae))
-        active = [self._active(self._pre(chunk)) for chunk in chunks]
+        if self.device.type == "cuda":
+            chunks = x.split(_ROWS_ON_GPU * max(1, _PRE_ENTRIES_ON_GPU // (_ROWS_ON_GPU * self.d_sae)))
+            found_in = screening(self) if pays(self) else lambda rows: self._active(self._pre_of_one_shape(rows))
+            active = [found_in(self._centred(chunk)) for chunk in chunks]
+        else:
+            chunks = x.split(max(1, _PRE_ENTRIES // self.d_sae))
+            active = [self._active(self._pre(chunk)) for chunk in chunks]
         starts = [start * chunks[0].shape[0] for start in range(len(chunks))]
         return SparseCodes(
             torch.cat([flat // self.d_sae + start for (flat, _), start in zip(active, starts, strict=True)]),
@@ -113,12 +125,24 @@ class SAE:
         return torch.promote_types(self.W_enc.dtype, torch.float32)
 
     def _pre(self, x: Tensor) -> Tensor:
+        W_enc, b_enc = self.W_enc.to(self._dtype), self.b_enc.to(self._dtype)
+        return self._centred(x) @ W_enc + b_enc
+
+    def _pre_of_one_shape(self, centred: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        """As `_pre`, by products of `_ROWS_ON_GPU` rows."""
+        W_enc, b_enc = self.W_enc.to(self._dtype), self.b_enc.to(self._dtype)
+        padded = F.pad(centred, (0, 0, 0, -len(centred) % _ROWS_ON_GPU))
+        pre = padded.new_empty(len(padded), self.d_sae)
+        for rows, out in zip(padded.split(_ROWS_ON_GPU), pre.split(_ROWS_ON_GPU), strict=True):
+            torch.addmm(b_enc, rows, W_enc, out=out)
+        return pre[: len(centred)]
+
+    def _centred(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
         if x.shape[-1] != self.d_in:
             raise UsageError(
                 f"the input is {x.shape[-1]} wide, this SAE takes {self.d_in}; use the site it was trained on"
             )
-        W_enc, b_enc, b_dec = (tensor.to(self._dtype) for tensor in (self.W_enc, self.b_enc, self.b_dec))
-        return (x.to(self.device, self._dtype) - b_dec) @ W_enc + b_enc
+        return x.to(self.device, self._dtype) - self.b_dec.to(self._dtype)
 
     def _active(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         """Ascending flat indices and values of the active entries of `pre`."""

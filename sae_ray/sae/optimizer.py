@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 _BLOCK_ENTRIES = 2**19
 
 
+def adam_scalars(number: int, learning_rate: float) -> tuple[float, float]:
+    """Of step `number`, counted from 1: its size, and the square root of the correction of the second moment."""
+    return learning_rate / (1 - 0.9**number), (1 - 0.999**number) ** 0.5
+
+
 class RowGradient(NamedTuple):
     """The gradient of a parameter; rows that are not listed are 0."""
 
@@ -34,6 +40,8 @@ class RowGradient(NamedTuple):
         if not gradient.is_sparse:
             return cls(torch.arange(len(gradient), device=gradient.device), ranks.mean(gradient.contiguous()))
         gradient = gradient.coalesce()
+        if kernels_for(gradient):  # they take all rows
+            return cls.of(gradient.to_dense(), ranks)
         rows, values = gradient.indices().squeeze(0), gradient.values()
         if ranks.size == 1:
             return cls(rows, values)
@@ -57,15 +65,31 @@ class RowAdam:
         }
 
     @torch.no_grad()
-    def step(self, gradients: dict[str, RowGradient], number: int, learning_rate: float) -> None:
-        """Step `number`, counted from 1."""
+    def step(
+        self, gradients: dict[str, RowGradient], factor: Float[Tensor, ""], number: int, learning_rate: float
+    ) -> None:
+        """Step `number`, counted from 1, for gradients that are first multiplied by a factor, in place."""
         for name, parameter in self.weights.named().items():
-            moments, gradient = self.state[parameter].values(), gradients[name]
-            kernels = kernels_for(parameter) if parameter.ndim == 2 else None
-            if kernels is None:
-                self._step_blocks(name, parameter, gradient, number, learning_rate)
-            else:
-                kernels.adam_rows(parameter, *moments, *gradient, number, learning_rate, name == "W_dec")
+            gradient = gradients[name]
+            gradient.values.mul_(factor)
+            self._step_blocks(name, parameter, gradient, number, learning_rate)
+
+    @torch.no_grad()
+    def step_with_kernels(self, gradients: dict[str, RowGradient], scalars: Float[Tensor, " 4"]) -> None:
+        """The same for gradients of all rows, without anything that only the host knows.
+
+        Args:
+            scalars: `adam_scalars` of the step, the factor, and whether to take the step: 1 or 0.
+        """
+        for name, parameter in self.weights.named().items():
+            kernels = kernels_for(parameter)
+            assert kernels is not None
+            tensors = [parameter, *self.state[parameter].values(), gradients[name].values]
+            if parameter.ndim == 1:
+                tensors = [tensor.view(-1, math.gcd(len(tensor), 1024)) for tensor in tensors]
+            kernels.adam_rows(*tensors, scalars, name == "W_dec")
+            if name == "threshold":
+                self.weights.constrain(name, slice(None))
 
     def _step_blocks(
         self, name: str, parameter: Parameter, gradient: RowGradient, number: int, learning_rate: float

@@ -14,6 +14,8 @@ from sae_ray.sae.kernels import kernels_for
 from sae_ray.sae.ranks import ALONE, Ranks, Split
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
@@ -76,6 +78,57 @@ def largest_positive_per_row(
     return largest_of_rows(matrix, found[falling[rank < k]].sort().values, k, split.latents)
 
 
+def padded_largest(
+    matrix: Float[Tensor, "rows width"],
+    k: int,
+    exact: Callable[[Int[Tensor, " n"]], Float[Tensor, " n"]] | None = None,
+) -> tuple[Int[Tensor, " rows*k"], Float[Tensor, " rows*k"]]:
+    """As `largest_positive_per_row` of one process, and their values; where entries are missing, `matrix.numel()` and 0
+    at the end.
+
+    The shapes of all that it does depend on those of the matrix alone, so that it can be part of a CUDA graph.
+
+    Args:
+        exact: computes the values at flat indices, for a matrix that is a rough form of them. The `k` largest are then
+            looked for among the `2 * k` that are largest in the matrix.
+    """
+    if exact is None:
+        flat = _largest_per_row(matrix, k)
+        values = matrix.flatten()[flat]
+    else:
+        near = _largest_per_row(matrix, min(2 * k, matrix.shape[1]))
+        of_near = exact(near.flatten()).view_as(near)
+        places = _first_largest(of_near, k)
+        flat, values = near.gather(1, places), of_near.gather(1, places)
+    flat, order = torch.where(values > 0, flat, matrix.numel()).flatten().sort()
+    return flat, values.relu().flatten()[order]
+
+
+def _largest_per_row(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, "rows k"]:
+    """Flat indices, ascending in each row. The `k` largest are in the `k` blocks with the largest maxima."""
+    n_rows, width = matrix.shape
+    maxima = _block_maxima(matrix, k)
+    size = width // maxima.shape[1]
+    blocks = _first_largest(maxima, min(k, maxima.shape[1]))
+    near = matrix.view(n_rows, -1, size).gather(1, blocks.unsqueeze(2).expand(-1, -1, size)).flatten(1)
+    places = _first_largest(near, k)
+    columns = blocks.gather(1, places // size) * size + places % size
+    return torch.arange(0, matrix.numel(), width, device=matrix.device).unsqueeze(1) + columns
+
+
+def _first_largest(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, "rows k"]:
+    """Ascending places of the `k` largest of each row, the first among equal ones."""
+    # A value and its place as one number: the value's bits, then what is lower for a later place.
+    keys = (_rising(matrix) << 32) - torch.arange(matrix.shape[1], device=matrix.device)
+    return keys.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def _rising(values: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Numbers of 32 bits, as int64, that rise as the values do."""
+    bits = values.view(torch.int32)
+    return torch.where(bits < 0, bits ^ torch.iinfo(torch.int32).max, bits).long()
+
+
 def largest_of_rows(
     matrix: Float[Tensor, "rows latents"], found: Int[Tensor, " found"], k: int, latents: Ranks
 ) -> Int[Tensor, " nnz"]:
@@ -90,9 +143,7 @@ def largest_of_rows(
     n_rows, width = matrix.shape
     rows, own = found // width, found % width
     # An entry as one number: the value's bits, which order floats of one sign, then what is lower for a higher latent.
-    bits = matrix.flatten()[found].view(torch.int32)
-    rising = torch.where(bits < 0, bits ^ torch.iinfo(torch.int32).max, bits).long()
-    keys = (rising << 32) - latents.places(own)
+    keys = (_rising(matrix.flatten()[found]) << 32) - latents.places(own)
     lowest = torch.iinfo(torch.int64).min
     # Each rank looks for the smallest kept number of some of the rows.
     by_row = keys.new_full((n_rows + -n_rows % latents.size, k), lowest)

@@ -105,6 +105,33 @@ class Pattern:
         return torch.sparse.sampled_addmm(mask, left, right.T, beta=0).values()
 
 
+class PaddedPattern(Pattern):
+    """A pattern for kernels whose number of entries is fixed: missing ones come last, in row `n_rows` or beyond of
+    latent `n_latents`.
+
+    The shapes of all that follows from it are fixed as well: sums go over all latents, gradients of weights are dense.
+    """
+
+    @classmethod
+    def of_flat(cls, flat: Int[Tensor, " nnz"], n_rows: int, n_latents: int) -> Pattern:
+        """From ascending indices into the flattened matrix; `n_rows * n_latents` for a missing entry."""
+        rows = flat // n_latents
+        return cls(rows, torch.where(rows < n_rows, flat % n_latents, n_latents), n_rows, n_latents)
+
+    @cached_property
+    def used(self) -> Int[Tensor, " n_latents"]:
+        """All latents."""
+        return torch.arange(self.n_latents, device=self.rows.device)
+
+    @cached_property
+    def used_offsets(self) -> Int[Tensor, " n_latents+1"]:
+        return _offsets(self.latents[self.by_latent], self.n_latents)
+
+    def of_used(self, sums: Float[Tensor, "n_latents d"]) -> Float[Tensor, "n_latents d"]:
+        """They are those of all latents."""
+        return sums
+
+
 class _EncodeEntries(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pre, x, W_enc_t, b_enc, b_dec, pattern):

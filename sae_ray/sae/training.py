@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,12 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.sae.auxk import auxk_loss
-from sae_ray.sae.kernels import kernels_for
+from sae_ray.sae.auxk import auxk_loss, padded_auxk_loss
+from sae_ray.sae.kernels import fixed_shapes, kernels_for
 from sae_ray.sae.model import SAE
-from sae_ray.sae.optimizer import RowAdam, RowGradient
+from sae_ray.sae.optimizer import RowAdam, RowGradient, adam_scalars
+from sae_ray.sae.product import tf32
 from sae_ray.sae.ranks import ALONE
+from sae_ray.sae.replay import Replayed
 from sae_ray.sae.weights import Weights
+from sae_ray.sae.window import Window
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -25,6 +29,12 @@ if TYPE_CHECKING:
     from sae_ray.sae.architectures.base import Forward
     from sae_ray.sae.config import Cell
     from sae_ray.sae.ranks import Split
+
+
+REPORT_EVERY = 50
+"""Steps after which the host waits for a GPU that trains alone, for their metrics."""
+_SMALLEST_ROOM = 512
+"""Dead latents for which AuxK has room at least; more room is a power of two of it."""
 
 
 class NonFiniteLoss(SaeRayError):
@@ -90,14 +100,28 @@ class CellTrainer:
         """Moving average of the smallest kept value, float32; NaN until there is one."""
         self.failed: str | None = None
         """Why training stopped for good."""
+        fixed = fixed_shapes(self.samples_since_fired, split)
+        self._window = Window(REPORT_EVERY if fixed else 1, 3, len(StepMetrics._fields) - 2, self.device)
+        self._room: int | None = None
+        """Of AuxK with kernels: how many latents can be dead until metrics are due, rounded up; 0 if none can."""
+        self._replayed = Replayed() if fixed and self.device.type == "cuda" else None
 
     def step(self, batch: Float[Tensor, "batch d_in"]) -> StepMetrics:
+        """`advance`, and the metrics of this step at once: on a GPU the host waits for them."""
+        return (self.advance(batch) or self.report())[-1]
+
+    def advance(self, batch: Float[Tensor, "batch d_in"]) -> list[StepMetrics]:
         """One optimiser step.
+
+        Returns:
+            The metrics of all steps since the last report, in turn, where they are known: a GPU that trains alone is
+            waited for every `REPORT_EVERY` steps, elsewhere they are known at once. Otherwise nothing.
 
         Raises:
             UsageError: the batch is not [batch, d_in], or the share of a rank is not `training.batch_size` divided by
                 the number of ranks.
-            NonFiniteLoss: on all ranks. `failed` then holds the reason, and every later step raises it again.
+            NonFiniteLoss: of this step, or one since the last report; on all ranks. `failed` then holds the reason, and
+                every later step raises it again.
         """
         if self.failed is not None:
             raise NonFiniteLoss(self.failed)
@@ -112,27 +136,32 @@ class CellTrainer:
         x = batch.to(self.device, torch.float32)
         if self.n_steps == 0:
             self.weights.b_dec.data.copy_(geometric_median(sharers.gather(x)))
-
-        forward = self.architecture.forward(self.weights, x)
-        self._count_firing(forward, len(x) * sharers.size)
-        training = self.cell.training
-        auxk = x.new_zeros(())
-        if self.architecture.revives and training.auxk_weight > 0:
-            auxk = auxk_loss(self.weights, x, forward, self._dead(), training.auxk_select, self.split)
-        sparsity = (self.cell.sparsity or 0.0) * training.sparsity_warmup_at(self.n_steps)
-        loss = forward.reconstruction_loss + sparsity * forward.sparsity_penalty + training.auxk_weight * auxk
-        gradients, gradient_norm = self._gradients(loss)
-        self._update_threshold(forward)
-
-        metrics = self._metrics(loss, auxk, forward, gradient_norm)
-        if not (math.isfinite(metrics.loss) and math.isfinite(metrics.gradient_norm)):
-            self.failed = (
-                f"step {self.n_steps}: the loss is {metrics.loss}, the norm of its gradient {metrics.gradient_norm}"
-            )
-            raise NonFiniteLoss(self.failed)
-        self.optimizer.step(gradients, self.n_steps + 1, metrics.learning_rate)
+        if self._window.done == 0:
+            self._open_window(max(size, len(x) * sharers.size))
+        averages = self.architecture.estimates_threshold
+        averages = averages and self.n_steps > self.cell.training.effective("threshold_start_step")
+        with tf32(self.device, self.cell.training.dtype):
+            if self._replayed:
+                self._replayed(self._work, x, averages, self._room)
+            else:
+                self._work(x, averages, self._room)
         self.n_steps += 1
-        return metrics
+        self._window.done += 1
+        return self.report() if self.n_steps % self._window.length == 0 else []
+
+    def report(self) -> list[StepMetrics]:
+        """The metrics of the steps since the last report, for which the host waits. Raises NonFiniteLoss as they do."""
+        rows = self._window.close()
+        found = []
+        for step, (*averaged, n_dead, threshold, gradient_norm) in enumerate(rows, self.n_steps - len(rows)):
+            learning_rate = self.cell.training.learning_rate_at(step, self.d_sae)
+            metrics = StepMetrics._make([step, *averaged, int(n_dead), threshold, gradient_norm, learning_rate])
+            if not (math.isfinite(metrics.loss) and math.isfinite(gradient_norm)):
+                self.n_steps = step
+                self.failed = f"step {step}: the loss is {metrics.loss}, the norm of its gradient {gradient_norm}"
+                raise NonFiniteLoss(self.failed)
+            found.append(metrics)
+        return found
 
     def export(self, norm_scale: float) -> SAE | None:
         """The SAE for inputs that are not normalised; training can continue.
@@ -143,8 +172,10 @@ class CellTrainer:
             norm_scale: what the batches were divided by. `b_enc`, `b_dec` and the threshold are multiplied by it.
 
         Raises:
+            NonFiniteLoss: as a step does, for those whose metrics are not known yet.
             SaeRayError: the threshold has not been estimated yet.
         """
+        self.report()
         if self.architecture.estimates_threshold and torch.isnan(self.threshold):
             start = self.cell.training.effective("threshold_start_step")
             raise SaeRayError(
@@ -174,7 +205,11 @@ class CellTrainer:
 
         Where ranks split the latents, all of them make this call: the first gets the tensors, the others none.
         """
+        with contextlib.suppress(NonFiniteLoss):  # `failed` tells of it
+            self.report()
         facts = {"d_in": self.d_in, "cell": self.cell.identity(), "n_steps": self.n_steps, "failed": self.failed}
+        if self._room is not None:
+            facts["auxk_room"] = self._room
         return self._whole(self._tensors(), torch.device("cpu")), facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -182,7 +217,8 @@ class CellTrainer:
         own = {"d_in": self.d_in, "cell": self.cell.identity()}
         if own != {name: facts.get(name) for name in own}:
             raise UsageError(f"the checkpoint belongs to another cell: it holds {facts}, this one is {own}; delete it")
-        self.n_steps, self.failed = facts["n_steps"], facts["failed"]
+        self._window.close()
+        self.n_steps, self.failed, self._room = facts["n_steps"], facts["failed"], facts.get("auxk_room")
         for name, tensor in self._tensors().items():
             tensor.copy_(tensors[name] if _on_all_ranks(name) else self.split.latents.own(tensors[name]))
 
@@ -208,13 +244,69 @@ class CellTrainer:
     def _dead(self) -> Bool[Tensor, " d_sae"]:
         return self.samples_since_fired >= self.cell.training.dead_after_samples
 
+    def _open_window(self, n_rows: int) -> None:
+        """Tells the device what is known of the steps to come, and looks how many latents can be dead in them.
+
+        It looks when metrics were due, so that a run which is interrupted in between goes on as it would have.
+        """
+        training, steps = self.cell.training, range(self.n_steps, self.n_steps + self._window.length)
+        sparsity = self.cell.sparsity or 0.0
+        scalars = [adam_scalars(n + 1, training.learning_rate_at(n, self.d_sae)) for n in steps]
+        self._window.open(
+            [(sparsity * training.sparsity_warmup_at(n), *of) for n, of in zip(steps, scalars, strict=True)]
+        )
+        if not self._revives or self.split.latents.size > 1 or kernels_for(self.threshold) is None:
+            self._room = None
+        elif self._room is None or self.n_steps % len(steps) == 0:
+            near = self.samples_since_fired >= training.dead_after_samples - len(steps) * n_rows
+            n_dead = int(near.sum())
+            self._room = min(self.d_sae, max(_SMALLEST_ROOM, 2 ** (n_dead - 1).bit_length())) if n_dead else 0
+
+    @property
+    def _revives(self) -> bool:
+        return self.architecture.revives and self.cell.training.auxk_weight > 0
+
+    def _work(self, x: Float[Tensor, "batch d_in"], averages: bool, room: int | None) -> None:
+        """What a step does on the device. With fixed shapes it follows from these arguments, but for what tensors hold.
+
+        Args:
+            averages: whether the threshold is averaged over this step, too.
+            room: `_room`.
+        """
+        sparsity, *adam = self._window.numbers()
+        forward = self.architecture.forward(self.weights, x)
+        self._count_firing(forward, len(x) * self.split.rows.size)
+        auxk = self._auxk_loss(x, forward, room)
+        weighted = self.cell.training.auxk_weight * auxk
+        loss = forward.reconstruction_loss + sparsity * forward.sparsity_penalty + weighted
+        gradients, norm = self._gradients(loss)
+        if averages:
+            self._update_threshold(forward)
+        self._window.note(self._figures(loss, auxk, forward, norm), ~(loss.isfinite() & norm.isfinite()))
+
+        factor = (self.cell.training.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+        if kernels_for(x):
+            running = 1 - self._window.stopped.float()
+            self.optimizer.step_with_kernels(gradients, torch.stack([*adam, factor, running]))
+        elif not self._window.stopped:
+            learning_rate = self.cell.training.learning_rate_at(self.n_steps, self.d_sae)
+            self.optimizer.step(gradients, factor, self.n_steps + 1, learning_rate)
+
     def _count_firing(self, forward: Forward, n_rows: int) -> None:
         fired = self.split.rows.sum(forward.fired.float()) > 0
         self.samples_since_fired += n_rows
-        self.samples_since_fired[fired] = 0
+        self.samples_since_fired.masked_fill_(fired, 0)
+
+    def _auxk_loss(self, x: Tensor, forward: Forward, room: int | None) -> Float[Tensor, ""]:
+        training = self.cell.training
+        if not self._revives or room == 0:
+            return x.new_zeros(())
+        if room is not None:
+            return padded_auxk_loss(self.weights, x, forward, self._dead(), training, self.split, room)
+        return auxk_loss(self.weights, x, forward, self._dead(), training.auxk_select, self.split)
 
     def _gradients(self, loss: Tensor) -> tuple[dict[str, RowGradient], Float[Tensor, ""]]:
-        """Of the whole batch, without what only scales decoder rows, clipped; and the norm before clipping."""
+        """Of the whole batch, without what only scales decoder rows; and their norm."""
         named = self.weights.named()
         gradients = {
             name: RowGradient.of(gradient, self.split.rows)
@@ -224,18 +316,14 @@ class CellTrainer:
         latents = self.split.latents
         # What all ranks hold counts once.
         own = [gradient.values for name, gradient in gradients.items() if latents.rank == 0 or not _on_all_ranks(name)]
-        norm = latents.sum(torch.nn.utils.get_total_norm(own).square()).sqrt()
-        factor = (self.cell.training.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients.values():
-            gradient.values.mul_(factor)
-        return gradients, norm
+        return gradients, latents.sum(torch.nn.utils.get_total_norm(own).square()).sqrt()
 
     @torch.no_grad()
     def _orthogonalise(self, rows: Int[Tensor, " n"], values: Float[Tensor, "n d_in"]) -> None:
         """Takes from gradients of decoder rows, in place, what is parallel to the row."""
         W_dec = self.weights.W_dec
         if kernels := kernels_for(W_dec):
-            kernels.orthogonalise_rows(values, W_dec, rows)
+            kernels.orthogonalise_rows(values, W_dec)
             return
         for some, part in zip(rows.split(1024), values.split(1024), strict=True):  # parts that stay in the cache
             directions = W_dec.index_select(0, some)
@@ -243,27 +331,23 @@ class CellTrainer:
 
     @torch.no_grad()
     def _update_threshold(self, forward: Forward) -> None:
-        start = self.cell.training.effective("threshold_start_step")
-        if not self.architecture.estimates_threshold or self.n_steps <= start:
-            return
         smallest = self.split.ranks.smallest(forward.smallest_active)
         beta = self.cell.training.threshold_beta
         averaged = torch.where(self.threshold.isnan(), smallest, beta * self.threshold + (1 - beta) * smallest)
-        self.threshold = torch.where(smallest.isfinite(), averaged, self.threshold)
+        self.threshold.copy_(torch.where(smallest.isfinite(), averaged, self.threshold))
 
     @torch.no_grad()
-    def _metrics(self, loss: Tensor, auxk: Tensor, forward: Forward, gradient_norm: Tensor) -> StepMetrics:
+    def _figures(
+        self, loss: Tensor, auxk: Tensor, forward: Forward, gradient_norm: Tensor
+    ) -> Float[Tensor, " n_figures"]:
+        """The fields of `StepMetrics`, but for the first and the last."""
         learned = self.weights.threshold
         own = [forward.n_active, self._dead().sum(), loss.new_zeros(()) if learned is None else learned.sum()]
         n_active, n_dead, total_threshold = self.split.latents.sum(torch.stack(own))
         losses = [loss, forward.reconstruction_loss, auxk, forward.sparsity_penalty]
         means = self.split.rows.mean(torch.stack([*losses, n_active / len(forward.pre)]))
         threshold = self.threshold if learned is None else total_threshold / self.d_sae
-        same_on_all_ranks = torch.stack([n_dead, threshold, gradient_norm])
-        # One transfer from the device for all of them.
-        *averaged, n_dead, threshold, gradient_norm = torch.cat([means, same_on_all_ranks]).tolist()
-        learning_rate = self.cell.training.learning_rate_at(self.n_steps, self.d_sae)
-        return StepMetrics._make([self.n_steps, *averaged, int(n_dead), threshold, gradient_norm, learning_rate])
+        return torch.cat([means, torch.stack([n_dead, threshold, gradient_norm])])
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _ENTRIES = 8
 """Entries of a sum that are read at once."""
 _COMPACTED = 4096
-"""Values that one program of the search looks at, or of the sum with a bias."""
+"""Values that one program of the search looks at."""
 
 
 def bag_sums(
@@ -49,13 +49,13 @@ def dots(
     left: Float[Tensor, "n_rows d"],
     right: Float[Tensor, "n_latents d"],
 ) -> Float[Tensor, " nnz"]:
-    """Per entry the dot product of its rows of `left` and `right`."""
+    """Per entry the dot product of its rows of `left` and `right`; 0 where there is no such row of `left`."""
     d = left.shape[1]
     products = left.new_empty(len(rows))
     if len(rows):
         width = triton.next_power_of_2(d)
         with torch.cuda.device_of(left):
-            _dots[(len(rows),)](rows, latents, left.contiguous(), right.contiguous(), products, d, width)
+            _dots[(len(rows),)](rows, latents, left.contiguous(), right.contiguous(), products, len(left), d, width)
     return products
 
 
@@ -75,54 +75,30 @@ def at_least(flat: Float[Tensor, " n"], bound: float, capacity: int) -> Int[Tens
     return found
 
 
-def add_to_rows(matrix: Float[Tensor, "n d"], bias: Float[Tensor, " d"]) -> None:
-    """Adds `bias` to each row, in place. The matrix is contiguous."""
-    n, d = matrix.shape
-    with torch.cuda.device_of(matrix):
-        _add_to_rows[(n, triton.cdiv(d, _COMPACTED))](matrix, bias, d, _COMPACTED)
-
-
-def orthogonalise_rows(
-    values: Float[Tensor, "n_used d"], directions: Float[Tensor, "n d"], rows: Int[Tensor, " n_used"]
-) -> None:
+def orthogonalise_rows(values: Float[Tensor, "n d"], directions: Float[Tensor, "n d"]) -> None:
     """Takes from each row of `values`, in place, what is parallel to its row of `directions`, which has unit norm."""
-    d = values.shape[1]
-    if len(rows):
-        with torch.cuda.device_of(values):
-            _orthogonalise[(len(rows),)](values, directions, rows, d, triton.next_power_of_2(d))
+    n, d = values.shape
+    with torch.cuda.device_of(values):
+        _orthogonalise[(n,)](values, directions, d, triton.next_power_of_2(d))
 
 
 def adam_rows(
     parameter: Float[Tensor, "n d"],
     exp_avg: Float[Tensor, "n d"],
     exp_avg_sq: Float[Tensor, "n d"],
-    rows: Int[Tensor, " n_used"],
-    values: Float[Tensor, "n_used d"],
-    step: int,
-    learning_rate: float,
+    gradient: Float[Tensor, "n d"],
+    scalars: Float[Tensor, " 4"],
     unit_rows: bool,
 ) -> None:
-    """Adam's step number `step` (from 1) in place, for a gradient that is 0 but for `rows`.
+    """A step of Adam in place.
 
     Args:
+        scalars: `adam_scalars` of the step, a factor for the gradient, and whether to take the step: 1 or 0.
         unit_rows: divide each row of the parameter by its norm afterwards.
     """
     n, d = parameter.shape
-    slots = torch.full((n,), -1, dtype=torch.int64, device=parameter.device)
-    slots[rows] = torch.arange(len(rows), device=rows.device)
     with torch.cuda.device_of(parameter):
-        _adam_rows[(n,)](
-            parameter,
-            exp_avg,
-            exp_avg_sq,
-            slots,
-            values.contiguous(),
-            learning_rate / (1 - 0.9**step),
-            (1 - 0.999**step) ** 0.5,
-            d,
-            triton.next_power_of_2(d),
-            unit_rows,
-        )
+        _adam_rows[(n,)](parameter, exp_avg, exp_avg_sq, gradient, scalars, d, triton.next_power_of_2(d), unit_rows)
 
 
 @triton.jit
@@ -143,11 +119,13 @@ def _bag_sums(indices, offsets, weights, table, sums, d, WIDTH: tl.constexpr, EN
 
 
 @triton.jit
-def _dots(rows, latents, left, right, products, d, WIDTH: tl.constexpr):
+def _dots(rows, latents, left, right, products, n_rows, d, WIDTH: tl.constexpr):
     entry = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
-    x = tl.load(left + tl.load(rows + entry) * d + columns, mask=columns < d, other=0.0)
-    y = tl.load(right + tl.load(latents + entry) * d + columns, mask=columns < d, other=0.0)
+    row = tl.load(rows + entry)
+    inside = columns < tl.where(row < n_rows, d, 0)
+    x = tl.load(left + row * d + columns, mask=inside, other=0.0)
+    y = tl.load(right + tl.load(latents + entry) * d + columns, mask=inside, other=0.0)
     tl.store(products + entry, tl.sum(x * y, axis=0))
 
 
@@ -171,33 +149,24 @@ def _compact(flat, bound, counts, ends, found, n, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _add_to_rows(matrix, bias, d, SIZE: tl.constexpr):
-    columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    row = matrix + tl.program_id(0).to(tl.int64) * d
-    value = tl.load(row + columns, mask=columns < d) + tl.load(bias + columns, mask=columns < d)
-    tl.store(row + columns, value, mask=columns < d)
-
-
-@triton.jit
-def _orthogonalise(values, directions, rows, d, WIDTH: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, WIDTH)
-    inside = columns < d
-    value = tl.load(values + place * d + columns, mask=inside, other=0.0)
-    direction = tl.load(directions + tl.load(rows + place) * d + columns, mask=inside, other=0.0)
-    parallel = tl.sum(value * direction, axis=0)
-    tl.store(values + place * d + columns, value - parallel * direction, mask=inside)
-
-
-@triton.jit
-def _adam_rows(
-    parameter, exp_avg, exp_avg_sq, slots, values, step_size, root_bias2, d, WIDTH: tl.constexpr, UNIT: tl.constexpr
-):
+def _orthogonalise(values, directions, d, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     inside = columns < d
-    slot = tl.where(inside, tl.load(slots + row), -1)
-    gradient = tl.load(values + slot * d + columns, mask=slot >= 0, other=0.0)
+    value = tl.load(values + row * d + columns, mask=inside, other=0.0)
+    direction = tl.load(directions + row * d + columns, mask=inside, other=0.0)
+    parallel = tl.sum(value * direction, axis=0)
+    tl.store(values + row * d + columns, value - parallel * direction, mask=inside)
+
+
+@triton.jit
+def _adam_rows(parameter, exp_avg, exp_avg_sq, gradients, scalars, d, WIDTH: tl.constexpr, UNIT: tl.constexpr):
+    step_size, root_bias2 = tl.load(scalars), tl.load(scalars + 1)
+    factor, taken = tl.load(scalars + 2), tl.load(scalars + 3)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    inside = columns < tl.where(taken > 0, d, 0)
+    gradient = factor * tl.load(gradients + row * d + columns, mask=inside, other=0.0)
     mean = tl.load(exp_avg + row * d + columns, mask=inside, other=0.0)
     square = tl.load(exp_avg_sq + row * d + columns, mask=inside, other=0.0)
     weight = tl.load(parameter + row * d + columns, mask=inside, other=0.0)

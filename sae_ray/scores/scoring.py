@@ -14,6 +14,7 @@ from sae_ray.scores.statistics import (
     Entries,
     NeuronStats,
     neuron_blocks,
+    pool_codes,
     pool_dense,
     pool_tokens,
 )
@@ -154,8 +155,10 @@ def _encoded(saes: Sequence[SAE | None], activation: np.ndarray, row_image: np.n
 
             on_device = torch.tensor(activation).to(sae.device).float()
         codes = sae.encode_sparse(on_device)
-        row, neuron, value = (tensor.cpu().numpy() for tensor in (codes.rows, codes.latents, codes.values))
-        yield pool_tokens(row_image, row, neuron, value)
+        if codes.values.is_cuda:
+            yield pool_codes(row_image, codes)
+        else:
+            yield pool_tokens(row_image, codes.rows.numpy(), codes.latents.numpy(), codes.values.numpy())
 
 
 def majority(

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.host import to_host
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
+
+    from sae_ray.sae.sparse import SparseCodes
 
 BLOCK_BYTES = 64 * 2**20
 """Maximum size of `weighted_embeddings` for one range of neurons, which a task keeps and passes on."""
@@ -92,6 +95,8 @@ def pool_tokens(
     Args:
         row_image: image position of each token row, ascending.
         row, neuron, value: the codes, one entry per nonzero; `row` indexes `row_image`.
+
+    A sum adds its tokens one after the other, in float64; `pool_codes` does the same.
     """
     image = row_image[row]
     order = np.lexsort((row, image, neuron))
@@ -100,13 +105,37 @@ def pool_tokens(
         return Entries(image, neuron, value, value)
     starts = np.flatnonzero(np.r_[True, (np.diff(neuron) != 0) | (np.diff(image) != 0)])
     n_tokens = np.bincount(row_image)
-    sums = np.add.reduceat(value, starts)
     listed = np.diff(np.r_[starts, len(value)])
+    sums = np.bincount(np.repeat(np.arange(len(starts)), listed), weights=value)  # in order, unlike reduceat
     largest = np.maximum.reduceat(value, starts)
     image, neuron = image[starts], neuron[starts]
     # Tokens that are not listed are 0, which is the maximum if all listed values are negative.
     largest = np.where(listed < n_tokens[image], np.maximum(largest, 0.0), largest)
     return Entries(image, neuron, sums / n_tokens[image], largest)
+
+
+def pool_codes(row_image: Int[np.ndarray, " rows"], codes: SparseCodes) -> Entries:
+    """As `pool_tokens`, with the same bits, but computed where the codes are.
+
+    Args:
+        row_image: image position of each row of the codes, ascending.
+    """
+    import torch
+
+    if not len(codes.values):  # segments cannot be none at all on every device
+        return pool_tokens(row_image, *(column.numpy() for column in to_host(codes.rows, codes.latents, codes.values)))
+    device, n_tokens = codes.values.device, torch.from_numpy(np.bincount(row_image))
+    key = codes.latents * len(n_tokens) + torch.from_numpy(row_image).to(device)[codes.rows]
+    key, order = key.sort(stable=True)
+    key, listed = torch.unique_consecutive(key, return_counts=True)
+    neuron, image = key // len(n_tokens), key % len(n_tokens)
+    # As a matrix of one column: such a segment is added in order.
+    value = codes.values[order].double().unsqueeze(1)
+    sums, largest = (
+        torch.segment_reduce(value, reduce, lengths=listed, unsafe=True).squeeze(1) for reduce in ("sum", "max")
+    )
+    means = sums / n_tokens.to(device)[image]
+    return Entries(*(column.numpy() for column in to_host(image, neuron, means, largest)))
 
 
 def pool_dense(row_image: Int[np.ndarray, " rows"], activation: Float[np.ndarray, "rows neurons"]) -> Entries:

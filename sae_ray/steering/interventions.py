@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.sae.few_latents import codes_of, divided
 from sae_ray.sae.formats import LATENTS_FILE
 from sae_ray.sae.model import SAE
 from sae_ray.sae.sparse import Pattern
@@ -175,43 +176,88 @@ class Intervention:
             "tokens": None if self.tokens is None else list(self.tokens),
         }
 
-    @torch.no_grad()
     def __call__(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
         """The edited tokens; x is not changed.
 
         Raises UsageError if the width of x differs from the SAE's, or `tokens` names a token that x does not have.
         """
-        if self.error == "keep" and not self.edits and not self.isolate:
-            return x
+        return edit_each([self], [x])[0]
+
+    def _chosen(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "chosen d_in"]:
+        """The tokens to edit."""
         if self.tokens is None:
-            return self._replaced(x)
+            return x
         if max(self.tokens) >= len(x):
             raise UsageError(f"tokens has {max(self.tokens)}; there are only tokens 0 to {len(x) - 1}")
-        chosen = list(self.tokens)
+        return x[list(self.tokens)]
+
+    def _put_back(
+        self, chosen: Float[Tensor, "chosen d_in"], x: Float[Tensor, "tokens d_in"]
+    ) -> Float[Tensor, "tokens d_in"]:
+        """The image with these in place of its chosen tokens."""
+        if self.tokens is None:
+            return chosen
         result = x.clone()
-        result[chosen] = self._replaced(x[chosen])
+        result[list(self.tokens)] = chosen
         return result
 
-    def _replaced(self, x: Tensor) -> Tensor:
-        sae, codes = self.sae, self.sae.encode_sparse(x)
-        latents = torch.tensor([edit.latent for edit in self.edits], dtype=torch.int64, device=sae.device)
-        column = torch.full((sae.d_sae,), -1, device=sae.device)
-        column[latents] = torch.arange(len(latents), device=sae.device)
-        column = column[codes.latents]
 
-        edited = column >= 0
-        before = codes.values.new_zeros(codes.n_rows, len(latents))
-        before[codes.rows[edited], column[edited]] = codes.values[edited]
-        factor, summand = before.new_tensor([edit.affine(self.max_token) for edit in self.edits]).view(-1, 2).T
-        after = before * factor + summand
+@torch.no_grad()
+def edit_each(
+    interventions: Sequence[Intervention], images: Sequence[Float[Tensor, "tokens d_in"]]
+) -> list[Float[Tensor, "tokens d_in"]]:
+    """Each image with its own intervention. Those of one SAE and one kind are encoded and decoded together.
 
-        start, change = (sae.b_dec, after) if self.error == "drop" else (x, after - before)
-        result = start.to(before) + change @ sae.W_dec[latents].to(before)
-        if self.isolate != (self.error == "drop"):
-            untouched = Pattern(codes.rows[~edited], codes.latents[~edited], codes.n_rows, codes.d_sae)
-            sums = untouched.row_sums(codes.values[~edited], sae.W_dec.to(before))
-            result = result - sums if self.isolate else result + sums
-        return result.to(x)
+    An image's result is the one that it has alone, up to rounding: products of another shape add up in another order.
+
+    Args:
+        images: the tokens of each, of one dtype and on one device. They are not changed.
+
+    Raises UsageError as an `Intervention` does.
+    """
+    edited = list(images)
+    kinds: dict[tuple[int, OnError, bool], list[int]] = {}
+    for place, one in enumerate(interventions):
+        if one.error == "drop" or one.edits or one.isolate:
+            kinds.setdefault((id(one.sae), one.error, one.isolate), []).append(place)
+    for places in kinds.values():
+        alike = [interventions[place] for place in places]
+        chosen = [one._chosen(images[place]) for one, place in zip(alike, places, strict=True)]
+        lengths = [len(tokens) for tokens in chosen]
+        replaced = _replaced(alike, torch.cat(chosen), lengths).split(lengths)
+        for one, place, tokens in zip(alike, places, replaced, strict=True):
+            edited[place] = one._put_back(tokens, images[place])
+    return edited
+
+
+def _replaced(
+    alike: Sequence[Intervention], x: Float[Tensor, "rows d_in"], lengths: Sequence[int]
+) -> Float[Tensor, "rows d_in"]:
+    """The edited rows of several images, `lengths` of each. Their interventions are of one SAE and one kind."""
+    sae, drop, isolate = alike[0].sae, alike[0].error == "drop", alike[0].isolate
+    latents = list(dict.fromkeys(edit.latent for one in alike for edit in one.edits))
+    column = {latent: place for place, latent in enumerate(latents)}
+    if drop == isolate:  # no other latent has a part in the result
+        before, others = codes_of(sae, latents)(x), None
+    else:
+        before, others = divided(sae.encode_sparse(x), latents)
+
+    # What only another image edits stays as it is, unless it is among all those that are set to zero.
+    affine = torch.tensor([0.0 if isolate else 1.0, 0.0], dtype=torch.float64).repeat(len(alike), len(latents), 1)
+    for own, one in zip(affine, alike, strict=True):
+        for edit in one.edits:
+            own[column[edit.latent]] = own.new_tensor(edit.affine(one.max_token))
+    of_image = torch.tensor(lengths, device=before.device)
+    factor, summand = affine.to(before).repeat_interleave(of_image, dim=0, output_size=len(x)).unbind(-1)
+    after = before * factor + summand
+
+    start, change = (sae.b_dec, after) if drop else (x, after - before)
+    result = start.to(before) + change @ sae.W_dec[latents].to(before)
+    if others is not None:
+        pattern = Pattern(others.rows, others.latents, others.n_rows, others.d_sae)
+        sums = pattern.row_sums(others.values, sae.W_dec.to(before))
+        result = result - sums if isolate else result + sums
+    return result.to(x)
 
 
 def load_max_token(folder: str | Path | Folder) -> Float[Tensor, " d_sae"]:

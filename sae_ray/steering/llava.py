@@ -15,16 +15,19 @@ from torch.nn.utils.rnn import pad_sequence
 from sae_ray.encoders.base import placement
 from sae_ray.encoders.hub import check_tokenizer, find, load_weights, refusing
 from sae_ray.encoders.info import EncoderInfo
-from sae_ray.encoders.transformers_models import blocks_of, describe
+from sae_ray.encoders.transformers_models import blocks_of, describe, resizing, scale_of
 from sae_ray.errors import UsageError
 from sae_ray.steering.config import MAX_NEW_TOKENS
 from sae_ray.steering.info import LlavaInfo
-from sae_ray.steering.interventions import Intervention, TowerEdit
+from sae_ray.steering.interventions import Intervention, TowerEdit, edit_each
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
     from PIL import Image
     from torch import Tensor
+
+    Picture = Image.Image | UInt8[np.ndarray, "3 height width"]
+    """RGB, of any size; or as the tower's own `preprocess` resizes and crops it."""
 
 FORMS = (
     "a LLaVA is named by a directory in the transformers format (a path, or a URI such as s3://bucket/folder) or a "
@@ -109,6 +112,9 @@ class Llava:
         self.processor = processor
         self.device, self.dtype = model.device, model.dtype
         self._block: nn.Module = blocks_of(model.model.vision_tower)[layer]
+        self._resize = resizing(processor.image_processor)
+        self._rescale, *scale = scale_of(info.model, processor.image_processor)
+        self._mean, self._std = (torch.tensor(of, device=self.device).view(3, 1, 1) for of in scale)
         self._tower_in_use = threading.Lock()
 
     @property
@@ -128,11 +134,6 @@ class Llava:
 
         height, width = self.info.image_size
         return Image.new("RGB", (width, height), "white")
-
-    def seen(self, image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-        """An image as the tower gets it, resized and cropped by the model's own processor."""
-        [pixels] = self.processor.image_processor(image, do_rescale=False, do_normalize=False)["pixel_values"]
-        return np.asarray(pixels, np.uint8).transpose(1, 2, 0).copy()
 
     def answer(
         self,
@@ -155,7 +156,7 @@ class Llava:
 
     def answers(
         self,
-        images: Sequence[Image.Image],
+        images: Sequence[Picture],
         prompts: Sequence[str],
         interventions: Sequence[Sequence[TowerEdit]],
         max_new_tokens: int = MAX_NEW_TOKENS,
@@ -165,9 +166,14 @@ class Llava:
 
     @torch.no_grad()
     def image_embeddings(
-        self, images: Sequence[Image.Image], edits: Sequence[Sequence[TowerEdit]]
+        self, images: Sequence[Picture], edits: Sequence[Sequence[TowerEdit]]
     ) -> list[Float[Tensor, "patches hidden"]]:
         """What the language model gets to see of each image: vision tower, edits of that image, projector.
+
+        Args:
+            images: One may come several times, each time with other edits: what lies below the edited block is then
+                computed once.
+            edits: Per image.
 
         Raises:
             UsageError: An edit does not fit the tower, or its result is not finite.
@@ -178,11 +184,12 @@ class Llava:
             return []
         for edit in (edit for chain in edits for edit in chain if isinstance(edit, Intervention)):
             self._check(edit)
-        pixels = self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        unlike = {id(image): image for image in images}
+        places = [list(unlike).index(id(image)) for image in images]
         config = self.model.config
-        with self._edited_by(edits):
+        with self._edited_by(edits, places):
             features = self.model.get_image_features(
-                pixel_values=pixels.to(self.device, self.dtype),
+                pixel_values=self._pixels(list(unlike.values())),
                 vision_feature_layer=config.vision_feature_layer,
                 vision_feature_select_strategy=config.vision_feature_select_strategy,
             )
@@ -262,6 +269,12 @@ class Llava:
         embedded[ids == self.processor.image_token_id] = torch.cat(list(images)).to(embedded)
         return embedded
 
+    def _pixels(self, images: Sequence[Picture]) -> Float[Tensor, "n 3 height width"]:
+        """The same bits that the model's own processor makes of them; scaled on the device."""
+        resized = np.stack([one if isinstance(one, np.ndarray) else self._resize(one) for one in images])
+        scaled = torch.from_numpy(resized).to(self.device).contiguous().double().mul_(self._rescale).float()
+        return scaled.sub_(self._mean).div_(self._std).to(self.dtype)
+
     def _check(self, edit: Intervention) -> None:
         if edit.sae.d_in != self.width:
             raise UsageError(
@@ -274,31 +287,49 @@ class Llava:
             )
 
     @contextlib.contextmanager
-    def _edited_by(self, edits: Sequence[Sequence[TowerEdit]]) -> Iterator[None]:
-        """While it lasts, each image of the batch has its edits in the vision tower; other threads wait.
+    def _edited_by(self, edits: Sequence[Sequence[TowerEdit]], places: Sequence[int]) -> Iterator[None]:
+        """While it lasts, the block gives for each of `edits` the image at its place, edited; other threads wait.
 
-        Without any edit, nothing is hooked.
+        Without any edit, and with each image once, nothing is hooked.
         """
 
         def hook(module: nn.Module, args: object, stream: Float[Tensor, "n tokens d_in"]) -> Tensor:
-            edited = torch.empty_like(stream)  # the same layout in memory: without an edit, the same bits
-            for chain, x, place in zip(edits, stream, edited, strict=True):
-                place.copy_(_applied(chain, x))
-            return edited
+            edited = _edited(edits, [stream[place] for place in places])
+            if len(edited) > len(stream):
+                return torch.stack(edited)
+            # The same layout in memory: without an edit, the same bits.
+            return torch.stack(edited, out=torch.empty_like(stream))
 
         with self._tower_in_use, contextlib.ExitStack() as hooks:
-            if any(edits):
+            if any(edits) or len(set(places)) < len(places):
                 # Hooks that transformers has put on the block hand its output to LLaVA; this one must come before them.
                 hooks.callback(self._block.register_forward_hook(hook, prepend=True).remove)
             yield
 
 
-def _applied(edits: Sequence[TowerEdit], x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
-    for edit in edits:
-        result = edit(x).to(x)
+def _edited(
+    chains: Sequence[Sequence[TowerEdit]], images: list[Float[Tensor, "tokens d_in"]]
+) -> list[Float[Tensor, "tokens d_in"]]:
+    """Each image after its own edits: the first ones of all, then the second ones."""
+    for turn in range(max(map(len, chains))):
+        places = [place for place, chain in enumerate(chains) if turn < len(chain)]
+        results = _applied([chains[place][turn] for place in places], [images[place] for place in places])
+        if not torch.stack(results).isfinite().all():
+            dtype = str(results[0].dtype)[6:]
+            raise UsageError(f"the edited activations are not finite in {dtype}; lower the strength")
+        for place, result in zip(places, results, strict=True):
+            images[place] = result
+    return images
+
+
+def _applied(edits: Sequence[TowerEdit], images: Sequence[Float[Tensor, "tokens d_in"]]) -> list[Tensor]:
+    interventions = {place: edit for place, edit in enumerate(edits) if isinstance(edit, Intervention)}
+    together = edit_each(list(interventions.values()), [images[place] for place in interventions])
+    edited = dict(zip(interventions, together, strict=True))
+    results = []
+    for place, (edit, x) in enumerate(zip(edits, images, strict=True)):
+        result = edited[place] if place in edited else edit(x).to(x)
         if result.shape != x.shape:
             raise ValueError(f"an edit made {list(result.shape)} of tokens {list(x.shape)}; it must keep their shape")
-        if not result.isfinite().all():
-            raise UsageError(f"the edited activations are not finite in {str(x.dtype)[6:]}; lower the strength")
-        x = result
-    return x
+        results.append(result)
+    return results

@@ -47,9 +47,12 @@ class Respondent:
             batch = questions[start : start + batch_size]
             # Several prompts in a row are often about the same image with the same edit: embed it once.
             shown = list({question._replace(prompt=""): question for question in batch}.values())
+            pictures = {
+                index: self.llava.white() if index == WHITE else image(index)
+                for index in {one.image_index for one in shown}
+            }
             embeddings = self.llava.image_embeddings(
-                [image(one.image_index) if one.image_index != WHITE else self.llava.white() for one in shown],
-                [self._edits(one) for one in shown],
+                [pictures[one.image_index] for one in shown], [self._edits(one) for one in shown]
             )
             seen = {question._replace(prompt=""): one for question, one in zip(shown, embeddings, strict=True)}
             answers += self.llava.generate(

@@ -25,7 +25,7 @@ from sae_ray.images.rendering import Rendering
 from sae_ray.report import album as albums
 from sae_ray.report import write_report
 from sae_ray.report.album import SIDE, Album, thumbnail_size
-from sae_ray.report.heat import HeatCell, HeatMaps, caution, codes_of, heat_cells, why_none
+from sae_ray.report.heat import HeatCell, HeatMaps, caution, heat_cells, why_none
 from sae_ray.report.neighbours import N_NEAREST, nearest_latents
 from sae_ray.report.neurons import Neurons, read_neurons, shown_cells
 from sae_ray.report.packing import rounded
@@ -41,7 +41,6 @@ from sae_ray.report.pictures import (
 from sae_ray.report.plots import POINTS, Line, Plot, curve_plots, draw, fidelity_plots, grid_plots, ms_curve
 from sae_ray.report.steering import EXAMPLES, read_steering
 from sae_ray.sae import SAE, load_sae
-from sae_ray.sae.architectures import ARCHITECTURES
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, hold
@@ -248,26 +247,6 @@ def test_what_heat_maps_mean_is_said(cells: dict[str, Neurons]):
     assert "trained on CLS tokens only" in str(caution(cells["layer0.cls-topk-x2-k4"]))
     assert "one vector per image" in str(why_none(cells["pooled-batch_topk-x2-k2"]))
     assert "raw neurons" in str(why_none(cells["raw-pooled"]))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_codes_of_a_few_latents_are_those_of_all(architecture, device: str):
-    generator = torch.Generator().manual_seed(0)
-    W_enc, b_enc, b_dec = (torch.randn(shape, generator=generator) for shape in ((6, 20), (20,), (6,)))
-    sae = SAE(
-        architecture,
-        W_enc,
-        W_enc.T.clone(),
-        b_enc,
-        b_dec,
-        torch.rand(20, generator=generator) if ARCHITECTURES[architecture].has_threshold else None,
-        k=3,
-    )
-    x = torch.randn(40, 6, generator=generator)
-    latents = np.array([7, 0, 19])
-    found = codes_of(sae.to(device), latents)(x.to(device))
-    assert found.device.type == device
-    torch.testing.assert_close(found.cpu(), sae.encode(x)[:, latents])
 
 
 def test_neighbours_are_the_nearest_decoder_rows(monkeypatch: pytest.MonkeyPatch, device: str):

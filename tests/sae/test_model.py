@@ -10,19 +10,20 @@ import torch
 from sae_ray.errors import UsageError
 from sae_ray.sae import SAE, model
 from sae_ray.sae.architectures import ARCHITECTURES
+from sae_ray.sae.few_latents import codes_of
 
 D_IN, D_SAE = 6, 20
 
 
-def make_sae(name: str) -> SAE:
+def make_sae(name: str, d_in: int = D_IN, d_sae: int = D_SAE) -> SAE:
     generator = torch.Generator().manual_seed(0)
     return SAE(
         architecture=name,
-        W_enc=torch.randn(D_IN, D_SAE, generator=generator),
-        W_dec=torch.randn(D_SAE, D_IN, generator=generator),
-        b_enc=torch.randn(D_SAE, generator=generator),
-        b_dec=torch.randn(D_IN, generator=generator),
-        threshold=torch.rand(D_SAE, generator=generator) if ARCHITECTURES[name].has_threshold else None,
+        W_enc=torch.randn(d_in, d_sae, generator=generator),
+        W_dec=torch.randn(d_sae, d_in, generator=generator),
+        b_enc=torch.randn(d_sae, generator=generator),
+        b_dec=torch.randn(d_in, generator=generator),
+        threshold=torch.rand(d_sae, generator=generator) if ARCHITECTURES[name].has_threshold else None,
         k=3,
     )
 
@@ -38,7 +39,8 @@ def test_sparse_codes_are_the_dense_ones_whatever_the_chunks(monkeypatch, name, 
     decoded = sae.decode(dense)
     sae = sae.to(device)
     whole = sae.encode_sparse(x)
-    monkeypatch.setattr(model, "_PRE_ENTRIES", 7 * D_SAE + 3)
+    for name, size in (("_PRE_ENTRIES", 7 * D_SAE + 3), ("_PRE_ENTRIES_ON_GPU", 7 * D_SAE + 3), ("_ROWS_ON_GPU", 3)):
+        monkeypatch.setattr(model, name, size)
     chunked = sae.encode_sparse(x)
     for codes in (whole, chunked):
         assert codes.values.device.type == device
@@ -49,6 +51,32 @@ def test_sparse_codes_are_the_dense_ones_whatever_the_chunks(monkeypatch, name, 
         torch.testing.assert_close(sae.decode(codes).cpu(), decoded)
     torch.testing.assert_close(sae.encode(x).cpu(), dense)
     torch.testing.assert_close(sae.decode(dense.to(device)).cpu(), decoded)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_codes_of_a_few_latents_are_those_of_all(name, device):
+    sae, x, latents = make_sae(name), inputs(40), [7, 0, 19]
+    found = codes_of(sae.to(device), latents)(x.to(device))
+    assert found.device.type == device
+    torch.testing.assert_close(found.cpu(), sae.encode(x)[:, latents])
+    assert codes_of(sae.to(device), [])(x).shape == (40, 0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_by_products_of_one_shape_a_row_has_the_same_bits_whatever_the_rows_beside_it(name, device):
+    sae = make_sae(name, 96, 1500).to(device)
+    x = torch.randn(700, 96, generator=torch.Generator().manual_seed(1))
+    centred = sae._centred(x)
+    whole = sae._pre_of_one_shape(centred)
+    for some in (slice(0, 1), slice(256, 700), slice(3, 600), slice(699, 700)):
+        assert torch.equal(sae._pre_of_one_shape(centred[some]), whole[some])
+    torch.testing.assert_close(whole, sae._pre(x), rtol=1e-4, atol=1e-4)
+    if device == "cuda":
+        codes, some = sae.encode_sparse(x), sae.encode_sparse(x[300:400])
+        kept = (codes.rows >= 300) & (codes.rows < 400)
+        assert torch.equal(codes.rows[kept] - 300, some.rows)
+        assert torch.equal(codes.latents[kept], some.latents)
+        assert torch.equal(codes.values[kept], some.values)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -35,7 +35,7 @@ def test_sparse_rows_in_blocks_are_torch_adam_on_the_dense_gradient(monkeypatch,
                 gradients[name] = RowGradient(rows, parameter.grad[rows])
             else:
                 gradients[name] = RowGradient.of(parameter.grad.clone(), Ranks(None))
-        adam.step(gradients, number, 0.01)
+        adam.step(gradients, torch.ones(()), number, 0.01)
         plain.step()
         with torch.no_grad():
             theirs.W_dec /= theirs.W_dec.norm(dim=1, keepdim=True)

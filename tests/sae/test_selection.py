@@ -11,7 +11,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sae_ray.sae.ranks import Ranks, Split
-from sae_ray.sae.selection import BatchSelection, largest_of_rows, largest_positive, largest_positive_per_row
+from sae_ray.sae.selection import (
+    BatchSelection,
+    largest_of_rows,
+    largest_positive,
+    largest_positive_per_row,
+    padded_largest,
+)
 from tests.sae.thread_ranks import on_ranks
 
 Select = Callable[[torch.Tensor], torch.Tensor]
@@ -37,6 +43,16 @@ def sorted_selection(matrix: torch.Tensor, count: int) -> torch.Tensor:
     """By a stable sort of all values."""
     order = matrix.flatten().sort(descending=True, stable=True).indices[:count]
     return order[matrix.flatten()[order] > 0].sort().values
+
+
+def padded_selection(matrix: torch.Tensor, k: int) -> torch.Tensor:
+    found, values = padded_largest(matrix, k)
+    assert len(found) == len(values) == k * len(matrix)
+    entries = found[found < matrix.numel()]
+    assert (found[len(entries) :] == matrix.numel()).all()
+    assert torch.equal(values[: len(entries)], matrix.flatten()[entries])
+    assert not values[len(entries) :].any()
+    return entries
 
 
 def on_splits(size: int, by: str, matrices: list[torch.Tensor], start: Callable[[Split], Select]) -> list[torch.Tensor]:
@@ -70,11 +86,24 @@ def rows_over_shards(size: int, matrix: torch.Tensor, k: int) -> torch.Tensor:
     return found
 
 
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_rough_values_find_the_largest_exact_ones(spread: float, by_row: bool):
+    """Rounded to bfloat16, as products are; also where rows hardly differ, so that many values nearly do not."""
+    exact = normal((1, 500), 0, 0.0) + spread * normal((60, 500), 1, 0.0)
+    matrix, k = (exact, 20) if by_row else (exact.view(1, -1), 20 * len(exact))
+    flat, values = padded_largest(matrix.bfloat16().float(), k, lambda flat: exact.flatten()[flat])
+    expected = [sorted_selection(row, k) + number * matrix.shape[1] for number, row in enumerate(matrix)]
+    assert torch.equal(flat, torch.cat(expected))
+    assert torch.equal(values, exact.flatten()[flat])
+
+
 @given(matrices, st.integers(1, 300))
 @example(torch.zeros(4, 8), 3)
 @example(torch.full((4, 16), 0.5), 63)
 def test_it_is_what_sorting_gives_however_many_ranks_there_are(matrix: torch.Tensor, count: int):
     expected = sorted_selection(matrix, count)
+    assert torch.equal(padded_selection(matrix.view(1, -1), min(count, matrix.numel())), expected)
     for guess in (0.0, 0.5, 1.0, 1e6, matrix.max().item(), matrix.median().item()):
         assert torch.equal(largest_positive(matrix, count, guess), expected)
     for size, by in product((2, 4), SPLITS):

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+import threading
+import warnings
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_ray.sae import Cell, CellTrainer, TrainingConfig, optimizer, selection, sparse, training
-from sae_ray.sae.optimizer import RowAdam, RowGradient
+from sae_ray.sae import (
+    Cell,
+    CellTrainer,
+    NonFiniteLoss,
+    StepMetrics,
+    TrainingConfig,
+    auxk,
+    kernels,
+    optimizer,
+    selection,
+    sparse,
+    training,
+)
+from sae_ray.sae.optimizer import RowAdam, RowGradient, adam_scalars
+from sae_ray.sae.ranks import Ranks, Split
 from sae_ray.sae.selection import largest_positive
 from sae_ray.sae.sparse import Pattern
+from tests.sae.thread_ranks import on_ranks
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,9 +45,9 @@ def use_kernels(monkeypatch) -> Callable[[], None]:
     """Until it is called all runs in plain torch, afterwards through the kernels."""
     from sae_ray.sae import triton_kernels
 
-    def choose(kernels: ModuleType | None) -> None:
-        for module in (optimizer, selection, sparse, training):
-            monkeypatch.setattr(module, "kernels_for", lambda tensor: kernels)
+    def choose(chosen: ModuleType | None) -> None:
+        for module in (kernels, optimizer, selection, sparse, training):
+            monkeypatch.setattr(module, "kernels_for", lambda tensor: chosen)
 
     choose(None)
     return lambda: choose(triton_kernels)
@@ -91,68 +110,239 @@ def test_the_search_above_a_bound():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("d", [1, 64, 5000])
-def test_a_bias_is_added_to_rows(d: int):
-    from sae_ray.sae.triton_kernels import add_to_rows
-
-    matrix, bias = (torch.randn(*shape, generator=torch.Generator().manual_seed(6)) for shape in ((7, d), (d,)))
-    matrix, bias = matrix.to(DEVICE), bias.to(DEVICE)
-    expected = matrix + bias
-    add_to_rows(matrix, bias)
-    assert torch.equal(matrix, expected)
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("d", [1, 12, 64])
 def test_rows_lose_what_is_parallel_to_their_directions(d: int):
     from sae_ray.sae.triton_kernels import orthogonalise_rows
 
     generator = torch.Generator().manual_seed(5)
     directions = torch.nn.functional.normalize(torch.randn(30, d, generator=generator), dim=1).to(DEVICE)
-    values, rows = torch.randn(7, d, generator=generator).to(DEVICE), torch.arange(1, 29, 4, device=DEVICE)
-    used = directions[rows]
-    expected = values - (values * used).sum(1, keepdim=True) * used
-    orthogonalise_rows(values, directions, rows)
+    values = torch.randn(30, d, generator=generator).to(DEVICE)
+    expected = values - (values * directions).sum(1, keepdim=True) * directions
+    orthogonalise_rows(values, directions)
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
 def test_adam(use_kernels):
-    """Several steps over rows that change, one of them with no row at all."""
+    """Several steps, the second of which is not to be taken."""
     generator = torch.Generator().manual_seed(2)
-    trainers = [CellTrainer(Cell("batch_topk", 3, k=2), 20, DEVICE) for _ in range(2)]
-    gradients = []
-    for count in (7, 60, 0, 20):
-        rows = torch.randperm(60, generator=generator)[:count].sort().values.to(DEVICE)
-        sparse = RowGradient(rows, torch.randn(count, 20, generator=generator).to(DEVICE))
-        biases = {
-            name: RowGradient(torch.arange(n, device=DEVICE), torch.randn(n, generator=generator).to(DEVICE))
-            for name, n in (("b_enc", 60), ("b_dec", 20))
-        }
-        gradients.append({"W_dec": sparse, "W_enc_t": sparse, **biases})
-    for trainer in trainers:
-        adam = RowAdam(trainer.weights)
-        for number, gradient in enumerate(gradients, start=1):
-            adam.step(gradient, number, 0.01)
-        use_kernels()
-    for name, plain in trainers[0].weights.named().items():
-        torch.testing.assert_close(trainers[1].weights.named()[name], plain)
+    weights = [CellTrainer(Cell("jumprelu", 3, sparsity=0.1), 20, DEVICE).weights for _ in range(2)]
+    plain, ours = (RowAdam(one) for one in weights)
+    use_kernels()
+    for number, taken in ((1, True), (2, False), (2, True), (3, True)):
+        factor = torch.full((), 0.7, device=DEVICE)
+        found = {name: torch.randn(value.shape, generator=generator) for name, value in weights[0].named().items()}
+        gradients = [
+            {name: RowGradient(torch.arange(len(value)), value.clone().to(DEVICE)) for name, value in found.items()}
+            for _ in range(2)
+        ]
+        if taken:
+            plain.step(gradients[0], factor, number, 0.01)
+        ours.step_with_kernels(gradients[1], torch.tensor([*adam_scalars(number, 0.01), factor, taken], device=DEVICE))
+    for name, expected in weights[0].named().items():
+        torch.testing.assert_close(weights[1].named()[name], expected)
+
+
+SELECTING = ("batch_topk", "matryoshka_batch_topk", "topk")
+CELLS = {
+    **{
+        (name, select): {"k": 2}
+        for name in ("batch_topk", "matryoshka_batch_topk", "topk")
+        for select in ("post", "pre")
+    },
+    **{(name, "post"): {"sparsity": 0.1} for name in ("relu", "jumprelu")},
+}
+
+
+def small_cell(name: str, select: Any, dtype: Any = "float32") -> Cell:
+    training = TrainingConfig(
+        batch_size=12, steps=12, learning_rate=3e-3, warmup_steps=2, threshold_start_step=3, dead_after_samples=24,
+        auxk_select=select, dtype=dtype,
+    )  # fmt: skip
+    return Cell(name, 4, training=training, **CELLS[name, select])
+
+
+def small_batches(n: int) -> torch.Tensor:
+    return torch.randn(n, 12, 8, generator=torch.Generator().manual_seed(3)).to(DEVICE) / 4
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka_batch_topk", "topk"])
-def test_whole_training(use_kernels, architecture: str):
-    training = TrainingConfig(
-        batch_size=12, steps=12, learning_rate=3e-3, warmup_steps=2, threshold_start_step=3, dead_after_samples=24
-    )
-    batches = torch.randn(6, 12, 8, generator=torch.Generator().manual_seed(3)).to(DEVICE) / 4
-    metrics = []
-    for _ in range(2):
-        trainer = CellTrainer(Cell(architecture, 4, k=2, training=training), 8, DEVICE)
-        metrics.append(torch.tensor([trainer.step(batch) for batch in batches]))
-        use_kernels()
-    assert metrics[0][:, 3].max() > 0, "AuxK took part"
-    torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-3, atol=1e-5, equal_nan=True)
+@pytest.mark.parametrize(("name", "select"), CELLS)
+def test_whole_training(use_kernels, monkeypatch, name: str, select: str):
+    """With AuxK as a dense block, and by entries."""
+    expected = CellTrainer(small_cell(name, select), 8, DEVICE)
+    seen = [expected.step(batch) for batch in small_batches(4)]
+    use_kernels()
+    assert expected.cell.kind.revives == (max(one.auxk_loss for one in seen) > 0), "AuxK took part"
+    for dense in (32, 0):
+        monkeypatch.setattr(auxk, "_DENSE", dense)
+        trainer = CellTrainer(small_cell(name, select), 8, DEVICE)
+        metrics = [trainer.step(batch) for batch in small_batches(4)]
+        torch.testing.assert_close(torch.tensor(metrics), torch.tensor(seen), rtol=1e-3, atol=1e-5, equal_nan=True)
+        for key in ("W_enc_t", "W_dec"):  # not the biases: Adam makes much of the rounding of a gradient near 0
+            one, other = (found.weights.named()[key].detach() for found in (trainer, expected))
+            assert (one - other).norm() < 1e-3 * other.norm()
+
+
+@pytest.fixture
+def one_kernel_at_a_time(monkeypatch) -> None:
+    """The interpreter is not made for threads."""
+    if INTERPRETED:
+        from triton.runtime.interpreter import GridExecutor
+
+        call, lock = GridExecutor.__call__, threading.Lock()
+
+        def guarded(self, *args, **kwargs):
+            with lock:
+                return call(self, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", guarded)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by", ["rows", "latents"])
+def test_two_ranks_train_as_one_does(use_kernels, one_kernel_at_a_time, by: str):
+    cell, batches = small_cell("batch_topk", "post"), small_batches(3)
+    alone = CellTrainer(cell, 8, DEVICE)
+    expected = [alone.step(batch) for batch in batches]
+    assert expected[-1].auxk_loss > 0
+    use_kernels()
+
+    def work(ranks: Ranks) -> list[StepMetrics]:
+        trainer = CellTrainer(cell, 8, DEVICE, Split(**{by: ranks}))
+        return [trainer.step(batch.chunk(2)[ranks.rank] if by == "rows" else batch) for batch in batches]
+
+    for metrics in on_ranks(2, work):
+        torch.testing.assert_close(torch.tensor(metrics), torch.tensor(expected), rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_metrics_that_come_late_are_the_same(use_kernels, monkeypatch):
+    """Latents die in between."""
+    use_kernels()
+    monkeypatch.setattr(training, "REPORT_EVERY", 2)
+    cell = small_cell("batch_topk", "post")
+    at_once, late = (CellTrainer(cell, 8, DEVICE) for _ in range(2))
+    batches = small_batches(5)
+    expected = [at_once.step(batch) for batch in batches]
+    found = [metrics for batch in batches for metrics in late.advance(batch)]
+    assert [one.step for one in found] == [0, 1, 2, 3]
+    assert torch.equal(torch.tensor(found + late.report()).nan_to_num(-1), torch.tensor(expected).nan_to_num(-1))
+    assert late.report() == []
+
+
+@pytest.mark.gpu
+def test_a_loss_that_is_not_finite_is_known_late_and_leaves_the_weights(use_kernels):
+    """The steps after the bad one change nothing, and the state tells of it."""
+    use_kernels()
+    batches = small_batches(4)
+    trainer, expected = (CellTrainer(small_cell("batch_topk", "post"), 8, DEVICE) for _ in range(2))
+    for batch in (*batches[:2], batches[2] * math.inf, *batches[3:]):
+        trainer.advance(batch)
+    for batch in batches[:2]:
+        expected.advance(batch)
+    tensors, facts = trainer.state()
+    assert facts["n_steps"] == 2
+    assert facts["failed"].startswith("step 2:")
+    wanted = expected.state()[0]
+    for name, value in tensors.items():
+        assert name in ("samples_since_fired", "threshold_estimate") or torch.equal(value, wanted[name]), name
+    with pytest.raises(NonFiniteLoss, match="step 2"):
+        trainer.advance(batches[0])
+
+
+class Lint(TorchDispatchMode):
+    """Notes calls for which the host would wait for a GPU, or whose results have a shape that depends on numbers."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "unique", "coalesce", "lift_fresh", "equal", "masked_select", "_to_copy")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        casts = name == "_to_copy" and result.device == args[0].device
+        by_flags = name in ("index", "index_put_") and any(
+            place is not None and place.dtype == torch.bool for place in args[1]
+        )
+        if by_flags or (name.startswith(self.WAITS) and not casts):
+            self.found.append(name)
+        return result
+
+
+@pytest.mark.gpu
+def test_waits_are_noticed(use_kernels):
+    """In a step without kernels."""
+    trainer = CellTrainer(small_cell("batch_topk", "post"), 8, DEVICE)
+    for batch in small_batches(2):
+        trainer.advance(batch)
+    with Lint() as lint:
+        trainer.advance(batch)
+    assert {"nonzero", "unique_consecutive", "_local_scalar_dense"} < set(lint.found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dense", [32, 0])
+@pytest.mark.parametrize("name", [*SELECTING, "relu", "jumprelu"])
+def test_no_step_waits_for_the_device_between_reports(use_kernels, monkeypatch, name: str, dense: int):
+    use_kernels()
+    monkeypatch.setattr(auxk, "_DENSE", dense)
+    trainer = CellTrainer(small_cell(name, "post", "float32" if dense else "bfloat16"), 8, DEVICE)
+    trainer._replayed = None  # as it is before it is recorded
+    first, *batches = small_batches(3)
+    trainer.advance(first)
+    with Lint() as lint:
+        for batch in batches:
+            trainer.advance(batch)
+    assert lint.found == []
+    assert trainer.cell.kind.revives == (trainer.report()[-1].auxk_loss > 0), "AuxK took part"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there are no graphs on a CPU")
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "select"), CELLS)
+def test_a_recorded_step_equals_the_step(name: str, select: str, dtype: str):
+    """Also where the room of AuxK and the averaging of the threshold change, which are recorded apart."""
+    recorded, eager = (CellTrainer(small_cell(name, select, dtype), 8, DEVICE) for _ in range(2))
+    eager._replayed = None
+    first, *batches = small_batches(40)
+    recorded.advance(first)
+    eager.advance(first)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for batch in batches:
+                recorded.advance(batch)
+                eager.advance(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]
+    assert waits == []
+    assert torch.equal(torch.tensor(recorded.report()).nan_to_num(-1), torch.tensor(eager.report()).nan_to_num(-1))
+    for (key, one), other in zip(recorded.state()[0].items(), eager.state()[0].values(), strict=True):
+        assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1)), key
+
+
+@pytest.mark.gpu
+def test_a_run_that_is_stopped_between_two_reports_goes_on_with_the_same_bits(use_kernels, monkeypatch):
+    """Also where fewer latents can be dead by then than when metrics were due, so that AuxK needed less room."""
+    use_kernels()
+    monkeypatch.setattr(training, "REPORT_EVERY", 4)
+    monkeypatch.setattr(training, "_SMALLEST_ROOM", 1)
+    whole, stopped, resumed = (CellTrainer(small_cell("batch_topk", "post"), 8, DEVICE) for _ in range(3))
+    batches = small_batches(7)
+    for batch in batches:
+        whole.advance(batch)
+    for batch in batches[:6]:
+        stopped.advance(batch)
+    resumed.restore(*stopped.state())
+    resumed.advance(batches[6])
+    for (key, one), other in zip(resumed.state()[0].items(), whole.state()[0].values(), strict=True):
+        assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1)), key
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is what it starts")

@@ -28,7 +28,7 @@ class _ThreadRanks(Ranks):
         return torch.stack([part.unflatten(0, (self.size, -1))[self.rank] for part in self._tell(rows)])
 
     def _reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
-        return REDUCE[op](torch.stack(self._tell(tensor))).to(tensor.dtype)
+        return tensor.copy_(REDUCE[op](torch.stack(self._tell(tensor))))
 
     def _tell(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         self._parts[self.rank] = tensor.clone()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.sae import SAE
+from sae_ray.sae import SAE, SparseCodes
 from sae_ray.scores.scoring import image_blocks, majority, n_neurons, read_block, score_store
 from sae_ray.scores.statistics import (
     HISTOGRAM_EDGES,
@@ -24,6 +24,7 @@ from sae_ray.scores.statistics import (
     NeuronStats,
     monosemanticity,
     neuron_blocks,
+    pool_codes,
     pool_dense,
     pool_tokens,
 )
@@ -172,6 +173,23 @@ def test_tokens_are_pooled_to_means_and_maxima_of_codes(data: st.DataObject):
     for name in ("image", "neuron", "token_max"):
         np.testing.assert_array_equal(getattr(dense, name), getattr(entries, name))
     np.testing.assert_allclose(dense.value, entries.value, atol=1e-12)
+
+
+@pytest.mark.parametrize("silent", [0.0, 0.5, 0.98, 1.0])
+def test_codes_are_pooled_where_they_are_to_the_same_bits(device: str, silent: float):
+    """Of values so far apart that the order of a sum shows; images without codes, and none at all."""
+    dice = np.random.default_rng(0)
+    for n_images in (1, 7, 30):
+        row_image = np.repeat(np.arange(n_images), dice.integers(1, 100, n_images))
+        dense = np.exp(15 * dice.standard_normal((len(row_image), 3))).astype(np.float32)
+        dense[dice.random(dense.shape) < silent] = 0
+        row, neuron = np.nonzero(dense)
+        columns = (torch.from_numpy(column).to(device) for column in (row, neuron, dense[row, neuron]))
+        found = pool_codes(row_image, SparseCodes(*columns, len(dense), 3))
+        expected = pool_tokens(row_image, row, neuron, dense[row, neuron])
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
 
 
 @given(st.data())

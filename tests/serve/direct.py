@@ -8,9 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from PIL import Image
+from sae_ray.serve.coalescing import coalesced
 from sae_ray.serve.config import Language, ServeConfig
 from sae_ray.serve.engine import Engine, Task
+from sae_ray.serve.language import HANDFUL_S
 from sae_ray.serve.service import Service
 
 from sae_ray.steering import Llava, load_llava
@@ -38,9 +39,9 @@ class Tower:
         self._llava = llava
         self.embed = SimpleNamespace(remote=self._embed)
 
-    async def _embed(self, pixels: Any, change: None) -> Any:
-        assert change is None, "there is no SAE here"
-        return self._llava.image_embeddings([Image.fromarray(pixels)], [()])[0].numpy()
+    async def _embed(self, pixels: Any, changes: list[None]) -> list[Any]:
+        assert changes == [None], "there is no SAE here"
+        return [one.numpy() for one in self._llava.image_embeddings([pixels], [()])]
 
 
 class Generator:
@@ -55,7 +56,7 @@ class Generator:
         return self
 
     def _generate(self, task: Task) -> Answer:
-        return Answer(self._engine.generate(task))
+        return Answer(coalesced(self._engine.generate(task), HANDFUL_S))
 
 
 def direct_service(**options: Any) -> Service:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sae_ray.encoders.loading import load_preprocess
 from sae_ray.images import decode_image
 from sae_ray.sae import load_sae
 from sae_ray.steering import Intervention, LatentEdit, Llava, load_llava, load_max_token
@@ -206,7 +207,7 @@ def test_inspection_agrees_with_the_sae(http, llava, sae_folder, shapes):
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "JPEG", "PNG", "TIFF", "WEBP"])
-def test_heat_maps_fit_the_image_whatever_the_orientation_of_the_file(http, llava, shapes, kind):
+def test_heat_maps_fit_the_image_whatever_the_orientation_of_the_file(server, http, shapes, kind):
     upright = Image.new("RGB", (84, 56), "white")
     upright.paste(shapes[3].resize((28, 28)), (40, 4))
     for orientation in range(1, 9):
@@ -220,7 +221,7 @@ def test_heat_maps_fit_the_image_whatever_the_orientation_of_the_file(http, llav
         )
         assert answer == plain
         shown = Image.open(io.BytesIO(base64.b64decode(answer["image"].split(",")[1])))
-        assert np.array_equal(np.asarray(shown), llava.seen(decoded))
+        assert np.array_equal(np.asarray(shown), load_preprocess(server.llava)(decoded).transpose(1, 2, 0))
         assert len(answer["data"][0]["heat"]) == len(answer["data"][0]["heat"][0]) == 4
 
 

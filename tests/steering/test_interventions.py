@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE
 from sae_ray.sae.architectures import ARCHITECTURES
 from sae_ray.steering import Intervention, LatentEdit, load_max_token
+from sae_ray.steering.interventions import edit_each
 from sae_ray.store.files import Folder
 
 D_IN, D_SAE, N = 6, 12, 5
@@ -98,6 +100,21 @@ def test_an_intervention_is_the_formula(intervention, seed, dtype):
     assert torch.equal(x, before)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(result, written_out(intervention, x), rtol=tolerance, atol=tolerance)
+
+
+@given(st.data())
+def test_images_edited_together_are_as_if_alone(data):
+    """Of two SAEs, of every kind, of several chosen tokens and numbers of them."""
+    saes = [random_sae(data.draw(st.sampled_from(list(ARCHITECTURES))), seed) for seed in range(2)]
+    own = [
+        replace(one, sae=data.draw(st.sampled_from(saes))) for one in data.draw(st.lists(interventions(), max_size=6))
+    ]
+    images = [tokens_of(seed, N + seed % 3) for seed in range(len(own))]
+    before = [x.clone() for x in images]
+    together = edit_each(own, images)
+    assert all(torch.equal(x, old) for x, old in zip(images, before, strict=True))
+    for one, x, found in zip(own, images, together, strict=True):
+        torch.testing.assert_close(found, one(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -254,8 +271,9 @@ def test_interventions_that_cannot_be_are_refused(values, words):
 
 
 def test_what_does_not_fit_the_tokens_is_refused():
-    with pytest.raises(UsageError, match="6 wide"):
-        Intervention(random_sae(d_in=4))(tokens_of(0))
+    for error in ("drop", "keep"):
+        with pytest.raises(UsageError, match="6 wide"):
+            Intervention(random_sae(d_in=4), (LatentEdit(3),), error)(tokens_of(0))
     with pytest.raises(UsageError, match="tokens has 5; there are only tokens 0 to 4"):
         Intervention(random_sae(), tokens=(1, 5))(tokens_of(0))
     with pytest.raises(UsageError, match=r"max_token has shape \[3\]"):

@@ -318,6 +318,25 @@ def test_each_image_of_a_batch_has_its_own_interventions(variant, loaded):
     ]
 
 
+def test_an_image_that_comes_several_times_passes_the_blocks_below_once(variant, loaded, device):
+    llava, (one, other) = loaded(variant, device=device), photos(2)
+    sae = sae_for(llava)
+    chains = [(), (Intervention(sae, (LatentEdit(3, "set", 25.0),)),), (lambda x: x + 0.5,), ()]
+    images = [one, one, other, one]
+    blocks, sizes = llava.model.model.vision_tower.encoder.layers, []
+    hooks = [block.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0]))) for block in blocks]
+    shared = llava.image_embeddings(images, chains)
+    for hook in hooks:
+        hook.remove()
+    assert sizes == [2] * (llava.layer + 1) + [4] * (len(blocks) - llava.layer - 1)
+    apart = llava.image_embeddings([image.copy() for image in images], chains)
+    for found, expected in zip(shared, apart, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    plain = llava.image_embeddings([one, one], [(), ()])
+    assert torch.equal(plain[0], plain[1])
+    torch.testing.assert_close(plain[0], shared[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("error", ["drop", "keep"])

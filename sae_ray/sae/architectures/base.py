@@ -34,8 +34,9 @@ class Forward(NamedTuple):
     residual: Float[Tensor, "rows d_in"]
     """x minus the reconstruction; no gradient."""
     pre: Float[Tensor, "rows latents"]
-    """Pre-activations of this rank's latents; no gradient. On a CPU they hold until the next forward pass in this
-    thread, of any cell."""
+    """Pre-activations of this rank's latents; no gradient. With kernels in a single process, those of a selecting
+    architecture are of a product in bfloat16. On a CPU they hold until the next forward pass in this thread, of any
+    cell."""
     fired: Bool[Tensor, " latents"]
     """Those that were active at least once."""
     n_active: Float[Tensor, ""]
@@ -85,6 +86,8 @@ class Architecture(ABC):
         self.cell, self.split = cell, split
         self.prefixes = [split.latents.share(end) for end in accumulate(cell.group_sizes(d_in))]
         """How many of this rank's latents each nested prefix has."""
+        self._ends: Int[Tensor, " n_prefixes"] | None = None
+        """They, on the device, since the first step there."""
 
     @property
     def learned_threshold(self) -> float | None:
@@ -106,20 +109,13 @@ class Architecture(ABC):
         """With gradients if they are enabled."""
         import torch
 
-        from sae_ray.sae.kernels import kernels_for
-        from sae_ray.sae.product import affine
+        from sae_ray.sae.product import affine, rough_affine
 
         centred = x - self.split.latents.shared(weights.b_dec)
         if self.cell.training.dtype == "bfloat16":
-            rough, W_enc = centred.bfloat16(), weights.W_enc_t.bfloat16().T
-            if x.is_cuda and not torch.is_grad_enabled():
-                pre = torch.mm(rough, W_enc, out_dtype=torch.float32)
-                # Not addmm, nor broadcast: both take longer than the product.
-                if kernels := kernels_for(pre):
-                    kernels.add_to_rows(pre, weights.b_enc)
-                    return pre
-                return pre.add_(weights.b_enc)
-            return (rough @ W_enc).float() + weights.b_enc
+            if torch.is_grad_enabled():
+                return (centred.bfloat16() @ weights.W_enc_t.bfloat16().T).float() + weights.b_enc
+            return rough_affine(centred, weights.W_enc_t, weights.b_enc)
         if torch.is_grad_enabled():
             return torch.addmm(weights.b_enc, centred, weights.W_enc_t.T)
         return affine(centred, weights.W_enc_t, weights.b_enc)
@@ -160,49 +156,83 @@ class SelectingArchitecture(Architecture):
     def select(self, pre: Float[Tensor, "rows latents"]) -> Int[Tensor, " nnz"]:
         """Ascending flat indices of this rank's active entries, all of them above 0."""
 
+    @abstractmethod
+    def rivals(self, pre: Float[Tensor, "rows latents"]) -> tuple[Float[Tensor, "groups entries"], int]:
+        """All entries of a single process in groups, and how many of each group are active at most."""
+
     def forward(self, weights: Weights, x: Tensor) -> Forward:
         import torch
 
-        from sae_ray.sae.sparse import Pattern, encode_entries
+        from sae_ray.sae.kernels import fixed_shapes
+        from sae_ray.sae.sparse import PaddedPattern, Pattern, encode_entries
 
         with torch.no_grad():
-            pre = self.pre_activations(weights, x)
-            flat = self.select(pre)
-        pattern = Pattern.of_flat(flat, *pre.shape)
+            if fixed_shapes(x, self.split):
+                pre, flat, kept = self._padded_selection(weights, x)
+                pattern = PaddedPattern.of_flat(flat, *pre.shape)
+            else:
+                pre = self.pre_activations(weights, x)
+                flat = self.select(pre)
+                pattern, kept = Pattern.of_flat(flat, *pre.shape), pre.flatten()[flat]
         b_dec = self.split.latents.shared(weights.b_dec)
-        values = encode_entries(pre.flatten()[flat], x, weights.W_enc_t, weights.b_enc, b_dec, pattern)
+        values = encode_entries(kept, x, weights.W_enc_t, weights.b_enc, b_dec, pattern)
         errors = x - self._reconstruct_prefixes(values, pattern, weights)
         n_prefixes = len(errors)
-        kept = values.detach()
+        active = kept > 0  # all but the missing ones
         return Forward(
             # The reference averages over the prefixes twice; so do we, and losses stay comparable with its own.
             reconstruction_loss=errors.square().sum(-1).mean() / n_prefixes,
             sparsity_penalty=x.new_zeros(()),
             residual=errors[-1].detach(),
             pre=pre,
-            fired=pre.new_zeros(pre.shape[1], dtype=torch.bool).index_fill_(0, pattern.latents, True),
-            n_active=x.new_full((), len(kept)),
-            smallest_active=torch.cat([kept, kept.new_full((1,), torch.inf)]).amin(),
+            fired=pre.new_zeros(pre.shape[1] + 1, dtype=torch.bool).index_fill_(0, pattern.latents, True)[:-1],
+            n_active=active.sum().to(x.dtype),
+            smallest_active=torch.cat([kept.where(active, torch.inf), kept.new_full((1,), torch.inf)]).amin(),
         )
+
+    def _padded_selection(self, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pre-activations of a product in bfloat16; the active entries of a single process and their values, padded.
+
+        Where bfloat16 is not the cell's dtype, that product only tells which entries are computed in float32 and
+        compete: twice as many as are selected. One is missed if rounding moves it behind all the others.
+        """
+        from sae_ray.sae.kernels import kernels_for
+        from sae_ray.sae.product import rough_affine
+        from sae_ray.sae.selection import padded_largest
+
+        centred = x - weights.b_dec
+        pre = rough_affine(centred, weights.W_enc_t, weights.b_enc)
+        if self.cell.training.dtype == "bfloat16":
+            return pre, *padded_largest(*self.rivals(pre))
+
+        def exact(flat: Tensor) -> Tensor:
+            kernels = kernels_for(x)
+            assert kernels is not None
+            rows, latents = flat // pre.shape[1], flat % pre.shape[1]
+            return kernels.dots(rows, latents, centred, weights.W_enc_t) + weights.b_enc[latents]
+
+        return pre, *padded_largest(*self.rivals(pre), exact)
 
     def _reconstruct_prefixes(
         self, values: Float[Tensor, " nnz"], pattern: Pattern, weights: Weights
     ) -> Float[Tensor, "n_prefixes rows d_in"]:
         import torch
 
-        from sae_ray.sae.sparse import Pattern, decode_entries
+        from sae_ray.sae.sparse import decode_entries
 
         joined = self.split.latents.joined
         if len(self.prefixes) == 1:
             return (joined(decode_entries(values, weights.W_dec, pattern)) + weights.b_dec).unsqueeze(0)
-        ends = torch.tensor(self.prefixes, device=values.device)
-        group = torch.bucketize(pattern.latents, ends, right=True)
+        if self._ends is None:
+            self._ends = torch.tensor(self.prefixes, device=values.device)
+        n_groups = len(self.prefixes)
+        group = torch.bucketize(pattern.latents, self._ends, right=True)
         # Each group decodes into a batch of its own; a prefix is the sum of the groups up to its end.
         rows = group * pattern.n_rows + pattern.rows
         order = rows.argsort(stable=True)
-        grouped = Pattern(rows[order], pattern.latents[order], len(ends) * pattern.n_rows, pattern.n_latents)
-        parts = joined(decode_entries(values[order], weights.W_dec, grouped))
-        return parts.view(len(ends), pattern.n_rows, -1).cumsum(0) + weights.b_dec
+        grouped = type(pattern)(rows[order], pattern.latents[order], n_groups * pattern.n_rows, pattern.n_latents)
+        parts = joined(decode_entries(values.index_select(0, order), weights.W_dec, grouped))
+        return parts.view(n_groups, pattern.n_rows, -1).cumsum(0) + weights.b_dec
 
 
 class PenalisedArchitecture(Architecture):

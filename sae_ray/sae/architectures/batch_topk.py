@@ -30,3 +30,7 @@ class BatchTopK(SelectingArchitecture):
 
     def select(self, pre: Tensor) -> Tensor:
         return self._selection(pre)
+
+    def rivals(self, pre: Tensor) -> tuple[Tensor, int]:
+        assert self.cell.k is not None
+        return pre.view(1, -1), self.cell.k * len(pre)

@@ -27,6 +27,10 @@ class TopK(SelectingArchitecture):
         assert self.cell.k is not None
         return largest_positive_per_row(pre, self.cell.k, self.split)
 
+    def rivals(self, pre: Tensor) -> tuple[Tensor, int]:
+        assert self.cell.k is not None
+        return pre, self.cell.k
+
     @classmethod
     def check_sae(cls, sae: SAE) -> None:
         super().check_sae(sae)
