@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sae_ray.concepts.tables import ConceptTables
 from sae_ray.report.neurons import Neurons
@@ -64,14 +65,14 @@ def read_names(plan: StudyPlan, cells: Sequence[Neurons]) -> dict[str, list[Name
     for one in plan.concepts:
         if one.name in by_name and one.step.finished and not one.step.failure:
             names = ConceptTables(one.step.folder).names
-            first = names.filter(pa.compute.equal(names["rank"], 0))
+            first = names.filter(pc.equal(names["rank"], 0))
             found.setdefault(one.name, []).extend(_of(first, by_name[one.name]))
     return {name: named for name, named in found.items() if named}
 
 
 def _of(table: pa.Table, cell: Neurons) -> list[Named]:
     methods = dict.fromkeys(table["method"].to_pylist())
-    found = [Named.of(one, table.filter(pa.compute.equal(table["method"], one)), cell) for one in methods]
+    found = [Named.of(one, table.filter(pc.equal(table["method"], one)), cell) for one in methods]
     return [one for one in found if len(one.place)]
 
 
