@@ -51,8 +51,9 @@ class Named(NamedTuple):
             return found.astype(np.float64)[kept]
 
         n_images = np.nan_to_num(column("n_images")).astype(np.int64)
-        scores = [column(key) for key in ("score", "margin", "agreement", "control_score")]
-        return cls(method, place[kept], name[kept], *scores, np.where(n_images > 0, n_images, -1))
+        scores = {key: column(key) for key in ("score", "margin", "agreement", "control_score")}
+        n_images = np.where(n_images > 0, n_images, -1)
+        return cls(method=method, place=place[kept], name=name[kept], n_images=n_images, **scores)
 
 
 def read_names(plan: StudyPlan, cells: Sequence[Neurons]) -> dict[str, list[Named]]:

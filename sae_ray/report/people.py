@@ -56,7 +56,7 @@ def agreement_steps(root: Folder) -> list[str]:
 def read_agreements(root: Folder, cells: Collection[str]) -> list[Judged]:
     """The latest agreement of each score that has pairs, on each of these cells and on the benchmark."""
     records = {name: read_record(root / name) for name in agreement_steps(root)}
-    latest = {}
+    latest: dict[tuple[str, str], str] = {}
     for name, record in sorted(records.items(), key=lambda pair: pair[1]["finished_at"]):
         config = record["config"]
         if record["counts"]["pairs"] and (config["of"] in cells or config["of"] == BENCHMARK):
