@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from sae_ray.concepts.tables import ConceptTables
 from sae_ray.report.neurons import Neurons
@@ -66,14 +65,17 @@ def read_names(plan: StudyPlan, cells: Sequence[Neurons]) -> dict[str, list[Name
     for one in plan.concepts:
         if one.name in by_name and one.step.finished and not one.step.failure:
             names = ConceptTables(one.step.folder).names
-            first = names.filter(pc.equal(names["rank"], 0))
+            first = names.filter(pa.array(names["rank"].to_numpy() == 0))
             found.setdefault(one.name, []).extend(_of(first, by_name[one.name]))
     return {name: named for name, named in found.items() if named}
 
 
 def _of(table: pa.Table, cell: Neurons) -> list[Named]:
-    methods = dict.fromkeys(table["method"].to_pylist())
-    found = [Named.of(one, table.filter(pc.equal(table["method"], one)), cell) for one in methods]
+    methods = table["method"].to_pylist()
+    found = [
+        Named.of(one, table.filter(pa.array([method == one for method in methods], pa.bool_())), cell)
+        for one in dict.fromkeys(methods)
+    ]
     return [one for one in found if len(one.place)]
 
 
