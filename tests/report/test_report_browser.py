@@ -362,9 +362,14 @@ def test_nothing_is_wider_than_the_window(reader: Reader, width: int, scheme):
         reader.page.locator(".card:visible").first.wait_for()
         reader.page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
         assert reader.page.evaluate("document.documentElement.scrollWidth") == width
+    paper = reader.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (min(map(int, paper[4:-1].split(","))) > 128) == (scheme == "light")
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_concepts_are_no_wider_than_the_window(reader: Reader, width: int):
+    reader.page.set_viewport_size({"width": width, "height": 844})
     reader.open_concepts()
     reader.page.locator("#names-table .thumb").first.wait_for()
     reader.page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
     assert reader.page.evaluate("document.documentElement.scrollWidth") == width
-    paper = reader.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (min(map(int, paper[4:-1].split(","))) > 128) == (scheme == "light")

@@ -477,7 +477,7 @@ async function nameRow({ one, row, place }) {
     "tr",
     {},
     element("th", { scope: "row" }, element("a", { href: address(now.cell.name, neuron), "data-place": place }, `${neuron}`)),
-    cell(null, element("span", { class: "pictures", "aria-hidden": "true" }, ...images.slice(0, 4).map((image) => picture(image))), { class: "images" }),
+    cell(null, element("span", { class: "pictures", "aria-hidden": "true" }, ...images.slice(0, 4).map((image) => picture(image))), { class: "tops" }),
     cell("name", element("b", {}, one.words[one.word[row]]), { class: "words" }),
     cell("score", plain(one.score[row])),
     ...Object.entries(VERIFIED).flatMap(([key, title]) => (one[key] ? [cell(title, plain(one[key][row]))] : [])),
