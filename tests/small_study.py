@@ -10,15 +10,19 @@ import torch
 from PIL import Image
 
 from sae_ray.concepts.measuring import measure
+from sae_ray.concepts.naming_by_answers import plain
 from sae_ray.concepts.word_names import Texts
 from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.part import encode_part
 from sae_ray.images.part import Preparation, decode_part
+from sae_ray.report import write_report
+from sae_ray.report.neurons import shown_cells
 from sae_ray.report.pictures import Shown, finish_pictures, make_sprite, pictures_job
 from sae_ray.sae import SAE, load_sae, save_sae
 from sae_ray.scores.scoring import score_store
 from sae_ray.scores.tables import write_tables
 from sae_ray.steering.evaluation import ANSWERS_SCHEMA, CONCEPTS_SCHEMA, rates
+from sae_ray.steering.latent_names import LATENT_NAMES_SCHEMA, NAMES
 from sae_ray.steering.protocol import WHITE
 from sae_ray.store.activations import ActivationStore, finish_store, write_part, write_rejects
 from sae_ray.store.files import Folder
@@ -28,6 +32,7 @@ from sae_ray.study.plan import (
     ConceptsPlan,
     EvaluatePlan,
     ExtractPlan,
+    NamingPlan,
     PicturesPlan,
     ScorePlan,
     SteeringPlan,
@@ -78,6 +83,7 @@ def plan_study(directory: Path, llava: str, clip: str, judge: str, **overrides) 
         "scoring": {"pictures": "train"},
         "concepts": {},
         "steering": {"llava": llava, "scorer": clip, "strength": 4.0, "unit": "max", "other_prompts": ["What colour?"]},
+        "naming": {},
         "extraction": {"images_per_part": 16},
     }
     return StudyPlan(Study.from_dict(values, overrides), Folder(directory / "root"))
@@ -101,6 +107,8 @@ def finish_study(plan: StudyPlan) -> StudyPlan:
         finish_concepts(plan, concepts)
     for steering in plan.steerings:
         finish_steering(steering)
+    for naming in plan.namings:
+        finish_naming(naming)
     finish_pictures_of(plan, plan.pictures)
     return plan
 
@@ -112,6 +120,14 @@ def finish_pictures_of(plan: StudyPlan, pictures: PicturesPlan) -> None:
     for sprite in sprites:
         make_sprite(job, sprite)
     finish_pictures(pictures, shown.album, 1.0)
+
+
+def make_report(plan: StudyPlan) -> bool:
+    """As `sae-ray report` does, without Ray."""
+    cells = shown_cells(plan)
+    if cells and not (pictures := plan.pictures_of(cells)).step.finished:
+        finish_pictures_of(plan, pictures)
+    return write_report(plan)
 
 
 def finish_extract(extract: ExtractPlan) -> None:
@@ -183,6 +199,24 @@ def finish_concepts(plan: StudyPlan, one: ConceptsPlan) -> None:
     )
     found.write(one.step.folder)
     one.step.finish(4.0, found.counts)
+
+
+def finish_naming(plan: NamingPlan) -> None:
+    """Made-up names of the steered latents: their classes, but for the last one, whose name does not hold."""
+    rows = []
+    for place, latent in enumerate(STEERED):
+        right = latent != STEERED[-1]
+        row = [
+            latent,
+            "vlm",
+            plain(LABELS[place % len(LABELS)]) if right else "nothing",
+            0.9 if right else 0.5,
+            0.75,
+            16,
+        ]
+        rows.append(dict(zip(LATENT_NAMES_SCHEMA.names, [*row, "nothing", 0.5], strict=True)))
+    plan.step.folder.write_parquet(NAMES, pa.Table.from_pylist(rows, LATENT_NAMES_SCHEMA))
+    plan.step.finish(6.0, {"rows": len(rows)})
 
 
 def finish_steering(plan: SteeringPlan) -> None:

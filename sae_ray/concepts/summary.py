@@ -63,10 +63,10 @@ class Best(NamedTuple):
     """Of the same SAE, with shuffled labels."""
 
 
-def best_by_measure(cells: Sequence[Cell]) -> list[Best]:
+def best_by_measure(cells: Sequence[Cell], measures: Sequence[Compared] = MEASURES) -> list[Best]:
     """One row per measure that an SAE has a value for; the first SAE in ties."""
     found = []
-    for measure in MEASURES:
+    for measure in measures:
         having = [one for one in cells if one.is_sae and one.counts.get(measure.key) is not None]
         if not having:
             continue

@@ -1,40 +1,29 @@
-"""The data that the page loads on demand: `.js` files that pass a name and a value to `report(…)`.
+"""The data of images and cells that the pages load on demand.
 
-A page opened from disk can load scripts but not fetch files, so the data are scripts. Each cell has an index (a few
+Each cell has an index (a few
 numbers per neuron, for filters and sorting), chunks of `PER_CHUNK` neurons in the order of the index, so that a page of
 the best neurons loads one chunk, and a file of heat maps.
 """
 
 from __future__ import annotations
 
-import base64
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sae_ray.report.album import SIDE, Album
 from sae_ray.report.heat import HeatMaps
+from sae_ray.report.meanings import Meaning, meaning_of
+from sae_ray.report.names import Named, names_of
 from sae_ray.report.neighbours import N_NEAREST, nearest_latents
 from sae_ray.report.neurons import Neurons
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
+from sae_ray.report.packing import packed, rounded, write_data
 
 PER_CHUNK = 512
 WITH_NEIGHBOURS = 8192
 """How many neurons per cell, best first, get decoder neighbours. Each is compared with all neurons."""
-DIGITS = 4
-"""Significant digits of the numbers in chunks."""
-
-
-def write_data(folder: Path, name: str, value: Any) -> None:
-    """Writes `<name>.js` under the data folder."""
-    path = folder / f"{name}.js"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    path.write_text(f"report({json.dumps(name)},{text})\n", encoding="utf-8")
 
 
 def write_captions(folder: Path, album: Album) -> None:
@@ -43,20 +32,27 @@ def write_captions(folder: Path, album: Album) -> None:
         write_data(folder, f"images/{sprite}", album.captions(sprite))
 
 
-def write_cell(folder: Path, cell: Neurons, album: Album, heat: HeatMaps | None) -> None:
+def write_cell(
+    folder: Path,
+    cell: Neurons,
+    album: Album,
+    heat: HeatMaps | None,
+    meaning: Meaning | None,
+    named: Sequence[Named],
+) -> None:
     """Writes the data of one cell's neurons."""
     order = cell.order
     write_data(
         folder,
         f"{cell.name}/index",
         {
-            "neuron": _packed(order, "<i4"),
-            "ms": _packed(cell.columns.ms[order], "<f4"),
-            "frequency": _packed(cell.columns.frequency[order], "<f4"),
-            "max": _packed(cell.columns.max_image[order], "<f4"),
-            "support": _packed(cell.columns.n_active[order], "<i4"),
-            "label": _packed(cell.label[order], "<i4"),
-            "purity": _packed(cell.purity[order], "<f4"),
+            "neuron": packed(order, "<i4"),
+            "ms": packed(cell.columns.ms[order], "<f4"),
+            "frequency": packed(cell.columns.frequency[order], "<f4"),
+            "max": packed(cell.columns.max_image[order], "<f4"),
+            "support": packed(cell.columns.n_active[order], "<i4"),
+            "label": packed(cell.label[order], "<i4"),
+            "purity": packed(cell.purity[order], "<f4"),
         },
     )
     near, cosine = _neighbours(cell)
@@ -64,6 +60,7 @@ def write_cell(folder: Path, cell: Neurons, album: Album, heat: HeatMaps | None)
         part = order[start : start + PER_CHUNK]
         images = album.numbers(cell.pictures.name, cell.top_image[part])
         n_images = (images >= 0).sum(axis=1).tolist()
+        meant = {} if meaning is None else {"meaning": meaning_of(meaning, part)}
         write_data(
             folder,
             f"{cell.name}/{start // PER_CHUNK}",
@@ -77,6 +74,8 @@ def write_cell(folder: Path, cell: Neurons, album: Album, heat: HeatMaps | None)
                 "mean_active": rounded(cell.columns.mean_active[part]),
                 "max_token": rounded(cell.columns.max_token[part]),
                 "n_firing": cell.columns.n_firing[part].tolist(),
+                "names": names_of(named, start, len(part)),
+                **meant,
             },
         )
     if heat is not None:
@@ -101,7 +100,7 @@ def _heat(heat: HeatMaps) -> dict[str, Any]:
         shares = np.rint(np.nan_to_num(maps) / (largest or 1.0) * 255)
         found["latents"][latent] = {
             "max": rounded(np.array(largest)),
-            "maps": [None if gone else _packed(one, "<u1") for one, gone in zip(shares, missing, strict=True)],
+            "maps": [None if gone else packed(one, "<u1") for one, gone in zip(shares, missing, strict=True)],
         }
     return found
 
@@ -114,16 +113,3 @@ def _trimmed(counts: np.ndarray) -> list[int]:
 
 def _cut(rows: list[list], lengths: list[int]) -> list[list]:
     return [row[:length] for row, length in zip(rows, lengths, strict=True)]
-
-
-def _packed(values: np.ndarray, dtype: str) -> str:
-    return base64.b64encode(np.ascontiguousarray(values, dtype=dtype).tobytes()).decode()
-
-
-def rounded(values: Float[np.ndarray, "*shape"]) -> Any:
-    """The values with `DIGITS` significant digits, as nested lists."""
-    values = np.asarray(values, dtype=np.float64)
-    with np.errstate(divide="ignore"):
-        exponent = np.floor(np.log10(np.abs(values)))
-    scale = 10.0 ** (DIGITS - 1 - np.where(np.isfinite(exponent), exponent, 0))
-    return (np.rint(values * scale) / scale).tolist()

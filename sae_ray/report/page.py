@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ from sae_ray.report import plots
 from sae_ray.report.album import SIDE, Album, thumbnail_size
 from sae_ray.report.data import PER_CHUNK
 from sae_ray.report.heat import caution, why_none
+from sae_ray.report.meanings import INDEXED, MEASURED, Meaning
 from sae_ray.report.neurons import Neurons
 from sae_ray.report.steering import SteeringResult, show
 from sae_ray.report.wording import count, duration, number, share
@@ -47,9 +48,20 @@ def render(
     cells: Sequence[Neurons],
     steering: Sequence[SteeringResult],
     album: Album,
+    facts: Mapping[str, Any],
     notes: Sequence[str],
 ) -> str:
-    """The text of `index.html`."""
+    """The text of `index.html`.
+
+    Args:
+        plan: of the study.
+        rows: its summary.
+        cells: those that are shown.
+        steering: what steering found.
+        album: the images that are shown.
+        facts: as `page_facts` gives them.
+        notes: what the reader should know, beside which steps are missing.
+    """
     min_images = plan.study.scoring.min_images
     drawn = {
         "grid_plots": plots.grid_plots(rows),
@@ -73,7 +85,7 @@ def render(
         min_images=min_images,
         comparisons=comparisons,
         n_holding=sum(one.holds for one in comparisons),
-        facts=_facts(plan, rows, cells, steering, album),
+        facts=facts,
         steering=[show(result, by_name[result.plan.name], album) for result in steering],
         run=_run(plan),
         steps=steps,
@@ -106,18 +118,22 @@ def find_rejects(plan: StudyPlan) -> list[Reject]:
     return list(found)
 
 
-def _facts(
+def page_facts(
     plan: StudyPlan,
     rows: Sequence[CellSummary],
     cells: Sequence[Neurons],
+    meanings: Mapping[str, Meaning],
     steering: Sequence[SteeringResult],
     album: Album,
 ) -> dict[str, Any]:
-    """The facts that the script needs at start-up."""
+    """The facts that the scripts need at start-up."""
     height, width = thumbnail_size(plan.encoder.image_size)
     saes = [row for row in rows if row.grid_cell is not None and not math.isnan(row.top_ms)]
     return {
         "study": plan.study.name,
+        "home": "",
+        "has_concepts": bool(meanings),
+        "scores": {one.key: {**one._asdict(), "indexed": one in INDEXED} for one in (*INDEXED, *MEASURED)},
         "cells": [
             {
                 "name": cell.name,
@@ -127,6 +143,7 @@ def _facts(
                 "heat_none": why_none(cell),
                 "heat_caution": caution(cell),
                 "steered": any(result.plan.name == cell.name for result in steering),
+                "scores": [one.key for one in meanings[cell.name].scores] if cell.name in meanings else None,
             }
             for cell in cells
         ],

@@ -50,6 +50,8 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
     dashed: bool = False
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+    """Lower and upper ends of intervals."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,10 @@ class Plot:
             if not line.dashed:
                 look = {"color": COLOURS[coloured % len(COLOURS)]}
                 coloured += 1
-            marker = "o" if self.markers else None
+            marker = "o" if self.markers and not line.dashed else None
             axes.plot(line.x, line.y, label=line.name, linewidth=1.8, marker=marker, markersize=4.5, **look)
+            if line.band is not None:
+                axes.fill_between(line.x, *line.band, alpha=0.15, linewidth=0, color=look["color"])
         axes.set(xlabel=self.x_label, ylabel=self.y_label if self.y_label != self.title else "")
         axes.grid(color=INK, alpha=0.12, linewidth=0.7)
         if self.x_scale != "linear":
@@ -96,7 +100,7 @@ class Plot:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if self.y_from_0:
-            values = [y for line in self.lines for y in line.y]
+            values = [y for line in self.lines for y in (*line.y, *(line.band[1] if line.band else ()))]
             axes.set_ylim(1.08 * min(0.0, *values), 1.08 * max(values) or 1.0)
         if len(self.lines) > 1:
             axes.legend(frameon=False, fontsize=8, handlelength=1.6)

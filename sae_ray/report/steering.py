@@ -15,8 +15,8 @@ from sae_ray.concepts.naming import class_names
 from sae_ray.encoders.sources import model_name
 from sae_ray.report import plots
 from sae_ray.report.album import Album
-from sae_ray.report.data import write_data
 from sae_ray.report.neurons import Neurons
+from sae_ray.report.packing import write_data
 from sae_ray.steering.protocol import WHITE
 from sae_ray.study.plan import SteeringPlan, StudyPlan
 

@@ -11,10 +11,14 @@ from pathlib import Path
 
 from sae_ray.errors import SaeRayError
 from sae_ray.report.album import MOST
+from sae_ray.report.concepts_page import render_concepts
 from sae_ray.report.data import WITH_NEIGHBOURS, write_captions, write_cell
 from sae_ray.report.heat import HeatMaps
+from sae_ray.report.meanings import read_meanings, write_meaning
+from sae_ray.report.names import read_names
 from sae_ray.report.neurons import shown_cells
-from sae_ray.report.page import ASSETS, render
+from sae_ray.report.page import ASSETS, page_facts, render
+from sae_ray.report.people import agreement_steps, read_agreements
 from sae_ray.report.pictures import Shown, read_heat
 from sae_ray.report.steering import write_steering
 from sae_ray.store.files import Folder
@@ -25,13 +29,16 @@ from sae_ray.study.summary import summarise
 REPORT = "report"
 RECORD = "report.json"
 """Records what the report shows; written last."""
+FILES = ("report.css", "common.js", "report.js")
+CONCEPTS_FILES = ("concepts.css", "concepts.js")
+"""Beside the others, where there is a page of concepts."""
 
 
 def write_report(plan: StudyPlan) -> bool:
     """Makes `<root>/report/` from the finished steps, unless an up-to-date report exists.
 
-    The report appears all at once: it is made in a temporary folder and renamed. In an object store, `index.html` is
-    uploaded after the files it needs.
+    The report appears all at once: it is made in a temporary folder and renamed. In an object store, the
+    pages are uploaded after the files they need.
 
     Returns:
         Whether the report was made.
@@ -41,7 +48,8 @@ def write_report(plan: StudyPlan) -> bool:
     """
     place = plan.root / REPORT
     study = plan.study.to_dict() | {"resources": None}
-    shows = digest([_program(), study, [[step.name, step.status()] for step in plan.steps]])
+    people = agreement_steps(plan.root) if plan.concepts else []
+    shows = digest([_program(), study, [[step.name, step.status()] for step in plan.steps], people])
     if place.exists(RECORD) and place.read_json(RECORD)["shows"] == shows:
         return False
     workshop = Step(plan.root, "report", "report", {})
@@ -73,15 +81,27 @@ def _make(plan: StudyPlan, made: Path) -> None:
     heat, n_missing = _pictures(plan, pictures, shown, made)
     data = made / "data"
     write_captions(data, shown.album)
+    meanings, names = read_meanings(plan, shown.cells), read_names(plan, shown.cells)
     for cell in shown.cells:
-        write_cell(data, cell, shown.album, heat.get(cell.name))
+        of_cell = heat.get(cell.name), meanings.get(cell.name), names.get(cell.name, [])
+        write_cell(data, cell, shown.album, *of_cell)
+    for meaning in meanings.values():
+        write_meaning(data, meaning, names.get(meaning.name, []))
     for result in shown.steering:
         write_steering(data, result, shown.album)
 
-    notes = _limits(shown, n_missing)
-    page = render(plan, rows, shown.cells, shown.steering, shown.album, notes)
-    (made / "index.html").write_text(page, encoding="utf-8")
-    for name in ("report.css", "report.js"):
+    facts = page_facts(plan, rows, shown.cells, meanings, shown.steering, shown.album)
+    pages = {
+        "index.html": render(plan, rows, shown.cells, shown.steering, shown.album, facts, _limits(shown, n_missing))
+    }
+    files = [*FILES]
+    if meanings:
+        judged = read_agreements(plan.root, meanings)
+        pages["concepts.html"] = render_concepts(plan, rows, meanings, judged, facts)
+        files += CONCEPTS_FILES
+    for name, text in pages.items():
+        (made / name).write_text(text, encoding="utf-8")
+    for name in files:
         shutil.copyfile(ASSETS / name, made / name)
 
 
@@ -128,4 +148,4 @@ def _publish(made: Path, place: Folder, workshop: Folder) -> None:
 
 
 def _turn(name: str) -> int:
-    return {"index.html": 1, RECORD: 2}.get(name, 0)
+    return 2 if name == RECORD else int(name.endswith(".html"))

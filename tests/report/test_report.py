@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shutil
@@ -26,10 +25,10 @@ from sae_ray.images.rendering import Rendering
 from sae_ray.report import album as albums
 from sae_ray.report import write_report
 from sae_ray.report.album import SIDE, Album, thumbnail_size
-from sae_ray.report.data import rounded
 from sae_ray.report.heat import HeatCell, HeatMaps, caution, heat_cells, why_none
 from sae_ray.report.neighbours import N_NEAREST, nearest_latents
 from sae_ray.report.neurons import Neurons, read_neurons, shown_cells
+from sae_ray.report.packing import rounded
 from sae_ray.report.pictures import (
     PicturesJob,
     Shown,
@@ -48,7 +47,8 @@ from sae_ray.store.steps import Step, hold
 from sae_ray.study.plan import ImagePlan, StudyPlan
 from sae_ray.study.summary import summarise
 from sae_ray.study.survey import SurveyedImages
-from tests.small_study import DEAD, LABELS, STEERED, finish_pictures_of
+from tests.report_data import data, unpacked
+from tests.small_study import DEAD, LABELS, STEERED, make_report
 
 Plan = Callable[..., StudyPlan]
 MATRYOSHKA = "layer1.all-matryoshka_batch_topk-x4-k4"
@@ -80,18 +80,6 @@ def copy(small_study: Path, plan_small_study: Plan, tmp_path: Path) -> StudyPlan
     return plan_small_study(tmp_path / "study")
 
 
-def data(report: Path, name: str):
-    """What a file of data hands to the page."""
-    found = re.fullmatch(r'report\("(.*?)",(.*)\)\n', (report / "data" / f"{name}.js").read_text(), re.DOTALL)
-    assert found is not None
-    assert found[1] == name
-    return json.loads(found[2])
-
-
-def unpacked(text: str, dtype: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype)
-
-
 # Neurons
 
 
@@ -109,7 +97,7 @@ def test_neurons_are_ordered_by_score_where_it_has_support(plan: StudyPlan, plan
 
 
 def test_pictures_come_from_their_own_image_set(plan: StudyPlan, small_study: Path, plan_small_study: Plan):
-    heldout = plan_small_study(small_study, **{"scoring.pictures": "heldout", "steering": None})
+    heldout = plan_small_study(small_study, **{"scoring.pictures": "heldout", "steering": None, "naming": None})
     for ours, other in zip(read_neurons(plan), read_neurons(heldout), strict=True):
         assert (ours.pictures.name, other.pictures.name) == ("train", "heldout")
         assert np.array_equal(ours.columns.ms, other.columns.ms, equal_nan=True)
@@ -425,14 +413,6 @@ def test_the_page_is_whole_and_needs_no_network(report: Path, plan: StudyPlan):
     assert len(ids) == len(set(ids))
 
 
-def make_report(plan: StudyPlan) -> bool:
-    """As `sae-ray report` does, without Ray."""
-    cells = shown_cells(plan)
-    if cells and not (pictures := plan.pictures_of(cells)).step.finished:
-        finish_pictures_of(plan, pictures)
-    return write_report(plan)
-
-
 def test_a_report_is_made_once(copy: StudyPlan):
     assert write_report(copy)
     place = Path((copy.root / "report").path)
@@ -525,9 +505,8 @@ def test_a_report_is_uploaded_where_nothing_can_be_renamed(copy: StudyPlan, monk
     monkeypatch.setattr(Folder, "is_local", False, raising=False)
     assert write_report(copy)
     place = Path((copy.root / "report").path)
-    assert {"index.html", "report.json", "report.css", "report.js", "data", "sprites"} == {
-        p.name for p in place.iterdir()
-    }
+    files = {"index.html", "common.js", "report.css", "report.js", "concepts.html", "concepts.css", "concepts.js"}
+    assert {*files, "report.json", "data", "sprites"} == {path.name for path in place.iterdir()}
     assert not write_report(copy)
 
 

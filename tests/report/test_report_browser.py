@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from sae_ray.concepts.tables import ConceptTables
 from sae_ray.report import write_report
 from sae_ray.report.neurons import Neurons, read_neurons
 from sae_ray.study.plan import StudyPlan
@@ -40,6 +43,14 @@ PURITIES = """(name) => {
 """Gives all labels this name; of each the purity, and whether it is where it can be read."""
 
 
+POINT = """(neuron) => {
+  const one = plot.places.findIndex((place) => now.index.neuron[place] === neuron);
+  const box = document.getElementById("scatter").getBoundingClientRect();
+  return [box.left + plot.x[one], box.top + plot.y[one]];
+}"""
+"""Where in the window a neuron's point is."""
+
+
 class Reader:
     """A page of the report, and what went wrong on it."""
 
@@ -50,10 +61,28 @@ class Reader:
         page.on("console", lambda message: self.troubles.append(message.text))
         page.on("pageerror", lambda error: self.troubles.append(str(error)))
         page.on("requestfailed", lambda request: self.troubles.append(request.url))
-        page.on("request", lambda request: request.url.startswith("file:") or self.troubles.append(request.url))
+        own = ("file:", "blob:")
+        page.on("request", lambda request: request.url.startswith(own) or self.troubles.append(request.url))
 
-    def open(self, place: str = "") -> None:
-        self.page.goto(f"{self.address}{place}")
+    def open(self, place: str = "", page: str = "index.html") -> None:
+        self.page.goto(f"{self.address}/{page}{place}")
+
+    def open_concepts(self, cell: str = MATRYOSHKA) -> None:
+        """The page of concepts, with nothing left out but what never fired."""
+        self.open(page="concepts.html")
+        self.page.locator("#filters [name=cell]").select_option(cell)
+        self.page.locator("#filters [name=support]").fill("0")
+
+    def passing(self, n: int) -> None:
+        """Waits until so many neurons pass the filter of the page of concepts."""
+        sync_api.expect(self.page.locator("#found")).to_contain_text(f"{n:,} of ")
+
+    def downloaded(self, button: str) -> list[dict[str, str]]:
+        """The rows of the file that a button saves."""
+        with self.page.expect_download() as coming:
+            self.page.locator(button).click()
+        with open(coming.value.path(), newline="", encoding="utf-8") as lines:
+            return list(csv.DictReader(lines))
 
     def shown(self) -> list[int]:
         """The neurons in the gallery."""
@@ -80,6 +109,12 @@ def plan(small_study: Path, plan_small_study: Callable[..., StudyPlan]) -> Study
 
 
 @pytest.fixture(scope="module")
+def tables(plan: StudyPlan) -> ConceptTables:
+    """What was measured of the cell."""
+    return next(ConceptTables(one.step.folder) for one in plan.concepts if one.name == MATRYOSHKA)
+
+
+@pytest.fixture(scope="module")
 def cell(plan: StudyPlan) -> Neurons:
     return next(cell for cell in read_neurons(plan) if cell.name == MATRYOSHKA)
 
@@ -88,7 +123,7 @@ def cell(plan: StudyPlan) -> Neurons:
 def reader(browser, plan: StudyPlan) -> Iterator[Reader]:
     page = browser.new_page(viewport={"width": 1400, "height": 900})
     page.set_default_timeout(1000 * PATIENCE_S)
-    reader = Reader(page, Path((plan.root / "report" / "index.html").path).as_uri())
+    reader = Reader(page, Path((plan.root / "report").path).as_uri())
     yield reader
     page.close()
     assert reader.troubles == []
@@ -213,6 +248,110 @@ def test_the_purity_is_readable_however_long_the_label(reader: Reader, width: in
         assert all(text.endswith(" %") and inside for text, inside in shown)
 
 
+def test_a_point_shows_its_neuron_and_leads_to_it(reader: Reader, cell: Neurons, tables: ConceptTables):
+    reader.open_concepts()
+    reader.passing(len(cell.order))
+    reader.page.locator("#across").select_option("MonoSemanticity")
+    reader.page.locator("#up").select_option("ρ with its concept")
+    both = [n for n in cell.order if not np.isnan([cell.columns.ms[n], tables.neurons.rho[n]]).any()]
+    sync_api.expect(reader.page.locator("#scatter-words")).to_contain_text(f"{len(both):,} neurons are shown")
+    neuron = max(both, key=lambda one: tables.neurons.rho[one])
+
+    reader.page.locator("#scatter").scroll_into_view_if_needed()
+    x, y = reader.page.evaluate(POINT, int(neuron))
+    reader.page.mouse.move(x + 1, y + 1)
+    peek = reader.page.locator("#peek")
+    sync_api.expect(peek).to_contain_text(f"Neuron {neuron}")
+    sync_api.expect(peek).to_contain_text(f"concept: {tables.neurons.concept[neuron]}")
+    shown = reader.page.locator("#peek .thumb").evaluate_all("all => all.map((one) => Number(one.dataset.image))")
+    images = [image for image in cell.top_image[neuron] if image >= 0]
+    captions = reader.page.evaluate("images => Promise.all(images.map(async (one) => (await caption(one)).id))", shown)
+    assert captions == [cell.pictures.manifest["image_id"][int(image)].as_py() for image in images[: len(shown)]]
+    assert len(shown) == min(8, len(images))
+    assert all("sprites/" in one for one in reader.pictures("#peek .thumb"))
+
+    reader.page.mouse.move(5, 5)
+    sync_api.expect(peek).to_be_hidden()
+    reader.page.mouse.click(x, y)
+    reader.page.mouse.move(5, 5)
+    sync_api.expect(peek).to_be_visible()
+    reader.page.get_by_role("link", name=f"Neuron {neuron}", exact=True).click()
+    sync_api.expect(reader.page.get_by_role("heading", name=f"Neuron {neuron}", exact=True)).to_be_focused()
+    sync_api.expect(reader.page.locator("#neuron")).to_contain_text("ρ with its concept")
+
+
+def test_points_can_be_reached_by_keyboard(reader: Reader, cell: Neurons):
+    reader.open_concepts()
+    reader.passing(len(cell.order))
+    reader.page.locator("#across").select_option("MonoSemanticity")
+    reader.page.locator("#up").select_option("share of images it fires on")
+    ms, frequency = cell.columns.ms, cell.columns.frequency
+    known = [neuron for neuron in cell.order if not np.isnan(ms[neuron]) and frequency[neuron] > 0]
+    worst, next_ = sorted(known, key=lambda neuron: ms[neuron])[:2]
+    reader.page.locator("#scatter").focus()
+    reader.page.keyboard.press("ArrowRight")
+    sync_api.expect(reader.page.locator("#pointed")).to_contain_text(f"Neuron {worst}")
+    reader.page.keyboard.press("ArrowRight")
+    sync_api.expect(reader.page.locator("#pointed")).to_contain_text(f"Neuron {next_}")
+    reader.page.keyboard.press("Enter")
+    sync_api.expect(reader.page.get_by_role("heading", name=f"Neuron {next_}", exact=True)).to_be_visible()
+
+
+def test_concepts_and_neurons_are_filtered_and_downloaded(reader: Reader, cell: Neurons, tables: ConceptTables):
+    reader.open_concepts()
+    neurons, order = tables.neurons, cell.order
+    reader.passing(len(order))
+    sync_api.expect(reader.page.locator("#matrix tbody tr")).to_have_count(len(LABELS))
+    assert len(reader.downloaded("#concepts-csv")) == len(LABELS)
+
+    reader.page.locator("#filters [name=concept]").fill(LABELS[2][:4].upper())
+    mine = [neuron for neuron in order if neurons.concept[neuron] == LABELS[2]]
+    assert mine
+    reader.passing(len(mine))
+    [row] = reader.downloaded("#concepts-csv")
+    listed = tables.correlations.concept == LABELS[2]
+    best = tables.correlations.neuron[listed]
+    assert (row["concept"], int(row["neuron_1"])) == (LABELS[2], best[0])
+    assert float(row["rho_1"]) == pytest.approx(tables.correlations.rho[listed][0], rel=1e-3)
+    links = reader.page.locator("#matrix tbody a b, #matrix tbody a span:first-child")
+    assert [int(text) for text in links.all_text_contents()] == best[:8].tolist()
+
+    middle = float(np.median(neurons.rho[mine]))
+    reader.page.locator("#filters [name=score]").select_option("ρ with its concept")
+    reader.page.locator("#filters [name=from]").fill(repr(middle))
+    kept = [neuron for neuron in mine if neurons.rho[neuron].astype("f4") >= middle]
+    assert 0 < len(kept) < len(mine)
+    reader.passing(len(kept))
+    rows = reader.downloaded("#neurons-csv")
+    assert [int(row["neuron"]) for row in rows] == kept
+    for row in rows:
+        neuron = int(row["neuron"])
+        assert row["concept"] == LABELS[2]
+        assert float(row["rho"]) == pytest.approx(neurons.rho[neuron], rel=1e-5)
+        assert float(row["ms"] or "nan") == pytest.approx(cell.columns.ms[neuron], rel=1e-5, nan_ok=True)
+        assert float(row["purity"]) == pytest.approx(neurons.purity[neuron], rel=1e-5)
+
+    reader.page.get_by_role("button", name="Reset").click()
+    reader.open_concepts()
+    reader.page.locator("#filters [name=name]").fill("nothing")
+    reader.passing(1)
+    [row] = reader.downloaded("#names-csv")
+    assert (int(row["neuron"]), row["name"], float(row["score"])) == (STEERED[-1], "nothing", 0.5)
+    sync_api.expect(reader.page.locator("#names-figures")).to_contain_text(f"4 of {len(STEERED)} names hold")
+    sync_api.expect(reader.page.locator("#names-table tbody")).to_contain_text("nothing")
+
+
+def test_saes_are_filtered_and_downloaded(reader: Reader, plan: StudyPlan):
+    reader.open(page="concepts.html")
+    reader.page.locator("summary").first.click()
+    reader.page.locator("[data-rows=all-table]").fill("RAW-")
+    rows = reader.downloaded("[data-table=all-table]")
+    raw = [one for one in plan.concepts if one.sae is None]
+    assert [row["SAE"] for row in rows] == [one.name for one in raw]
+    counts = [(one.step.record() or {})["counts"]["purity"] for one in raw]
+    assert [float(row["purity of 16 top images"]) for row in rows] == counts
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1400])
 def test_nothing_is_wider_than_the_window(reader: Reader, width: int, scheme):
@@ -225,3 +364,12 @@ def test_nothing_is_wider_than_the_window(reader: Reader, width: int, scheme):
         assert reader.page.evaluate("document.documentElement.scrollWidth") == width
     paper = reader.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (min(map(int, paper[4:-1].split(","))) > 128) == (scheme == "light")
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_concepts_are_no_wider_than_the_window(reader: Reader, width: int):
+    reader.page.set_viewport_size({"width": width, "height": 844})
+    reader.open_concepts()
+    reader.page.locator("#names-table .thumb").first.wait_for()
+    reader.page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+    assert reader.page.evaluate("document.documentElement.scrollWidth") == width
