@@ -109,7 +109,7 @@ def hours(plan: StudyPlan) -> list[list[str]]:
     """Per stage: what its rate is, hours on one GPU, and on `GPUS` of them at best."""
     sites = "CLS token of 4 blocks, and projection"
     encoded = measured("gpu_extraction", "Activations of a part", "images/s", sites, 256)
-    decoded = measured("gpu_extraction", "JPEGs of 500 × 375", 'images/s, pixels = "exact"', 16)
+    decoded = measured("gpu_decoding", "JPEGs of 500 × 375", 'images/s, pixels = "exact"', 16)
     others = {one.step.name: one.images.n_images for one in plan.extracts if one.field != "encoder.model"}
     extracting = sum(IMAGES.values()) / min(encoded, decoded) + sum(others.values()) / decoded
     alive, dead = (training_s(plan, column) for column in ("ms", "ms, half of the latents dead"))

@@ -139,7 +139,7 @@ def encoded() -> float:
 
 def decoded() -> float:
     """Images per second and core."""
-    return measured("gpu_extraction", "JPEGs of 500", 16, 'images/s, pixels = "exact"') / 16
+    return measured("gpu_decoding", "JPEGs of 500", 16, 'images/s, pixels = "exact"') / 16
 
 
 JPEG_BYTES = 98_000

@@ -18,7 +18,9 @@ SECTIONS = {
     "training": 150,
     "steps": 60,
     "parts": 60,
-    "extraction": 90,
+    "extraction": 40,
+    "decoding": 45,
+    "compiled": 45,
     "scoring": 60,
     "serving": 90,
 }

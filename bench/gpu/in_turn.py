@@ -41,3 +41,8 @@ def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def reason(error: Exception) -> str:
+    """What a table says of a row that could not be measured."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
