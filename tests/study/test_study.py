@@ -622,7 +622,7 @@ def test_a_study_that_was_remembered_is_the_same_steps(make_plan: MakePlan):
         ({"images.heldout.path": "/nowhere"}, "images.heldout: .*image folder /nowhere"),
         ({"images.train.labels": "/nowhere.csv"}, "images.train: .*label file /nowhere.csv"),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else None,  # a set has no order
+    ids=str,
 )
 def test_a_plan_that_cannot_be_is_refused_before_any_work(make_plan: MakePlan, overrides: dict, message: str):
     with pytest.raises(UsageError, match=message):
