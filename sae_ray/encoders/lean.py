@@ -11,4 +11,4 @@ def skip_scikit_learn() -> None:
     """
     from transformers import utils
 
-    utils.is_sklearn_available = lambda: False
+    utils.is_sklearn_available = lambda: False  # pyright: ignore[reportPrivateImportUsage]
