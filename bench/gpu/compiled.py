@@ -11,6 +11,7 @@ import torch
 
 from bench.gpu.extraction import bare_forward, clip_title
 from bench.gpu.in_turn import reason
+from bench.gpu.models import make_clip
 from bench.gpu.sizes import Sizes
 from bench.gpu.timing import milliseconds
 from bench.record import Table

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bench.gpu.in_turn import in_turn
-from bench.gpu.models import info_of
+from bench.gpu.models import info_of, make_clip
 from bench.gpu.sizes import Sizes
 from bench.gpu.timing import milliseconds
 from bench.record import Table
