@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sae_ray.errors import SaeRayError
+from sae_ray.errors import SaeRayError, UsageError
 
 from .options import open_plan, plan_to_work_on, study_options
 
@@ -200,6 +200,8 @@ def naming(**options: Any) -> None:
     from . import study
 
     plan = plan_to_work_on(**options)
+    if plan.study.naming is None:
+        raise UsageError("the study has no [naming]; add it, or use --set 'naming={}'")
     check_models(models_needed((), namings=plan.namings))
     stage.run(plan)
     click.echo(study.summary_text(plan, study.write_summary(plan)))

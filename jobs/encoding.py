@@ -205,6 +205,7 @@ class RunEncoder:
                 dim += of_part
         except SaeRayError as error:  # told: an exception would reach the driver without its type
             problem = str(error)
+        finally:
             for part in work.values():
                 part.cancel()
         self.board.set.remote(piece, 0)  # the driver counts it now

@@ -25,6 +25,8 @@ async def coalesced(steps: AsyncGenerator[Step, None], seconds: float) -> AsyncG
                 await asyncio.wait([coming], timeout=max(0.0, due - clock.time()) if arrived else None)
                 ended = False
                 if coming.done():
+                    if coming.exception() and arrived:
+                        yield joined(arrived)
                     step = coming.result()
                     if step is None:
                         break

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 from annotated_types import Ge
 
 from sae_ray.config import STRICT, Count
+from sae_ray.errors import check
 
 Measure = Literal[
     "labels", "probes", "fms", "sparse_probing", "names", "atoms", "uniqueness", "spatial", "stability", "tpp"
@@ -37,6 +38,10 @@ class Concepts:
     most 20 of these. Correlations are those of all concepts."""
     vocabulary: str | None = None
     """A text file with one name per line that neurons may get. Default: the names of the concepts."""
+
+    def __post_init__(self):
+        check(self.file is None or not self.ignore_labels, "concepts.ignore_labels", list(self.ignore_labels),
+              "these are classes of images, and concepts.file replaces those; remove one of both")  # fmt: skip
 
 
 class Patches(NamedTuple):

@@ -45,6 +45,7 @@ class _ByLabels(NamedTuple):
     @property
     def figures(self) -> dict[str, Any]:
         figures = label_summary(self.neurons.scores)._asdict()
+        del figures["n_live"]  # of the labelled images alone
         figures |= {name: mean(values) for name, values in self.columns.items()}
         probes = self.concepts.probes
         return figures | {"probe_r": probes.probe_r, "coverage": probes.coverage()}
@@ -160,7 +161,7 @@ def add_tpp(
     split: Halves,
     settings: Concepts,
     seed: int,
-):
+) -> None:
     """TPP of an SAE whose images have one activation each; nothing if no concept has enough images in both halves."""
     drawn = drawn_concepts(labels, min(settings.max_concepts, MOST_PERTURBED), seed)
     try:
@@ -172,6 +173,7 @@ def add_tpp(
         "tpp": _nullable(measured.tpp),
         "tpp_intended": _nullable(measured.intended),
         "tpp_unintended": _nullable(measured.unintended),
+        "tpp_2": dict(zip(measured.ns, _nullable(measured.tpp), strict=True)).get(2),
     }
 
 

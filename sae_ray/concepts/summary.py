@@ -35,6 +35,8 @@ MEASURES = (
     Compared("overlapping", "pairs that share a top image", lower_is_better=True),
     Compared("coherence_aip", "coherence of atoms", lower_is_better=True),
     Compared("q_star_atom", "q*"),
+    Compared("reachable", "samples within Welch's bound"),
+    Compared("tpp_2", "targeted probe perturbation, 2 neurons"),
     Compared("stability", "stability between seeds"),
     Compared("spatial", "spatial coherence"),
 )

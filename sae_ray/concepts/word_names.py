@@ -145,13 +145,13 @@ def add_names(
 
 
 def _right(found: Findings, names: np.ndarray, texts: Texts) -> float:
-    """Of the neurons that stand for a concept with a word, the share that has it as their name."""
+    """Of the neurons that stand for a concept with a word, the share that has it as their name, not none."""
     purity, concept = (found.neurons.get(column) for column in ("purity", "concept"))
     if purity is None or concept is None:
         return np.nan
     right = [
         name == texts.word_of[one]
         for name, one, share in zip(names, concept, purity, strict=True)
-        if share >= PURE and one in texts.word_of and name is not None
+        if share >= PURE and one in texts.word_of
     ]
     return float(np.mean(right)) if right else np.nan

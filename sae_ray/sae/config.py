@@ -53,7 +53,8 @@ class TrainingConfig:
     dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Precision of dense products. "bfloat16" rounds the factors of the encoder's, and on a GPU of AuxK's. "tf32"
     rounds those of all on a GPU, to 10 bits instead of 7; on a CPU it is "float32". Weights, Adam moments, sums and
-    everything else stay float32."""
+    everything else stay float32. On one GPU, architectures that select look for candidates by a product in bfloat16
+    whatever this says; their values are then computed as it says."""
 
     def __post_init__(self):
         for name in ("batch_size", "steps", "dead_after_samples"):

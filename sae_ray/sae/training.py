@@ -208,7 +208,7 @@ class CellTrainer:
         with contextlib.suppress(NonFiniteLoss):  # `failed` tells of it
             self.report()
         facts = {"d_in": self.d_in, "cell": self.cell.identity(), "n_steps": self.n_steps, "failed": self.failed}
-        if self._room is not None:
+        if self._room is not None and self._window.length > 1:  # room for one step is of no use to others
             facts["auxk_room"] = self._room
         return self._whole(self._tensors(), torch.device("cpu")), facts
 
@@ -282,7 +282,8 @@ class CellTrainer:
         gradients, norm = self._gradients(loss)
         if averages:
             self._update_threshold(forward)
-        self._window.note(self._figures(loss, auxk, forward, norm), ~(loss.isfinite() & norm.isfinite()))
+        figures = self._figures(loss, auxk, forward, norm)
+        self._window.note(figures, ~(figures[0].isfinite() & norm.isfinite()))  # of all ranks, so that they agree
 
         factor = (self.cell.training.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
         if kernels_for(x):

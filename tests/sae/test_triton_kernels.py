@@ -182,6 +182,17 @@ def small_batches(n: int) -> torch.Tensor:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["batch_topk", "matryoshka_batch_topk"])
+def test_the_smallest_kept_value(use_kernels, name: str):
+    """What the threshold is averaged from. Within a training, it follows biases of which Adam makes too much."""
+    trainer, [x] = CellTrainer(small_cell(name, "post"), 8, DEVICE), small_batches(1)
+    plain = trainer.architecture.forward(trainer.weights, x).smallest_active
+    use_kernels()
+    assert plain > 0
+    torch.testing.assert_close(trainer.architecture.forward(trainer.weights, x).smallest_active, plain)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("name", "select"), CELLS)
 def test_whole_training(use_kernels, monkeypatch, name: str, select: str):
     """With AuxK as a dense block, and by entries."""

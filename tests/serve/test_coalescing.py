@@ -106,3 +106,14 @@ def test_an_answer_that_fails_fails():
                 await anext(found)
 
     asyncio.run(run())
+
+
+def test_what_came_before_a_failure_is_sent():
+    async def run() -> list[int]:
+        source, found = Source(step(0), step(1), ValueError("the engine is gone")), []
+        with pytest.raises(ValueError, match="the engine is gone"):
+            async for one in coalesced(source.generate(), LONG):
+                found += one.tokens
+        return found
+
+    assert asyncio.run(run()) == [0, 1]

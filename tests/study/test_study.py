@@ -214,6 +214,10 @@ def test_all_problems_are_told_at_once():
         ({"resources.steering.batch_size": 0}, "resources.steering.batch_size = 0: Input should be"),
         ({"steering.llava": "m"}, "scoring.pictures = 'heldout': steering takes its concepts from training images"),
         ({"steering": {"llava": "m", "strength": math.inf}}, "steering.strength = inf: choose a finite number"),
+        (
+            {"concepts": {"file": "f", "ignore_labels": ["blank"]}},
+            "concepts.ignore_labels = ['blank']: these are classes of images, and concepts.file replaces those",
+        ),
         ({"steering": {"llava": "m", "min_purity": 0}}, "steering.min_purity = 0: Input should be greater than 0"),
         ({"steering": {"llava": "m", "n_images": 0}}, "steering.n_images = 0: Input should be greater than or equal"),
         ({"steering": {"llava": "m", "unit": "x"}}, "steering.unit = 'x': Input should be 'absolute' or 'max'"),

@@ -166,6 +166,17 @@ def test_only_saes_that_differ_in_one_thing_are_compared(make_plan: MakePlan):
     assert len(against_raw) == len(plan.trains) == 8
 
 
+def test_saes_of_different_seeds_are_not_compared(make_plan: MakePlan):
+    plan = make_plan(**{"grid.seeds": [0, 1], "grid.k": [2]})
+    for score in plan.scores:
+        write_scores(plan, score.name, [0.5])
+    statements = [one.statement.partition(":")[0] for one in compare(summarise(plan)) if "raw" not in one.statement]
+    assert len(statements) == 2
+    for statement in statements:
+        wide, _, narrow = statement.partition(" above ")
+        assert ("seed1" in wide) == ("seed1" in narrow)
+
+
 def test_without_raw_neurons_nothing_is_compared_with_them(make_plan: MakePlan):
     plan = make_plan()
     write_scores(plan, cell(1, 2), [0.5])
