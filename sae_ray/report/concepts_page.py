@@ -48,7 +48,6 @@ def render_concepts(
     return template("concepts.html.jinja").render(
         study=plan.study.name,
         version=version("sae-ray"),
-        root=str(plan.root),
         cells=cells,
         measures=measures,
         best=best,

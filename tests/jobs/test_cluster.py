@@ -179,18 +179,24 @@ connect()
 import ray
 from ray._private.utils import publish_error_to_driver
 
-for message in ("WARNING: 8 PYTHON worker processes have been started on node: x", "a node is lost", "the end"):
-    publish_error_to_driver("worker_pool_large", message, ray._private.worker.global_worker.gcs_client)
-time.sleep({patience})
+for _ in range({patience}):
+    for message in ("WARNING: 8 PYTHON worker processes have been started on node: x", "a node is lost", "the end"):
+        publish_error_to_driver("worker_pool_large", message, ray._private.worker.global_worker.gcs_client)
+    time.sleep(1)
 """
 
 
 @pytest.mark.ray
 def test_messages_of_ray_go_to_standard_error():
-    """But for one that is usual on slow machines. Standard output is for results."""
+    """But for one that is usual on slow machines. Standard output is for results.
+
+    What is published before Ray's thread listens is lost, so all is published again and again.
+    """
     command = [sys.executable, "-c", MESSAGES.format(patience=PATIENCE_S)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
+        while process.stderr.readline() not in ("Ray: the end\n", ""):
+            pass
         shown = [process.stderr.readline() for _ in range(2)]
         process.terminate()
         output, _ = process.communicate()

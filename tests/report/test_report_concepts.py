@@ -52,9 +52,9 @@ def report(plan: StudyPlan) -> Path:
 
 @pytest.fixture
 def copy(small_study: Path, plan_small_study: Plan, tmp_path: Path) -> StudyPlan:
-    """The study once more, to be written to."""
-    shutil.copytree(small_study, tmp_path / "study")
-    shutil.rmtree(tmp_path / "study" / "root" / "report", ignore_errors=True)
+    """The study once more, to be written to, without a report and what people were asked."""
+    left_out = shutil.ignore_patterns("report", "agreement-*")
+    shutil.copytree(small_study, tmp_path / "study", ignore=left_out)
     return plan_small_study(tmp_path / "study")
 
 

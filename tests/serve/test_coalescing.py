@@ -109,11 +109,12 @@ def test_an_answer_that_fails_fails():
 
 
 def test_what_came_before_a_failure_is_sent():
-    async def run() -> list[int]:
-        source, found = Source(step(0), step(1), ValueError("the engine is gone")), []
-        with pytest.raises(ValueError, match="the engine is gone"):
-            async for one in coalesced(source.generate(), LONG):
-                found += one.tokens
-        return found
+    found: list[int] = []
 
-    assert asyncio.run(run()) == [0, 1]
+    async def run() -> None:
+        async for one in coalesced(Source(step(0), step(1), ValueError("the engine is gone")).generate(), LONG):
+            found.extend(one.tokens)
+
+    with pytest.raises(ValueError, match="the engine is gone"):
+        asyncio.run(run())
+    assert found == [0, 1]
