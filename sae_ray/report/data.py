@@ -1,8 +1,7 @@
 """The data of images and cells that the pages load on demand.
 
-Each cell has an index (a few
-numbers per neuron, for filters and sorting), chunks of `PER_CHUNK` neurons in the order of the index, so that a page of
-the best neurons loads one chunk, and a file of heat maps.
+Each cell has an index (a few numbers per neuron, for filters and sorting), chunks of `PER_CHUNK` neurons in the order
+of the index, so that a page of the best neurons loads one chunk, and a file of heat maps.
 """
 
 from __future__ import annotations

@@ -42,9 +42,9 @@ def rounded(values: Float[np.ndarray, "*shape"]) -> Any:
 
 
 def nullable(values: Num[np.ndarray, "*shape"]) -> Any:
-    """As `rounded`, with None where there is no value: NaN, or -1 in whole numbers, which are not rounded."""
+    """As `rounded`, with None where there is no value: not finite, or -1 in whole numbers, which are not rounded."""
     whole = values.dtype.kind == "i"
-    missing = values == -1 if whole else np.isnan(values)
+    missing = values == -1 if whole else ~np.isfinite(values)
     found = np.array(values if whole else rounded(np.where(missing, 0, values)), object)
     found[missing] = None
     return found.tolist()

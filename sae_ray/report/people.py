@@ -14,8 +14,6 @@ BENCHMARK = "benchmark"
 """What agreement on the released benchmark is of."""
 TITLES = {"ms": "MS", "dino": "MS by DINO", "clip": "MS by CLIP"}
 """Score -> how it is called."""
-
-
 BIN = ("n_pairs", "rate", "low", "high")
 
 

@@ -38,6 +38,7 @@ SETTINGS: dict[str, Callable[[GridCell], str]] = {
     "amount": lambda grid_cell: (
         f"K\u00a0=\u00a0{grid_cell.cell.k}" if grid_cell.cell.k is not None else f"sparsity {grid_cell.cell.sparsity:g}"
     ),
+    "seed": lambda grid_cell: f"seed {grid_cell.seed}",
 }
 """The settings by which the cells of a grid differ, as text."""
 
@@ -175,20 +176,24 @@ def fidelity_plots(rows: Sequence[CellSummary]) -> list[Plot]:
 
 
 def curve_plots(cells: Sequence[Neurons], min_images: int) -> list[Plot]:
-    """MS of each cell's neurons from best to worst, per expansion and per sparsity, with the raw neurons dashed."""
+    """MS of each cell's neurons from best to worst, per expansion and per sparsity, with the raw neurons dashed.
+
+    SAEs of different seeds are on plots of their own.
+    """
     raw = {cell.score.activations.site.name: cell for cell in cells if cell.score.sae is None}
     saes = [(cell.score.sae.grid_cell, cell) for cell in cells if cell.score.sae is not None]
     plots = []
     for varies, fixed in (("expansion", "amount"), ("amount", "expansion")):
 
-        def shared(pair: tuple[GridCell, Neurons], fixed: str = fixed) -> tuple[str, str, str]:
+        def shared(pair: tuple[GridCell, Neurons], fixed: str = fixed) -> tuple[str, str, str, int]:
             grid_cell, _ = pair
-            return grid_cell.score_site.name, grid_cell.cell.architecture, SETTINGS[fixed](grid_cell)
+            return grid_cell.score_site.name, grid_cell.cell.architecture, SETTINGS[fixed](grid_cell), grid_cell.seed
 
-        for (site, architecture, setting), group in _grouped(saes, shared):
+        for (site, architecture, setting, seed), group in _grouped(saes, shared):
             if varies == "amount" and len(group) < 2:
                 continue  # already part of the plots over the expansion factor
-            plot = Plot(f"{architecture} on {site}, {setting}", "neurons, best first (share)", "MS", markers=False)
+            title = f"{architecture} on {site}, {setting}" + (f", seed {seed}" if seed else "")
+            plot = Plot(title, "neurons, best first (share)", "MS", markers=False)
             for grid_cell, cell in sorted(group, key=lambda pair: _size(pair[0].cell)):
                 _append_curve(plot, SETTINGS[varies](grid_cell), cell, min_images)
             if site in raw:

@@ -37,8 +37,8 @@ CONCEPTS_FILES = ("concepts.css", "concepts.js")
 def write_report(plan: StudyPlan) -> bool:
     """Makes `<root>/report/` from the finished steps, unless an up-to-date report exists.
 
-    The report appears all at once: it is made in a temporary folder and renamed. In an object store, the
-    pages are uploaded after the files they need.
+    The report appears all at once: it is made in a temporary folder and renamed. In an object store, the pages are
+    uploaded after the files they need.
 
     Returns:
         Whether the report was made.

@@ -28,7 +28,7 @@ from sae_ray.report.album import SIDE, Album, thumbnail_size
 from sae_ray.report.heat import HeatCell, HeatMaps, caution, heat_cells, why_none
 from sae_ray.report.neighbours import N_NEAREST, nearest_latents
 from sae_ray.report.neurons import Neurons, read_neurons, shown_cells
-from sae_ray.report.packing import rounded
+from sae_ray.report.packing import nullable, rounded, write_data
 from sae_ray.report.pictures import (
     PicturesJob,
     Shown,
@@ -308,6 +308,33 @@ def test_plots_hold_the_numbers_of_the_summary(plan: StudyPlan, cells: dict[str,
     assert [line.name for line in by_sparsity.lines] == ["K\u00a0=\u00a02", "K\u00a0=\u00a04", "raw neurons"]
 
 
+def test_seeds_are_told_apart(plan: StudyPlan, cells: dict[str, Neurons]):
+    saes = {row.name: row for row in summarise(plan) if row.grid_cell is not None}
+    again = {name: replace(row, grid_cell=replace(row.grid_cell, seed=1), r2=0.5) for name, row in saes.items()}
+    rows = [*saes.values(), *again.values()]
+    lines = {line.name: (line.x, line.y) for line in grid_plots(rows)[0].lines}
+    for seed in (0, 1):
+        measured = [saes[f"layer1.all-matryoshka_batch_topk-x{expansion}-k4"].mean_ms for expansion in (2, 4)]
+        family = f"layer1.all, matryoshka_batch_topk, K\u00a0=\u00a04, seed {seed}"
+        assert lines[family] == ([2.0, 4.0], measured)
+    [fidelity] = fidelity_plots(rows)
+    pooled = {line.name: line.y for line in fidelity.lines if line.name.startswith("pooled")}
+    assert pooled["pooled, batch_topk, ×2, seed 1"] == [0.5, 0.5]
+    assert not [line.name for plot in grid_plots(list(saes.values())) for line in plot.lines if "seed" in line.name]
+
+    def of_seed_1(cell: Neurons) -> Neurons:
+        train = cell.score.sae
+        assert train is not None
+        return replace(cell, score=replace(cell.score, sae=replace(train, grid_cell=replace(train.grid_cell, seed=1))))
+
+    of_0 = [cell for cell in cells.values() if cell.score.sae is not None]
+    one, both = (curve_plots(shown, min_images=2) for shown in (of_0, [*of_0, *map(of_seed_1, of_0)]))
+    assert [(plot.title, plot.lines) for plot in both if not plot.title.endswith("seed 1")] == [
+        (plot.title, plot.lines) for plot in one
+    ]
+    assert {plot.title for plot in both} == {f"{plot.title}{seed}" for plot in one for seed in ("", ", seed 1")}
+
+
 def test_where_no_neuron_is_scored_there_is_no_curve(cells: dict[str, Neurons]):
     assert curve_plots(list(cells.values()), min_images=10**6) == []
 
@@ -513,3 +540,10 @@ def test_a_report_is_uploaded_where_nothing_can_be_renamed(copy: StudyPlan, monk
 @given(st.lists(st.floats(-1e6, 1e6).filter(lambda value: value == 0 or abs(value) > 1e-6), max_size=5))
 def test_rounding_keeps_four_digits(values: list[float]):
     assert rounded(np.array(values)) == [pytest.approx(float(f"{value:.4g}"), rel=2e-4) for value in values]
+
+
+def test_what_is_not_finite_is_missing(tmp_path: Path):
+    found = nullable(np.array([[1.5, np.nan], [np.inf, -np.inf]]))
+    assert found == [[1.5, None], [None, None]]
+    write_data(tmp_path, "one", found)
+    assert nullable(np.array([3, -1])) == [3, None]

@@ -155,7 +155,7 @@ def test_which_sae_is_best_is_told_by_every_measure(report: Path, plan: StudyPla
     counts = {one.name: (one.step.record() or {})["counts"] for one in plan.concepts if one.sae is not None}
     raw = {one.activations.site.name: (one.step.record() or {})["counts"] for one in plan.concepts if one.sae is None}
     site = {one.name: one.activations.site.name for one in plan.concepts}
-    found = {row[0].removesuffix(" (low is good)"): row[1:] for row in rows_of(page, "best-table")[1:]}
+    found = {row[0].removesuffix(" (lower is better)"): row[1:] for row in rows_of(page, "best-table")[1:]}
     for measure in MEASURES:
         values = {name: one[measure.key] for name, one in counts.items() if one.get(measure.key) is not None}
         assert (measure.title in found) == bool(values)
