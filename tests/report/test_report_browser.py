@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -339,6 +340,39 @@ def test_concepts_and_neurons_are_filtered_and_downloaded(reader: Reader, cell: 
     assert (int(row["neuron"]), row["name"], float(row["score"])) == (STEERED[-1], "nothing", 0.5)
     sync_api.expect(reader.page.locator("#names-figures")).to_contain_text(f"4 of {len(STEERED)} names hold")
     sync_api.expect(reader.page.locator("#names-table tbody")).to_contain_text("nothing")
+
+
+def test_a_missing_file_is_said_whatever_needs_it_of_concepts(browser, plan: StudyPlan, cell: Neurons, tmp_path: Path):
+    shutil.copytree((plan.root / "report").path, tmp_path / "report")
+    (tmp_path / "report" / "data" / MATRYOSHKA / "0.js").unlink()
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.set_default_timeout(1000 * PATIENCE_S)
+    reader = Reader(page, (tmp_path / "report").as_uri())
+    problem = page.locator("#problem")
+
+    def is_said() -> None:
+        sync_api.expect(problem).to_contain_text("0.js is missing; copy the report again")
+        problem.evaluate("(one) => (one.textContent = '')")
+
+    reader.open_concepts()
+    reader.passing(len(cell.order))
+    is_said()
+    sync_api.expect(page.locator("#scatter-words")).to_contain_text("neurons are shown")
+    page.locator("#method").select_option("soft_wpmi")
+    is_said()
+    page.locator("#more-names").click()
+    is_said()
+    page.locator("#scatter").focus()
+    page.keyboard.press("ArrowRight")
+    is_said()
+    page.mouse.move(*page.evaluate(POINT, int(cell.order[0])))
+    page.mouse.down()
+    page.mouse.up()
+    is_said()
+    page.locator("#matrix a").first.hover()
+    is_said()
+    page.close()
+    assert not [trouble for trouble in reader.troubles if "0.js is missing" in trouble], "no rejection is left over"
 
 
 def test_saes_are_filtered_and_downloaded(reader: Reader, plan: StudyPlan):

@@ -21,6 +21,16 @@ const MATRIX = {
 const now = { turn: 0, cell: null, index: null, n: 0, meaning: null, conceptOf: null, names: [], nameOf: null, places: [], concepts: [] };
 const listed = { concepts: 0, names: 0, chosen: [] };
 
+/** The work, of which the reader is told if it fails. */
+const complaining = (work) => async (...given) => {
+  try {
+    await work(...given);
+  } catch (error) {
+    byId("problem").textContent = error.message;
+    byId("problem").hidden = false;
+  }
+};
+
 // Data
 
 const unpacked = new Map();
@@ -146,8 +156,7 @@ async function filter() {
   Object.assign(listed, { concepts: 0, names: 0 });
   hidePeek();
   showConcepts();
-  showNames();
-  await drawScatter();
+  await Promise.all([showNames(), drawScatter()]);
 }
 
 // Concepts and their best neurons
@@ -323,23 +332,21 @@ function point(one) {
   return showPeek(place, { left: x - 10, right: x + 10, top: y - 10, bottom: y + 10 }, lines);
 }
 
-scatter.addEventListener("pointermove", ({ clientX, clientY }) => {
+const follow = ({ clientX, clientY }) => {
   if (plot.kept) return;
   const box = scatter.getBoundingClientRect();
   const one = nearest(clientX - box.left, clientY - box.top, 24);
-  if (one !== plot.pointed) point(one);
-});
-scatter.addEventListener("pointerleave", ({ pointerType }) => {
-  if (!plot.kept && pointerType === "mouse") point(null);
-});
-scatter.addEventListener("click", ({ clientX, clientY }) => {
+  if (one !== plot.pointed) return point(one);
+};
+const leave = ({ pointerType }) => !plot.kept && pointerType === "mouse" && point(null);
+const keep = ({ clientX, clientY }) => {
   const box = scatter.getBoundingClientRect();
   const one = nearest(clientX - box.left, clientY - box.top, 24);
   plot.kept = one !== null;
-  point(one);
   peek.classList.toggle("kept", plot.kept);
-});
-scatter.addEventListener("keydown", (event) => {
+  return point(one);
+};
+const step = (event) => {
   const moves = { ArrowLeft: ["x", -1], ArrowRight: ["x", 1], ArrowDown: ["y", 1], ArrowUp: ["y", -1] };
   if (event.key === "Enter" && plot.pointed !== null) location.href = address(now.cell.name, now.index.neuron[plot.places[plot.pointed]]);
   if (event.key === "Escape") Object.assign(plot, { kept: false }), point(null);
@@ -349,9 +356,12 @@ scatter.addEventListener("keydown", (event) => {
   const order = [...plot.places.keys()].sort((a, b) => plot[axis][a] - plot[axis][b] || a - b);
   const at = plot.pointed === null ? 0 : order.indexOf(plot.pointed) + by;
   plot.kept = true;
-  point(order[Math.min(Math.max(at, 0), order.length - 1)]);
   peek.classList.add("kept");
-});
+  return point(order[Math.min(Math.max(at, 0), order.length - 1)]);
+};
+for (const [event, work] of Object.entries({ pointermove: follow, pointerleave: leave, click: keep, keydown: step })) {
+  scatter.addEventListener(event, complaining(work));
+}
 scatter.addEventListener("blur", () => {
   if (peek.contains(document.activeElement)) return;
   plot.kept = false;
@@ -400,15 +410,16 @@ async function showPeek(place, beside, lines) {
   byId("pointed").textContent = `Neuron ${neuron}${name === null ? "" : `, ${name}`}: ${lines.map((line) => line.join(" ")).join(", ")}`;
 }
 
-for (const [event, shows] of [["pointerover", true], ["focusin", true], ["pointerout", false], ["focusout", false]]) {
-  document.addEventListener(event, ({ target }) => {
-    const link = target.closest?.("[data-place]");
-    if (!link) return;
-    const place = Number(link.dataset.place);
-    if (!shows) return hidePeek();
-    showPeek(place, link.getBoundingClientRect(), [["MS", score(now.index.ms[place])], ["fires on", percent(now.index.frequency[place])]]);
-  });
+/** Shows the neuron of a link that is pointed at. */
+function glanceAt({ target }) {
+  const link = target.closest?.("[data-place]");
+  if (!link) return;
+  const place = Number(link.dataset.place);
+  return showPeek(place, link.getBoundingClientRect(), [["MS", score(now.index.ms[place])], ["fires on", percent(now.index.frequency[place])]]);
 }
+
+for (const event of ["pointerover", "focusin"]) document.addEventListener(event, complaining(glanceAt));
+for (const event of ["pointerout", "focusout"]) document.addEventListener(event, ({ target }) => target.closest?.("[data-place]") && hidePeek());
 
 // Names
 
@@ -416,7 +427,7 @@ const HOLDS = 0.8;
 /** Columns that only some methods have, with their titles. */
 const VERIFIED = { margin: "ahead of the next word", agreement: "top images called so", control_score: "score of a control name" };
 
-function showNames() {
+async function showNames() {
   const { names, cell } = now;
   byId("no-names").hidden = names.length > 0;
   byId("with-names").hidden = names.length === 0;
@@ -431,7 +442,7 @@ function showNames() {
   const wordy = ["top images", "name", "concept by labels"];
   const head = titles.map((title) => element("th", { scope: "col", class: wordy.includes(title) ? "words" : null }, title));
   byId("names-table").replaceChildren(element("thead", {}, element("tr", {}, ...head)), element("tbody", {}));
-  moreNames();
+  await moreNames();
 }
 
 /** How names hold that were tried on held-out images, and control names. */
@@ -498,14 +509,6 @@ function nameFile() {
 
 // Hands
 
-const complaining = (work) => async () => {
-  try {
-    await work();
-  } catch (error) {
-    byId("problem").textContent = error.message;
-    byId("problem").hidden = false;
-  }
-};
 const refresh = complaining(filter);
 
 form.addEventListener("submit", (event) => event.preventDefault());
@@ -524,14 +527,14 @@ byId("swap").addEventListener("click", () => {
   [across.value, up.value] = [up.value, across.value];
   complaining(drawScatter)();
 });
-for (const id of ["method", "fits", "name-sort"]) byId(id).addEventListener("change", showNames);
-byId("more-names").addEventListener("click", moreNames);
+for (const id of ["method", "fits", "name-sort"]) byId(id).addEventListener("change", complaining(showNames));
+byId("more-names").addEventListener("click", complaining(moreNames));
 for (const [id, file] of Object.entries({ "concepts-csv": conceptFile, "neurons-csv": neuronFile, "names-csv": nameFile })) {
   byId(id).addEventListener("click", complaining(file));
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", complaining(drawScatter));
 new ResizeObserver(() => now.cell && complaining(drawScatter)()).observe(scatter);
-addEventListener("scroll", () => plot.kept && point(plot.pointed), { passive: true });
+addEventListener("scroll", complaining(() => plot.kept && point(plot.pointed)), { passive: true });
 
 offerScores(cells.get(form.elements.cell.value));
 refresh();
