@@ -84,7 +84,7 @@ def comparison_lines(cells: Sequence[Cell]) -> list[str]:
     """The rows of `best_by_measure` as a table."""
     table = [["measure", "best SAE", "its value", "raw neurons", "shuffled labels"]]
     for one in best_by_measure(cells):
-        title = f"{one.measure.title}{' (low is good)' if one.measure.lower_is_better else ''}"
+        title = f"{one.measure.title}{' (lower is better)' if one.measure.lower_is_better else ''}"
         table.append([title, one.name, *map(_figure, (one.value, one.raw, one.shuffled))])
     return table_lines(table, "<<>>>") if len(table) > 1 else []
 

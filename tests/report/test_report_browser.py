@@ -294,6 +294,7 @@ def test_points_can_be_reached_by_keyboard(reader: Reader, cell: Neurons):
     sync_api.expect(reader.page.locator("#pointed")).to_contain_text(f"Neuron {worst}")
     reader.page.keyboard.press("ArrowRight")
     sync_api.expect(reader.page.locator("#pointed")).to_contain_text(f"Neuron {next_}")
+    reader.page.wait_for_load_state("networkidle")  # what is left behind while it loads counts as missing
     reader.page.keyboard.press("Enter")
     sync_api.expect(reader.page.get_by_role("heading", name=f"Neuron {next_}", exact=True)).to_be_visible()
 
