@@ -23,10 +23,9 @@ from sae_ray.study.survey import survey_files
 
 from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share
 from .progress import Progress, say
+from .score import active_per_token
 from .stage import at_work, unfinished
 
-TYPICAL_K = 64
-"""Active latents per activation of an SAE without a k, for estimates of memory."""
 WORKING_BYTES = 2**30
 """Of blocks of neurons and concepts."""
 
@@ -136,8 +135,7 @@ def _embedded(plan: StudyPlan, given: Asked) -> Any:
 def _bytes(one: ConceptsPlan) -> int:
     """Memory of a task, approximately: above all three copies of the codes of all images."""
     tokens = one.rows // max(1, one.images.n_images)
-    per_token = one.sae.grid_cell.cell.k or TYPICAL_K if one.sae else one.neurons
-    codes = 36 * one.images.n_images * min(one.neurons, tokens * per_token)
+    codes = 36 * one.images.n_images * min(one.neurons, tokens * active_per_token(one))
     weights = one.sae.weight_bytes if one.sae else 0
     return PROCESS_BYTES + WORKING_BYTES + codes + weights + 4 * min(PIECE_BYTES, one.activations.bytes)
 

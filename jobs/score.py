@@ -25,7 +25,7 @@ from sae_ray.store.activations import PIECE_BYTES, ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
 from sae_ray.study.config import ScoreResources
-from sae_ray.study.plan import ScorePlan, StudyPlan
+from sae_ray.study.plan import ConceptsPlan, ScorePlan, StudyPlan
 
 from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share
 from .progress import Progress
@@ -113,8 +113,12 @@ def entry_bytes(score: ScorePlan, store: ActivationStore) -> int:
     """Of one block: four numbers of eight bytes for every neuron that is active on an image, approximately."""
     images = largest_block(store)
     tokens = store.n_rows // max(1, store.n_images)
-    per_token = score.sae.grid_cell.cell.k or TYPICAL_K if score.sae else score.neurons
-    return 32 * images * min(score.neurons, tokens * per_token)
+    return 32 * images * min(score.neurons, tokens * active_per_token(score))
+
+
+def active_per_token(plan: ScorePlan | ConceptsPlan) -> int:
+    """Neurons that are active on an activation, about."""
+    return plan.sae.grid_cell.cell.k or TYPICAL_K if plan.sae else plan.neurons
 
 
 @cache

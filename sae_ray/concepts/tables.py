@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from sae_ray.concepts.best_words import NAMES_SCHEMA
-from sae_ray.errors import SaeRayError
 from sae_ray.store.files import Folder
+from sae_ray.store.schemas import read_columns
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -227,14 +227,7 @@ class ConceptTables:
         return {column: _as_numpy(table[column]) for column in schema.names}
 
     def _read(self, name: str, schema: pa.Schema) -> pa.Table:
-        table = self.folder.read_parquet(name)
-        for field in schema:
-            if field not in list(table.schema):
-                raise SaeRayError(
-                    f"{self.folder / name} has no column {field.name!r} of type {field.type}; "
-                    f"delete {self.folder} and run the concepts stage again"
-                )
-        return table.select(schema.names)
+        return read_columns(self.folder, name, schema, "concepts")
 
 
 def as_table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:

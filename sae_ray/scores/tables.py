@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from sae_ray.errors import SaeRayError
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.store.files import Folder
+from sae_ray.store.schemas import read_columns
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -106,14 +106,7 @@ class ScoreTables:
         return counts
 
     def _read(self, name: str, schema: pa.Schema) -> pa.Table:
-        table = self.folder.read_parquet(name)
-        for field in schema:
-            if field not in list(table.schema):
-                raise SaeRayError(
-                    f"{self.folder / name} has no column {field.name!r} of type {field.type}; "
-                    f"delete {self.folder} and run the score stage again"
-                )
-        return table.select(schema.names)
+        return read_columns(self.folder, name, schema, "score")
 
 
 def write_tables(folder: Folder, blocks: Sequence[NeuronStats]) -> None:
