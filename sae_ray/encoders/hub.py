@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sae_ray.encoders.lean import skip_scikit_learn
+from sae_ray.encoders.lean import import_transformers
 from sae_ray.encoders.sources import check_revision, directory_digest, local_directory
 from sae_ray.errors import UsageError
 from sae_ray.store.files import address_shown
@@ -46,7 +46,7 @@ def find(model: str, revision: str | None, forms: str) -> Source:
             the model is not in the cache.
         SaeRayError: As `local_directory`.
     """
-    skip_scikit_learn()
+    import_transformers()
     from transformers import AutoConfig
     from transformers.utils.hub import cached_file
 

@@ -19,7 +19,7 @@ from torch import nn
 from sae_ray.encoders.base import Tower
 from sae_ray.encoders.hub import bad_files, hub_unreachable, refusal, refusing
 from sae_ray.encoders.info import EncoderInfo
-from sae_ray.encoders.lean import skip_scikit_learn
+from sae_ray.encoders.lean import import_transformers
 from sae_ray.encoders.resizing import fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS, check_revision, directory_digest, local_directory
 from sae_ray.errors import UsageError
@@ -185,7 +185,7 @@ def _refusing(source: _Source) -> Iterator[None]:
 
 
 def _find(model: str, revision: str | None) -> _Source:
-    skip_scikit_learn()
+    import_transformers()
     import open_clip
 
     shown = address_shown(model)
