@@ -10,18 +10,26 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 from sae_ray.jobs.cluster import free_port
 
 from tests.machine import DEAD_PROXY, PATIENCE_S, RAY, head_options, until
 
+from .conftest import chat
+
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.serve]
+
+TOLD_WITHIN_S = 5.0
+"""What a load balancer that asks /ready may count on."""
 
 STUDY = """
 name = "demo"
@@ -154,13 +162,38 @@ def test_an_application_is_deployed_and_a_study_submitted(checkout, home, shell,
 
 
 def test_sae_ray_serve_prints_only_its_own_lines(served_study, tmp_path):
+    with serving(served_study, tmp_path) as (address, server):
+        assert ready(address)
+    assert ((tmp_path / "stderr").read_text(), server.returncode) == ("", 0)
+    assert not (tmp_path / ".ray").exists(), "a token there would lock the user out of heads that ask for one"
+
+
+@pytest.mark.slow
+def test_a_dead_engine_is_told_of_within_seconds_and_replaced(served_study, tmp_path):
+    config = tmp_path / "vllm.yaml"
+    config.write_text("language: {engine: vllm, kv_cache_mb: 256}\n")
+    with serving(served_study, tmp_path, "--config", str(config)) as (address, server):
+        first = answered(address)
+        for _ in range(2):
+            [core] = [one for one in psutil.Process(server.pid).children(recursive=True) if "EngineCor" in one.name()]
+            core.kill()
+            killed = time.monotonic()
+            until(lambda: not ready(address))
+            assert time.monotonic() - killed < TOLD_WITHIN_S
+            until(lambda: ready(address))
+            assert answered(address) == first
+
+
+@contextmanager
+def serving(root: Path, home: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """`sae-ray serve` from when it serves until it was asked to end, its errors in the file `stderr` of its home."""
     address = f"http://127.0.0.1:{free_port()}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SAE_RAY_"))}
-    command = [sys.executable, "-m", "sae_ray.jobs.cli", "serve", "--root", str(served_study)]
-    with (tmp_path / "stderr").open("w+") as stderr:
+    command = [sys.executable, "-m", "sae_ray.jobs.cli", "serve", "--root", str(root), *options]
+    with (home / "stderr").open("w") as stderr:
         server = subprocess.Popen(
             [*command, "--port", address.split(":")[-1]],
-            env=environment | DEAD_PROXY | {"HOME": str(tmp_path)},
+            env=environment | DEAD_PROXY | {"HOME": str(home)},
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -169,14 +202,17 @@ def test_sae_ray_serve_prints_only_its_own_lines(served_study, tmp_path):
         try:
             assert server.stdout is not None
             assert any("documentation" in line for line in server.stdout), "it ended before it served"
-            assert ready(address)
+            yield address, server
             server.terminate()
             server.wait(PATIENCE_S)
         finally:
             server.kill()
-        stderr.seek(0)
-        assert (stderr.read(), server.returncode) == ("", 0)
-    assert not (tmp_path / ".ray").exists(), "a token there would lock the user out of heads that ask for one"
+
+
+def answered(address: str) -> str:
+    response = httpx.post(f"{address}/v1/chat/completions", json=chat("What is shown?"), timeout=PATIENCE_S)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
 
 
 def ready(address: str) -> bool:
