@@ -23,7 +23,7 @@ from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering import load_llava, load_max_token
 from sae_ray.steering.latent_names import NAMES
 from sae_ray.steering.protocol import WHITE, Question
-from sae_ray.steering.respondent import Respondent
+from sae_ray.steering.respondent import Directions, Respondent
 from sae_ray.study.plan import NamingPlan, StudyPlan
 from sae_ray.study.root import recalled_plan
 
@@ -89,7 +89,7 @@ def main() -> None:
 
     [steered] = [one for one in plan.namings if "steering" in one.methods]
     llava = load_llava(steered.steering.llava, steered.steering.revision)
-    respondent = Respondent(llava, load_sae(steered.sae.step.folder), {}, steered.steering)
+    respondent = Respondent(llava, load_sae(steered.sae.step.folder), Directions(), steered.steering)
     unsteered = plain(llava.answer(llava.white(), steered.steering.prompt))
     concepts, rows = pure(steered), []
     for strength in STRENGTHS:

@@ -21,7 +21,7 @@ from sae_ray.sae import SAE, load_sae
 from sae_ray.steering.config import Steering
 from sae_ray.steering.llava import Llava, load_llava
 from sae_ray.steering.protocol import WHITE, Question, usable_images
-from sae_ray.steering.respondent import Respondent
+from sae_ray.steering.respondent import Directions, Respondent
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, check_shared, digest
 from sae_ray.study.config import SteeringResources
@@ -31,12 +31,10 @@ from .cluster import RETRIES, gpus_or_default, n_gpus, require
 from .progress import Progress
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
     from PIL import Image
-    from torch import Tensor
 
 QUESTIONS_PER_BLOCK = 256
-NO_DIRECTIONS: Mapping[str, Any] = {}
+NO_DIRECTIONS = Directions()
 
 
 class AskingPlan(Protocol):
@@ -88,7 +86,7 @@ class Actor:
         self,
         step: Folder,
         sae: Folder,
-        directions: Mapping[str, Float[Tensor, " d_in"]],
+        directions: Directions,
         folder: Folder,
         file: str,
         asked: Sequence[Question],
@@ -144,7 +142,7 @@ class Actors:
         phase: str,
         asked: Sequence[Question],
         images: Images,
-        directions: Mapping[str, Float[Tensor, " d_in"]] = NO_DIRECTIONS,
+        directions: Directions = NO_DIRECTIONS,
     ) -> list[str]:
         """The answers to all questions, in order. Answers of finished parts are read, not asked again.
 
@@ -152,7 +150,7 @@ class Actors:
 
         Args:
             phase: a folder of the step, for these images alone.
-            directions: of the classes that are asked about with DiffMean vectors.
+            directions: what the questions add.
         """
         folder = plan.step.folder / phase
         blocks = [asked[start : start + QUESTIONS_PER_BLOCK] for start in range(0, len(asked), QUESTIONS_PER_BLOCK)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,13 +21,16 @@ from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering.diffmean import ClassSums, class_sums, diffmean
 from sae_ray.steering.evaluation import Yardstick, answer_table, best_scales, concept_table, rates, texts
 from sae_ray.steering.interventions import load_max_token
+from sae_ray.steering.profiles import Profile, TopImages, code_sums, profiles, top_images
 from sae_ray.steering.protocol import (
+    Added,
     Subjects,
     calibration_questions,
     choose_subjects,
     main_questions,
     sample,
 )
+from sae_ray.steering.respondent import Directions
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
@@ -37,11 +40,15 @@ from .asking import Actor, Actors, Images
 from .stage import at_work, unfinished
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 DIRECTIONS = "directions.parquet"
 DIRECTIONS_SCHEMA = pa.schema([("label", pa.string()), ("vector", pa.list_(pa.float64()))])
+PROFILES = "profiles.parquet"
+PROFILES_SCHEMA = pa.schema(
+    [("latent", pa.int64()), ("latents", pa.list_(pa.int64())), ("changes", pa.list_(pa.float64()))]
+)
 
 
 def run(plan: StudyPlan) -> None:
@@ -73,10 +80,11 @@ class Evaluation:
     def run(self, actors: Actors) -> None:
         """Asks, judges and finishes the step."""
         started = time.monotonic()
-        directions = self._directions(actors)
-        asked = calibration_questions(list(directions), self.train.classes, self.train.usable, self.steering, self.seed)
+        directions = Directions(self._diffmean(actors), self._profiles(actors))
+        added = self._added(directions)
+        asked = calibration_questions(added, self.train.classes, self.train.usable, self.steering, self.seed)
         answers = actors.answers(self.plan, "calibration", asked, self.train, directions)
-        scales = best_scales(asked, answers, self.class_name)
+        scales = best_scales(added, asked, answers, self.class_name)
         images = sample(self.heldout.usable, self.steering.n_images, self.seed)
         asked = main_questions(self.subjects, scales, self.heldout.classes, images, self.steering)
         answers = actors.answers(self.plan, "answers", asked, self.heldout, directions)
@@ -98,7 +106,17 @@ class Evaluation:
     def _concepts(self, tables: ScoreTables, max_token: Float[np.ndarray, " neurons"]) -> list[Concept]:
         return label_concepts(tables.scores, tables.top_images.image, self.train.classes, max_token)
 
-    def _directions(self, actors: Actors) -> dict[str, Float[Tensor, " d_in"]]:
+    def _added(self, directions: Directions) -> list[Added]:
+        """What is compared with setting the best latent of each class."""
+        found: list[Added] = []
+        for one in self.subjects.best:
+            if one.label in directions.diffmean:
+                found.append(Added("diffmean", -1, one.label))
+            if one.label is not None and one.latent in directions.profiles:
+                found.append(Added("profile", one.latent, one.label))
+        return found
+
+    def _diffmean(self, actors: Actors) -> dict[str, Float[Tensor, " d_in"]]:
         """The DiffMean vectors by class; they are written first."""
         import torch
 
@@ -112,6 +130,38 @@ class Evaluation:
             self.folder.write_parquet(DIRECTIONS, pa.table(columns, schema=DIRECTIONS_SCHEMA))
         table = self.folder.read_parquet(DIRECTIONS)
         return dict(zip(table["label"].to_pylist(), map(torch.tensor, table["vector"].to_pylist()), strict=True))
+
+    def _profiles(self, actors: Actors) -> dict[int, Profile]:
+        """The profiles of the best latents; they are written first."""
+        if not self.folder.exists(PROFILES):
+            latents = [one.latent for one in self.subjects.best]
+            found = profiles(self._code_sums(actors, latents)) if latents else []
+            rows = [[latent, *one] for latent, one in zip(latents, found, strict=True) if one is not None]
+            columns = list(zip(*rows, strict=True)) or [[]] * len(PROFILES_SCHEMA)
+            self.folder.write_parquet(PROFILES, pa.table([list(column) for column in columns], schema=PROFILES_SCHEMA))
+        rows = self.folder.read_parquet(PROFILES).to_pylist()
+        return {row["latent"]: Profile(tuple(row["latents"]), tuple(row["changes"])) for row in rows}
+
+    def _code_sums(self, actors: Actors, latents: Sequence[int]) -> Iterator[ClassSums]:
+        """Of each part of the training activations, in order, with the top images of each latent as a class."""
+        import ray
+
+        store, sae = ActivationStore(self.plan.scores.activations.step.folder), self.plan.sae.step.folder
+        usable = np.zeros(len(self.train.ids), bool)
+        usable[self.train.usable] = True
+
+        n_parts, shared = len(store.parts), ray.put(usable)
+        top = reduce(
+            lambda one, two: TopImages.merged([one, two]),
+            actors.map(
+                lambda actor, part: actor.top_images.remote(self.folder, sae, store, part, latents, shared),
+                range(n_parts),
+            ),
+        )
+        members = ray.put(top.members(len(usable)))
+        return actors.map(
+            lambda actor, part: actor.code_sums.remote(self.folder, sae, store, part, members), range(n_parts)
+        )
 
     def _class_sums(self, actors: Actors, codes: Int[np.ndarray, " images"], n_classes: int) -> Iterator[ClassSums]:
         """Of each part of the training activations, in order."""
@@ -140,7 +190,7 @@ class Evaluation:
 
 
 class SteeringActor(Actor):
-    """Also sums activations by class, and embeds texts."""
+    """Also sums activations and codes by class, and embeds texts."""
 
     def class_sums(
         self, step: Folder, activations: ActivationStore, part: int, codes: Int[np.ndarray, " images"], n_classes: int
@@ -148,6 +198,31 @@ class SteeringActor(Actor):
         """Class sums of one part, for the DiffMean vectors."""
         check_shared(step)
         return class_sums(activations, part, codes, n_classes)
+
+    def top_images(
+        self,
+        step: Folder,
+        sae: Folder,
+        activations: ActivationStore,
+        part: int,
+        latents: Sequence[int],
+        usable: Bool[np.ndarray, " images"],
+    ) -> TopImages:
+        """The top images of one part, for the profiles."""
+        check_shared(step)
+        return top_images(self._sae(sae), activations, part, latents, usable)
+
+    def code_sums(
+        self,
+        step: Folder,
+        sae: Folder,
+        activations: ActivationStore,
+        part: int,
+        members: Bool[np.ndarray, "latents images"],
+    ) -> ClassSums:
+        """Sums of the codes of one part, for the profiles."""
+        check_shared(step)
+        return code_sums(self._sae(sae), activations, part, members)
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "texts d"]:
         """Embeds texts with the scorer."""

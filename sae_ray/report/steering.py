@@ -27,10 +27,13 @@ KINDS = {
     "impure": "latents without a class, on a white image (control)",
     "neuron": "raw neurons, on a white image (control)",
     "diffmean_white": "DiffMean, on a white image",
+    "profile_white": "profiles of the best latents, on a white image",
     "insertion": "best latents, on images of other classes",
     "diffmean_insertion": "DiffMean, on images of other classes",
+    "profile_insertion": "profiles of the best latents, on images of other classes",
     "suppression": "best latents ablated, on images of their class",
     "diffmean_suppression": "DiffMean subtracted, on images of its class",
+    "profile_suppression": "profiles subtracted, on images of their class",
 }
 """Kind of edit -> its description, in the order of the table."""
 TITLES = {

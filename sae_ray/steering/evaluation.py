@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, assert_never
 
 import numpy as np
 import pyarrow as pa
 
 from sae_ray.concepts.naming import first_synonym, names, words_of
-from sae_ray.steering.protocol import SCALES, Kind, Question, Scales, Subjects
+from sae_ray.steering.protocol import SCALES, Added, Kind, Question, Scales, Subjects
 from sae_ray.text_table import table_lines
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ DESCRIPTIONS: dict[Kind, str] = {
     "diffmean_white": "white image, DiffMean added: names the concept",
     "diffmean_insertion": "images of other classes, DiffMean added: names the concept",
     "diffmean_suppression": "images of the class, DiffMean subtracted: loses the name",
+    "profile_white": "white image, profile added: names the concept",
+    "profile_insertion": "images of other classes, profile added: names the concept",
+    "profile_suppression": "images of the class, profile subtracted: loses the name",
 }
 BOUNDS = {"label_similarity": "upper bound: the label itself", "other_similarity": "lower bound: other labels"}
 
@@ -82,18 +85,24 @@ def texts(answers: Sequence[str], class_name: Mapping[str, str]) -> list[str]:
     return sorted({*map(_first_word, answers), *map(first_synonym, class_name.values())} - {""})
 
 
-def best_scales(asked: Sequence[Question], answers: Sequence[str], class_name: Mapping[str, str]) -> dict[str, Scales]:
-    """Per class the scales with the highest rates on training images; of equal ones the smallest."""
-    hits: dict[tuple[str | None, str, float], list[bool]] = defaultdict(list)
+def best_scales(
+    added: Sequence[Added], asked: Sequence[Question], answers: Sequence[str], class_name: Mapping[str, str]
+) -> dict[Added, Scales]:
+    """The scales with the highest rates on training images; of equal ones the smallest.
+
+    Args:
+        added: what the scales are of.
+        asked: its `calibration_questions`.
+    """
+    hits: dict[tuple, list[bool]] = defaultdict(list)
     for question, answer in zip(asked, answers, strict=True):
         right = _is_right(question, question.prompt, answer, answer, class_name)
-        hits[question.concept, question.kind, abs(question.strength)].append(bool(right))
+        hits[*question[:3], abs(question.strength)].append(bool(right))
 
-    def best(label: str, kind: str) -> float:
-        return max(SCALES, key=lambda scale: (np.mean(hits[label, kind, scale] or [False]), -scale))
+    def best(one: Added, place: Literal["insertion", "suppression"]) -> float:
+        return max(SCALES, key=lambda scale: (np.mean(hits[one.kind(place), *one[1:], scale] or [False]), -scale))
 
-    labels = dict.fromkeys(question.concept for question in asked if question.concept is not None)
-    return {label: Scales(best(label, "diffmean_insertion"), best(label, "diffmean_suppression")) for label in labels}
+    return {one: Scales(best(one, "insertion"), best(one, "suppression")) for one in added}
 
 
 def answer_table(asked: Sequence[Question], answers: Sequence[str], yardstick: Yardstick) -> pa.Table:
@@ -227,6 +236,8 @@ def _target(question: Question) -> tuple[str, int | str | None]:
         case "unsteered" | "reconstruction":
             return "none", None
         case "white" | "insertion" | "suppression" | "impure":
+            return "latent", question.latent
+        case "profile_white" | "profile_insertion" | "profile_suppression":
             return "latent", question.latent
         case "neuron":
             return "neuron", question.latent

@@ -13,9 +13,11 @@ A question is about one image, held-out or white, with one edit:
 | `neuron` | control: a coordinate of the tower's activation, set to the strength | white |
 | `diffmean_white`, `diffmean_insertion` | a class's mean activation minus that of the rest, scaled, added | as above |
 | `diffmean_suppression` | the same vector with its own scale, subtracted | held-out, of its class |
+| `profile_white`, `profile_insertion` | the best latent's profile (`sae_ray.steering.profiles`), scaled | as above |
+| `profile_suppression` | the same edits with their own scale, reversed | held-out, of its class |
 
 Held-out images are also asked about with the other prompts. A control counts as right if it names the most common class
-of its top images. DiffMean uses the scales that work best on training images.
+of its top images. DiffMean and profiles use the scales that work best on training images.
 """
 
 from __future__ import annotations
@@ -43,12 +45,15 @@ Kind = Literal[
     "diffmean_white",
     "diffmean_insertion",
     "diffmean_suppression",
+    "profile_white",
+    "profile_insertion",
+    "profile_suppression",
 ]
 
 WHITE = -1
 """`image_index` of the white image."""
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""The candidate scales of a DiffMean vector."""
+"""The candidate scales of what is added."""
 CALIBRATION_IMAGES = 16
 """How many training images of a class, and how many of others, are used to choose its scales."""
 
@@ -68,8 +73,21 @@ class Question(NamedTuple):
     prompt: str
 
 
+class Added(NamedTuple):
+    """What is added to activations with scales that are chosen on training images."""
+
+    way: Literal["diffmean", "profile"]
+    latent: int
+    """Whose profile it is; -1 for DiffMean."""
+    label: str
+
+    def kind(self, place: Literal["white", "insertion", "suppression"]) -> Kind:
+        """Of the questions about it."""
+        return f"{self.way}_{place}"  # pyright: ignore[reportReturnType]
+
+
 class Scales(NamedTuple):
-    """The scales of a class's DiffMean vector."""
+    """The scales of what is added."""
 
     insertion: float
     suppression: float
@@ -118,28 +136,29 @@ def sample(images: Sequence[int], n: int, seed: int) -> list[int]:
 
 
 def calibration_questions(
-    labels: Sequence[str], classes: Sequence[str | None], images: Sequence[int], steering: Steering, seed: int
+    added: Sequence[Added], classes: Sequence[str | None], images: Sequence[int], steering: Steering, seed: int
 ) -> list[Question]:
-    """The questions about training images that choose the scales of DiffMean.
+    """The questions about training images that choose the scales.
 
     Args:
-        labels: the classes that have a DiffMean vector.
+        added: what scales are chosen for.
         classes: class of each training image, by `image_index`.
         images: the images to sample from.
     """
     asked: list[Question] = []
-    for label in labels:
-        own, others = _split(images, classes, label)
-        own, others = (sample(some, CALIBRATION_IMAGES, derived_seed(seed, label)) for some in (own, others))
+    for one in added:
+        own, others = _split(images, classes, one.label)
+        own, others = (sample(some, CALIBRATION_IMAGES, derived_seed(seed, one.label)) for some in (own, others))
+        insertion, suppression = one.kind("insertion"), one.kind("suppression")
         for scale in SCALES:
-            asked += [Question("diffmean_insertion", -1, label, scale, image, steering.prompt) for image in others]
-            asked += [Question("diffmean_suppression", -1, label, -scale, image, steering.prompt) for image in own]
+            asked += [Question(insertion, *one[1:], scale, image, steering.prompt) for image in others]
+            asked += [Question(suppression, *one[1:], -scale, image, steering.prompt) for image in own]
     return asked
 
 
 def main_questions(
     subjects: Subjects,
-    scales: Mapping[str, Scales],
+    scales: Mapping[Added, Scales],
     classes: Sequence[str | None],
     images: Sequence[int],
     steering: Steering,
@@ -147,7 +166,7 @@ def main_questions(
     """The questions about the white image and held-out images.
 
     Args:
-        scales: scales of the classes that have a DiffMean vector.
+        scales: of what is added, as chosen on training images.
         classes: class of each held-out image, by `image_index`.
         images: the images to ask about.
     """
@@ -167,11 +186,12 @@ def main_questions(
         own, others = _split(images, classes, one.label)
         asked += of_images("insertion", one.latent, one.label, _strength(one, steering), others)
         asked += of_images("suppression", one.latent, one.label, 0.0, own)
-        if one.label is not None and one.label in scales:
-            insertion, suppression = scales[one.label]
-            asked.append(Question("diffmean_white", -1, one.label, insertion, WHITE, steering.prompt))
-            asked += of_images("diffmean_insertion", -1, one.label, insertion, others)
-            asked += of_images("diffmean_suppression", -1, one.label, -suppression, own)
+        for added, (insertion, suppression) in scales.items():
+            if added.label == one.label:
+                subject = added[1:]
+                asked.append(Question(added.kind("white"), *subject, insertion, WHITE, steering.prompt))
+                asked += of_images(added.kind("insertion"), *subject, insertion, others)
+                asked += of_images(added.kind("suppression"), *subject, -suppression, own)
     return asked
 
 

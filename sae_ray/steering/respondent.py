@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, assert_never
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 from sae_ray.steering.interventions import Intervention, LatentEdit, TowerEdit
 from sae_ray.steering.llava import Llava
+from sae_ray.steering.profiles import Profile
 from sae_ray.steering.protocol import WHITE, Question
 
 if TYPE_CHECKING:
@@ -19,17 +21,26 @@ if TYPE_CHECKING:
     from sae_ray.steering.config import Steering
 
 
+class Directions(NamedTuple):
+    """What questions may add to activations."""
+
+    diffmean: Mapping[str, Float[Tensor, " d_in"]] = MappingProxyType({})
+    """By class."""
+    profiles: Mapping[int, Profile] = MappingProxyType({})
+    """By latent."""
+
+
 class Respondent:
     """Answers questions with greedy decoding.
 
     Args:
         llava: the model to steer.
         sae: an SAE of the layer that it reads.
-        directions: class -> DiffMean vector.
+        directions: what it can be asked to add.
         steering: the configuration: prompt, length of answers, handling of the SAE's error.
     """
 
-    def __init__(self, llava: Llava, sae: SAE, directions: Mapping[str, Float[Tensor, " d_in"]], steering: Steering):
+    def __init__(self, llava: Llava, sae: SAE, directions: Directions, steering: Steering):
         self.llava = llava
         self.sae = sae
         self.directions = directions
@@ -76,7 +87,9 @@ class Respondent:
                 return (partial(_with_coordinate, question.latent, question.strength),)
             case "diffmean_white" | "diffmean_insertion" | "diffmean_suppression":
                 assert question.concept is not None, "every DiffMean vector belongs to a class"
-                return (partial(_with_added, question.strength * self.directions[question.concept]),)
+                return (partial(_with_added, question.strength * self.directions.diffmean[question.concept]),)
+            case "profile_white" | "profile_insertion" | "profile_suppression":
+                return (self.directions.profiles[question.latent].intervention(self.sae, question.strength),)
             case _:
                 assert_never(question.kind)
 

@@ -32,7 +32,7 @@ SCHEMA_VERSIONS = {
     "evaluate": 3,
     "score": 3,
     "concepts": 1,
-    "steering": 3,
+    "steering": 4,
     "naming": 1,
     "pictures": 1,
     "report": 3,

@@ -343,13 +343,13 @@ class SteeringPlan:
 
     @property
     def rows(self) -> int:
-        """Approximate number of answers kept, at most: the same latents and directions are tried with every question.
+        """Approximate number of answers kept, at most: latents, directions and profiles are tried with every question.
 
         Answers that only serve to choose the scales of directions are not counted.
         """
         images = min(self.steering.n_images, self.heldout.n_images)
         prompts = 1 + len(self.steering.other_prompts)
-        return 3 * self.steering.n_white_latents + 2 * images * prompts * (1 + self.steering.n_image_latents)
+        return 3 * self.steering.n_white_latents + images * prompts * (2 + 3 * self.steering.n_image_latents)
 
     @property
     def bytes(self) -> int:

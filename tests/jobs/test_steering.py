@@ -42,6 +42,7 @@ def test_every_answer_is_a_row_and_rates_are_counted_from_rows(steered, make_ste
     assert len(set(keys)) == len(rows)
     assert {row["kind"] for row in rows} >= {
         "unsteered", "reconstruction", "white", "insertion", "neuron", "diffmean_white", "diffmean_insertion",
+        "profile_white", "profile_insertion", "profile_suppression",
     }  # fmt: skip
     assert {row["prompt"] for row in rows} == {one.steering.prompt, OTHER_PROMPT}
     labels = plan.images["heldout"].labels["label_name"].to_pylist()
@@ -50,13 +51,21 @@ def test_every_answer_is_a_row_and_rates_are_counted_from_rows(steered, make_ste
     assert "blank" not in {labels[image] for image in images}
     for row in rows:
         if row["image_index"] != -1:
-            own = row["kind"] in ("unsteered", "reconstruction", "suppression", "diffmean_suppression")
+            own = row["kind"] in (
+                "unsteered",
+                "reconstruction",
+                "suppression",
+                "diffmean_suppression",
+                "profile_suppression",
+            )
             assert (row["concept"] == labels[row["image_index"]]) == own, row
 
     record = one.step.record()
     answers, concepts = (one.step.folder.read_parquet(f"{name}.parquet") for name in ("answers", "concepts"))
     assert record["counts"] == {"rows": len(rows), **rates(answers, concepts, one.steering.prompt)}
-    assert sorted(record["files"]) == ["answers.parquet", "concepts.parquet", "directions.parquet"]  # no parts are left
+    assert sorted(record["files"]) == [
+        "answers.parquet", "concepts.parquet", "directions.parquet", "profiles.parquet",
+    ]  # fmt: skip  # no parts are left
     assert sum(row["is_best"] for row in concepts.to_pylist()) == 3
 
 
@@ -67,6 +76,7 @@ def test_steering_reaches_the_answers(steered, make_steered):
     assert kinds["diffmean_insertion"]["rate"] > 0.5 > 0.1 > kinds["diffmean_insertion"]["unsteered_rate"]
     assert kinds["diffmean_insertion"]["similarity"] > kinds["diffmean_insertion"]["unsteered_similarity"] + 0.1
     assert kinds["insertion"]["rate"] > kinds["neuron"]["rate"]
+    assert kinds["profile_insertion"]["rate"] > 0.5 > 0.1 > kinds["profile_insertion"]["unsteered_rate"]
 
 
 def test_the_summary_and_the_status_show_it(steered, make_steered, tmp_path):

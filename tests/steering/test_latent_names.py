@@ -26,7 +26,7 @@ from sae_ray.steering.latent_names import (
 )
 from sae_ray.steering.llava import load_llava
 from sae_ray.steering.protocol import white_questions
-from sae_ray.steering.respondent import Respondent
+from sae_ray.steering.respondent import Directions, Respondent
 from sae_ray.study.config import Steering
 from sae_ray.world.render import SHAPES, attributes, render
 from sae_ray.world.write import MODELS
@@ -66,7 +66,7 @@ def named() -> Named:
     top = train.argsort(0, descending=True)[:20].T.numpy()[latents]
     shown = Shown(top, random_images(np.arange(N_TRAIN), len(latents), 0), trials(heldout, latents, 0))
 
-    respondent = Respondent(llava, sae, {}, STEERING)
+    respondent = Respondent(llava, sae, Directions(), STEERING)
 
     def answers(wanted: list[int], first: int) -> dict[int, str]:
         asked = image_questions(wanted, STEERING.prompt)

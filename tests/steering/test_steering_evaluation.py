@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable
 
@@ -24,10 +25,12 @@ from sae_ray.steering.evaluation import (
     texts,
 )
 from sae_ray.steering.llava import load_llava
+from sae_ray.steering.profiles import PROFILE_LATENTS, Profile, TopImages, code_sums, profiles, top_images
 from sae_ray.steering.protocol import (
     CALIBRATION_IMAGES,
     SCALES,
     WHITE,
+    Added,
     Question,
     Scales,
     Subjects,
@@ -37,7 +40,7 @@ from sae_ray.steering.protocol import (
     sample,
     usable_images,
 )
-from sae_ray.steering.respondent import Respondent
+from sae_ray.steering.respondent import Directions, Respondent
 from sae_ray.study.config import Steering
 from sae_ray.world.write import MODELS
 
@@ -105,7 +108,8 @@ def test_every_edit_is_asked_about_the_images_it_is_for():
         [concept(1, "dog", max_token=3)],
     )
     config = steering(other_prompts=(OTHER,))
-    asked = main_questions(subjects, {"cat": Scales(2.0, 0.5)}, classes, [0, 1, 2, 3], config)
+    scales = {Added("diffmean", -1, "cat"): Scales(2.0, 0.5), Added("profile", 7, "cat"): Scales(1.0, 4.0)}
+    asked = main_questions(subjects, scales, classes, [0, 1, 2, 3], config)
     assert len(set(asked)) == len(asked)
 
     def of(kind: str) -> set[tuple]:
@@ -124,6 +128,9 @@ def test_every_edit_is_asked_about_the_images_it_is_for():
     assert of("diffmean_white") == {(-1, "cat", 2.0, WHITE, ASK)}
     assert of("diffmean_insertion") == {(-1, "cat", 2.0, image, prompt) for image in (1, 3) for prompt in both}
     assert of("diffmean_suppression") == {(-1, "cat", -0.5, image, prompt) for image in (0, 2) for prompt in both}
+    assert of("profile_white") == {(7, "cat", 1.0, WHITE, ASK)}
+    assert of("profile_insertion") == {(7, "cat", 1.0, image, prompt) for image in (1, 3) for prompt in both}
+    assert of("profile_suppression") == {(7, "cat", -4.0, image, prompt) for image in (0, 2) for prompt in both}
     absolute = main_questions(subjects, {}, classes, [], steering(strength=100.0, unit="absolute"))
     assert {question.strength for question in absolute if question.kind in ("white", "neuron")} == {100.0}
 
@@ -147,14 +154,63 @@ def test_diffmean_is_the_difference_of_means(write_store, tmp_path):
     assert np.isnan(found[2]).all()  # no image is of that class
 
 
+# Profiles
+
+
+@pytest.mark.parametrize("cuts", [(18,), (6, 15), (3, 6, 9, 12, 15)], ids=len)
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_a_profile_is_the_difference_of_mean_codes(write_store, tmp_path, kind: str, cuts: tuple[int, ...]):
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    index, token = np.repeat(np.arange(7), 3)[3:], np.tile(np.arange(3), 6)  # image 0 could not be read
+    x = rng.normal(size=(18, 8)).astype(np.float32)
+    x[index == 5] = x[index == 2]  # a tie
+    bounds = [0, *cuts, 18]
+    rows = [np.arange(*pair) for pair in itertools.pairwise(bounds) if pair[0] < pair[1]]
+    store = write_store(tmp_path, [(index[some], token[some], x[some]) for some in rows])
+    sae = SAE(
+        kind, torch.randn(8, 24), torch.randn(24, 8), torch.randn(24), torch.zeros(8), k=6 if kind == "topk" else None
+    )
+    usable = np.arange(7) != 3
+    latents = [4, 0, 19]
+
+    found = [top_images(sae, store, part, latents, usable) for part in range(len(rows))]
+    top = TopImages.merged(found, n=2)
+    codes = sae.encode(torch.tensor(x)).double().numpy()
+    of_image = np.array([codes[index == image].mean(axis=0) if image else np.zeros(24) for image in range(7)])
+    members = top.members(7)
+    for place, latent in enumerate(latents):
+        able = [image for image in range(1, 7) if usable[image] and of_image[image, latent] > 0]
+        best = sorted(able, key=lambda image: (-round(of_image[image, latent], 5), image))[:2]
+        assert set(np.flatnonzero(members[place])) == set(best)
+
+    given = profiles(code_sums(sae, store, part, members) for part in range(len(rows)))
+    for place, profile in enumerate(given):
+        own = members[place][index]
+        if not own.any():
+            assert profile is None
+            continue
+        change = codes[own].mean(axis=0) - codes[~own].mean(axis=0)
+        assert profile is not None
+        assert len(profile.latents) == min(PROFILE_LATENTS, np.count_nonzero(change))
+        np.testing.assert_allclose(profile.changes, change[list(profile.latents)], rtol=1e-4, atol=1e-5)
+        left = np.delete(np.abs(change), profile.latents)
+        assert np.max(left, initial=0) <= np.abs(profile.changes).min() + 1e-5
+        assert sorted(map(abs, profile.changes), reverse=True) == [abs(one) for one in profile.changes]
+    assert sum(profile is not None for profile in given) >= 2
+
+
 def test_scales_are_chosen_on_images_of_the_class_and_of_others():
     classes = ["cat", "dog"] * 30
     images = list(range(4, 60))
-    asked = calibration_questions(["dog"], classes, images, steering(), seed=0)
-    assert asked == calibration_questions(["dog"], classes, images, steering(), seed=0)
-    assert len(asked) == 2 * CALIBRATION_IMAGES * len(SCALES)
+    added = [Added("diffmean", -1, "dog"), Added("profile", 3, "dog")]
+    asked = calibration_questions(added, classes, images, steering(), seed=0)
+    assert asked == calibration_questions(added, classes, images, steering(), seed=0)
+    assert len(asked) == 2 * 2 * CALIBRATION_IMAGES * len(SCALES)
+    both = [[question[3:] for question in asked if question.latent == latent] for latent in (-1, 3)]
+    assert both[0] == both[1], "the same images choose both scales"
     for question in asked:
-        insertion = question.kind == "diffmean_insertion"
+        insertion = question.kind.endswith("insertion")
         assert (classes[question.image_index], question.strength > 0) == (
             ("cat", True) if insertion else ("dog", False)
         )
@@ -163,20 +219,25 @@ def test_scales_are_chosen_on_images_of_the_class_and_of_others():
 
 
 def test_the_best_scale_is_the_smallest_of_the_most_successful():
+    added = [Added("diffmean", -1, "dog"), Added("profile", 3, "dog")]
     asked = [
-        Question(kind, -1, "dog", sign * scale, image, ASK)
-        for kind, sign in (("diffmean_insertion", 1), ("diffmean_suppression", -1))
+        Question(one.kind(place), one.latent, one.label, sign * scale, image, ASK)
+        for one in added
+        for place, sign in (("insertion", 1), ("suppression", -1))
         for scale in SCALES
         for image in range(2)
     ]
 
     def answer(question: Question) -> str:
+        if question.kind == "profile_insertion":
+            return "dog" if question.strength == 8.0 else "cat"
         if question.kind == "diffmean_insertion":
             return "dog" if abs(question.strength) in (2.0, 4.0) or question.image_index == 0 else "cat"
         return "dog" if question.strength > -4.0 else "cat"
 
-    assert best_scales(asked, [answer(question) for question in asked], {"dog": "dog"}) == {"dog": Scales(2.0, 4.0)}
-    assert best_scales([], [], {}) == {}
+    found = best_scales(added, asked, [answer(question) for question in asked], {"dog": "dog"})
+    assert found == {added[0]: Scales(2.0, 4.0), added[1]: Scales(8.0, 4.0)}
+    assert best_scales([], [], [], {}) == {}
 
 
 # Edits
@@ -187,7 +248,8 @@ def respondent() -> Callable[..., Respondent]:
     """The world's LLaVA with a random SAE, and a vector; on the CPU or another device."""
     torch.manual_seed(0)
     sae = SAE("relu", torch.randn(128, 32) / 11, torch.randn(32, 128), torch.randn(32), torch.randn(128))
-    directions = {"star": torch.randn(128).double()}
+    profile = Profile((5, 9, 30), (2.0, -1.0, 0.5))
+    directions = Directions({"star": torch.randn(128).double()}, {3: profile})
     config = Steering("", error="drop", max_new_tokens=5)
 
     @functools.cache
@@ -210,6 +272,9 @@ def respondent() -> Callable[..., Respondent]:
         Question("diffmean_white", -1, "star", 2.0, WHITE, ASK),
         Question("diffmean_insertion", -1, "star", 2.0, 0, ASK),
         Question("diffmean_suppression", -1, "star", -2.0, 0, ASK),
+        Question("profile_white", 3, "star", 2.0, WHITE, ASK),
+        Question("profile_insertion", 3, "star", 2.0, 0, ASK),
+        Question("profile_suppression", 3, "star", -2.0, 0, ASK),
     ],
     ids=lambda question: question.kind,
 )
@@ -233,8 +298,10 @@ def test_an_edit_does_what_its_question_asks(respondent: Callable[..., Responden
         case "neuron":
             expected = x.clone()
             expected[:, question.latent] = question.strength
+        case "profile_white" | "profile_insertion" | "profile_suppression":
+            expected = x + question.strength * torch.tensor([2.0, -1.0, 0.5]) @ sae.W_dec[[5, 9, 30]]
         case _:
-            expected = x + question.strength * directions["star"].float()
+            expected = x + question.strength * directions.diffmean["star"].float()
     torch.testing.assert_close(edited.cpu(), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(seen.cpu(), x)
 
