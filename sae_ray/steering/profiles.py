@@ -63,7 +63,12 @@ class TopImages(NamedTuple):
 
 
 def top_images(
-    sae: SAE, store: ActivationStore, part: int, latents: Sequence[int], usable: Bool[np.ndarray, " images"]
+    sae: SAE,
+    store: ActivationStore,
+    part: int,
+    latents: Sequence[int],
+    usable: Bool[np.ndarray, " images"],
+    n: int = PROFILE_IMAGES,
 ) -> TopImages:
     """The top images of one part.
 
@@ -73,6 +78,7 @@ def top_images(
         part: its number.
         latents: whose images.
         usable: which images may be among them, by `image_index`.
+        n: how many of each latent, at most.
     """
     import torch
 
@@ -86,7 +92,7 @@ def top_images(
     total = np.zeros((len(images), len(latents)))
     np.add.at(total, row_image, codes)
     value = (total / np.bincount(row_image, minlength=len(images))[:, None]).T
-    return TopImages.merged([TopImages(value, np.broadcast_to(images, value.shape))])
+    return TopImages.merged([TopImages(value, np.broadcast_to(images, value.shape))], n)
 
 
 def code_sums(sae: SAE, store: ActivationStore, part: int, members: Bool[np.ndarray, "latents images"]) -> ClassSums:
@@ -102,12 +108,12 @@ def code_sums(sae: SAE, store: ActivationStore, part: int, members: Bool[np.ndar
     return ClassSums(total, len(row_index), np.stack(of_class), of_row.sum(axis=1))
 
 
-def profiles(sums: Iterable[ClassSums]) -> list[Profile | None]:
+def profiles(sums: Iterable[ClassSums], n_latents: int = PROFILE_LATENTS) -> list[Profile | None]:
     """The profile of each latent; None where it fires nowhere or everywhere, so that there is nothing to compare."""
-    return [_profile(change) if np.isfinite(change).all() else None for change in diffmean(sums)]
+    return [_profile(change, n_latents) if np.isfinite(change).all() else None for change in diffmean(sums)]
 
 
-def _profile(change: Float[np.ndarray, " d_sae"]) -> Profile:
-    order = np.argsort(-np.abs(change), kind="stable")[:PROFILE_LATENTS]
+def _profile(change: Float[np.ndarray, " d_sae"], n_latents: int) -> Profile:
+    order = np.argsort(-np.abs(change), kind="stable")[:n_latents]
     latents = order[change[order] != 0]
     return Profile(tuple(latents.tolist()), tuple(change[latents].tolist()))
