@@ -349,7 +349,9 @@ class SteeringPlan:
         """
         images = min(self.steering.n_images, self.heldout.n_images)
         prompts = 1 + len(self.steering.other_prompts)
-        return 3 * self.steering.n_white_latents + images * prompts * (2 + 3 * self.steering.n_image_latents)
+        latents = self.steering.n_image_latents
+        white = 1 + 3 * self.steering.n_white_latents + 2 * latents
+        return white + images * prompts * (2 + 3 * latents)
 
     @property
     def bytes(self) -> int:
