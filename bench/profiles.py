@@ -32,8 +32,8 @@ from sae_ray.steering.respondent import Directions, Respondent
 from sae_ray.store.activations import ActivationStore
 from sae_ray.study.root import recalled_plan
 
-IMAGES = (16, 50, 200, 400)
-LATENTS = (1, 4, 64)
+IMAGES = (16, 200)
+LATENTS = (1, 64)
 BATCH = 64
 
 
