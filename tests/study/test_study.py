@@ -669,7 +669,7 @@ def test_the_papers_study_is_planned_by_the_same_code(make_clip: Callable[..., s
     steered = plan.trains[-1]
     assert (steered.activations.rows, steered.d_sae) == (2 * 20, 64 * 64)
     assert [one.sae for one in plan.steerings] == [steered]
-    assert plan.steerings[0].rows == 3 * 1000 + 2 * 20 * (1 + 10)
+    assert plan.steerings[0].rows == (1 + 3 * 1000 + 2 * 10) + 20 * (2 + 3 * 10)
 
 
 # The steering stage
