@@ -134,7 +134,7 @@ def evaluate(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) -> Fidelity:
     for batch in batches:
         x = batch.to(sae.device)
         codes = sae.encode_sparse(x)
-        fidelity.update(x, codes, sae.decode(codes))
+        fidelity.update(x, codes, sae.decode(codes, x))
     return fidelity
 
 
