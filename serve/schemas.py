@@ -31,7 +31,7 @@ class Feature(Schema):
     unit: Literal["absolute", "max"] = "absolute"
     """`max`: strength is a multiple of the feature's largest value on a token. For `set` and `add` only."""
     mode: Mode | Literal["clamp", "pin", "nudge", "mul", "suppress"] = "set"
-    """`set`, `add`, `scale` or `ablate`. Aliases: `clamp` and `pin` for `set`, `nudge` for `add`, `mul` for `scale`,
+    """`set`, `add`, `scale`, `ablate` or `balanced` (with `error` `keep`). Aliases: `clamp` and `pin` for `set`, `nudge` for `add`, `mul` for `scale`,
     `suppress` for `ablate`."""
 
     @model_validator(mode="after")

@@ -51,7 +51,13 @@ def _table(where: Sequence[str]) -> Any:
 def _docstrings(kind: type) -> dict[str, str]:
     [body] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(body, ast.ClassDef)
-    return {
+    inherited = {
+        name: text
+        for base in reversed(kind.__bases__)
+        if dataclasses.is_dataclass(base)
+        for name, text in _docstrings(base).items()
+    }
+    return inherited | {
         field.target.id: text.value.value
         for field, text in pairwise(body.body)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)

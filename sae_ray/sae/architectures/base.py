@@ -84,6 +84,8 @@ class Architecture(ABC):
     Training then does not begin `b_dec` at the median of its inputs, which need no common scale either."""
     unit_decoder: ClassVar[bool] = True
     """Whether decoder rows begin and stay with unit norm. Otherwise they begin as those of `torch.nn.Linear`."""
+    codes_below_1: ClassVar[bool] = False
+    """Whether a code is a number from 0 to 1, which tells how far its concept is present."""
     latents_compete: ClassVar[bool] = False
     """Whether the code of a latent depends on the other latents of the sample, in inference: the `k` largest are
     kept."""

@@ -65,6 +65,7 @@ class GuidedTopK(Architecture):
     guided = True
     standardises_rows = True
     unit_decoder = False
+    codes_below_1 = True
     latents_compete = True
     sae_lens = "sae_ray_guided_topk"
 
