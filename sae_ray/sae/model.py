@@ -149,7 +149,7 @@ class SAE:
         return decoded * spread + mean
 
     def added(self, x: Float[Tensor, "... d_in"], change: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
-        """Rows x after a change of what is decoded, which is in their spread where the architecture standardises them."""
+        """Rows x after a change of what is decoded: in their own spread where the architecture standardises them."""
         return x + (standardised(x).spread * change if self.kind.standardises_rows else change)
 
     def pre_of_first(self, x: Float[Tensor, "n d_in"], n: int) -> Float[Tensor, "n n_first"]:

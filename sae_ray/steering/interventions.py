@@ -162,8 +162,8 @@ class Intervention:
         known = self.max_token is not None and bool(self.max_token[edit.latent] > 0)
         if edit.entries is None and not self.sae.kind.codes_below_1 and not known:
             raise UsageError(
-                f"balanced asks how far latent {edit.latent} is present already, in multiples of its max_token, which is "
-                f"unknown or 0; give an SAE whose directory has a {LATENTS_FILE}, another latent, or entries"
+                f"balanced asks how far latent {edit.latent} is present, in multiples of its max_token, which is unknown "
+                f"or 0; give an SAE whose directory has a {LATENTS_FILE}, another latent, or entries"
             )
 
     @classmethod
@@ -194,10 +194,9 @@ class Intervention:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `from_dict` takes them."""
+        edits = [asdict(edit) for edit in self.edits]
         return {
-            "edits": [
-                {name: value for name, value in asdict(edit).items() if value is not None} for edit in self.edits
-            ],
+            "edits": [{name: value for name, value in edit.items() if value is not None} for edit in edits],
             "error": self.error,
             "isolate": self.isolate,
             "tokens": None if self.tokens is None else list(self.tokens),
@@ -292,14 +291,15 @@ def _replaced(
     start = x.to(before)
     if drop:
         return sae.restored(sae.b_dec.to(before) + change, start).to(x)
-    pieces = [rows.split(lengths) for rows in (sae.added(start, change), start, before)]
-    for one, result, tokens, codes in zip(alike, *pieces, strict=True):
+    result = sae.added(start, change)
+    pieces = (rows.split(lengths) for rows in (result, start, before))
+    for one, own, tokens, codes in zip(alike, *pieces, strict=True):
         for edit in one.edits:
             if edit.mode == "balanced":
                 direction = sae.W_dec[edit.latent].to(before)
                 present = one._present(edit.latent, codes[:, column[edit.latent]])
-                result += pushed(tokens, present, direction, edit.strength, edit.entries)
-    return torch.cat(pieces[0]).to(x)
+                own += pushed(tokens, present, direction, edit.strength, edit.entries)
+    return result.to(x)
 
 
 def load_max_token(folder: str | Path | Folder) -> Float[Tensor, " d_sae"]:
