@@ -162,7 +162,7 @@ class Intervention:
         known = self.max_token is not None and bool(self.max_token[edit.latent] > 0)
         if edit.entries is None and not self.sae.kind.codes_below_1 and not known:
             raise UsageError(
-                f"balanced asks how far latent {edit.latent} is present, in multiples of its max_token, which is unknown "
+                f"balanced asks how present latent {edit.latent} is, in multiples of its max_token, which is unknown "
                 f"or 0; give an SAE whose directory has a {LATENTS_FILE}, another latent, or entries"
             )
 

@@ -51,6 +51,12 @@ def test_training_settings_out_of_range_name_field_value_and_remedy(field, value
         ("jumprelu", "bandwidth", 0.0),
         ("jumprelu", "bandwidth", math.nan),
         ("jumprelu", "initial_threshold", -0.1),
+        ("guided_matryoshka_batch_topk", "group_fractions", (0.5, 0.4)),
+        ("guided_matryoshka_batch_topk", "concept_weight", -1.0),
+        ("guided_topk", "concepts", ""),
+        ("guided_topk", "concept_weight", math.inf),
+        ("guided_batch_topk", "concept_reduction", "max"),
+        ("guided_topk", "positive_weight", 0.0),
     ],
 )
 def test_own_settings_out_of_range_name_where_they_stand_in_a_study(architecture, field, value):
@@ -148,7 +154,9 @@ def renamed(**settings) -> set[str]:
 
 
 EVERY = set(ARCHITECTURES)
-SELECTING = {"batch_topk", "matryoshka_batch_topk", "topk"}
+GUIDED = {"guided_topk", "guided_batch_topk", "guided_matryoshka_batch_topk"}
+BY_BATCH = {"batch_topk", "matryoshka_batch_topk", "guided_batch_topk", "guided_matryoshka_batch_topk"}
+SELECTING = BY_BATCH | {"topk"}
 
 
 @pytest.mark.parametrize(
@@ -164,12 +172,16 @@ SELECTING = {"batch_topk", "matryoshka_batch_topk", "topk"}
         ({"auxk_weight": 0.1}, SELECTING),
         ({"auxk_select": "pre"}, SELECTING),
         ({"dead_after_samples": 9}, SELECTING),
-        ({"threshold_beta": 0.9}, {"batch_topk", "matryoshka_batch_topk"}),
-        ({"threshold_start_step": 5}, {"batch_topk", "matryoshka_batch_topk"}),
+        ({"threshold_beta": 0.9}, BY_BATCH),
+        ({"threshold_start_step": 5}, BY_BATCH),
         ({"sparsity_warmup_steps": 5}, {"relu", "jumprelu"}),
-        ({"group_fractions": (0.5, 0.5)}, {"matryoshka_batch_topk"}),
+        ({"group_fractions": (0.5, 0.5)}, {"matryoshka_batch_topk", "guided_matryoshka_batch_topk"}),
         ({"bandwidth": 0.1}, {"jumprelu"}),
         ({"initial_threshold": 0.1}, {"jumprelu"}),
+        ({"concept_weight": 2.0}, GUIDED),
+        ({"concept_reduction": "mean"}, GUIDED),
+        ({"positive_weight": 5.0}, GUIDED),
+        ({"concepts": "file.csv"}, set()),  # what it holds is a part of the step's name
         # What a default says anyway, or what would stand for it.
         ({"batch_size": 4096, "gradient_clip": 1, "auxk_weight": 0.03, "bandwidth": 0.001}, set()),
         ({"group_fractions": (0.0625, 0.125, 0.25, 0.5625)}, set()),

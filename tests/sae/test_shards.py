@@ -26,7 +26,8 @@ STEPS, HALF = 16, 8
 SIZES = (2, 4)
 SEEDS = range(6)
 SELECTING = ("batch_topk", "topk")
-RESUMED = ("matryoshka_batch_topk-pre", "topk", "jumprelu")
+RESUMED = ("matryoshka_batch_topk-pre", "topk", "jumprelu", "guided_topk")
+CONCEPTS = tuple("abcde")
 TRAINING = TrainingConfig(
     steps=STEPS, batch_size=BATCH, learning_rate=1e-3, warmup_steps=2, threshold_start_step=3, threshold_beta=0.9,
     dead_after_samples=96,
@@ -50,13 +51,24 @@ def make_batches() -> torch.Tensor:
     return torch.randn(STEPS, BATCH, D_IN, generator=torch.Generator().manual_seed(0)) / 4
 
 
+def make_targets() -> torch.Tensor:
+    """What rows show of five concepts, in part unknown."""
+    drawn = torch.rand(STEPS, BATCH, len(CONCEPTS), generator=torch.Generator().manual_seed(1))
+    return (drawn > 0.5).float().masked_fill(drawn > 0.8, torch.nan)
+
+
+def make_trainer(cell: Cell, split: Split) -> CellTrainer:
+    return CellTrainer(cell, D_IN, split=split, concepts=CONCEPTS if cell.guided else ())
+
+
 def train(cell: Cell, split: Split, stop: int = STEPS, start: Path | None = None) -> dict[str, torch.Tensor]:
     """The state after `stop` steps on the first rank, and on every rank its metrics and its own `b_dec`."""
-    trainer = CellTrainer(cell, D_IN, split=split)
+    trainer = make_trainer(cell, split)
     if start is not None:
         trainer.restore(load_file(start), {**trainer.state()[1], "n_steps": HALF})
     rows = slice(split.rows.rank * BATCH // split.rows.size, (split.rows.rank + 1) * BATCH // split.rows.size)
-    metrics = [trainer.step(batch[rows]) for batch in make_batches()[trainer.n_steps : stop]]
+    data = list(zip(make_batches(), make_targets(), strict=True))[trainer.n_steps : stop]
+    metrics = [trainer.step(batch[rows], targets[rows] if cell.guided else None) for batch, targets in data]
     own = {"metrics": torch.tensor(metrics, dtype=torch.float64), "own_b_dec": trainer.weights.b_dec.detach()}
     return own | trainer.state()[0]
 
@@ -82,10 +94,11 @@ def refusals(split: Split) -> None:
     first, second, *_ = make_batches()
     second[1, 2] = torch.nan
     for name in ARCHITECTURES:
-        trainer = CellTrainer(make_cell(name), D_IN, split=split)
-        trainer.step(first)
+        trainer = make_trainer(make_cell(name), split)
+        targets = make_targets()[0] if trainer.concepts else None
+        trainer.step(first, targets)
         with pytest.raises(NonFiniteLoss, match="step 1"):
-            trainer.step(second)
+            trainer.step(second, targets)
     # Infinite weights of one latent are those of one rank alone.
     trainer = CellTrainer(make_cell("topk"), D_IN, split=split)
     trainer.step(first)

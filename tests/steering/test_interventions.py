@@ -38,7 +38,7 @@ def random_sae(architecture: str = "batch_topk", seed: int = 0, d_in: int = D_IN
         normal(d_sae) / 2,
         normal(d_in),
         threshold=normal(d_sae).abs() if ARCHITECTURES[architecture].has_threshold else None,
-        k=3 if architecture == "topk" else None,
+        k=3 if ARCHITECTURES[architecture].latents_compete else None,
     )
 
 
@@ -63,7 +63,9 @@ def written_out(intervention: Intervention, x: torch.Tensor) -> torch.Tensor:
             "scale": a * strength,
             "ablate": torch.zeros_like(a),
         }[edit.mode]
-    replaced, corrected = edited @ W_dec + sae.b_dec, x.float() + (edited - codes) @ W_dec
+    rows = x.float()
+    spread, mean = (rows.std(1, keepdim=True), rows.mean(1, keepdim=True)) if sae.kind.standardises_rows else (1, 0)
+    replaced, corrected = (edited @ W_dec + sae.b_dec) * spread + mean, rows + spread * ((edited - codes) @ W_dec)
     result = replaced if intervention.error == "drop" else corrected
     if intervention.tokens is not None:
         chosen = torch.zeros(len(x), 1, dtype=torch.bool)
