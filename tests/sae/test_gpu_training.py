@@ -181,8 +181,8 @@ def test_a_state_of_a_cpu_resumes_on_a_gpu():
 def test_a_loss_that_is_not_finite_leaves_the_weights_as_they_were(name: str):
     trainer, _ = trained(make_cell(name), make_batches(5))
     before = {key: value.detach().clone() for key, value in trainer.weights.named().items()}
+    bad = torch.full((SMALL.batch_size, 64), math.inf, device=DEVICE)
     with pytest.raises(NonFiniteLoss, match="step 5"):
-        bad = torch.full((SMALL.batch_size, 64), math.inf, device=DEVICE)
         trainer.step(bad, targets_of(bad) if trainer.cell.guided else None)
     assert all(torch.equal(value, before[key]) for key, value in trainer.weights.named().items())
 
