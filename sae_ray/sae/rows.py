@@ -25,5 +25,5 @@ def standardised(x: Float[Tensor, "... d"]) -> StandardRows:
     """`(x - mean) / (spread + 1e-5)` of each row, as the reference of G-SAE has it (arXiv 2506.19382)."""
     mean = x.mean(-1, keepdim=True)
     centred = x - mean
-    spread = centred.std(-1, correction=min(1, x.shape[-1] - 1), keepdim=True)
+    spread = centred.norm(dim=-1, keepdim=True) / max(1, x.shape[-1] - 1) ** 0.5
     return StandardRows(centred / (spread + _EPSILON), mean, spread)

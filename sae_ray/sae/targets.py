@@ -21,8 +21,8 @@ class Targets:
     concepts: tuple[str, ...]
     """Sorted names: concept c is that of latent c."""
     values: Int[Tensor, " images"] | Float[Tensor, "images concepts"]
-    """The one concept of each image, -1 where that is unknown. Or of every concept how far the image shows it, from 0
-    to 1, NaN where that is unknown."""
+    """The one concept of each image, the number of concepts for none, -1 where it is unknown. Or of every concept how far
+    the image shows it, from 0 to 1, NaN where that is unknown."""
 
     @classmethod
     def of_classes(cls, classes: Sequence[str | None]) -> Targets:
@@ -37,12 +37,13 @@ class Targets:
         return cls(tuple(names), torch.from_numpy(matrix).float())
 
     def of(self, concepts: Sequence[str]) -> Targets:
-        """Those of other concepts: nothing is known of one that is not among these."""
+        """Those of other concepts. An image of another class shows none of them; a matrix knows nothing of others."""
         if tuple(concepts) == self.concepts:
             return self
         place = {name: number for number, name in enumerate(concepts)}
         if self.values.ndim == 1:
-            other = torch.tensor([place.get(name, -1) for name in self.concepts] + [-1])  # the last one for -1
+            none = len(concepts)
+            other = torch.tensor([place.get(name, none) for name in self.concepts] + [-1])  # the last one for -1
             return Targets(tuple(concepts), other[self.values])
         unknown = torch.full((len(self.values), 1), torch.nan)
         own = {name: number for number, name in enumerate(self.concepts)}

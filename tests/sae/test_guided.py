@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from sae_ray.concepts import Labels, balanced_rows, fms
 from sae_ray.errors import UsageError
-from sae_ray.sae import Cell, CellTrainer, TrainingConfig, load_sae, save_sae
+from sae_ray.sae import (
+    BundleJob,
+    Cell,
+    CellJob,
+    CellTrainer,
+    TrainingConfig,
+    evaluate,
+    evaluate_store,
+    load_sae,
+    save_sae,
+    train_cells,
+)
+from sae_ray.sae.architectures import ARCHITECTURES
 from sae_ray.sae.architectures.guided_topk import GuidanceSettings
+from sae_ray.sae.guidance import ConceptSums, concept_loss
+from sae_ray.sae.ranks import ALONE
+from sae_ray.sae.targets import Targets
+from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FACTS = json.loads((GOLDEN / "gsae.json").read_text())
@@ -126,3 +148,181 @@ def test_with_all_latents_and_no_concept_it_is_a_dense_autoencoder_of_sigmoids()
         adam.step()
         assert trainer.step(x).loss == pytest.approx(loss.item(), rel=1e-4)
     close(trainer.weights.W_dec.detach(), W_dec.detach(), 1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("name", ["guided_topk", "guided_batch_topk", "guided_matryoshka_batch_topk"])
+def test_the_loss_of_concepts_has_the_dense_gradients(name: str, reduction: Literal["sum", "mean"]):
+    """Of soft targets, some of them unknown; and positives count three times in the gradient alone."""
+    d_in, generator = 12, torch.Generator().manual_seed(4)
+    settings = ARCHITECTURES[name].Settings(concept_reduction=reduction, positive_weight=3)
+    trainer = CellTrainer(Cell(name, 4, k=3, settings=settings), d_in, concepts=tuple("abcd"))
+    x = torch.randn(20, d_in, generator=generator) + 1
+    targets = torch.rand(20, 4, generator=generator).round(decimals=1)
+    targets[:7] = (targets[:7] > 0.5).float()
+    targets[3:9, 1:3] = torch.nan
+    weights, named = trainer.weights, trainer.weights.named()
+    weights.b_enc.data.normal_(generator=generator)
+    weights.b_dec.data.normal_(generator=generator)
+
+    inputs = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5) if name == "guided_topk" else x
+    pre = ((inputs - weights.b_dec) @ weights.W_enc_t.T + weights.b_enc)[:, :4]
+    pre.register_hook(lambda grad: torch.where(targets == 1, 3 * grad, grad))
+    given = targets.nan_to_num()
+    entropy = -(given * F.logsigmoid(pre) + (1 - given) * F.logsigmoid(-pre)) * ~targets.isnan()
+    expected = entropy.sum(1).mean() / (4 if reduction == "mean" else 1)
+    ours = concept_loss(weights, trainer.architecture.inputs(x), targets, settings, ALONE)
+    torch.testing.assert_close(ours, expected)
+    of_encoder = [named[one] for one in ("W_enc_t", "b_enc", "b_dec")]
+    found, wanted = (torch.autograd.grad(loss, of_encoder) for loss in (ours, expected))
+    for left, right in zip(found, wanted, strict=True):
+        close(left.to_dense(), right, 1e-6)
+
+
+def test_guided_topk_has_the_dense_gradients():
+    d_in, generator = 12, torch.Generator().manual_seed(5)
+    trainer = CellTrainer(Cell("guided_topk", 4, k=3), d_in)
+    weights, x = trainer.weights, torch.randn(20, d_in, generator=generator) * 3 - 1
+    weights.b_dec.data.normal_(generator=generator)
+    weights.b_enc.data.fill_(-1.0)
+    mean, spread = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+    pre = ((x - mean) / (spread + 1e-5) - weights.b_dec) @ weights.W_enc_t.T + weights.b_enc
+    kept = torch.zeros_like(pre).scatter(1, pre.topk(3, dim=1).indices, 1.0)
+    assert (pre[kept > 0] < 0).any(), "negative ones are selected, too"
+    x_hat = ((pre.sigmoid() * kept) @ weights.W_dec + weights.b_dec) * spread + mean
+    expected = ((x - x_hat).square().mean(1) / x.square().mean(1)).mean()
+    forward = trainer.architecture.forward(weights, x)
+    torch.testing.assert_close(forward.reconstruction_loss, expected)
+    assert torch.equal(forward.fired, kept.any(0))
+    named = list(weights.named().values())
+    for left, right in zip(
+        torch.autograd.grad(forward.reconstruction_loss, named), torch.autograd.grad(expected, named), strict=True
+    ):
+        close(left.to_dense(), right, 1e-6)
+
+
+def labelled_mixtures(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of 64 directions in 32 dimensions: three of 60 in each row, and each of the first four in three rows of ten."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = F.normalize(torch.randn(64, 32, generator=torch.Generator().manual_seed(99)), dim=1)
+    shown = torch.rand(rows, 4, generator=generator) < 0.3
+    others = torch.rand(rows, 60, generator=generator).topk(3, dim=1).indices
+    active = torch.cat([shown.float(), torch.zeros(rows, 60).scatter(1, others, 1.0)], dim=1)
+    amounts = active * (1 + torch.rand(rows, 64, generator=generator))
+    return amounts @ directions + 0.05 * torch.randn(rows, 32, generator=generator), shown.float()
+
+
+def test_known_answer_each_concept_has_its_latent():
+    """By stumps on balanced held-out rows, at no loss of the reconstruction."""
+    training = TrainingConfig(batch_size=256, steps=1200, learning_rate=2e-3, warmup_steps=0)
+    x, shown = labelled_mixtures(4096, seed=1)
+    error = {}
+    for weight in (1.0, 0.0):
+        cell = Cell("guided_topk", 4, k=16, training=training, settings=GuidanceSettings(concept_weight=weight))
+        trainer = CellTrainer(cell, 32, concepts=tuple("abcd") if weight else ())
+        for step in range(training.steps):
+            batch, targets = labelled_mixtures(256, seed=100 + step)
+            trainer.step(batch, targets if weight else None)
+        sae = trainer.export(1.0)
+        error[weight] = evaluate(sae, [x]).summary().nmse
+        if not weight:
+            continue
+        codes = sae.encode(x)
+        for concept in range(4):
+            labels = Labels.of(shown.numpy())
+            rows = balanced_rows(labels, concept, 0)
+            assert rows is not None
+            found = fms(codes[rows], shown[rows, concept].int(), evaluation="heldout")
+            assert found.root == concept
+            assert found.accs[0] >= 0.92
+    assert error[1.0] <= error[0.0] + 0.01
+
+
+def guided_store(write_store, folder: Path, seed: int) -> tuple[ActivationStore, torch.Tensor]:
+    """Two tokens of each of 120 images, and which concept each of the images shows."""
+    rng = np.random.default_rng(seed)
+    index = np.repeat(np.arange(120), 2)
+    concepts = torch.from_numpy(rng.integers(-1, 3, 120))  # in part unknown
+    vectors = rng.normal(size=(240, 16)).astype("f4")
+    vectors[:, :3] += 8 * np.eye(3)[concepts[index]] * (concepts[index] >= 0).numpy()[:, None]
+    parts = [(index[part], np.tile([0, 1], 60), vectors[part]) for part in (slice(0, 120), slice(120, 240))]
+    return write_store(folder, parts), concepts
+
+
+def test_targets_travel_with_the_stream_and_are_measured(write_store, tmp_path: Path):
+    """By classes as by a matrix; beside a cell that is not guided, which is what it is alone."""
+    store, concepts = guided_store(write_store, tmp_path / "train", 0)
+    names = ("cat", "dog", "fish")
+    by_class = Targets(names, concepts)
+    by_matrix = Targets(names, by_class.rows(torch.arange(120)))
+    training = TrainingConfig(batch_size=48, steps=150, learning_rate=1e-2)
+    cells = [
+        (Cell("guided_topk", 2, k=4, training=training), by_class),
+        (Cell("guided_topk", 2, k=4, training=training), by_matrix),
+        (Cell("guided_batch_topk", 2, k=4, training=training), by_class),
+        (Cell("batch_topk", 2, k=4, training=training), None),
+    ]
+
+    def trained(some: list, root: str) -> list[CellJob]:
+        steps = [Step(Folder(tmp_path / root), "train", f"sae-{number}", {}) for number in range(len(some))]
+        jobs = tuple(CellJob(step, *one) for step, one in zip(steps, some, strict=True))
+        train_cells(BundleJob(store.folder, jobs, stream_seed=5, shuffle_rows=100, checkpoint_every=50))
+        return list(jobs)
+
+    first, same, added, plain = trained(cells, "together")
+    [alone] = trained(cells[3:], "alone")
+    assert torch.equal(load_sae(plain.step.folder).W_enc, load_sae(alone.step.folder).W_enc)
+    assert torch.equal(load_sae(first.step.folder).W_enc, load_sae(same.step.folder).W_enc)
+    assert "concept" not in plain.step.folder.read_parquet("latents.parquet").column_names
+
+    heldout, shown = guided_store(write_store, tmp_path / "heldout", 1)
+    x = torch.from_numpy(np.concatenate([heldout.read(number)[2] for number in range(2)]))
+    for job in (first, added):
+        sae = load_sae(job.step.folder)
+        assert sae.concepts == names
+        assert job.step.folder.read_parquet("latents.parquet")["concept"].to_pylist() == [*names, *[None] * 29]
+        # Held-out images have a class that was not learnt, and lack one.
+        others = Targets(("cat", "cow", "dog"), shown)
+        sums = ConceptSums(sae, others)
+        evaluate_store(sae, heldout, also=sums.update)
+        found = sums.summary()
+        of_rows, codes = shown.repeat_interleave(2), sae.encode(x)
+        for latent, place in ((0, 0), (1, 2)):
+            known = of_rows >= 0
+            positive = of_rows == place
+            pre = sae.pre_of_first(x, 3)[:, latent]
+            one = found["concepts"][names[latent]]
+            assert (one["rows"], one["positive"]) == (known.sum(), positive.sum())
+            assert one["accuracy"] == pytest.approx(((pre > 0) == positive)[known].double().mean().item())
+            assert one["selected"] == pytest.approx((codes[positive, latent] > 0).double().mean().item())
+        assert found["concepts"]["cat"]["accuracy"] > 0.9
+        assert found["concepts"]["fish"] == {"rows": 240 - 2 * (shown < 0).sum(), "positive": 0, "selected": None,
+                                             "accuracy": found["concepts"]["fish"]["accuracy"]}  # fmt: skip
+    scale = load_sae(added.step.folder).metadata["norm_scale"]
+    assert scale == pytest.approx(store.root_mean_square_norm)
+    assert load_sae(first.step.folder).metadata["norm_scale"] == 1.0
+
+
+def test_targets_of_other_concepts():
+    by_class = Targets.of_classes(["dog", None, "cat"])
+    assert by_class.concepts == ("cat", "dog")
+    images = torch.tensor([2, 1, 0, 2])
+    expected = torch.tensor([[1.0, 0.0], [math.nan, math.nan], [0.0, 1.0], [1.0, 0.0]])
+    torch.testing.assert_close(by_class.rows(images), expected, equal_nan=True)
+    matrix = Targets.of_matrix(["cat", "dog"], by_class.rows(torch.arange(3)).double().numpy())
+    torch.testing.assert_close(matrix.rows(images), expected, equal_nan=True)
+    wanted = ("dog", "fish")
+    of_matrix = torch.stack([expected[:, 1], torch.full((4,), math.nan)], dim=1)
+    torch.testing.assert_close(matrix.of(wanted).rows(images), of_matrix, equal_nan=True)
+    # A class that is none of them shows none of them.
+    of_classes = torch.tensor([[0.0, 0.0], [math.nan, math.nan], [1.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(by_class.of(wanted).rows(images), of_classes, equal_nan=True)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(UsageError, match=r"cell\.expansion = 0\.25: make it at least 3/8: each of 3 concepts"):
+        CellTrainer(Cell("guided_topk", 0.25, k=1), 8, concepts=tuple("abc"))
+    trainer = CellTrainer(Cell("guided_topk", 2, k=3), 8, concepts=tuple("abc"))
+    for targets in (None, torch.zeros(4, 2), torch.zeros(3, 3)):
+        with pytest.raises(UsageError, match=r"4 rows with 3 concepts need \[4, 3\]"):
+            trainer.step(torch.ones(4, 8), targets)
