@@ -21,8 +21,8 @@ class Targets:
     concepts: tuple[str, ...]
     """Sorted names: concept c is that of latent c."""
     values: Int[Tensor, " images"] | Float[Tensor, "images concepts"]
-    """The one concept of each image, the number of concepts for none, -1 where it is unknown. Or of every concept how far
-    the image shows it, from 0 to 1, NaN where that is unknown."""
+    """The one concept of each image, the number of concepts for none, -1 where it is unknown. Or of every concept how
+    far the image shows it, from 0 to 1, NaN where that is unknown."""
 
     @classmethod
     def of_classes(cls, classes: Sequence[str | None]) -> Targets:
