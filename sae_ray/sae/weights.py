@@ -41,8 +41,8 @@ class Weights:
         if unit_decoder:
             W_dec = F.normalize(split.latents.own(torch.randn(d_sae, d_in, generator=generator)), dim=1)
         else:
-            W_dec = split.latents.own(torch.rand(d_sae, d_in, generator=generator).mul_(2).sub_(1).div_(d_in**0.5))
-        self.W_dec = Parameter(W_dec.to(device))
+            W_dec = (2 * split.latents.own(torch.rand(d_sae, d_in, generator=generator)) - 1) / d_in**0.5
+        self.W_dec = Parameter(W_dec.to(device).contiguous())
         self.W_enc_t = Parameter(self.W_dec.detach().clone())
         self.b_enc = Parameter(torch.zeros(len(W_dec), device=device))
         self.b_dec = Parameter(torch.zeros(d_in, device=device))

@@ -201,12 +201,13 @@ def test_what_four_shards_saved_resumes_otherwise(folder: Path, name: str, by: s
     assert_same_sae(load(folder, f"{name}-from-4-by-{by}"), name, slice(HALF, None))
 
 
-def test_initial_weights_are_those_of_one_process():
-    whole = CellTrainer(CELLS["jumprelu"], D_IN).weights.named()
+@pytest.mark.parametrize("of", ["jumprelu", "guided_topk"])
+def test_initial_weights_are_those_of_one_process(of: str):
+    whole = CellTrainer(CELLS[of], D_IN).weights.named()
     for rank in range(4):
         ranks = Ranks(None)
         ranks.rank, ranks.size = rank, 4
-        for name, part in CellTrainer(CELLS["jumprelu"], D_IN, split=Split(latents=ranks)).weights.named().items():
+        for name, part in CellTrainer(CELLS[of], D_IN, split=Split(latents=ranks)).weights.named().items():
             expected = whole[name] if name == "b_dec" else whole[name][rank::4]
             assert part.is_contiguous()
             assert torch.equal(part, expected), name
