@@ -43,7 +43,7 @@ EXPANSION, CONCEPTS, ROUNDS, STEPS = 16, 16, 5, 4
 
 
 def main() -> None:
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)
     plan = recalled_plan(sys.argv[1])
     world = Table(
         title="The embedded world with the loss of concepts and without: mean of 16 shapes and two seeds, in brackets "
@@ -127,6 +127,7 @@ def spread(values: list[float]) -> str:
 
 
 def step_rows() -> list[list[Any]]:
+    torch.set_num_threads(THREADS)
     batches = torch.from_numpy(activations(ROUNDS * STEPS * BATCH, 0)).split(BATCH)
     targets = (torch.rand(BATCH, CONCEPTS, generator=torch.Generator().manual_seed(0)) < 1 / CONCEPTS).float()
     training = TrainingConfig(batch_size=BATCH, steps=1000, learning_rate=1e-3)
