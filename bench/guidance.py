@@ -33,8 +33,13 @@ from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import recalled_plan
 
 CELLS = {
-    "projection": [("guided_topk", 4.0, 5), ("guided_topk", 4.0, 20), ("guided_batch_topk", 4.0, 5)],
-    "layer3:random:4": [("guided_topk", 8.0, 5), ("guided_matryoshka_batch_topk", 8.0, 5)],
+    "projection": [
+        ("guided_topk", 4.0, 5),
+        ("guided_topk", 4.0, 20),
+        ("guided_batch_topk", 4.0, 5),
+        ("guided_batch_topk", 4.0, 20),
+    ],
+    "layer3:random:4": [("guided_matryoshka_batch_topk", 8.0, 5)],
 }
 SEEDS = (0, 1)
 NO_CONCEPT = "blank"

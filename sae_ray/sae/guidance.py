@@ -30,20 +30,23 @@ def concept_loss(
     inputs: Float[Tensor, "rows d_in"],
     targets: Float[Tensor, "rows concepts"],
     settings: GuidanceSettings,
+    scale: float,
     split: Split,
 ) -> Float[Tensor, ""]:
-    """The cross entropy of `sigmoid(pre_c)` and the target, summed (or averaged) over concepts, averaged over rows.
+    """The cross entropy of `sigmoid(scale * pre_c)` and the target, summed or averaged over concepts, mean over rows.
 
     What is unknown counts as no loss. Where latents are split over ranks, each finds the part of its own.
 
     Args:
         inputs: what the encoder reads.
+        scale: `logit_scale` of the architecture.
         targets: of all concepts, NaN where they are unknown.
     """
     n_concepts = targets.shape[1]
     own = targets[:, split.latents.rank :: split.latents.size]
     pre = _FirstPre.apply(inputs, weights.W_enc_t, weights.b_enc, split.latents.shared(weights.b_dec), own.shape[1])
     assert isinstance(pre, torch.Tensor)
+    pre = scale * pre
     if settings.positive_weight != 1:  # as in the reference it is the gradient that is multiplied, not the loss
         weight = torch.where(own == 1, settings.positive_weight, 1.0)
         pre = pre.detach() + weight * (pre - pre.detach())
@@ -83,8 +86,8 @@ class ConceptSums:
         """`targets`: of the images that rows belong to, of any concepts."""
         self.sae = sae
         self.targets = targets.of(sae.concepts)
-        # Concepts were learnt on pre-activations of activations that training had divided by this.
-        self.scale = float(sae.metadata.get("norm_scale", 1.0))
+        # Concepts were learnt on activations that training had divided by their scale.
+        self.scale = sae.kind.logit_scale(sae.d_in) / float(sae.metadata.get("norm_scale", 1.0))
         self.sums = torch.zeros(5, len(sae.concepts), dtype=torch.float64)
         """Per concept: rows that it is known of, those told right, positives, selected positives, cross entropy."""
 
@@ -98,7 +101,7 @@ class ConceptSums:
         guided = (codes.latents < n).cpu()
         selected[codes.rows.cpu()[guided], codes.latents.cpu()[guided]] = True
         entropy = F.binary_cross_entropy_with_logits(
-            pre.double() / self.scale, wanted.nan_to_num().double(), known.double(), reduction="none"
+            self.scale * pre.double(), wanted.nan_to_num().double(), known.double(), reduction="none"
         )
         found = (known, known & ((pre > 0) == shown), shown, shown & selected, entropy)
         self.sums += torch.stack([one.double().sum(0) for one in found])

@@ -342,7 +342,8 @@ class CellTrainer:
         """None without concepts."""
         if not self.concepts:
             return None
-        return concept_loss(self.weights, self.architecture.inputs(x), targets, self.cell.settings, self.split)
+        inputs, scale = self.architecture.inputs(x), self.architecture.logit_scale(self.d_in)
+        return concept_loss(self.weights, inputs, targets, self.cell.settings, scale, self.split)
 
     def _gradients(self, loss: Tensor) -> tuple[dict[str, RowGradient], Float[Tensor, ""]]:
         """Of the whole batch, without what only scales decoder rows; and their norm."""

@@ -167,11 +167,13 @@ def test_the_loss_of_concepts_has_the_dense_gradients(name: str, reduction: Lite
 
     inputs = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5) if name == "guided_topk" else x
     pre = ((inputs - weights.b_dec) @ weights.W_enc_t.T + weights.b_enc)[:, :4]
+    pre = pre if name == "guided_topk" else 12**0.5 * pre
     pre.register_hook(lambda grad: torch.where(targets == 1, 3 * grad, grad))
     given = targets.nan_to_num()
     entropy = -(given * F.logsigmoid(pre) + (1 - given) * F.logsigmoid(-pre)) * ~targets.isnan()
     expected = entropy.sum(1).mean() / (4 if reduction == "mean" else 1)
-    ours = concept_loss(weights, trainer.architecture.inputs(x), targets, settings, ALONE)
+    scale = trainer.architecture.logit_scale(d_in)
+    ours = concept_loss(weights, trainer.architecture.inputs(x), targets, settings, scale, ALONE)
     torch.testing.assert_close(ours, expected)
     of_encoder = [named[one] for one in ("W_enc_t", "b_enc", "b_dec")]
     found, wanted = (torch.autograd.grad(loss, of_encoder) for loss in (ours, expected))

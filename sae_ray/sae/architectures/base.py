@@ -112,6 +112,12 @@ class Architecture(ABC):
     @abstractmethod
     def forward(self, weights: Weights, x: Float[Tensor, "batch d_in"]) -> Forward: ...
 
+    @classmethod
+    def logit_scale(cls, d_in: int) -> float:
+        """What the pre-activation of a guided latent is multiplied by, to be the logit of its concept. Inputs are then
+        as long as standardised rows are, √d_in: with a norm of 1 encoders would have to grow for long."""
+        return 1.0 if cls.standardises_rows else d_in**0.5
+
     @property
     def scales_inputs(self) -> bool:
         """Whether training divides activations by their common scale."""
