@@ -164,7 +164,7 @@ def _train(
                 _save(run)
         if not running:
             break
-    del batches  # and the activations that it holds
+    del batches, stream  # and the activations that they hold
     if workers.rank == 0:
         _write(running, store, scale, started, waited)
 
