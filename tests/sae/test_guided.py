@@ -117,6 +117,11 @@ def test_codes_are_those_of_the_reference(golden: dict[str, torch.Tensor], tmp_p
     close(sae.decode(sae.encode_sparse(x), x), golden["step0.reconstruction"], 1e-6)
     with pytest.raises(UsageError, match="a guided_topk SAE decodes to rows of mean 0; give what was encoded, too"):
         sae.decode(sae.encode(x))
+    written = json.loads((tmp_path / "cfg.json").read_text())
+    written["metadata"]["sae_ray"]["concepts"] = "abc"
+    (tmp_path / "cfg.json").write_text(json.dumps(written))
+    with pytest.raises(UsageError, match=r"metadata\.sae_ray\.concepts = 'abc': not a list of names"):
+        load_sae(tmp_path)
 
 
 def test_sae_lens_refuses_what_it_would_give_other_codes_of(tmp_path: Path):
