@@ -37,6 +37,8 @@ PRE = replace(TRAINING, auxk_select="pre")
 
 def make_cell(name: str, training: TrainingConfig = TRAINING, d_sae: int = D_SAE) -> Cell:
     settings = JumpReLUSettings(0.1, 0.05) if name == "jumprelu" else None
+    if ARCHITECTURES[name].guided:  # a larger loss is clipped so much that Adam acts on the rounding of gradients
+        settings = ARCHITECTURES[name].Settings(concept_weight=0.1)
     amount = {"k": {"k": K}, "sparsity": {"sparsity": 0.02}}[ARCHITECTURES[name].tuned_by]
     return Cell(name, d_sae / D_IN, training=training, settings=settings, **amount)
 
