@@ -43,7 +43,7 @@ def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
     memory = at_most_a_node(PROCESS_BYTES + max(sizes), resources.cpus, gpus)
     task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, memory=memory, max_retries=RETRIES)(evaluated)
     targets = targets_of(plan, (one.sae for one in todo), plan.images["heldout"])
-    shared = {source: ray.put(found) for source, found in targets.items()}
+    shared: dict[str, Any] = {source: ray.put(found) for source, found in targets.items()}
     waiting, running = list(todo), []
     total = sum(one.rows for one in todo)
     with Progress(f"evaluate {len(todo)} SAEs", total, "activations", steps=[one.step for one in todo]) as progress:
