@@ -92,6 +92,8 @@ def interventions_asked(
         raise UsageError("no latent: give one, as in --latent 39=40, or give --intervention FILE")
     edits = [_edit(text, mode, swept=sweep is not None) for text in latents]
     strengths = [{}] if sweep is None else [_strength(text.strip(), "--sweep") for text in sweep.split(",")]
+    if mode == "balanced" and error is None:
+        error = "keep"  # it knows no other
     rest = {"error": error, "isolate": isolate or None, "tokens": list(tokens) or None}
     rest = {key: value for key, value in rest.items() if value is not None}
     return [{"edits": [edit | strength for edit in edits], **rest} for strength in strengths]
@@ -139,7 +141,13 @@ def _strength(text: str, where: str) -> dict[str, Any]:
 
 def _change(edit: dict[str, Any]) -> str:
     amount = f"{edit['strength']:g}{' × max' if edit['unit'] == 'max' else ''}"
-    what = {"set": f"set to {amount}", "add": f"plus {amount}", "scale": f"times {amount}", "ablate": "ablated"}
+    what = {
+        "set": f"set to {amount}",
+        "add": f"plus {amount}",
+        "scale": f"times {amount}",
+        "ablate": "ablated",
+        "balanced": f"pushed by {amount} of the length of tokens",
+    }
     return f"latent {edit['latent']} {what[edit['mode']]}"
 
 

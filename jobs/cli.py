@@ -324,7 +324,7 @@ def report(**options: Any) -> None:
     help="39=40, or 39=4x for 4 times the largest value of latent 39 on a token; 39 alone with --sweep or "
     "--mode ablate. May be repeated.",
 )
-@click.option("--mode", help="Edit: set (default), add, scale or ablate.")
+@click.option("--mode", help="Edit: set (default), add, scale, ablate or balanced.")
 @click.option("--error", help="Drop (default) or keep the part that the SAE does not reconstruct.")
 @click.option("--isolate", is_flag=True, help="Zero all other latents.")
 @click.option(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae_ray.sae import BundleJob, CellReport, train_cells
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
+from sae_ray.study.guidance import targets_of
 from sae_ray.study.plan import StudyPlan, TrainPlan
 
 from .cluster import beside_driver, gpus_or_default, require, slots, user_error
@@ -20,6 +21,9 @@ from .metrics import count_failure
 from .placement import bundles
 from .progress import Progress, pace_of, say
 from .stage import Failures, at_work, unfinished
+
+if TYPE_CHECKING:
+    from sae_ray.sae.targets import Targets
 
 REPORT_SECONDS = 1.0
 """Between what workers tell of their cells."""
@@ -33,16 +37,23 @@ def run(plan: StudyPlan) -> None:
     A cell whose loss stops being finite is recorded as failed and reported; the others go on.
 
     Raises:
+        UsageError: guided SAEs cannot learn what they are told to (`targets_of`).
         SaeRayError: the activations are missing, the disk is too full, a bundle kept losing workers, another driver is
             at work on the same cell.
     """
     todo = unfinished(plan.trains)
     if todo:
         with at_work(plan.root, "train", todo) as failures:
-            _fit(plan, todo, failures)
+            _fit(plan, todo, targets_of(plan, todo, plan.images["train"]), failures)
 
 
-def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], failures: Failures) -> None:
+def check(plan: StudyPlan) -> None:
+    """Reads what the unfinished guided SAEs are to learn, for both image sets. Raises as `targets_of`."""
+    for images in plan.images.values():
+        targets_of(plan, unfinished(plan.trains), images)
+
+
+def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets], failures: Failures) -> None:
     import ray
 
     resources = plan.study.resources.train
@@ -61,7 +72,7 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], failures: Failures) -> None
     # that are lost with their node, so it must not be lost itself.
     fit = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=beside_driver())(fit_bundle)
 
-    waiting = bundles(plan, todo, at_once, "cuda" if gpus else "cpu")
+    waiting = bundles(plan, todo, at_once, "cuda" if gpus else "cpu", targets)
     running: dict[Any, BundleJob] = {}
     total = sum(bundle.steps * len(bundle.cells) for bundle in waiting)
     problems: list[Exception] = []

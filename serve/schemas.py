@@ -31,8 +31,8 @@ class Feature(Schema):
     unit: Literal["absolute", "max"] = "absolute"
     """`max`: strength is a multiple of the feature's largest value on a token. For `set` and `add` only."""
     mode: Mode | Literal["clamp", "pin", "nudge", "mul", "suppress"] = "set"
-    """`set`, `add`, `scale` or `ablate`. Aliases: `clamp` and `pin` for `set`, `nudge` for `add`, `mul` for `scale`,
-    `suppress` for `ablate`."""
+    """`set`, `add`, `scale`, `ablate` or `balanced` (which needs `error` `keep`). Aliases: `clamp` and `pin` for `set`,
+    `nudge` for `add`, `mul` for `scale`, `suppress` for `ablate`."""
 
     @model_validator(mode="after")
     def _strength_where_it_belongs(self) -> Feature:

@@ -27,6 +27,7 @@ from sae_ray.store.stream import TrainingStream
 if TYPE_CHECKING:
     from sae_ray.sae.config import Cell
     from sae_ray.sae.ranks import Split
+    from sae_ray.sae.targets import Targets
     from sae_ray.store.files import Folder
     from sae_ray.store.steps import Step
 
@@ -39,6 +40,8 @@ class CellJob:
 
     step: Step
     cell: Cell
+    targets: Targets | None = None
+    """Of the images of the activations; for guided cells."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class _Run(NamedTuple):
     trainer: CellTrainer
     attempts: list[dict[str, Any]]
     """First step, workers, shards and device of every attempt; this attempt is the last."""
+    targets: Targets | None
+    """On the device."""
 
 
 def train_cells(
@@ -127,11 +132,13 @@ def _train(
         return
     scale = store.root_mean_square_norm
     first = min((run.trainer.n_steps for run in running), default=bundle.steps)
-    batches = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows, device).batches(first)
+    stream = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows, device)
+    guided = any(run.targets for run in running)
+    batches = stream.batches_with_images(first) if guided else ((rows, None) for rows in stream.batches(first))
     waited = 0.0
     for step in range(first, bundle.steps):
         asked = time.monotonic()
-        rows = next(batches)
+        rows, images = next(batches)
         waited += time.monotonic() - asked
         batch = rows[share].float() / scale
         done = step + 1
@@ -141,7 +148,9 @@ def _train(
             if run.trainer.n_steps > step:
                 continue  # it resumed from a newer checkpoint than the others
             try:
-                metrics = run.trainer.advance(batch)
+                own = batch if run.trainer.architecture.scales_inputs else rows[share].float()
+                targets = None if run.targets is None or images is None else run.targets.rows(images[share])
+                metrics = run.trainer.advance(own, targets)
                 if save:
                     metrics += run.trainer.report()
             except NonFiniteLoss as error:
@@ -155,13 +164,14 @@ def _train(
                 _save(run)
         if not running:
             break
-    del batches  # and the activations that it holds
+    del batches, stream  # and the activations that they hold
     if workers.rank == 0:
         _write(running, store, scale, started, waited)
 
 
 def _resumed(job: CellJob, d_in: int, device: torch.device, split: Split) -> _Run:
-    trainer = CellTrainer(job.cell, d_in, device, split)
+    concepts = job.targets.concepts if job.targets else ()
+    trainer = CellTrainer(job.cell, d_in, device, split, concepts)
     earlier: list[dict[str, Any]] = []
     checkpoint = newest_checkpoint(job.step.folder / CHECKPOINTS)
     if checkpoint is not None:
@@ -170,12 +180,12 @@ def _resumed(job: CellJob, d_in: int, device: torch.device, split: Split) -> _Ru
         earlier = facts["attempts"]
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     this = {"first_step": trainer.n_steps, "workers": split.rows.size, "shards": split.latents.size, "device": kind}
-    return _Run(job, trainer, [*earlier, this])
+    return _Run(job, trainer, [*earlier, this], job.targets.to(device) if job.targets else None)
 
 
 def _save(run: _Run) -> None:
     """On all ranks that hold a part of it; the first writes."""
-    job, trainer, attempts = run
+    job, trainer, attempts, _ = run
     tensors, facts = trainer.state()
     if tensors:
         save_checkpoint(job.step.folder / CHECKPOINTS, trainer.n_steps, tensors, facts | {"attempts": attempts})
@@ -222,7 +232,7 @@ def _write(running: list[_Run], store: ActivationStore, scale: float, started: f
     while running:
         run = running.pop(0)  # frees its moments before the next SAE is made
         try:
-            sae = run.trainer.export(scale)
+            sae = run.trainer.export(scale if run.trainer.architecture.scales_inputs else 1.0)
         except SaeRayError as error:
             _fail(run, _explained(error, store), trained)
             continue
@@ -230,7 +240,7 @@ def _write(running: list[_Run], store: ActivationStore, scale: float, started: f
             saes.append((run.job.step, run.attempts, sae))
     for (step, attempts, sae), latents in zip(saes, measure_latents([sae for *_, sae in saes], store), strict=True):
         save_sae(sae, step.folder)
-        save_latents(latents, step.folder)
+        save_latents(latents, step.folder, sae.concepts)
         sizes = {"steps": sae.metadata["steps"], "d_in": sae.d_in, "d_sae": sae.d_sae}
         counts = sizes | {"waiting_for_data": round(waited / trained, 4)}
         step.finish(time.monotonic() - started, counts, ran={"attempts": attempts})

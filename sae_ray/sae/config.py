@@ -150,6 +150,11 @@ class Cell:
         """The class of its architecture."""
         return architecture(self.architecture, "cell.architecture")
 
+    @property
+    def guided(self) -> bool:
+        """Whether its first latents learn concepts."""
+        return self.kind.guided and self.settings.concept_weight > 0
+
     def identity(self) -> dict[str, Any]:
         """What determines the SAE, as plain JSON values: equal for two cells that train to the same weights.
 
@@ -167,7 +172,7 @@ class Cell:
             self.kind.tuned_by: getattr(self, self.kind.tuned_by),
             "seed": self.seed,
             "training": training,
-            "settings": changed(self.settings),
+            "settings": self.settings.identity(),
         }
 
     def check(self, d_in: int, shards: int = 1) -> None:
@@ -176,6 +181,11 @@ class Cell:
         d_sae = self.d_sae(d_in)
         check(shards <= d_sae, "resources.train.shards", shards,
               f"choose at most {d_sae}, the latents of an SAE with expansion {self.expansion:g}")  # fmt: skip
+
+    def check_concepts(self, d_in: int, n_concepts: int) -> None:
+        """Raises UsageError when it has not a latent for each of these concepts."""
+        check(n_concepts <= self.d_sae(d_in), "cell.expansion", self.expansion,
+              f"make it at least {n_concepts}/{d_in}: each of {n_concepts} concepts needs a latent")  # fmt: skip
 
     def d_sae(self, d_in: int) -> int:
         """The number of latents for inputs `d_in` wide; UsageError when `expansion` or `k` does not fit."""

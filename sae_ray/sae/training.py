@@ -13,6 +13,7 @@ import torch
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae.auxk import auxk_loss, padded_auxk_loss
+from sae_ray.sae.guidance import concept_loss
 from sae_ray.sae.kernels import fixed_shapes, kernels_for
 from sae_ray.sae.model import SAE
 from sae_ray.sae.optimizer import RowAdam, RowGradient, adam_scalars
@@ -49,11 +50,14 @@ class StepMetrics(NamedTuple):
     loss: float
     """The whole loss."""
     reconstruction_loss: float
-    """Squared error, summed over dimensions, averaged over samples; for Matryoshka averaged twice over prefixes."""
+    """Squared error, summed over dimensions, averaged over samples; for Matryoshka averaged twice over prefixes, for
+    `guided_topk` relative to the sample's squared norm."""
     auxk_loss: float
     """AuxK loss before its weight; 0 while no latent is dead."""
     sparsity_penalty: float
     """Penalty before its coefficient."""
+    concept_loss: float
+    """Loss of the concepts before its weight; 0 for SAEs that are not guided."""
     l0: float
     """Active latents per sample, as selected in training."""
     n_dead: int
@@ -81,16 +85,24 @@ class CellTrainer:
         d_in: int,
         device: torch.device | str = "cpu",
         split: Split = ALONE,
+        concepts: tuple[str, ...] = (),
     ):
-        """Raises UsageError when the cell does not fit `d_in`, or has fewer latents than ranks that split them."""
+        """`concepts`: those that the first latents learn.
+
+        Raises UsageError when the cell does not fit `d_in`, or has fewer latents than concepts, or than ranks that
+        split them.
+        """
         self.cell = cell
+        self.concepts = concepts
         cell.check(d_in, split.latents.size)
+        cell.check_concepts(d_in, len(concepts))
         self.d_in, self.d_sae = d_in, cell.d_sae(d_in)
         self.device = torch.device(device)
         self.split = split
         self.architecture = cell.kind(cell, d_in, split)
         threshold = self.architecture.learned_threshold
-        self.weights = Weights(d_in, self.d_sae, cell.seed, threshold, self.device, split)
+        unit_decoder = self.architecture.unit_decoder
+        self.weights = Weights(d_in, self.d_sae, cell.seed, threshold, self.device, split, unit_decoder)
         self.optimizer = RowAdam(self.weights)
         self.n_steps = 0
         """Steps done."""
@@ -106,12 +118,20 @@ class CellTrainer:
         """Of AuxK with kernels: how many latents can be dead until metrics are due, rounded up; 0 if none can."""
         self._replayed = Replayed() if fixed and self.device.type == "cuda" else None
 
-    def step(self, batch: Float[Tensor, "batch d_in"]) -> StepMetrics:
+    def step(
+        self, batch: Float[Tensor, "batch d_in"], targets: Float[Tensor, "batch concepts"] | None = None
+    ) -> StepMetrics:
         """`advance`, and the metrics of this step at once: on a GPU the host waits for them."""
-        return (self.advance(batch) or self.report())[-1]
+        return (self.advance(batch, targets) or self.report())[-1]
 
-    def advance(self, batch: Float[Tensor, "batch d_in"]) -> list[StepMetrics]:
+    def advance(
+        self, batch: Float[Tensor, "batch d_in"], targets: Float[Tensor, "batch concepts"] | None = None
+    ) -> list[StepMetrics]:
         """One optimiser step.
+
+        Args:
+            targets: how far each row shows each of the concepts, from 0 to 1, NaN where that is unknown; wanted if
+                there are concepts.
 
         Returns:
             The metrics of all steps since the last report, in turn, where they are known: a GPU that trains alone is
@@ -134,7 +154,13 @@ class CellTrainer:
                 f"training.batch_size = {size} divided by their number"
             )
         x = batch.to(self.device, torch.float32)
-        if self.n_steps == 0:
+        wanted = x.new_zeros(len(x), 0) if targets is None else targets.to(self.device, torch.float32)
+        if wanted.shape != (len(x), len(self.concepts)):
+            raise UsageError(
+                f"the targets have shape {list(wanted.shape)}; {len(x)} rows with {len(self.concepts)} concepts need "
+                f"{[len(x), len(self.concepts)]}"
+            )
+        if self.n_steps == 0 and not self.architecture.standardises_rows:
             self.weights.b_dec.data.copy_(geometric_median(sharers.gather(x)))
         if self._window.done == 0:
             self._open_window(max(size, len(x) * sharers.size))
@@ -142,9 +168,9 @@ class CellTrainer:
         averages = averages and self.n_steps > self.cell.training.effective("threshold_start_step")
         with tf32(self.device, self.cell.training.dtype):
             if self._replayed:
-                self._replayed(self._work, x, averages, self._room)
+                self._replayed(self._work, (x, wanted), averages, self._room)
             else:
-                self._work(x, averages, self._room)
+                self._work(x, wanted, averages, self._room)
         self.n_steps += 1
         self._window.done += 1
         return self.report() if self.n_steps % self._window.length == 0 else []
@@ -197,6 +223,7 @@ class CellTrainer:
             b_dec=weights["b_dec"] * norm_scale,
             threshold=None if threshold is None else threshold * norm_scale,
             k=self.cell.k,
+            concepts=self.concepts,
             metadata={"cell": _plain(self.cell), "steps": self.n_steps, "norm_scale": norm_scale},
         )
 
@@ -266,7 +293,9 @@ class CellTrainer:
     def _revives(self) -> bool:
         return self.architecture.revives and self.cell.training.auxk_weight > 0
 
-    def _work(self, x: Float[Tensor, "batch d_in"], averages: bool, room: int | None) -> None:
+    def _work(
+        self, x: Float[Tensor, "batch d_in"], targets: Float[Tensor, "batch concepts"], averages: bool, room: int | None
+    ) -> None:
         """What a step does on the device. With fixed shapes it follows from these arguments, but for what tensors hold.
 
         Args:
@@ -279,10 +308,13 @@ class CellTrainer:
         auxk = self._auxk_loss(x, forward, room)
         weighted = self.cell.training.auxk_weight * auxk
         loss = forward.reconstruction_loss + sparsity * forward.sparsity_penalty + weighted
+        guidance = self._concept_loss(x, targets)
+        if guidance is not None:
+            loss = loss + self.cell.settings.concept_weight * guidance
         gradients, norm = self._gradients(loss)
         if averages:
             self._update_threshold(forward)
-        figures = self._figures(loss, auxk, forward, norm)
+        figures = self._figures(loss, auxk, guidance, forward, norm)
         self._window.note(figures, ~(figures[0].isfinite() & norm.isfinite()))  # of all ranks, so that they agree
 
         factor = (self.cell.training.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
@@ -306,6 +338,13 @@ class CellTrainer:
             return padded_auxk_loss(self.weights, x, forward, self._dead(), training, self.split, room)
         return auxk_loss(self.weights, x, forward, self._dead(), training.auxk_select, self.split)
 
+    def _concept_loss(self, x: Tensor, targets: Tensor) -> Float[Tensor, ""] | None:
+        """None without concepts."""
+        if not self.concepts:
+            return None
+        inputs, scale = self.architecture.inputs(x), self.architecture.logit_scale(self.d_in)
+        return concept_loss(self.weights, inputs, targets, self.cell.settings, scale, self.split)
+
     def _gradients(self, loss: Tensor) -> tuple[dict[str, RowGradient], Float[Tensor, ""]]:
         """Of the whole batch, without what only scales decoder rows; and their norm."""
         named = self.weights.named()
@@ -313,7 +352,8 @@ class CellTrainer:
             name: RowGradient.of(gradient, self.split.rows)
             for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)
         }
-        self._orthogonalise(*gradients["W_dec"])
+        if self.architecture.unit_decoder:
+            self._orthogonalise(*gradients["W_dec"])
         latents = self.split.latents
         # What all ranks hold counts once.
         own = [gradient.values for name, gradient in gradients.items() if latents.rank == 0 or not _on_all_ranks(name)]
@@ -339,13 +379,14 @@ class CellTrainer:
 
     @torch.no_grad()
     def _figures(
-        self, loss: Tensor, auxk: Tensor, forward: Forward, gradient_norm: Tensor
+        self, loss: Tensor, auxk: Tensor, guidance: Tensor | None, forward: Forward, gradient_norm: Tensor
     ) -> Float[Tensor, " n_figures"]:
         """The fields of `StepMetrics`, but for the first and the last."""
         learned = self.weights.threshold
         own = [forward.n_active, self._dead().sum(), loss.new_zeros(()) if learned is None else learned.sum()]
         n_active, n_dead, total_threshold = self.split.latents.sum(torch.stack(own))
-        losses = [loss, forward.reconstruction_loss, auxk, forward.sparsity_penalty]
+        of_concepts = loss.new_zeros(()) if guidance is None else guidance
+        losses = [loss, forward.reconstruction_loss, auxk, forward.sparsity_penalty, of_concepts]
         means = self.split.rows.mean(torch.stack([*losses, n_active / len(forward.pre)]))
         threshold = self.threshold if learned is None else total_threshold / self.d_sae
         return torch.cat([means, torch.stack([n_dead, threshold, gradient_norm])])

@@ -17,6 +17,7 @@ from sae_ray.encoders.sites import Site
 from sae_ray.errors import check
 from sae_ray.images.rendering import Rendering, rgb
 from sae_ray.sae.architectures import ArchitectureSettings, architecture
+from sae_ray.sae.architectures.guided_topk import LABELS
 from sae_ray.sae.config import Cell, TrainingConfig
 from sae_ray.seeds import derived_seed
 from sae_ray.steering.config import Naming, Steering
@@ -397,7 +398,11 @@ class Study:
         least, _ = self.resources.train.workers_span
         check(self.training.batch_size % least == 0, "resources.train.workers", least,
               f"choose a divisor of training.batch_size = {self.training.batch_size}")  # fmt: skip
-        self.cells()  # raises for invalid cells
+        for grid_cell in self.cells():  # raises for invalid cells
+            cell = grid_cell.cell
+            has_labels = not cell.guided or cell.settings.concepts != LABELS or self.images.train.labels != "none"
+            check(has_labels, "images.train.labels", "none", f"{cell.architecture} learns the labels of images; give "
+                  f"them, or a concept file in architectures.{cell.architecture}.concepts")  # fmt: skip
 
     def cells(self) -> list[GridCell]:
         """All SAEs of the study, without duplicates, in the order of the file."""

@@ -151,7 +151,7 @@ class TrainPlan:
     @property
     def inputs(self) -> list[Step]:
         """The steps that are read."""
-        return [self.activations.step]
+        return [self.activations.step, *_labels_read(self.grid_cell, self.activations.images)]
 
     @property
     def d_sae(self) -> int:
@@ -190,7 +190,7 @@ class EvaluatePlan:
     @property
     def inputs(self) -> list[Step]:
         """The steps that are read."""
-        return [self.activations.step, self.sae.step]
+        return [self.activations.step, self.sae.step, *_labels_read(self.sae.grid_cell, self.activations.images)]
 
     @property
     def rows(self) -> int:
@@ -691,6 +691,7 @@ class StudyPlan:
             "cell": grid_cell.cell.identity(),
             "stream_seed": stream_seed,
             "shuffle_rows": self.study.shuffle_rows,
+            **self._concepts_learnt(grid_cell, activations.images),
         }
         neutral = {"shuffle_rows": defaults(Study)["shuffle_rows"]}
         step = Step(self.root, "train", f"sae-{grid_cell.name}", config, neutral)
@@ -698,9 +699,20 @@ class StudyPlan:
 
     def _evaluate(self, train: TrainPlan) -> EvaluatePlan:
         activations = self._activations(self.images["heldout"], train.grid_cell.site)
-        config = {"sae": train.step.name, "activations": activations.step.name}
+        config = {
+            "sae": train.step.name,
+            "activations": activations.step.name,
+            **self._concepts_learnt(train.grid_cell, activations.images),
+        }
         step = Step(self.root, "evaluate", f"fidelity-{train.grid_cell.name}", config)
         return EvaluatePlan(train, activations, step)
+
+    def _concepts_learnt(self, grid_cell: GridCell, images: ImagePlan) -> dict[str, str]:
+        """What decides which concepts the images show to a guided SAE; nothing for others."""
+        settings = grid_cell.cell.settings
+        if not grid_cell.cell.guided:
+            return {}
+        return {"concepts": self.survey.files.get(f"{settings.table}.concepts", images.labels_step.name)}
 
     def _score(
         self, name: str, sae: TrainPlan | None, activations: ExtractPlan, embeddings: ExtractPlan | None
@@ -792,6 +804,10 @@ class StudyPlan:
             "dtype": self.study.encoder.dtype,
         }
         return PicturesPlan(scores, steerings, Step(self.root, "pictures", "pictures", config))
+
+
+def _labels_read(grid_cell: GridCell, images: ImagePlan) -> list[Step]:
+    return [images.step, images.labels_step] if grid_cell.cell.guided else []
 
 
 def images_per_part(at_most: int, n_images: int) -> int:

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sae_ray.concepts.config import Concepts
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.sources import named_by
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images.labels import text_of
 from sae_ray.images.manifest import ImageList, labels_digest, list_images, manifest_digest, select_split
+from sae_ray.sae.architectures.guided_topk import LABELS
 from sae_ray.steering.info import LlavaInfo
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import digest
@@ -59,7 +59,8 @@ class Survey:
     images: Mapping[str, SurveyedImages]
     models: SurveyedModels
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Digests of the files that `[concepts]` names, by its field: `file`, `vocabulary`."""
+    """Digests of the files that `[concepts]` names, by its field: `file`, `vocabulary`; and of those that guided SAEs
+    learn, by `architectures.<name>.concepts`."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, without the lists of images."""
@@ -122,27 +123,45 @@ def survey_models(study: Study) -> SurveyedModels:
     )
 
 
-def survey_files(concepts: Concepts | None) -> dict[str, str]:
-    """Reads the files that `[concepts]` names.
+def survey_files(study: Study) -> dict[str, str]:
+    """Reads the files of concepts that a study names.
 
     Raises:
         UsageError: one cannot be read.
     """
     from sae_ray.concepts import concept_files, vocabulary
 
-    if concepts is None:
-        return {}
-    named = {"file": (concepts.file, concept_files.FORMS), "vocabulary": (concepts.vocabulary, vocabulary.FORM)}
-    return {
-        field: digest(text_of(path, form, f"concepts.{field}"))
-        for field, (path, form) in named.items()
-        if path is not None
-    }
+    found = {}
+    for field, path in concept_paths(study).items():
+        form = vocabulary.FORM if field == "vocabulary" else concept_files.FORMS
+        found[field] = digest(text_of(path, form, f"concepts.{field}" if field in ("file", "vocabulary") else field))
+    return found
+
+
+def concept_paths(study: Study) -> dict[str, str]:
+    """The paths of the files that `Survey.files` tells of."""
+    concepts, found = study.concepts, {}
+    if concepts is not None:
+        found |= {"file": concepts.file, "vocabulary": concepts.vocabulary}
+    for grid_cell in study.cells():
+        settings = grid_cell.cell.settings
+        if grid_cell.cell.guided and settings.concepts != LABELS:
+            found[f"{settings.table}.concepts"] = settings.concepts
+    return {field: path for field, path in found.items() if path is not None}
+
+
+def check_files(study: Study, known: Survey) -> None:
+    """Raises UsageError if a file of concepts has changed since the root was planned, or cannot be read."""
+    if survey_files(study) != known.files:
+        raise UsageError(
+            f"of {', '.join(concept_paths(study).values())} something has changed since the root was planned; use "
+            "`sae-ray run` with the same study, which reads it again and does anew what depends on it"
+        )
 
 
 def survey(study: Study) -> Survey:
     """Lists the folders, describes the models and reads the files; errors are those of the three."""
-    return Survey(survey_images(study.images), survey_models(study), survey_files(study.concepts))
+    return Survey(survey_images(study.images), survey_models(study), survey_files(study))
 
 
 def _named(field: str, describe: Any, model: str, revision: str | None) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sae_ray.jobs import train
+from sae_ray.jobs import study, train
 from sae_ray.jobs.placement import bundles
 
 from sae_ray.sae import CellTrainer, load_sae, train_cells
@@ -104,6 +104,34 @@ def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
     train.run(plan)
     assert killed, "no worker was there to be killed"
     assert_equal_weights(plan, reference)
+
+
+def test_guided_cells_learn_the_classes_of_their_images(ray_cluster, extracted, finished, make_plan, tmp_path):
+    """Through the whole study, beside a cell that is not guided, which stays what it was."""
+    root = tmp_path / "root"
+    shutil.copytree(extracted, root)
+    kinds = ["guided_topk", "guided_batch_topk", "batch_topk"]
+    plan = make_plan(root, **{"grid.architectures": kinds, "training.learning_rate": 1e-2, "training.steps": 400})
+    plain = make_plan(root, **{"training.learning_rate": 1e-2, "training.steps": 400})
+    summary = study.run(plan)
+    assert {one.grid_cell.name for one in plan.trains} < {row["name"] for row in summary["cells"]}
+    assert {one.step.name for one in plain.trains} & {one.step.name for one in plan.trains}
+    classes = sorted(set(plan.images["train"].labels["label_name"].to_pylist()))
+    for one in plan.evaluations:
+        counts, sae = one.step.record()["counts"], load_sae(one.sae.step.folder)
+        if not one.sae.grid_cell.cell.guided:
+            assert "concepts" not in counts
+            continue
+        assert list(sae.concepts) == list(counts["concepts"]) == classes
+        n = one.activations.rows
+        assert {found["rows"] for found in counts["concepts"].values()} == {n}
+        assert sum(found["positive"] for found in counts["concepts"].values()) == n
+        wrong = sum(1 - found["accuracy"] for found in counts["concepts"].values())
+        assert wrong < 0.5, "to say of every image that it shows nothing is wrong once"
+        assert 0 < counts["bce"] < 3
+        for step in (one.step, one.sae.step):
+            named = step.folder.read_parquet("latents.parquet")["concept"].to_pylist()
+            assert named == classes + [None] * (sae.d_sae - len(classes))
 
 
 def test_a_cell_that_diverges_is_reported_and_the_others_go_on(ray_cluster, extracted, make_plan, finished, tmp_path):

@@ -19,6 +19,7 @@ from sae_ray.steering.config import Steering
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.fields import field_help
+from sae_ray.study.guidance import targets_of
 from sae_ray.study.plan import StudyPlan, images_per_part
 from sae_ray.study.root import skipped_lines
 from sae_ray.study.survey import Survey
@@ -122,7 +123,8 @@ def test_a_study_comes_back_from_plain_values(name: str):
         ({"architectures": {"jumprel": {}}}, "architectures.jumprel: unknown key; did you mean 'jumprelu'?"),
         (
             {"architectures": {"topk": {}}},
-            "architectures.topk: unknown key; known keys: matryoshka_batch_topk, jumprelu",
+            "architectures.topk: unknown key; known keys: matryoshka_batch_topk, jumprelu, guided_topk, "
+            "guided_batch_topk, guided_matryoshka_batch_topk",
         ),
         (
             {"resources": {"train": {"cell_per_bundle": 1}}},
@@ -321,6 +323,7 @@ def test_help_is_the_docstring_of_the_field():
     assert field_help("images.heldout.path").startswith("The folder: a local path (`~` is your home)")
     assert field_help("grid.k") == "Average number of active latents per row, for the TopK family."
     assert field_help("training.steps") == "Optimiser steps."
+    assert field_help("architectures.guided_batch_topk.concept_weight").startswith("Weight of the loss of concepts")
     assert field_help("architectures.jumprelu.initial_threshold").startswith("The threshold before the first step")
     assert field_help("resources.score.gpus") == "GPUs per task. Default: 1 if the cluster has GPUs."
 
@@ -466,6 +469,81 @@ def test_labels_change_only_what_reads_them(make_steered: MakePlan, tmp_path: Pa
     file.write_text("\n".join(["image_id,label", *rows[:-1], "39.png,fish"]))
     [side] = changed(labelled, names(make_steered({"images.train.labels": str(file)}))) - STEERING - PICTURES
     assert side in LABELS
+
+
+GUIDED = {"grid.architectures": ["guided_batch_topk", "batch_topk"], "grid.sites": ["projection"]}
+LEARNT = {"sae-projection-guided_batch_topk-x2-k4", "fidelity-projection-guided_batch_topk-x2-k4"}
+
+
+def test_labels_and_their_loss_are_what_guided_cells_alone_depend_on(make_plan: MakePlan, tmp_path: Path):
+    plan = make_plan(GUIDED)
+    before, of_guided = names(plan), LEARNT | {"scores-heldout-projection-guided_batch_topk-x2-k4"} | PICTURES
+    plain = names(make_plan({"grid.sites": ["projection"]}))
+    assert {label: before[label] for label in plain.keys() - PICTURES} == {
+        label: name for label, name in plain.items() if label not in PICTURES
+    }
+    known: set[str] = set()
+    for train in plan.trains:
+        assert len(train.inputs) == (3 if train.grid_cell.cell.guided else 1)
+    for step in plan.steps:
+        read = {value for value in step.config.values() if isinstance(value, str)} & set(before.values())
+        assert read <= known
+        known.add(step.name)
+    weighted = names(make_plan(GUIDED | {"architectures.guided_batch_topk.positive_weight": 3.0}))
+    assert changed(before, weighted) == of_guided
+    assert names(make_plan(GUIDED | {"architectures.guided_topk.positive_weight": 3.0})) == before
+
+    file = tmp_path / "labels.csv"
+    rows = [f"{number:02d}.png,{('cat', 'dog')[number % 2]}" for number in range(40)]
+    file.write_text("\n".join(["image_id,label", *rows]))
+    labels = GUIDED | {"images.train.labels": str(file)}
+    labelled = names(make_plan(labels))
+    assert changed(before, labelled) == LABELS | of_guided
+    without = {"architectures.guided_batch_topk.concept_weight": 0.0}
+    assert changed(names(make_plan(GUIDED | without)), names(make_plan(labels | without))) == LABELS
+
+
+def test_what_guided_cells_learn_is_what_is_in_their_file(make_plan: MakePlan, tmp_path: Path):
+    file, other = tmp_path / "one.csv", tmp_path / "other.csv"
+    file.write_text("\n".join(["image_id,wet,fish", *(f"{number:02d}.png,{number % 2},.25" for number in range(40))]))
+    shutil.copy(file, other)
+    field = "architectures.guided_batch_topk.concepts"
+    plan = make_plan(GUIDED | {field: str(file)})
+    before = names(plan)
+    assert names(make_plan(GUIDED | {field: str(other)})) == before
+    for images in plan.images.values():
+        targets = targets_of(plan, plan.trains, images)[str(file)]
+        assert targets.concepts == ("fish", "wet")
+        numbers = [int(image_id[:2]) for image_id in images.manifest["image_id"].to_pylist()]
+        assert targets.values.tolist() == [[0.25, number % 2] for number in numbers]
+    remembered = Survey.from_dict(json.loads(json.dumps(plan.survey.to_dict())))
+    assert remembered.files == plan.survey.files
+
+    other.write_text(file.read_text().replace(".25", ".5"))
+    assert changed(before, names(make_plan(GUIDED | {field: str(other)}))) >= LEARNT
+    file.write_text(file.read_text().replace(".25", "2"))
+    with pytest.raises(UsageError, match=r"one\.csv something has changed since the root was planned; use"):
+        targets_of(plan, plan.trains, plan.images["train"])
+    bad = make_plan(GUIDED | {field: str(file)})
+    with pytest.raises(UsageError, match=rf"^{field} = .*fish is '2'; give a number from 0 to 1 or nothing"):
+        targets_of(bad, bad.trains, bad.images["train"])
+    file.unlink()
+    with pytest.raises(UsageError, match=f"{field} .*cannot be read"):
+        make_plan(GUIDED | {field: str(file)})
+
+
+def test_guided_cells_need_a_label_and_a_latent_for_each_concept(make_plan: MakePlan, tmp_path: Path):
+    plan = make_plan(GUIDED)
+    with pytest.raises(UsageError, match=r"\.guided_batch_topk\.concepts = 'labels': no training image has a label"):
+        targets_of(plan, plan.trains, plan.images["train"])
+    assert targets_of(plan, plan.trains, plan.images["heldout"])["labels"].concepts == ()
+    file = tmp_path / "labels.csv"
+    file.write_text("\n".join(["image_id,label", *(f"{number:02d}.png,class {number:02d}" for number in range(40))]))
+    few = make_plan(GUIDED | {"images.train.labels": str(file), "grid.expansions": [1]})
+    with pytest.raises(UsageError, match=r"cell\.expansion = 1\.0: make it at least \d+/16: each of \d+ concepts"):
+        targets_of(few, few.trains, few.images["train"])
+    nothing = {"images.train.labels": "none", "grid.architectures": ["guided_topk"]}
+    assert refusal(nothing).startswith("images.train.labels = 'none': guided_topk learns the labels of images; give")
 
 
 def test_resources_and_root_change_no_step(make_plan: MakePlan, tmp_path: Path):

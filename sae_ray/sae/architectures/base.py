@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from sae_ray.config import STRICT
 from sae_ray.errors import UsageError
+from sae_ray.store.identity import changed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -52,6 +53,10 @@ class OwnSettings:
 
     __pydantic_config__ = STRICT
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the SAE, as plain JSON values: the settings that differ from their defaults."""
+        return changed(self)
+
 
 class Architecture(ABC):
     """An architecture: the class says what it is and how it is used, an instance trains one cell."""
@@ -72,8 +77,18 @@ class Architecture(ABC):
     """Whether this threshold is the moving average of the smallest kept value."""
     revives: ClassVar[bool] = False
     """Whether AuxK revives dead latents."""
+    guided: ClassVar[bool] = False
+    """Whether its first latents learn concepts (`sae_ray.sae.guidance`); its settings are then `GuidanceSettings`."""
+    standardises_rows: ClassVar[bool] = False
+    """Whether rows are brought to mean 0 and standard deviation 1 before they are encoded, and back after decoding.
+    Training then does not begin `b_dec` at the median of its inputs, which need no common scale either."""
+    unit_decoder: ClassVar[bool] = True
+    """Whether decoder rows begin and stay with unit norm. Otherwise they begin as those of `torch.nn.Linear`."""
+    codes_below_1: ClassVar[bool] = False
+    """Whether a code is a number from 0 to 1, which tells how far its concept is present."""
     latents_compete: ClassVar[bool] = False
-    """Whether the code of a latent depends on the other latents of the sample, in inference."""
+    """Whether the code of a latent depends on the other latents of the sample, in inference: the `k` largest are
+    kept."""
     sae_lens: ClassVar[str]
     """The architecture of SAELens that stores it and gives the same codes."""
     opens_sae_lens: ClassVar[bool] = False
@@ -96,6 +111,21 @@ class Architecture(ABC):
 
     @abstractmethod
     def forward(self, weights: Weights, x: Float[Tensor, "batch d_in"]) -> Forward: ...
+
+    @classmethod
+    def logit_scale(cls, d_in: int) -> float:
+        """What the pre-activation of a guided latent is multiplied by, to be the logit of its concept. Inputs are then
+        as long as standardised rows are, √d_in: with a norm of 1 encoders would have to grow for long."""
+        return 1.0 if cls.standardises_rows else d_in**0.5
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether training divides activations by their common scale."""
+        return not self.standardises_rows
+
+    def inputs(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """What the encoder reads."""
+        return x
 
     @classmethod
     def groups(cls, settings: Any, d_sae: int) -> list[int]:
@@ -127,6 +157,8 @@ class Architecture(ABC):
         """Raises UsageError when the SAE lacks what inference needs, or has a threshold that it does not use."""
         if cls.has_threshold != (sae.threshold is not None):
             raise UsageError(f"a {cls.name} SAE {'needs a' if cls.has_threshold else 'has no'} threshold")
+        if cls.latents_compete and (sae.k is None or not 1 <= sae.k <= sae.d_sae):
+            raise UsageError(f"k = {sae.k}: a {cls.name} SAE of {sae.d_sae} latents needs a k from 1 to {sae.d_sae}")
 
     @classmethod
     def codes(cls, pre: Float[Tensor, "... d_sae"], sae: SAE) -> Float[Tensor, "... d_sae"]:
@@ -135,9 +167,14 @@ class Architecture(ABC):
 
     @classmethod
     def active(cls, pre: Float[Tensor, "n d_sae"], sae: SAE) -> Int[Tensor, " nnz"]:
-        """Ascending flat indices of the codes above 0. The code itself is the pre-activation."""
+        """Ascending flat indices of the codes above 0."""
         kept = pre > 0 if sae.threshold is None else (pre > sae.threshold) & (pre > 0)
         return kept.flatten().nonzero().squeeze(1)
+
+    @classmethod
+    def activation(cls, pre: Float[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
+        """The codes of active entries."""
+        return pre
 
     @classmethod
     def sae_lens_config(cls, sae: SAE) -> dict[str, Any]:
