@@ -63,6 +63,7 @@ def connect() -> None:
     else:
         # Without one, Ray would write a token to ~/.ray, and every later `ray start` of this user would ask for it.
         _set_defaults({"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        _start_less()
         with _held_back_stderr():
             # Logical CPUs: readers and actors that mostly wait need more than two of them to run at once.
             ray.init(
@@ -134,6 +135,17 @@ def allow_slow_starts() -> None:
     Node.start_ray_processes = start_with_ports  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _start_less() -> None:
+    """Keeps this process from starting what serves Ray's dashboard and shows the output of workers in the driver's.
+
+    Ray 2.60 starts, and waits for, the dashboard's process also where there is to be none.
+    """
+    from ray._private.node import Node
+
+    Node.start_api_server = lambda node, **options: None  # pyright: ignore[reportAttributeAccessIssue]
+    Node.start_log_monitor = lambda node: None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def free_port() -> int:
     """One that nobody listens on, below those that Linux and above those that Ray give to whoever asks for any."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
@@ -174,6 +186,22 @@ def _held_back_stderr() -> Iterator[None]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+
+
+def is_taken_away() -> bool:
+    """Whether the node of this worker is about to be taken away, as a spot instance is, after a notice."""
+    import ray
+    from ray._private.state import state
+
+    return ray.get_runtime_context().get_node_id() in state.get_draining_nodes()
+
+
+def take_threads() -> None:
+    """Has torch use as many threads as this task has CPUs: Ray says how many in the environment, which torch reads only
+    once in a process, and the process may have served others."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def beside_driver() -> Any:

@@ -22,11 +22,12 @@ class Pace(NamedTuple):
     step: float
     """In the time that a step takes besides its products."""
     worker: float
-    """In about ten seconds, as starting a worker takes: less work is not worth one of its own."""
+    """In the time that starting a worker takes: less work is not worth one of its own."""
 
 
-PACES = {"cpu": Pace(step=4e7, worker=1e11), "cuda": Pace(step=1e11, worker=2e14)}
-"""From steps of small and of large widths, on a core and on an H200 (`docs/speed.md`)."""
+PACES = {"cpu": Pace(step=4e7, worker=2e10), "cuda": Pace(step=1e11, worker=2e14)}
+"""From steps of small and of large widths, on a core and on an H200 (`docs/speed.md`). A worker takes two seconds to
+start, and where it has a GPU about ten."""
 
 
 def bundles(

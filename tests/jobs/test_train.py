@@ -1,21 +1,21 @@
 import os
 import shutil
 import signal
-import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from sae_ray.jobs import study, train
 from sae_ray.jobs.placement import bundles
+from sae_ray.jobs.progress import Progress
 
 from sae_ray.sae import CellTrainer, load_sae, train_cells
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.store.stream import TrainingStream
 from sae_ray.study.root import remember
-from tests.machine import actors
+from tests.jobs.struck import claim
 
 SLOW = {"training.steps": 600, "resources.train.checkpoint_every": 25}
 """Long enough to be killed in the middle."""
@@ -70,7 +70,7 @@ def test_bundling_changes_nothing(ray_cluster, extracted, finished, make_plan, t
 
 
 def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
-    ray_cluster, extracted, make_plan, kill_driver_when, tmp_path
+    ray_cluster, extracted, make_plan, kill_driver_when, tmp_path, monkeypatch
 ):
     whole = tmp_path / "whole"
     shutil.copytree(extracted, whole)
@@ -88,22 +88,23 @@ def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
     assert left, "a checkpoint survives"
     assert not any(one.step.finished for one in plan.trains)
 
-    killed = []
-
-    def kill_a_worker() -> None:
-        while not killed:
-            newer = {path.stem for path in checkpoints(root)} - left
-            for actor in actors() if newer else []:
-                if actor.of == "RayTrainWorker":
-                    os.kill(actor.pid, signal.SIGKILL)
-                    killed.append(actor.pid)
-            time.sleep(0.05)
-
-    killer = threading.Thread(target=kill_a_worker, daemon=True)
-    killer.start()
+    board_of, mark = Progress.board, tmp_path / "killed"
+    monkeypatch.setattr(Progress, "board", lambda progress: DeadlyOnce(board_of(progress), mark, root, left))
     train.run(plan)
-    assert killed, "no worker was there to be killed"
+    assert mark.exists(), "no worker was killed"
     assert_equal_weights(plan, reference)
+
+
+class DeadlyOnce:
+    """A board that kills the first worker who reports to it once there are newer checkpoints than those."""
+
+    def __init__(self, board: Any, mark: Path, root: Path, old: set[str]):
+        self.board, self.mark, self.root, self.old, self.set = board, mark, root, old, self
+
+    def remote(self, *told: Any) -> None:
+        self.board.set.remote(*told)
+        if {path.stem for path in checkpoints(self.root)} - self.old and claim(self.mark):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_guided_cells_learn_the_classes_of_their_images(ray_cluster, extracted, finished, make_plan, tmp_path):
