@@ -278,7 +278,12 @@ def share(field: str, resources: Any) -> tuple[float, int]:
     """
     gpus = gpus_or_default(resources.gpus)
     require(field, 1, resources.cpus, gpus)
-    return gpus, resources.workers or max(1, room(max(resources.cpus, 1) if not gpus else resources.cpus, gpus))
+    if resources.workers or gpus:
+        return gpus, resources.workers or max(1, room(resources.cpus, gpus))
+    cpus = max(resources.cpus, 1)
+    # More processes than cores would only take longer to start.
+    most = room(cpus, 0) if os.environ.get("RAY_ADDRESS") else min(room(cpus, 0), int(usable_cpus() / cpus))
+    return gpus, max(1, most)
 
 
 def require(field: str, workers: int, cpus: float, gpus: float, beside: float = 0) -> None:

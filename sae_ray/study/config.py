@@ -175,7 +175,8 @@ class ExtractResources:
     __pydantic_config__ = STRICT
 
     workers: Count | None = None
-    """Number of encoder actors. Default: one per GPU, or one per two CPUs if there is no GPU."""
+    """Number of encoder actors. Default: one per GPU, or one per two CPUs if there is no GPU, as far as there is work
+    for them."""
     cpus: Amount = 1
     """CPUs per encoder actor."""
     gpus: Amount | None = None
