@@ -139,7 +139,7 @@ def test_auxk_takes_as_many_latents_where_some_are_equally_strong(select):
     weights, x, forward = make("batch_topk")
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[::2] = True
-    weights.W_dec.data[dead] = weights.W_dec.data[0]  # so that it does not matter which of the equal ones
+    weights.W_dec.data[dead] = weights.W_dec.data[0].clone()  # so that it does not matter which of the equal ones
     pre = forward.pre.round()
     k_aux = D_IN // 2
     mask = keep(pre.masked_fill(~dead, -torch.inf), k_aux, 1)
