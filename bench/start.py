@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -176,32 +177,23 @@ def show(turn: int, name: str, first: Run, again: Run) -> None:
 
 
 def tables(first: dict[str, list[Run]], again: dict[str, list[Run]]) -> list[Table]:
-    """Medians."""
+    """Medians, in pairs of wall and CPU seconds for each checkout."""
 
-    def middle(values: list[float]) -> float:
-        return round(median(values), 1)
+    def pairs(of: dict[str, list[Run]], phases: Sequence[str]) -> Iterator[float]:
+        for runs in of.values():
+            for taken in ([run.seconds for run in runs], [run.cpu for run in runs]):
+                yield round(median(sum(one[phase] for phase in phases) for one in taken), 1)
 
-    def sums(runs: list[Run]) -> list[float]:
-        return [
-            middle([sum(run.seconds.values()) for run in runs]),
-            middle([sum(run.cpu.values()) for run in runs]),
-        ]
-
-    columns = [f"{what}{of}" for of in ([""] if len(first) == 1 else [f", {name}" for name in first])
-               for what in ("seconds", "seconds of CPU")]  # fmt: skip
-    rows: list[list[Any]] = [
-        [phase, *(middle([take[phase] for take in taken]) for runs in first.values()
-                  for taken in ([run.seconds for run in runs], [run.cpu for run in runs]))]
-        for phase in PHASES
-    ]  # fmt: skip
-    rows.append(["in all", *(value for runs in first.values() for value in sums(runs))])
-    rows.append(["the same again", *(value for runs in again.values() for value in sums(runs))])
-    [own, *_] = first.values()
-    kinds = Counter({kind: middle([run.cpu_of[kind] for run in own]) for run in own for kind in run.cpu_of})
+    whose = [f", {name}" for name in first] if len(first) > 1 else [""]
+    columns = [f"{what}{name}" for name in whose for what in ("seconds", "seconds of CPU")]
+    rows: list[list[Any]] = [[phase, *pairs(first, [phase])] for phase in PHASES]
+    rows += [["in all", *pairs(first, PHASES)], ["the same again", *pairs(again, PHASES)]]
+    own = next(iter(first.values()))
+    used = Counter({kind: round(median(run.cpu_of[kind] for run in own), 1) for run in own for kind in run.cpu_of})
     processes: list[list[Any]] = [
         [kind, round(median(len(run.pids_of.get(kind, ())) for run in own)), seconds]
-        for kind, seconds in kinds.most_common()
-        if seconds >= 0.1
+        for kind, seconds in used.most_common()
+        if seconds
     ]
     title = f"`sae-ray run` of {IMAGES} images and two SAEs of {STEPS} steps, and the same again"
     return [
