@@ -140,9 +140,16 @@ def _start_less() -> None:
 
     Ray 2.60 starts, and waits for, the dashboard's process also where there is to be none.
     """
+    from ray._private import ray_constants
     from ray._private.node import Node
 
-    Node.start_api_server = lambda node, **options: None  # pyright: ignore[reportAttributeAccessIssue]
+    def start_none(node: Node, **options: Any) -> None:
+        # Where there is no address, agents look for one every second and complain in their logs.
+        of_none = b"127.0.0.1:9"
+        kv = ray_constants.KV_NAMESPACE_DASHBOARD
+        node.get_gcs_client().internal_kv_put(ray_constants.DASHBOARD_ADDRESS.encode(), of_none, True, kv)
+
+    Node.start_api_server = start_none  # pyright: ignore[reportAttributeAccessIssue]
     Node.start_log_monitor = lambda node: None  # pyright: ignore[reportAttributeAccessIssue]
 
 
