@@ -191,7 +191,7 @@ def _encoded(
     resources = plan.study.resources.extract
     part = max(_bytes_of_a_part(parts) for parts in sets)
     memory = ENCODER_BYTES + 2 * part
-    workers, gpus, decoders = _shares(resources, memory, part, sum(parts.seconds for parts in sets))
+    workers, gpus, decoders = shares(resources, memory, part, sum(parts.seconds for parts in sets))
     length = run_length(sum(len(parts.missing) for parts in sets), workers)
     runs = [run for parts in sets for run in parts.runs(length)]
     workers = min(workers, len(runs))
@@ -245,7 +245,7 @@ def _bytes_of_a_part(parts: PartsOf) -> int:
     return int(parts.per_part * sum(sizes.values()) + share * sum(extract.bytes for extract in parts.todo))
 
 
-def _shares(resources: ExtractResources, memory: float, part: float, seconds: float) -> tuple[int, float, int | None]:
+def shares(resources: ExtractResources, memory: float, part: float, seconds: float) -> tuple[int, float, int | None]:
     """Encoder actors, GPUs of each, decode tasks at once; None if actors decode.
 
     Args:

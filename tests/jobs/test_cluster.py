@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from sae_ray.jobs.cluster import directory_for_ray, loss, require, usable_cpus, user_error
+from sae_ray.jobs.cluster import directory_for_ray, loss, require, share, usable_cpus, user_error
 from sae_ray.jobs.stage import at_work
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
+from sae_ray.study.config import ScoreResources
 from tests.machine import DEAD_PROXY, PATIENCE_S
 
 
@@ -169,6 +170,17 @@ def test_cpus_are_those_that_may_be_used(monkeypatch):
         assert usable_cpus() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_there_are_as_many_tasks_that_compute_as_cores(ray_cluster, monkeypatch):
+    """Of this machine, whose four logical CPUs may be more; on a cluster of others, as many as it says it has."""
+    at_once = {cpus: share("resources.score", ScoreResources(cpus=cpus))[1] for cpus in (0.5, 1, 2)}
+    assert at_once == {0.5: min(4, usable_cpus()), 1: min(4, usable_cpus()), 2: max(1, min(4, usable_cpus()) // 2)}
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert share("resources.score", ScoreResources())[1] == 1
+    assert share("resources.score", ScoreResources(workers=3))[1] == 3
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert share("resources.score", ScoreResources())[1] == 4
 
 
 MESSAGES = """
