@@ -14,6 +14,7 @@ from sae_ray.sae import BundleJob, CellReport, train_cells
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
 from sae_ray.study.plan import StudyPlan, TrainPlan
+from sae_ray.study.trained import cautions
 
 from .cluster import beside_driver, gpus_or_default, require, slots, user_error
 from .metrics import count_failure
@@ -38,6 +39,8 @@ def run(plan: StudyPlan) -> None:
     """
     todo = unfinished(plan.trains)
     if todo:
+        for caution in cautions(plan.study):
+            say(caution)
         with at_work(plan.root, "train", todo) as failures:
             _fit(plan, todo, failures)
 

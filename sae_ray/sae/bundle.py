@@ -14,20 +14,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.sae.calibration import calibrated
 from sae_ray.sae.formats import save_latents, save_sae
 from sae_ray.sae.metrics import measure_latents
 from sae_ray.sae.ranks import ALONE
+from sae_ray.sae.scaling import Scaling
 from sae_ray.sae.training import CellTrainer, NonFiniteLoss, StepMetrics
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.checkpoints import newest_checkpoint, save_checkpoint
 from sae_ray.store.copies import shared_activations
+from sae_ray.store.sample import Sample
 from sae_ray.store.steps import digest
 from sae_ray.store.stream import TrainingStream
 
 if TYPE_CHECKING:
-    from sae_ray.sae.config import Cell
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from sae_ray.sae.config import Cell, TrainingConfig
     from sae_ray.sae.ranks import Split
     from sae_ray.store.files import Folder
+    from sae_ray.store.sample import Location
     from sae_ray.store.steps import Step
 
 CHECKPOINTS = "checkpoints"
@@ -48,7 +55,7 @@ class BundleJob:
     activations: Folder
     """A finished extraction step."""
     cells: tuple[CellJob, ...]
-    """They agree in `training.batch_size` and `training.steps`."""
+    """They agree in `training.batch_size`, `steps`, `centre` and `threshold`."""
     stream_seed: int
     """Decides the order of the activations."""
     shuffle_rows: int
@@ -80,6 +87,29 @@ class _Run(NamedTuple):
     """First step, workers, shards and device of every attempt; this attempt is the last."""
 
 
+class _Inputs(NamedTuple):
+    """What a bundle is trained on."""
+
+    store: ActivationStore
+    location: Location
+    """Of its activations."""
+    scaling: Scaling
+    """What training makes of them."""
+    without: Sample | None
+    """Says which of them are kept out of training; None if none are."""
+
+    @classmethod
+    def of(cls, store: ActivationStore, training: TrainingConfig, device: torch.device) -> _Inputs:
+        sample = Sample(store)
+        location = sample.location()
+        without = sample if training.threshold == "calibrated" else None
+        return cls(store, location, Scaling.of(store, location, training, device), without)
+
+    def kept_out_rows(self) -> Float[Tensor, "n d_in"]:
+        """In the stored dtype."""
+        return torch.from_numpy(self.without.kept_out_rows()) if self.without else torch.empty(0, self.store.d)
+
+
 def train_cells(
     bundle: BundleJob,
     device: torch.device | str = "cpu",
@@ -89,8 +119,8 @@ def train_cells(
     """Trains the cells of a bundle that are not finished and writes each one's step.
 
     A step holds the SAE, `latents.parquet` (statistics of its latents on the training activations, see
-    `measure_latents`) and a record of the attempts that led to it. A cell whose loss stops being finite is recorded as
-    failed; the others continue. All cells fail if there are no activations, or all are 0.
+    `measure_latents`), why latents are dead, and a record of the attempts that led to it. A cell whose loss stops being
+    finite is recorded as failed; the others continue. All cells fail if there are no activations, or all are 0.
 
     Args:
         split: every rank of it makes this call, the first one writes. Another attempt may have another.
@@ -125,15 +155,16 @@ def _train(
         for run in running:
             _fail(run, unusable, time.monotonic() - started)
         return
-    scale = store.root_mean_square_norm
+    inputs = _Inputs.of(store, bundle.cells[0].cell.training, device)
     first = min((run.trainer.n_steps for run in running), default=bundle.steps)
-    batches = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows, device).batches(first)
+    stream = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows, device, inputs.without)
+    batches = stream.batches(first)
     waited = 0.0
     for step in range(first, bundle.steps):
         asked = time.monotonic()
         rows = next(batches)
         waited += time.monotonic() - asked
-        batch = rows[share].float() / scale
+        batch = inputs.scaling(rows[share])
         done = step + 1
         save = done % bundle.checkpoint_every == 0 or done == bundle.steps
         reports: dict[str, CellReport] = {}
@@ -155,9 +186,9 @@ def _train(
                 _save(run)
         if not running:
             break
-    del batches  # and the activations that it holds
+    del batches, stream  # and the activations that they hold
     if workers.rank == 0:
-        _write(running, store, scale, started, waited)
+        _write(running, inputs, started, waited)
 
 
 def _resumed(job: CellJob, d_in: int, device: torch.device, split: Split) -> _Run:
@@ -215,22 +246,34 @@ def _explained(error: SaeRayError, store: ActivationStore) -> str:
     )
 
 
-def _write(running: list[_Run], store: ActivationStore, scale: float, started: float, waited: float) -> None:
+def _write(running: list[_Run], inputs: _Inputs, started: float, waited: float) -> None:
     """`waited`: seconds of training spent waiting for data."""
     trained = time.monotonic() - started
-    saes = []
+    kept_out = inputs.kept_out_rows()
+    saes, deaths, of = [], [], []
     while running:
         run = running.pop(0)  # frees its moments before the next SAE is made
         try:
-            sae = run.trainer.export(scale)
+            sae, dead = run.trainer.export(inputs.scaling.scale, inputs.scaling.centre), run.trainer.deaths()
         except SaeRayError as error:
-            _fail(run, _explained(error, store), trained)
+            _fail(run, _explained(error, inputs.store), trained)
             continue
         if sae is not None:
-            saes.append((run.job.step, run.attempts, sae))
-    for (step, attempts, sae), latents in zip(saes, measure_latents([sae for *_, sae in saes], store), strict=True):
+            saes.append(calibrated(sae, kept_out) if sae.kind.estimates_threshold and len(kept_out) else sae)
+            deaths.append(dead)
+            of.append((run.job.step, run.attempts))
+    latents = measure_latents(saes, inputs.store)
+    for (step, attempts), sae, dead, measured in zip(of, saes, deaths, latents, strict=True):
         save_sae(sae, step.folder)
-        save_latents(latents, step.folder)
-        sizes = {"steps": sae.metadata["steps"], "d_in": sae.d_in, "d_sae": sae.d_sae}
-        counts = sizes | {"waiting_for_data": round(waited / trained, 4)}
+        save_latents(measured, step.folder)
+        counts = {
+            "steps": sae.metadata["steps"],
+            "d_in": sae.d_in,
+            "d_sae": sae.d_sae,
+            "mean_over_spread": inputs.location.offset,
+            **dead._asdict(),
+            "kept_out": len(kept_out),
+            "kept_out_l0": len(sae.encode_sparse(kept_out.float()).values) / len(kept_out) if len(kept_out) else None,
+            "waiting_for_data": round(waited / trained, 4),
+        }
         step.finish(time.monotonic() - started, counts, ran={"attempts": attempts})

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class TrainingConfig:
     """How an SAE is trained, whatever its architecture; each architecture ignores what it does not use.
 
-    The defaults are the settings of Pach et al. 2025 (arXiv 2504.02821) and its code.
+    The defaults are the settings of Pach et al. 2025 (arXiv 2504.02821) and its code, but for `threshold`.
     """
 
     __pydantic_config__ = STRICT
@@ -50,6 +50,13 @@ class TrainingConfig:
     `steps`, at most 1000."""
     sparsity_warmup_steps: int | None = None
     """Steps over which the coefficient of a sparsity penalty rises linearly from 0. Default: a tenth of `steps`."""
+    threshold: Literal["average", "calibrated"] = "calibrated"
+    """The inference threshold (batch top-k architectures): that moving average (the reference), or the value at which
+    `k` latents are active on average on images that are kept out of training, one in ten of a part of the training
+    images. They are kept out of the training of all architectures, which then see the same."""
+    centre: bool = False
+    """Subtract the mean of the training activations from them before they are scaled; `b_dec` then holds it. The scale
+    is that of what is left."""
     dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Precision of dense products. "bfloat16" rounds the factors of the encoder's, and on a GPU of AuxK's. "tf32"
     rounds those of all on a GPU, to 10 bits instead of 7; on a CPU it is "float32". Weights, Adam moments, sums and
@@ -68,6 +75,7 @@ class TrainingConfig:
         self._check("auxk_weight", 0 <= self.auxk_weight < math.inf, "0 or more")
         self._check("auxk_select", self.auxk_select in ("post", "pre"), '"post" or "pre"')
         self._check("threshold_beta", 0 <= self.threshold_beta < 1, "at least 0 and below 1")
+        self._check("threshold", self.threshold in ("average", "calibrated"), '"average" or "calibrated"')
         for name in ("threshold_start_step", "sparsity_warmup_steps"):
             self._check(name, self.effective(name) >= 0, "0 or more, or unset")
         self._check("dtype", self.dtype in ("float32", "tf32", "bfloat16"), '"float32", "tf32" or "bfloat16"')

@@ -66,6 +66,19 @@ class StepMetrics(NamedTuple):
     """Of this step."""
 
 
+class Deaths(NamedTuple):
+    """Why latents are dead after some steps, as training counts it; numbers of latents, but for the last."""
+
+    never_fired: int
+    """In no batch."""
+    stopped_firing: int
+    """They fired once, but not for `dead_after_samples` samples."""
+    revived: int
+    """They were dead, and are not now."""
+    revivals: int
+    """How often a dead latent fired again; a latent may die several times."""
+
+
 class CellTrainer:
     """Trains the SAE of one cell on batches that the caller has divided by the norm scale.
 
@@ -91,11 +104,15 @@ class CellTrainer:
         self.architecture = cell.kind(cell, d_in, split)
         threshold = self.architecture.learned_threshold
         self.weights = Weights(d_in, self.d_sae, cell.seed, threshold, self.device, split)
+        self.weights.freeze(self.architecture.frozen)
         self.optimizer = RowAdam(self.weights)
         self.n_steps = 0
         """Steps done."""
         self.samples_since_fired = torch.zeros(len(self.weights.W_dec), dtype=torch.int64, device=self.device)
         """Of this rank's latents."""
+        self.revivals = torch.zeros_like(self.samples_since_fired)
+        """How often each of them fired again after it was dead."""
+        self.ever_fired = torch.zeros_like(self.samples_since_fired, dtype=torch.bool)
         self.threshold = torch.tensor(math.nan, device=self.device)
         """Moving average of the smallest kept value, float32; NaN until there is one."""
         self.failed: str | None = None
@@ -163,13 +180,22 @@ class CellTrainer:
             found.append(metrics)
         return found
 
-    def export(self, norm_scale: float) -> SAE | None:
+    def deaths(self) -> Deaths:
+        """Of all latents. The host waits; where ranks split the latents, all of them make this call."""
+        dead = self._dead()
+        stopped, revived = dead & self.ever_fired, (self.revivals > 0) & ~dead
+        own = torch.stack([(~self.ever_fired).sum(), stopped.sum(), revived.sum(), self.revivals.sum()])
+        return Deaths(*self.split.latents.sum(own).tolist())
+
+    def export(self, norm_scale: float, centre: Float[Tensor, " d_in"] | None = None) -> SAE | None:
         """The SAE for inputs that are not normalised; training can continue.
 
         Where ranks split the latents, all of them make this call: the first gets the SAE, the others None.
 
         Args:
             norm_scale: what the batches were divided by. `b_enc`, `b_dec` and the threshold are multiplied by it.
+            centre: what was subtracted from them before, if anything. It is added to `b_dec`, which is all it takes:
+                `b_dec` is what is subtracted from inputs and added to reconstructions.
 
         Raises:
             NonFiniteLoss: as a step does, for those whose metrics are not known yet.
@@ -186,7 +212,7 @@ class CellTrainer:
         weights = self._whole(self.weights.named(), self.device)
         if not weights:
             return None
-        threshold = weights.get("threshold")
+        threshold, b_dec = weights.get("threshold"), weights["b_dec"] * norm_scale
         if self.architecture.estimates_threshold:
             threshold = self.threshold.expand(self.d_sae).clone()
         return SAE(
@@ -194,7 +220,7 @@ class CellTrainer:
             W_enc=weights["W_enc_t"].T.contiguous(),
             W_dec=weights["W_dec"],
             b_enc=weights["b_enc"] * norm_scale,
-            b_dec=weights["b_dec"] * norm_scale,
+            b_dec=b_dec if centre is None else b_dec + centre.to(b_dec),
             threshold=None if threshold is None else threshold * norm_scale,
             k=self.cell.k,
             metadata={"cell": _plain(self.cell), "steps": self.n_steps, "norm_scale": norm_scale},
@@ -226,10 +252,11 @@ class CellTrainer:
         """What training changes, as this rank holds it."""
         tensors = {name: parameter.detach() for name, parameter in self.weights.named().items()}
         if self.n_steps:
-            for name, parameter in self.weights.named().items():
+            for name, parameter in self.weights.trained().items():
                 for moment, value in self.optimizer.state[parameter].items():
                     tensors[f"adam.{moment}.{name}"] = value
-        return tensors | {"samples_since_fired": self.samples_since_fired, "threshold_estimate": self.threshold}
+        counted = {name: getattr(self, name) for name in ("samples_since_fired", "revivals", "ever_fired")}
+        return tensors | counted | {"threshold_estimate": self.threshold}
 
     def _whole(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Copies of these tensors for all latents, one after the other; none where another rank gets them."""
@@ -295,6 +322,8 @@ class CellTrainer:
 
     def _count_firing(self, forward: Forward, n_rows: int) -> None:
         fired = self.split.rows.sum(forward.fired.float()) > 0
+        self.revivals += fired & self._dead()
+        self.ever_fired |= fired
         self.samples_since_fired += n_rows
         self.samples_since_fired.masked_fill_(fired, 0)
 
@@ -308,12 +337,15 @@ class CellTrainer:
 
     def _gradients(self, loss: Tensor) -> tuple[dict[str, RowGradient], Float[Tensor, ""]]:
         """Of the whole batch, without what only scales decoder rows; and their norm."""
-        named = self.weights.named()
+        named = self.weights.trained()
+        if not named:
+            return {}, loss.new_zeros(())
         gradients = {
             name: RowGradient.of(gradient, self.split.rows)
             for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)
         }
-        self._orthogonalise(*gradients["W_dec"])
+        if "W_dec" in gradients:
+            self._orthogonalise(*gradients["W_dec"])
         latents = self.split.latents
         # What all ranks hold counts once.
         own = [gradient.values for name, gradient in gradients.items() if latents.rank == 0 or not _on_all_ranks(name)]

@@ -34,6 +34,7 @@ from sae_ray.sae.architectures.matryoshka_batch_topk import MatryoshkaSettings
         ("threshold_start_step", -1),
         ("sparsity_warmup_steps", -1),
         ("dtype", "float16"),
+        ("threshold", "median"),
     ],
 )
 def test_training_settings_out_of_range_name_field_value_and_remedy(field, value):
@@ -148,7 +149,9 @@ def renamed(**settings) -> set[str]:
 
 
 EVERY = set(ARCHITECTURES)
-SELECTING = {"batch_topk", "matryoshka_batch_topk", "topk"}
+LEARNING = EVERY - {"random"}
+REVIVING = {"batch_topk", "matryoshka_batch_topk", "topk", "frozen_decoder"}
+AVERAGING = {"batch_topk", "matryoshka_batch_topk", "frozen_decoder", "random"}
 
 
 @pytest.mark.parametrize(
@@ -156,16 +159,18 @@ SELECTING = {"batch_topk", "matryoshka_batch_topk", "topk"}
     [
         ({"batch_size": 512}, EVERY),
         ({"steps": 50_000}, EVERY),
-        ({"learning_rate": 1e-3}, EVERY),
-        ({"warmup_steps": 10}, EVERY),
-        ({"decay_start": 90_000}, EVERY),
-        ({"gradient_clip": 2.0}, EVERY),
+        ({"learning_rate": 1e-3}, LEARNING),
+        ({"warmup_steps": 10}, LEARNING),
+        ({"decay_start": 90_000}, LEARNING),
+        ({"gradient_clip": 2.0}, LEARNING),
         ({"dtype": "bfloat16"}, EVERY),
-        ({"auxk_weight": 0.1}, SELECTING),
-        ({"auxk_select": "pre"}, SELECTING),
-        ({"dead_after_samples": 9}, SELECTING),
-        ({"threshold_beta": 0.9}, {"batch_topk", "matryoshka_batch_topk"}),
-        ({"threshold_start_step": 5}, {"batch_topk", "matryoshka_batch_topk"}),
+        ({"centre": not TrainingConfig().centre}, EVERY),
+        ({"threshold": "average"}, EVERY),
+        ({"auxk_weight": 0.1}, REVIVING),
+        ({"auxk_select": "pre"}, REVIVING),
+        ({"dead_after_samples": 9}, REVIVING),
+        ({"threshold_beta": 0.9}, AVERAGING),
+        ({"threshold_start_step": 5}, AVERAGING),
         ({"sparsity_warmup_steps": 5}, {"relu", "jumprelu"}),
         ({"group_fractions": (0.5, 0.5)}, {"matryoshka_batch_topk"}),
         ({"bandwidth": 0.1}, {"jumprelu"}),

@@ -22,6 +22,7 @@ from sae_ray.study.fields import field_help
 from sae_ray.study.plan import StudyPlan, images_per_part
 from sae_ray.study.root import skipped_lines
 from sae_ray.study.survey import Survey
+from sae_ray.study.trained import cautions
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
 MINIMAL = {
@@ -45,8 +46,9 @@ def refusal(overrides: dict[str, Any] | None = None, **values: Any) -> str:
 def test_the_papers_study_is_read():
     paper = Study.load(STUDIES / "pach2025.toml")
     cells = paper.cells()
-    # The defaults are the paper's settings.
-    defaults = dataclasses.replace(paper, training=TrainingConfig(), architectures=ArchitectureSettings())
+    # The defaults are the paper's settings, but for the threshold.
+    training = TrainingConfig(threshold="average")
+    defaults = dataclasses.replace(paper, training=training, architectures=ArchitectureSettings())
     assert [cell.cell.identity() for cell in cells] == [cell.cell.identity() for cell in defaults.cells()]
     assert (paper.judge.model, paper.judge.point) == ("facebook/dinov2-base", "pooled")
     assert paper.scoring.min_images == 2
@@ -316,6 +318,33 @@ def test_a_cells_seed_comes_from_its_name_alone():
     assert set(seeds([one], seed=1).values()).isdisjoint(seeds([one]).values())
 
 
+def test_baselines_stand_in_a_grid_beside_what_is_compared_with_them():
+    """With several seeds, each of which is another draw of their directions and another order of the data."""
+    kinds = ["batch_topk", "frozen_decoder", "random"]
+    cells = study(grid=[{"sites": ["projection"], "architectures": kinds, "k": [4], "seeds": [0, 1]}]).cells()
+    assert [cell.name for cell in cells] == [
+        f"projection-{kind}-x8-k4{seed}" for seed in ("", "-seed1") for kind in kinds
+    ]
+    assert len({cell.cell.seed for cell in cells}) == 6
+
+
+@pytest.mark.parametrize(
+    ("training", "cautious"),
+    [
+        ({"steps": 1000, "batch_size": 100}, True),
+        ({"steps": 1000, "batch_size": 100, "dead_after_samples": 10_000}, False),
+        ({"steps": 1000, "batch_size": 100, "auxk_weight": 0}, False),
+        ({}, False),
+    ],
+)
+def test_training_that_is_too_short_for_dead_latents_is_told(training: dict, cautious: bool):
+    found = cautions(study(training=training))
+    assert len(found) == cautious
+    for line in found:
+        assert "training.dead_after_samples = 10,000,000 is more than the 100,000 samples" in line
+    assert cautions(study(training=training, grid=[{"sites": ["projection"], "architectures": ["random"]}])) == []
+
+
 def test_help_is_the_docstring_of_the_field():
     assert field_help("encoder.revision") == "Commit, tag or branch of a hub id."
     assert field_help("images.heldout.path").startswith("The folder: a local path (`~` is your home)")
@@ -406,6 +435,10 @@ def test_a_plan_lists_the_steps_in_the_order_of_work(make_plan: MakePlan, tmp_pa
     [
         ({"training.steps": 50_000}, TRAINED),
         ({"training.gradient_clip": 2.0}, TRAINED),
+        ({"training.threshold": "average"}, TRAINED),
+        ({"training.threshold": "calibrated"}, set()),
+        ({"training.centre": True}, TRAINED),
+        ({"training.centre": False}, set()),
         ({"training.warmup_steps": 1000}, set()),  # as it stands anyway
         ({"training.sparsity_warmup_steps": 5}, set()),
         ({"architectures.jumprelu.bandwidth": 0.1}, set()),

@@ -10,13 +10,15 @@ from sae_ray.config import STRICT
 from sae_ray.errors import check
 from sae_ray.sae.architectures.base import Architecture
 from sae_ray.sae.architectures.batch_topk import BatchTopK
+from sae_ray.sae.architectures.frozen_decoder import FrozenDecoder
 from sae_ray.sae.architectures.jumprelu import JumpReLU
 from sae_ray.sae.architectures.matryoshka_batch_topk import MatryoshkaBatchTopK
+from sae_ray.sae.architectures.random import Random
 from sae_ray.sae.architectures.relu import ReLU
 from sae_ray.sae.architectures.topk import TopK
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
-    kind.name: kind for kind in (BatchTopK, MatryoshkaBatchTopK, TopK, ReLU, JumpReLU)
+    kind.name: kind for kind in (BatchTopK, MatryoshkaBatchTopK, TopK, ReLU, JumpReLU, FrozenDecoder, Random)
 }
 """The one list of them: name -> class."""
 

@@ -61,7 +61,10 @@ class Architecture(ABC):
     tuned_by: ClassVar[Literal["k", "sparsity"]]
     """Which field of a cell sets its sparsity: the number of active latents, or the coefficient of a penalty."""
     uses: ClassVar[frozenset[str]] = frozenset(
-        {"batch_size", "steps", "learning_rate", "warmup_steps", "decay_start", "gradient_clip", "dtype"}
+        {
+            *("batch_size", "steps", "learning_rate", "warmup_steps", "decay_start", "gradient_clip", "dtype"),
+            *("centre", "threshold"),  # of the data: what a batch is centred on, and which rows are never in one
+        }
     )
     """The fields of `TrainingConfig` that decide what is trained; the others are ignored. These are common to all."""
     Settings: ClassVar[type[OwnSettings]] = OwnSettings
@@ -69,9 +72,11 @@ class Architecture(ABC):
     has_threshold: ClassVar[bool] = False
     """Whether a trained SAE has a threshold per latent, which codes must exceed."""
     estimates_threshold: ClassVar[bool] = False
-    """Whether this threshold is the moving average of the smallest kept value."""
+    """Whether this threshold is the moving average of the smallest kept value, or calibrated."""
     revives: ClassVar[bool] = False
     """Whether AuxK revives dead latents."""
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    """Weights (`Weights.named`) that keep their first values."""
     latents_compete: ClassVar[bool] = False
     """Whether the code of a latent depends on the other latents of the sample, in inference."""
     sae_lens: ClassVar[str]
