@@ -60,12 +60,11 @@ class Sample:
 
     def kept_out(self, part: int, place: int) -> Bool[np.ndarray, " rows"]:
         """Which rows of a row group are kept out of training: those of every tenth image or so of the sample."""
-        start = place * self.store.rows_per_group
-        rows = np.arange(start, start + self.store.group_rows(part)[place])
+        whole, start = self.store.parts[part], place * self.store.rows_per_group
+        n = min(self.store.rows_per_group, whole.rows - start)
         if place not in self.groups.get(part, ()):
-            return np.zeros(len(rows), dtype=bool)
-        whole = self.store.parts[part]
-        images = self._first_image[part] + rows // (whole.rows // whole.images)
+            return np.zeros(n, dtype=bool)
+        images = self._first_image[part] + np.arange(start, start + n) // (whole.rows // whole.images)
         return images % self.kept_out_every == self.kept_out_every - 1
 
     def kept_out_rows(self) -> Float[np.ndarray, "rows d"]:

@@ -166,6 +166,7 @@ CELLS = {
         for select in ("post", "pre")
     },
     **{(name, "post"): {"sparsity": 0.1} for name in ("relu", "jumprelu")},
+    **{(name, "post"): {"k": 2} for name in ("frozen_decoder", "random")},
 }
 
 
@@ -284,7 +285,9 @@ def test_a_loss_that_is_not_finite_is_known_late_and_leaves_the_weights(use_kern
     assert facts["failed"].startswith("step 2:")
     wanted = expected.state()[0]
     for name, value in tensors.items():
-        assert name in ("samples_since_fired", "threshold_estimate") or torch.equal(value, wanted[name]), name
+        assert name in ("samples_since_fired", "revivals", "ever_fired", "threshold_estimate") or torch.equal(
+            value, wanted[name]
+        ), name
     with pytest.raises(NonFiniteLoss, match="step 2"):
         trainer.advance(batches[0])
 
@@ -323,7 +326,7 @@ def test_waits_are_noticed(use_kernels):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dense", [32, 0])
-@pytest.mark.parametrize("name", [*SELECTING, "relu", "jumprelu"])
+@pytest.mark.parametrize("name", [*SELECTING, "relu", "jumprelu", "frozen_decoder", "random"])
 def test_no_step_waits_for_the_device_between_reports(use_kernels, monkeypatch, name: str, dense: int):
     use_kernels()
     monkeypatch.setattr(auxk, "_DENSE", dense)
