@@ -45,12 +45,14 @@ def test_a_cell_is_what_it_would_be_alone(finished, make_plan):
     torch.set_num_threads(1)
     for one in plan.trains:
         store = ActivationStore(one.activations.step.folder)
-        scale, without = store.root_mean_square_norm, Sample(store)
+        without = Sample(store)
+        location = without.location()
+        mean = torch.from_numpy(location.mean).float()
         trainer = CellTrainer(one.grid_cell.cell, store.d)
         stream = TrainingStream(store, 64, one.stream_seed, plan.study.shuffle_rows, without=without)
         for _, rows in zip(range(120), stream.batches(), strict=False):
-            trainer.step(rows.float() / scale)
-        alone = calibrated(trainer.export(scale), torch.from_numpy(without.kept_out_rows()))
+            trainer.step((rows.float() - mean) / location.spread)
+        alone = calibrated(trainer.export(location.spread, mean), torch.from_numpy(without.kept_out_rows()))
         for name, tensor in weights(one.step.folder).items():
             torch.testing.assert_close(getattr(alone, name), tensor, rtol=1e-5, atol=1e-6)
 

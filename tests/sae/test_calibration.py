@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,11 +81,11 @@ def activations(n: int, seed: int) -> np.ndarray:
     return (amounts @ directions + 0.3 * rng.normal(size=(n, 16))).astype("f4")
 
 
-def trained(store: ActivationStore, root: Path, threshold: str) -> tuple[SAE, dict]:
-    job = CellJob(
-        Step(Folder(root), "train", f"sae-{threshold}", {}),
-        replace(CELL, training=replace(TRAINING, threshold=threshold)),
-    )
+def trained(
+    store: ActivationStore, root: Path, threshold: Any, training: TrainingConfig = TRAINING
+) -> tuple[SAE, dict]:
+    cell = replace(CELL, training=replace(training, threshold=threshold))
+    job = CellJob(Step(Folder(root), "train", f"sae-{threshold}", {}), cell)
     train_cells(BundleJob(store.folder, (job,), stream_seed=0, shuffle_rows=10_000, checkpoint_every=1000))
     record = job.step.record()
     assert record is not None
@@ -92,18 +93,18 @@ def trained(store: ActivationStore, root: Path, threshold: str) -> tuple[SAE, di
 
 
 def test_on_new_images_as_many_latents_are_active_as_were_asked_for(write_store, tmp_path: Path):
-    """A wide SAE that has seen few images a hundred times: its average threshold lets far more through on others."""
+    """A wide SAE that has seen few images often: its average threshold lets far more through on others."""
 
     def store(n: int, seed: int, label: str) -> ActivationStore:
         return write_store(tmp_path, [(np.arange(n), np.zeros(n), activations(n, seed))], label=label)
 
-    train, heldout = store(600, 1, "train"), store(3000, 2, "heldout")
+    train, heldout = store(1000, 1, "train"), store(3000, 2, "heldout")
     (average, plain), (exact, counts) = (trained(train, tmp_path, one) for one in ("average", "calibrated"))
     l0 = [evaluate_store(sae, heldout).summary().l0 for sae in (average, exact)]
-    assert l0[0] > 1.15 * CELL.k
+    assert l0[0] > 1.2 * CELL.k
     assert l0[1] == pytest.approx(CELL.k, rel=0.05)
     assert (plain["kept_out"], plain["kept_out_l0"]) == (0, None)
-    assert (counts["kept_out"], counts["kept_out_l0"]) == (60, CELL.k)
+    assert (counts["kept_out"], counts["kept_out_l0"]) == (100, CELL.k)
     kept_out = torch.from_numpy(Sample(train).kept_out_rows())
     assert torch.equal(calibrated(exact, kept_out).threshold, exact.threshold)
 
