@@ -175,9 +175,8 @@ def main(roots: Sequence[str]) -> None:
         made = [synthetic(Folder(scratch), offset) for offset in OFFSETS]
         given = [site for root in roots for site in sites_of(Path(root))]
         tables = [centring_table([*made, *given]), threshold_table(given)]
-    record(
-        "centring", tables, {"command": " ".join(["python -m bench.centring", *(Path(root).name for root in roots)])}
-    )
+    names = [Path(root).name for root in roots]
+    record("centring", tables, {"command": " ".join(["python -m bench.centring", *names])})
 
 
 if __name__ == "__main__":
