@@ -9,15 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.sae.formats import save_latents, save_sae
+from sae_ray.sae.formats import load_sae, save_latents, save_sae
 from sae_ray.sae.metrics import measure_latents
+from sae_ray.sae.monosemanticity import embeddings_by_image
 from sae_ray.sae.ranks import ALONE
+from sae_ray.sae.second_moment import SecondMoment
+from sae_ray.sae.starting import start_from, start_whitened, weights_digest
 from sae_ray.sae.training import CellTrainer, NonFiniteLoss, StepMetrics
+from sae_ray.sae.weighing import Weighing, by_variance
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.checkpoints import newest_checkpoint, save_checkpoint
 from sae_ray.store.copies import shared_activations
@@ -25,7 +31,11 @@ from sae_ray.store.steps import digest
 from sae_ray.store.stream import TrainingStream
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
     from sae_ray.sae.config import Cell
+    from sae_ray.sae.model import SAE
     from sae_ray.sae.ranks import Split
     from sae_ray.sae.targets import Targets
     from sae_ray.store.files import Folder
@@ -42,6 +52,12 @@ class CellJob:
     cell: Cell
     targets: Targets | None = None
     """Of the images of the activations; for guided cells."""
+    significance: tuple[float, ...] | None = None
+    """Of the dimensions, for a cell with weights, unless they are measured on the activations."""
+    init_digest: str | None = None
+    """`weights_digest` of the SAE that `cell.training.init` names."""
+    embeddings: Folder | None = None
+    """The judge's, of the images of the activations, for a cell whose goal is MonoSemanticity."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,10 @@ class _Run(NamedTuple):
     """First step, workers, shards and device of every attempt; this attempt is the last."""
     targets: Targets | None
     """On the device."""
+    weighing: Weighing | None
+    """None where all dimensions count alike."""
+    embeddings: Float[Tensor, "images d"] | None
+    """The judge's, by `image_index`, on the device; None where they are of no use."""
 
 
 def train_cells(
@@ -105,7 +125,7 @@ def train_cells(
 
     Raises:
         UsageError: the batch or the latents of a cell cannot be split over the ranks.
-        SaeRayError: the activations are not finished, or torn.
+        SaeRayError: the activations are not finished, or torn; the SAE to start from has changed.
     """
     workers, batch_size = split.rows.size, bundle.cells[0].cell.training.batch_size
     if batch_size % workers:
@@ -125,7 +145,8 @@ def _train(
     workers, batch_size = split.rows, bundle.cells[0].cell.training.batch_size
     rows_per_rank = batch_size // workers.size
     share = slice(workers.rank * rows_per_rank, (workers.rank + 1) * rows_per_rank)
-    running = [_resumed(job, store.d, device, split) for job in bundle.cells if not job.step.finished]
+    given = _Given(store, device)
+    running = [_resumed(job, given, device, split) for job in bundle.cells if not job.step.finished]
     if unusable := _unusable(store):
         for run in running:
             _fail(run, unusable, time.monotonic() - started)
@@ -133,8 +154,8 @@ def _train(
     scale = store.root_mean_square_norm
     first = min((run.trainer.n_steps for run in running), default=bundle.steps)
     stream = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows, device)
-    guided = any(run.targets for run in running)
-    batches = stream.batches_with_images(first) if guided else ((rows, None) for rows in stream.batches(first))
+    with_images = any(run.targets or run.embeddings is not None for run in running)
+    batches = stream.batches_with_images(first) if with_images else ((rows, None) for rows in stream.batches(first))
     waited = 0.0
     for step in range(first, bundle.steps):
         asked = time.monotonic()
@@ -149,8 +170,12 @@ def _train(
                 continue  # it resumed from a newer checkpoint than the others
             try:
                 own = batch if run.trainer.architecture.scales_inputs else rows[share].float()
-                targets = None if run.targets is None or images is None else run.targets.rows(images[share])
-                metrics = run.trainer.advance(own, targets)
+                targets = embeddings = None
+                if images is not None:
+                    targets = run.targets and run.targets.rows(images[share])
+                    if run.embeddings is not None:
+                        embeddings = run.embeddings.index_select(0, images[share])
+                metrics = run.trainer.advance(own, targets, embeddings)
                 if save:
                     metrics += run.trainer.report()
             except NonFiniteLoss as error:
@@ -169,23 +194,58 @@ def _train(
         _write(running, store, scale, started, waited)
 
 
-def _resumed(job: CellJob, d_in: int, device: torch.device, split: Split) -> _Run:
-    concepts = job.targets.concepts if job.targets else ()
-    trainer = CellTrainer(job.cell, d_in, device, split, concepts)
+class _Given:
+    """What the cells of a bundle are given beside activations; each is read once."""
+
+    def __init__(self, store: ActivationStore, device: torch.device):
+        self.store = store
+        self.moment = cache(lambda: SecondMoment.of_store(store))
+        self.embeddings = cache(lambda folder: embeddings_by_image(ActivationStore(folder), store).to(device))
+
+
+def _resumed(job: CellJob, given: _Given, device: torch.device, split: Split) -> _Run:
+    store, concepts = given.store, job.targets.concepts if job.targets else ()
+    weighing = _weighing(job, given) if job.cell.weighted else None
+    # Sums on another machine may differ in their last bits, but ranks must agree.
+    gamma = weighing and split.ranks.smallest(torch.from_numpy(weighing.gamma).to(device, torch.float32))
+    trainer = CellTrainer(job.cell, store.d, device, split, concepts, gamma)
     earlier: list[dict[str, Any]] = []
     checkpoint = newest_checkpoint(job.step.folder / CHECKPOINTS)
     if checkpoint is not None:
         tensors, facts = checkpoint
         trainer.restore(tensors, facts)
         earlier = facts["attempts"]
+    elif job.cell.training.init is not None:
+        start_from(trainer, _initial(job), store.root_mean_square_norm if trainer.architecture.scales_inputs else 1.0)
+    elif job.cell.kind.starts_whitened(job.cell.settings):
+        start_whitened(trainer, given.moment())
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     this = {"first_step": trainer.n_steps, "workers": split.rows.size, "shards": split.latents.size, "device": kind}
-    return _Run(job, trainer, [*earlier, this], job.targets.to(device) if job.targets else None)
+    targets = job.targets.to(device) if job.targets else None
+    return _Run(job, trainer, [*earlier, this], targets, weighing, job.embeddings and given.embeddings(job.embeddings))
+
+
+def _weighing(job: CellJob, given: _Given) -> Weighing:
+    if job.significance is not None:
+        return Weighing.of(np.array(job.significance), job.cell.alpha)
+    return Weighing.of(by_variance(job.cell.weights, given.moment().variances), job.cell.alpha)
+
+
+def _initial(job: CellJob) -> SAE:
+    path = job.cell.training.init
+    assert path is not None, "it is asked for"
+    sae = load_sae(path)
+    if weights_digest(sae) != job.init_digest:
+        raise SaeRayError(
+            f"training.init = {path!r}: this SAE has changed since the study was planned, or is another one on this "
+            "node; run the same command again"
+        )
+    return sae
 
 
 def _save(run: _Run) -> None:
     """On all ranks that hold a part of it; the first writes."""
-    job, trainer, attempts, _ = run
+    job, trainer, attempts, *_ = run
     tensors, facts = trainer.state()
     if tensors:
         save_checkpoint(job.step.folder / CHECKPOINTS, trainer.n_steps, tensors, facts | {"attempts": attempts})
@@ -237,10 +297,14 @@ def _write(running: list[_Run], store: ActivationStore, scale: float, started: f
             _fail(run, _explained(error, store), trained)
             continue
         if sae is not None:
-            saes.append((run.job.step, run.attempts, sae))
-    for (step, attempts, sae), latents in zip(saes, measure_latents([sae for *_, sae in saes], store), strict=True):
+            saes.append((run.job.step, run.attempts, run.weighing, sae))
+    measured = measure_latents([sae for *_, sae in saes], store)
+    for (step, attempts, weighing, sae), latents in zip(saes, measured, strict=True):
         save_sae(sae, step.folder)
         save_latents(latents, step.folder, sae.concepts)
         sizes = {"steps": sae.metadata["steps"], "d_in": sae.d_in, "d_sae": sae.d_sae}
         counts = sizes | {"waiting_for_data": round(waited / trained, 4)}
+        if weighing is not None:
+            weighing.write(step.folder)
+            counts["gamma_ratio"] = weighing.ratio
         step.finish(time.monotonic() - started, counts, ran={"attempts": attempts})

@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -220,6 +221,26 @@ def test_whole_training(use_kernels, monkeypatch, name: str, select: str):
         for key in ("W_enc_t", "W_dec"):  # not the biases: Adam makes much of the rounding of a gradient near 0
             one, other = (found.weights.named()[key].detach() for found in (trainer, expected))
             assert (one - other).norm() < 1e-3 * other.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dense"), [("matryoshka_batch_topk", 32), ("batch_topk", 0), ("jumprelu", 32)])
+def test_training_with_weights_of_dimensions(use_kernels, monkeypatch, name: str, dense: int):
+    """Of which one counts for nothing. No step waits for the device."""
+    cell, gamma = replace(small_cell(name, "post"), weights="variance"), torch.linspace(0, 1.7, 8)
+    expected = CellTrainer(cell, 8, DEVICE, gamma=gamma)
+    *batches, last = small_batches(5)
+    seen = [expected.step(batch) for batch in batches]
+    use_kernels()
+    monkeypatch.setattr(auxk, "_DENSE", dense)
+    trainer, unweighted = CellTrainer(cell, 8, DEVICE, gamma=gamma), CellTrainer(small_cell(name, "post"), 8, DEVICE)
+    metrics = [trainer.step(batch) for batch in batches]
+    torch.testing.assert_close(torch.tensor(metrics), torch.tensor(seen), rtol=1e-3, atol=1e-5, equal_nan=True)
+    assert [unweighted.step(batch) for batch in batches][-1].loss != pytest.approx(metrics[-1].loss, rel=1e-2)
+    trainer._replayed = None
+    with Lint() as lint:
+        trainer.advance(last)
+    assert lint.found == []
 
 
 @pytest.fixture
