@@ -216,7 +216,8 @@ def _resumed(job: CellJob, given: _Given, device: torch.device, split: Split) ->
         trainer.restore(tensors, facts)
         earlier = facts["attempts"]
     elif job.cell.training.init is not None:
-        start_from(trainer, _initial(job), store.root_mean_square_norm if trainer.architecture.scales_inputs else 1.0)
+        scale = store.root_mean_square_norm if trainer.architecture.scales_inputs else 1.0
+        start_from(trainer, _initial(job, concepts), scale)
     elif job.cell.kind.starts_whitened(job.cell.settings):
         start_whitened(trainer, given.moment())
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -231,7 +232,7 @@ def _weighing(job: CellJob, given: _Given) -> Weighing:
     return Weighing.of(by_variance(job.cell.weights, given.moment().variances), job.cell.alpha)
 
 
-def _initial(job: CellJob) -> SAE:
+def _initial(job: CellJob, concepts: tuple[str, ...]) -> SAE:
     path = job.cell.training.init
     assert path is not None, "it is asked for"
     sae = load_sae(path)
@@ -239,6 +240,11 @@ def _initial(job: CellJob) -> SAE:
         raise SaeRayError(
             f"training.init = {path!r}: this SAE has changed since the study was planned, or is another one on this "
             "node; run the same command again"
+        )
+    if sae.concepts != concepts:
+        raise SaeRayError(
+            f"training.init = {path!r}: its first latents stand for {list(sae.concepts)}, but {job.step.label} is to "
+            f"learn {list(concepts)}; start from an SAE of the same concepts"
         )
     return sae
 

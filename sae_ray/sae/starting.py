@@ -31,14 +31,16 @@ def weights_digest(sae: SAE) -> str:
 def start_from(trainer: CellTrainer, sae: SAE, norm_scale: float) -> None:
     """Gives a trainer that has made no step the weights of a trained SAE of its architecture and widths.
 
-    Decoder rows of another length than 1 get that length; encoder and threshold make up for it. An inference threshold
-    that is estimated is estimated anew.
+    Decoder rows of another length than 1 get that length where training keeps it; encoder and threshold make up for it.
+    An inference threshold that is estimated is estimated anew.
 
     Args:
         norm_scale: what the batches are divided by.
     """
     weights, own = trainer.weights, trainer.split.latents.own
     lengths = own(torch.linalg.vector_norm(sae.W_dec, dim=1)).clamp_min(torch.finfo().tiny)
+    if not trainer.architecture.unit_decoder:
+        lengths = torch.ones_like(lengths)
     weights.W_dec.copy_(own(sae.W_dec) / lengths.unsqueeze(1))
     weights.W_enc_t.copy_(own(sae.W_enc.T) * lengths.unsqueeze(1))
     weights.b_enc.copy_(own(sae.b_enc) * lengths / norm_scale)

@@ -375,9 +375,7 @@ class CellTrainer:
             return x.new_zeros(len(x), 0)
         if embeddings is None or embeddings.ndim != 2 or len(embeddings) != len(x):
             shape = None if embeddings is None else list(embeddings.shape)
-            raise UsageError(
-                f"the embeddings have shape {shape}; the goal of MonoSemanticity needs one for {len(x)} rows"
-            )
+            raise UsageError(f"the embeddings have shape {shape}; give [{len(x)}, d], since MonoSemanticity is a goal")
         return torch.nn.functional.normalize(embeddings.to(self.device, torch.float32), dim=1)
 
     def _concept_loss(self, x: Tensor, targets: Tensor) -> Float[Tensor, ""] | None:

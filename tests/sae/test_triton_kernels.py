@@ -224,6 +224,25 @@ def test_whole_training(use_kernels, monkeypatch, name: str, select: str):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["batch_topk", "topk"])
+def test_training_for_monosemanticity(use_kernels, name: str):
+    """No step waits for the device."""
+    cell, embeddings = replace(small_cell(name, "post"), monosemanticity=0.3), small_batches(1)[0] + 0.1
+    expected = CellTrainer(cell, 8, DEVICE)
+    *batches, last = small_batches(5)
+    seen = [expected.step(batch, embeddings=embeddings) for batch in batches]
+    assert seen[-1].monosemanticity != 0
+    use_kernels()
+    trainer = CellTrainer(cell, 8, DEVICE)
+    metrics = [trainer.step(batch, embeddings=embeddings) for batch in batches]
+    torch.testing.assert_close(torch.tensor(metrics), torch.tensor(seen), rtol=1e-3, atol=1e-5, equal_nan=True)
+    trainer._replayed = None
+    with Lint() as lint:
+        trainer.advance(last, embeddings=embeddings)
+    assert lint.found == []
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("name", "dense"), [("matryoshka_batch_topk", 32), ("batch_topk", 0), ("jumprelu", 32)])
 def test_training_with_weights_of_dimensions(use_kernels, monkeypatch, name: str, dense: int):
     """Of which one counts for nothing. No step waits for the device."""
