@@ -11,6 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
@@ -29,6 +30,8 @@ from sae_ray.study.summary import CellSummary, summarise
 EXPANSION = 16
 ROUNDS, STEPS = 5, 4
 """The methods take turns: rounds, the first of which does not count, and steps of each method in a round."""
+JUDGE_WIDTH = 768
+"""Of the judge's embeddings, as DINOv2 has it."""
 SEEDS, FEATURES, RECOVERY_STEPS = 4, 48, 1200
 NOISE = torch.tensor([0.03] * 16 + [0.6] * 16)
 """Standard deviation of the noise in each of 32 dimensions."""
@@ -84,6 +87,9 @@ def trainers() -> Iterator[tuple[str, Callable[[torch.Tensor], Any]]]:
 
     yield "BatchTopK", CellTrainer(cell("batch_topk"), D_IN).step
     yield "BatchTopK, weights of dimensions", CellTrainer(cell("batch_topk", weights="ms"), D_IN, gamma=gamma).step
+    goal = CellTrainer(cell("batch_topk", monosemanticity=0.1), D_IN)
+    judged = torch.randn(BATCH, JUDGE_WIDTH, generator=torch.Generator().manual_seed(0))
+    yield "BatchTopK, MonoSemanticity as a goal", partial(goal.step, embeddings=judged)
     yield "Matryoshka BatchTopK", CellTrainer(cell("matryoshka_batch_topk"), D_IN).step
     yield "TopK", CellTrainer(cell("topk"), D_IN).step
     yield "JumpReLU", CellTrainer(cell("jumprelu", sparsity=1e-3), D_IN).step

@@ -136,7 +136,7 @@ def test_latents_of_a_batch_become_of_one_kind():
         monosemanticity(trainer.export(1.0).encode(heldout), kinds).nanmean().item() for trainer in (goal, plain)
     )
     assert reached > before + 0.05
-    assert metrics[-1].monosemanticity == pytest.approx(reached, abs=0.1)
+    assert metrics[-1].monosemanticity > metrics[0].monosemanticity + 0.1
     assert metrics[-1].loss == pytest.approx(
         metrics[-1].reconstruction_loss + 0.03 * metrics[-1].auxk_loss - 0.5 * metrics[-1].monosemanticity, rel=1e-4
     )

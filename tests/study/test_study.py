@@ -190,6 +190,11 @@ def test_all_problems_are_told_at_once():
         ({"grid.k": []}, "grid.k = []: batch_topk: name at least one"),
         ({"grid.weights": []}, "grid.weights = []: name at least one"),
         ({"grid.weights": "ms"}, "grid.0.weights = 'ms': Input should be a list"),
+        ({"grid.monosemanticity": [-1]}, "grid.0.monosemanticity.0 = -1: Input should be greater than or equal to 0"),
+        (
+            {"grid.architectures": ["relu"], "grid.sparsity": [0.1], "grid.monosemanticity": [1]},
+            "cell.monosemanticity = 1.0: make it 0 for relu, which does not select latents",
+        ),
         ({"grid.alpha": -1}, "grid.0.alpha = -1: Input should be greater than or equal to 0"),
         ({"architectures.jumprelu.init": "random"}, "architectures.jumprelu.init = 'random': Input should be"),
         ({"grid.architectures": ["topkk"]}, "grid.architectures = 'topkk': unknown architecture; did you mean 'topk'?"),
@@ -439,6 +444,7 @@ def test_a_plan_lists_the_steps_in_the_order_of_work(make_plan: MakePlan, tmp_pa
         ({"architectures.jumprelu.bandwidth": 0.1}, set()),
         ({"architectures.jumprelu.init": "aip"}, set()),
         ({"grid.weights": ["uniform"], "grid.alpha": 1.0}, set()),
+        ({"grid.monosemanticity": [0]}, set()),
         ({"shuffle_rows": 1000}, TRAINED),
         ({"seed": 1}, TRAINED | RANDOM | RAW_RANDOM),
         ({"encoder.dtype": "bfloat16"}, ACTIVATIONS | TRAINED | RAW_SCORES),
@@ -483,6 +489,25 @@ def test_weights_of_dimensions_add_steps_and_change_none(make_plan: MakePlan):
     rejudged = names(make_plan({"grid.weights": ["uniform", "ms", "variance"], "judge.dtype": "bfloat16"}))
     saes = {label for label in changed(names(plan), rejudged) if label.startswith("sae-")}
     assert saes == {train.step.label for train in by_ms}, "their weights are other ones"
+
+
+def test_monosemanticity_as_a_goal_needs_the_judge_on_training_images(make_plan: MakePlan):
+    before = names(make_plan())
+    del before["pictures"]
+    plan = make_plan({"grid.monosemanticity": [0, 0.1]})
+    after = names(plan)
+    assert before.items() < after.items()
+    goals = {label + "-mono0.1" for label in SAES | FIDELITY | SAE_SCORES}
+    assert after.keys() - before.keys() == goals | {"embeddings-train"} | PICTURES
+    steps = list(plan.steps)
+    for train in plan.trains:
+        assert [step.label for step in train.inputs][1:] == ["embeddings-train"] * bool(
+            train.grid_cell.cell.monosemanticity
+        )
+        assert all(step in steps[: steps.index(train.step)] for step in train.inputs)
+    rejudged = names(make_plan({"grid.monosemanticity": [0, 0.1], "judge.dtype": "bfloat16"}))
+    retrained = {label for label in changed(after, rejudged) if label.startswith("sae-")}
+    assert retrained == {f"{label}-mono0.1" for label in SAES}
 
 
 def test_a_table_of_weights_counts_by_its_values(make_plan: MakePlan, tmp_path: Path):
