@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import mean, median
 from typing import Any
@@ -20,10 +20,12 @@ import torch
 
 from bench.record import Table, record
 from bench.train import BATCH, D_IN, THREADS, K, activations
+from sae_ray.concepts.labelling import image_classes, label_concepts
 from sae_ray.sae import SAE, Cell, CellTrainer, TrainingConfig, load_sae
 from sae_ray.sae.weighing import Weighing
+from sae_ray.scores.tables import ScoreTables
 from sae_ray.store.activations import ActivationStore
-from sae_ray.study.plan import StudyPlan, TrainPlan
+from sae_ray.study.plan import ScorePlan, StudyPlan, TrainPlan
 from sae_ray.study.root import recalled_plan
 from sae_ray.study.summary import CellSummary, summarise
 
@@ -35,6 +37,7 @@ JUDGE_WIDTH = 768
 SEEDS, FEATURES, RECOVERY_STEPS = 4, 48, 1200
 NOISE = torch.tensor([0.03] * 16 + [0.6] * 16)
 """Standard deviation of the noise in each of 32 dimensions."""
+PURE = 0.75
 LARGEST = 4
 """Coordinates of the largest variance that R² is also given without."""
 
@@ -53,9 +56,11 @@ def main() -> None:
         rows=recovery_rows(),
     )
     world = Table(
-        title=f"The embedded world, mean over seeds, in brackets half of their spread; R² also without the {LARGEST} "
-        "coordinates of the largest variance",
-        columns=["SAE", "mean MS", "best 32", "scored", "L0", "R²", "R², others", "dead", "max γ / min γ"],
+        title="The embedded world, mean over seeds, in brackets half of their range: latents active on "
+        f"{plan.study.scoring.min_images} held-out images or more; purity is the share of the commonest shape among "
+        f"their 16 top images, and pure are those of {PURE:.0%} or more; R² also without the {LARGEST} coordinates of "
+        "the largest variance",
+        columns=["SAE", "mean MS", "best 32", "purity", "pure", "L0", "R²", "R², others", "dead", "max γ / min γ"],
         rows=world_rows(plan),
     )
     print(record("methods", [steps, recovery, world]))
@@ -135,6 +140,8 @@ def recovered(seed: int, n_features: int, noise: torch.Tensor, gamma: torch.Tens
 
 def world_rows(plan: StudyPlan) -> list[list[Any]]:
     trains = {train.grid_cell.name: train for train in plan.trains}
+    scores = {score.name: score for score in plan.scores if score.embeddings}
+    classes = image_classes(plan.images["heldout"].labels, ("blank",))
     families: dict[str, list[CellSummary]] = defaultdict(list)
     for row in summarise(plan):
         families[row.grid_cell.recipe if row.grid_cell else row.name].append(row)
@@ -142,12 +149,14 @@ def world_rows(plan: StudyPlan) -> list[list[Any]]:
     for recipe, seeds in families.items():
         of = [seed for seed in seeds if seed.grid_cell is not None]
         others = [r2_of_others(trains[one.name], plan) for one in of]
+        purities = [purities_of(scores[one.name], classes, plan.study.scoring.min_images) for one in seeds]
         ratios = [trains[one.name].step.record()["counts"].get("gamma_ratio") for one in of]
         rows.append(
             [
                 recipe,
                 *(spread([getattr(one, name) for one in seeds], 3) for name in ("mean_ms", "top_ms")),
-                spread([one.n_scored for one in seeds], 0),
+                spread([float(np.mean(found)) for found in purities], 3),
+                spread([sum(purity >= PURE for purity in found) for found in purities], 0),
                 *(spread([getattr(one, name) for one in of], digits) for name, digits in (("l0", 1), ("r2", 3))),
                 spread(others, 3),
                 spread([one.dead_fraction for one in of], 2),
@@ -155,6 +164,14 @@ def world_rows(plan: StudyPlan) -> list[list[Any]]:
             ]
         )
     return rows
+
+
+def purities_of(score: ScorePlan, classes: Sequence[str | None], min_images: int) -> list[float]:
+    """Of the latents that are scored, the share of the commonest shape among the top images."""
+    tables = ScoreTables(score.step.folder)
+    found = label_concepts(tables.scores, tables.top_images.image, classes, tables.scores.max_token)
+    scored = (tables.scores.n_active >= min_images) & ~np.isnan(tables.scores.ms)
+    return [one.purity for one in found if scored[one.latent]]
 
 
 def r2_of_others(train: TrainPlan, plan: StudyPlan) -> float:
@@ -169,7 +186,7 @@ def r2_of_others(train: TrainPlan, plan: StudyPlan) -> float:
 
 def errors(sae: SAE, x: torch.Tensor) -> torch.Tensor:
     """Mean squared error of every coordinate."""
-    return (x - sae.decode(sae.encode_sparse(x))).double().square().mean(0)
+    return (x - sae.decode(sae.encode_sparse(x), x)).double().square().mean(0)
 
 
 def spread(values: list[Any], digits: int) -> str:
