@@ -30,11 +30,11 @@ from sae_ray.study.root import recalled_plan
 from sae_ray.study.summary import CellSummary, summarise
 
 EXPANSION = 16
-ROUNDS, STEPS = 5, 4
+ROUNDS, STEPS = 3, 2
 """The methods take turns: rounds, the first of which does not count, and steps of each method in a round."""
 JUDGE_WIDTH = 768
 """Of the judge's embeddings, as DINOv2 has it."""
-SEEDS, FEATURES, RECOVERY_STEPS = 4, 48, 1200
+SEEDS, FEATURES, RECOVERY_STEPS = 2, 48, 1200
 NOISE = torch.tensor([0.03] * 16 + [0.6] * 16)
 """Standard deviation of the noise in each of 32 dimensions."""
 PURE = 0.75
