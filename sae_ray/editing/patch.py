@@ -65,7 +65,7 @@ class Patch:
 
 def save_patch(patch: Patch, path: str | Path) -> None:
     """Writes one file. Raises UsageError if it cannot be written."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
     for name, change in patch.changes.items():
@@ -78,7 +78,9 @@ def save_patch(patch: Patch, path: str | Path) -> None:
     target = Path(path).expanduser()
     partial = target.with_name(f"{target.name}.partial")
     try:
-        save_file({name: one.contiguous() for name, one in tensors.items()}, partial, {_FACTS: json.dumps(facts)})
+        partial.write_bytes(
+            save({name: one.contiguous() for name, one in tensors.items()}, {_FACTS: json.dumps(facts)})
+        )
         partial.replace(target)
     except OSError as error:
         raise UsageError(f"--out is {path}, which cannot be written ({error}); name another file") from error
