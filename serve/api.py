@@ -16,6 +16,7 @@ from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from sae_ray import report
+from sae_ray.encoders.sources import model_name
 from sae_ray.images import BadImage
 
 from .catalogue import SaeEntry, Sort, Summary
@@ -36,6 +37,7 @@ from .schemas import (
     Inspection,
     InspectRequest,
     Model,
+    ModelEdit,
     Models,
     Reply,
     Sae,
@@ -216,6 +218,14 @@ async def _lines(
         yield "data: [DONE]\n\n"
 
 
+def _model(service: Service) -> Model:
+    facts = service.edit
+    if facts is None:
+        return Model(id=service.model, created=service.started)
+    edit = ModelEdit(sae=model_name(facts.sae), feature=facts.latent, mode=facts.mode, scope=facts.scope)
+    return Model(id=service.model, created=service.started, edit=edit)
+
+
 def _add_features(app: FastAPI, service: Service) -> None:
     def entry_of(sae: str) -> SaeEntry:
         return service.sae(sae)
@@ -233,13 +243,13 @@ def _add_features(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def list_models() -> Models:
         """Lists the model: the LLaVA."""
-        return Models(data=[Model(id=service.model, created=service.started)])
+        return Models(data=[_model(service)])
 
     @app.get("/v1/models/{model:path}")
     async def get_model(model: str) -> Model:
         """Returns the model, if it has this id."""
         service.check_model(model)
-        return Model(id=service.model, created=service.started)
+        return _model(service)
 
     @app.get("/v1/saes")
     async def list_saes() -> Saes:

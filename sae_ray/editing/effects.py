@@ -30,6 +30,7 @@ EDIT_SCHEMA = pa.schema(
         ("concept", pa.string()),
         ("mode", pa.string()),
         ("scope", pa.string()),
+        ("keep", pa.string()),
         ("own_variance_left", pa.float64()),
         ("others_relative_change", pa.float64()),
         ("n_firing_before", pa.int64()),
@@ -38,6 +39,7 @@ EDIT_SCHEMA = pa.schema(
         ("locality", pa.float64()),
         ("generality", pa.float64()),
         ("unchanged", pa.float64()),
+        ("own_share_by_writer", pa.map_(pa.string(), pa.float64())),
     ]
 )
 _ROWS = 1024

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from sae_ray.editing.changes import Change, RankOne, Replaced
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.store.files import parent_and_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,31 +88,31 @@ def save_patch(patch: Patch, path: str | Path) -> None:
 
 
 def load_patch(path: str | Path) -> Patch:
-    """Reads what `save_patch` wrote.
+    """Reads what `save_patch` wrote, from a path or a URI.
 
     Raises:
         UsageError: there is no such file, it is no patch, or one of another version of sae-ray.
         SaeRayError: it is damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        with safe_open(Path(path).expanduser(), "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys() if _FACTS in metadata}  # noqa: SIM118
+        folder, name = parent_and_name(str(path))
+        data = folder.read_bytes(name)
     except OSError as error:
         raise UsageError(f"the patch {path} cannot be read ({error}); name what `sae-ray edit make` wrote") from error
-    except SafetensorError as error:
-        raise SaeRayError(f"the patch {path} is damaged ({error}); make it again") from error
-    if _FACTS not in metadata:
-        raise UsageError(f"{path} is not a patch; name what `sae-ray edit make` wrote")
     try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = header.get("__metadata__", {})
+        if _FACTS not in metadata:
+            raise UsageError(f"{path} is not a patch; name what `sae-ray edit make` wrote")
         values = json.loads(metadata[_FACTS])
         schema = values.pop("schema")
         if schema != SCHEMA:
             raise UsageError(f"the patch {path} has the schema {schema}; this version reads {SCHEMA}: make it again")
-        return Patch(_checked(Facts(**values)), _changes(tensors))
-    except (ValueError, KeyError, TypeError) as error:
+        return Patch(_checked(Facts(**values)), _changes(load(data)))
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise SaeRayError(f"the patch {path} is damaged ({error!r}); make it again") from error
 
 

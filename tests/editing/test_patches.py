@@ -313,4 +313,4 @@ def test_files_that_are_no_patches_are_refused(tiny_llava, tmp_path):
     with pytest.raises(SaeRayError, match="damaged"):
         load_patch(tmp_path / "bad.safetensors")
     with pytest.raises(UsageError, match=r"--out is .* cannot be written"):
-        save_patch(make_patch(tiny_llava, random_sae(32), LATENT, sae_name="s"), tmp_path / "none" / "p.safetensors")
+        save_patch(load_patch(good), good / "p.safetensors")
