@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 import torch
 
@@ -13,7 +13,7 @@ from sae_ray.concepts.labelling import image_classes, label_concepts
 from sae_ray.concepts.naming import class_names
 from sae_ray.editing import edited, load_patch, make_patch, save_patch
 from sae_ray.editing.effects import edit_table, on_codes, seen_by_reader
-from sae_ray.editing.patch import Patch
+from sae_ray.editing.patch import Facts, Patch
 from sae_ray.editing.trial import CODED_IMAGES, Trial, labelled
 from sae_ray.encoders import Site, load_encoder, load_preprocess
 from sae_ray.errors import SaeRayError, UsageError
@@ -21,7 +21,7 @@ from sae_ray.images import decode_image
 from sae_ray.images.part import Preparation, decode_part, read_file
 from sae_ray.sae import load_sae
 from sae_ray.scores.tables import ScoreTables
-from sae_ray.steering import load_llava, load_max_token
+from sae_ray.steering import load_llava
 from sae_ray.steering.protocol import Question, sample
 from sae_ray.store.files import parent_and_name
 from sae_ray.study.plan import StudyPlan, TrainPlan
@@ -85,17 +85,20 @@ class CellTrial:
     def row(self, patch: Patch) -> dict[str, Any]:
         """As `Trial.of_patch`."""
         concept, revision, models = self.concepts.get(patch.facts.latent), patch.facts.revision, self.plan.survey.models
-        if models.llava is not None and models.llava.tower.revision == revision:
+        llava = models.llava
+        if llava is not None and llava.tower.revision == revision:
+            _check_site(self.train.grid_cell.site, patch.facts, llava.layer)
             return self.trial.of_patch(patch, concept)
         patch.check_model(models.encoder.name, models.encoder.revision)
+        _check_site(self.train.grid_cell.site, patch.facts, None)
         return self._row_of_encoder(patch, concept)
 
     @cached_property
     def concepts(self) -> dict[int, str | None]:
         """Latent -> the class that it stands for, if it does."""
-        tables, classes = ScoreTables(self.pictures.step.folder), self.pictures.activations.images.labels
-        max_token = load_max_token(self.train.step.folder).numpy()
-        found = label_concepts(tables.scores, tables.top_images.image, image_classes(classes, self.ignored), max_token)
+        tables = ScoreTables(self.pictures.step.folder)
+        classes = image_classes(self.pictures.activations.images.labels, self.ignored)
+        found = label_concepts(tables.scores, tables.top_images.image, classes, tables.scores.max_token)
         return {one.latent: one.label for one in found}
 
     @cached_property
@@ -116,6 +119,7 @@ class CellTrial:
             class_names(self.images.labels),
             steering,
             self.plan.study.resources.steering.batch_size,
+            of_mlp=self.train.grid_cell.site.point == "mlp",
         )
 
     def _image(self, index: int) -> Image.Image:
@@ -124,7 +128,8 @@ class CellTrial:
 
     def _row_of_encoder(self, patch: Patch, concept: str | None) -> dict[str, Any]:
         encoder, facts = self.encoder, patch.facts
-        site = Site("projection") if facts.layer is None else Site("residual", facts.layer, "all")
+        point = self.train.grid_cell.site.point
+        site = Site("projection") if facts.layer is None else Site(point, facts.layer, "all")
         before = self._activations(site)
         with edited(encoder.tower.module, patch):
             after = seen_by_reader(patch, self.sae, before) if facts.layer is None else self._activations(site)
@@ -145,6 +150,27 @@ class CellTrial:
         ids = [images.ids[index] for index in sample(images.usable, CODED_IMAGES, self.plan.study.seed)]
         preparation = Preparation(load_preprocess(config.model, config.revision))
         return torch.from_numpy(decode_part(images.folder, ids, [preparation], rendering=images.rendering).pixels[0])
+
+
+def _check_site(site: Site, facts: Facts, read: int | None) -> None:
+    """Refuses a patch made with an SAE of another place than it changes. `read` is the block that a LLaVA reads."""
+    match facts.scope:
+        case "reader":
+            fits = (site.point, site.layer) == ("residual", read)
+        case "writers":
+            fits = (site.point, site.layer) == ("residual", facts.layer)
+        case "mlp":
+            fits = site.layer == facts.layer
+        case "projection":
+            fits = site.point == "projection"
+        case never:
+            assert_never(never)
+    if not fits:
+        at = f" of block {facts.layer}" if facts.layer is not None else ""
+        raise UsageError(
+            f"the patch has the scope {facts.scope}{at}, but its SAE is of the site {site.name}; make it again with an "
+            "SAE of that place, or for the SAE's own"
+        )
 
 
 def write(rows: Sequence[dict[str, Any]], file: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib.resources import files
 from pathlib import Path as FilePath
+from pathlib import PurePath
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Query, Request
@@ -16,7 +17,6 @@ from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from sae_ray import report
-from sae_ray.encoders.sources import model_name
 from sae_ray.images import BadImage
 
 from .catalogue import SaeEntry, Sort, Summary
@@ -222,7 +222,7 @@ def _model(service: Service) -> Model:
     facts = service.edit
     if facts is None:
         return Model(id=service.model, created=service.started)
-    edit = ModelEdit(sae=model_name(facts.sae), feature=facts.latent, mode=facts.mode, scope=facts.scope)
+    edit = ModelEdit(sae=PurePath(facts.sae).name, feature=facts.latent, mode=facts.mode, scope=facts.scope)
     return Model(id=service.model, created=service.started, edit=edit)
 
 

@@ -46,27 +46,29 @@ class Trial:
         class_name: Mapping[str, str],
         steering: Steering,
         batch_size: int,
+        of_mlp: bool = False,
     ):
         """
         Args:
+            sae: Of the residual stream after a block, or of the output of its MLP (`of_mlp`).
             asked: Questions without an edit, whose `concept` is the class of the image.
             image: Returns an image by its index.
             class_name: Class -> its readable name.
             batch_size: Answers that are generated together.
         """
         self.llava, self.sae, self.class_name, self.steering = llava, sae, class_name, steering
-        self._asked, self._image, self._batch_size = asked, image, batch_size
+        self._asked, self._image, self._batch_size, self._of_mlp = asked, image, batch_size, of_mlp
         self._before = self._answers(asked, steering)
 
     def of_patch(self, patch: Patch, concept: str | None) -> dict[str, Any]:
         """What a patch does. `concept` is the class that its latent stands for."""
         facts = patch.facts
-        layer, of_mlp = self.llava.layer if facts.layer is None else facts.layer, facts.mode == "vectors"
+        layer = self.llava.layer if facts.layer is None else facts.layer
         shares = WriterShares(self._tower, layer, direction_of(self.sae, facts.latent))
         with shares.watching():
-            before = self._seen(layer, of_mlp)
+            before = self._seen(layer)
         with edited(self.llava.model, patch):
-            after = seen_by_reader(patch, self.sae, before) if facts.scope == "reader" else self._seen(layer, of_mlp)
+            after = seen_by_reader(patch, self.sae, before) if facts.scope == "reader" else self._seen(layer)
             answers = self._answers(self._asked, self.steering)
         return {
             **labelled(facts, concept),
@@ -78,7 +80,7 @@ class Trial:
     def of_hook(self, latent: int, concept: str | None, error: OnError) -> dict[str, Any]:
         """What ablating the latent by a hook does, for comparison: the intervention of steering."""
         hook = Intervention(self.sae, (LatentEdit(latent, "ablate"),), error=error)
-        before = self._seen(self.llava.layer, False)
+        before = self._seen(self.llava.layer)
         asked = [question._replace(kind="suppression", latent=latent) for question in self._asked]
         answers = self._answers(asked, replace(self.steering, error=error))
         return {
@@ -102,12 +104,12 @@ class Trial:
         found = on_answers(self._asked, self._before, answers, concept, self.class_name, self.steering.prompt)
         return found._asdict()
 
-    def _seen(self, layer: int, of_mlp: bool) -> Float[Tensor, "rows d_in"]:
-        """The residual stream after a block, or the output of its MLP, on every token of the images."""
+    def _seen(self, layer: int) -> Float[Tensor, "rows d_in"]:
+        """What the SAE is of at a block, on every token of the images."""
         indices = list(dict.fromkeys(question.image_index for question in self._asked))[:CODED_IMAGES]
         block: Any = blocks_of(self._tower)[layer]
         outputs: list[Tensor] = []
-        module: torch.nn.Module = block.mlp if of_mlp else block
+        module: torch.nn.Module = block.mlp if self._of_mlp else block
         hook = module.register_forward_hook(lambda _, args, output: outputs.append(output))
         try:
             for start in range(0, len(indices), self._batch_size):
