@@ -557,7 +557,7 @@ def test_sites_that_do_not_exist_are_refused_with_what_there_is(loaded):
             with pytest.raises(UsageError, match=words):
                 refuse(info, site)
     encoder = loaded("dinov2")
-    with pytest.raises(UsageError, match="residual, pooled"):
+    with pytest.raises(UsageError, match="residual, mlp, pooled"):
         encoder.tap(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), [Site("projection")], ["a"], 0)
 
 
