@@ -90,6 +90,8 @@ class CellTrial:
             _check_site(self.train.grid_cell.site, patch.facts, llava.layer)
             return self.trial.of_patch(patch, concept)
         patch.check_model(models.encoder.name, models.encoder.revision)
+        if patch.facts.scope == "reader":
+            raise UsageError("the patch has the scope reader, but the study has no [steering]; add it with that LLaVA")
         _check_site(self.train.grid_cell.site, patch.facts, None)
         return self._row_of_encoder(patch, concept)
 

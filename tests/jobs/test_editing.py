@@ -16,8 +16,10 @@ from sae_ray.encoders.sources import directory_digest
 from sae_ray.sae import load_sae
 from sae_ray.steering import load_llava
 from sae_ray.store.files import Folder
+from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import recalled_plan, remember
 from tests.jobs.test_ask import refused, save_random_sae
+from tests.small_study import finish_study, plan_study
 
 LATENT = 5
 
@@ -156,3 +158,39 @@ def test_patches_that_the_study_cannot_evaluate_are_refused(root, make, tmp_path
         "latent is 99",
     )
     assert not Folder(tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def clip_study(tiny_llava, tiny_clip, tiny_judge, tmp_path_factory) -> StudyPlan:
+    """A study of a CLIP, with an SAE of its embedding and one of an MLP's output."""
+    values = {
+        "encoder.model": tiny_clip,
+        "grid": [{"sites": ["projection", "layer1.mlp:all"], "expansions": [2], "k": [4]}],
+        **dict.fromkeys(("concepts", "steering", "naming")),
+    }
+    plan = finish_study(
+        plan_study(tmp_path_factory.mktemp("clip") / "study", tiny_llava, tiny_clip, tiny_judge, **values)
+    )
+    remember(plan)
+    return plan
+
+
+def test_patches_of_an_encoder_are_compared_on_its_activations(clip_study, make, tiny_clip, tmp_path):
+    saes = {train.grid_cell.site.name: train.step.folder.path for train in clip_study.trains}
+    embedding, of_mlp = saes["projection"], saes["layer1.mlp.all"]
+    files = [
+        make(model=tiny_clip, sae=embedding),
+        make(model=tiny_clip, sae=of_mlp, scope="mlp", layer=1),
+        make(model=tiny_clip, sae=of_mlp, mode="vectors", layer=1, kappa=0.3, value=-2.0),
+    ]
+    options = ["--root", clip_study.root.path, "--out", tmp_path / "edit.parquet", "--json"]
+    projected, own_mlp, vectors = json.loads(done("edit", "evaluate", *files, *options))
+    assert [row["scope"] for row in (projected, own_mlp, vectors)] == ["projection", "mlp", "mlp"]
+    assert projected["own_variance_left"] < 1e-10
+    assert own_mlp["own_variance_left"] < 1e-10
+    assert vectors["own_variance_left"] > 1e-6
+    assert vectors["others_relative_change"] > 0
+    [*_, row] = pq.read_table(tmp_path / "edit.parquet").to_pylist()
+    assert (row["mode"], row["reliability"], row["own_share_by_writer"]) == ("vectors", None, None)
+    misplaced = make(model=tiny_clip, sae=of_mlp, scope="writers", layer=1)
+    refused(call("edit", "evaluate", misplaced, *options), "the scope writers of block 1", "site layer1.mlp.all")
