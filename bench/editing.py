@@ -11,11 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from sae_ray.jobs.editing import CellTrial
 
 from bench.record import Table, record
 from sae_ray.editing import make_patch
-from sae_ray.study.root import recalled_plan
+from sae_ray.store.files import Folder
+from sae_ray.study.config import Study
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.root import recall
 
 DESCRIBE = "Describe the image."
 """A question whose answers name the shape in the middle of a sentence."""
@@ -42,6 +46,14 @@ MEASURES = {
 DIGITS = 3
 
 
+def plan_of(root: str) -> StudyPlan:
+    """The study's, with larger batches: the model is so small that a batch takes as long as an answer."""
+    memory = recall(Folder(root))
+    assert memory is not None, "the root of a finished study"
+    study = Study.from_dict(memory.study.to_dict(), {"resources.steering.batch_size": 480})
+    return StudyPlan(study, Folder(root), memory.survey)
+
+
 def best_latents(trial: CellTrial) -> list[int]:
     """Of every shape, as the steering stage found them."""
     [steered] = [one for one in trial.plan.steerings if one.name == trial.train.grid_cell.name]
@@ -54,8 +66,10 @@ def rows_of(trial: CellTrial, latents: Sequence[int]) -> Iterator[tuple[str, lis
     llava = trial.plan.study.steering.llava if trial.plan.study.steering else ""
     for title, settings in EDITS.items():
         patches = [make_patch(llava, trial.sae, latent, sae_name="", **settings) for latent in latents]
+        print(title, flush=True)
         yield title, [trial.row(patch) for patch in patches]
     for title, error in HOOKS.items():
+        print(title, flush=True)
         yield title, [trial.trial.of_hook(latent, trial.concepts[latent], error) for latent in latents]
 
 
@@ -69,7 +83,8 @@ def rounded(value: float | None) -> float | None:
 
 
 def main() -> None:
-    plan = recalled_plan(sys.argv[1])
+    torch.set_num_threads(1)  # more of them wait for one another
+    plan = plan_of(sys.argv[1])
     steering = plan.study.steering
     assert steering is not None, "a study with [steering]"
     trial = CellTrial(plan, plan.steerings[0].sae, [*steering.other_prompts, DESCRIBE], "cpu")
