@@ -15,7 +15,11 @@ import torch
 from sae_ray.jobs.editing import CellTrial
 
 from bench.record import Table, record
+from sae_ray.concepts.labelling import image_classes, label_concepts
 from sae_ray.editing import make_patch
+from sae_ray.scores.tables import ScoreTables
+from sae_ray.steering import load_max_token
+from sae_ray.steering.protocol import choose_subjects
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
@@ -55,10 +59,13 @@ def plan_of(root: str) -> StudyPlan:
 
 
 def best_latents(trial: CellTrial) -> list[int]:
-    """Of every shape, as the steering stage found them."""
-    [steered] = [one for one in trial.plan.steerings if one.name == trial.train.grid_cell.name]
-    rows = steered.step.folder.read_parquet("concepts.parquet").to_pylist()
-    return [row["latent"] for row in rows if row["is_best"]]
+    """Of every shape, as the steering stage chooses them."""
+    steering = trial.plan.study.steering
+    assert steering is not None, "a study with [steering]"
+    tables, max_token = ScoreTables(trial.pictures.step.folder), load_max_token(trial.train.step.folder)
+    classes = image_classes(trial.pictures.activations.images.labels, steering.ignore_labels)
+    found = label_concepts(tables.scores, tables.top_images.image, classes, max_token.numpy())
+    return [one.latent for one in choose_subjects(found, [], steering).best]
 
 
 def rows_of(trial: CellTrial, latents: Sequence[int]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

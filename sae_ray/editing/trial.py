@@ -13,7 +13,7 @@ from sae_ray.editing.effects import WriterShares, on_answers, on_codes, seen_by_
 from sae_ray.editing.operators import direction_of
 from sae_ray.encoders.transformers_models import blocks_of
 from sae_ray.steering.interventions import Intervention, LatentEdit
-from sae_ray.steering.respondent import Respondent
+from sae_ray.steering.respondent import Directions, Respondent
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -98,7 +98,7 @@ class Trial:
         return self.llava.model.model.vision_tower
 
     def _answers(self, asked: Sequence[Question], steering: Steering) -> list[str]:
-        return Respondent(self.llava, self.sae, {}, steering).answers(asked, self._image, self._batch_size)
+        return Respondent(self.llava, self.sae, Directions(), steering).answers(asked, self._image, self._batch_size)
 
     def _compared(self, answers: Sequence[str], concept: str | None) -> dict[str, float | None]:
         found = on_answers(self._asked, self._before, answers, concept, self.class_name, self.steering.prompt)
