@@ -108,7 +108,7 @@ class Trial:
         """What the SAE is of at a block, on every token of the images."""
         indices = list(dict.fromkeys(question.image_index for question in self._asked))[:CODED_IMAGES]
         block: Any = blocks_of(self._tower)[layer]
-        outputs: list[Tensor] = []
+        outputs: list[Any] = []
         module: torch.nn.Module = block.mlp if self._of_mlp else block
         hook = module.register_forward_hook(lambda _, args, output: outputs.append(output))
         try:
