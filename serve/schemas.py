@@ -338,11 +338,22 @@ class SteerResponse(BaseModel):
     usage: Usage
 
 
+class ModelEdit(BaseModel):
+    """What was taken out of the model's weights."""
+
+    sae: str
+    feature: int
+    mode: str
+    scope: str
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "sae-ray"
+    edit: ModelEdit | None = None
+    """If the server was started with a patch of the weights."""
 
 
 class Models(BaseModel):

@@ -110,7 +110,8 @@ class Grid:
 
     sites: tuple[str, ...]
     """Where activations are taken from the encoder: `layer<L>:<tokens>` is the residual stream after block L (counted
-    from 0), with tokens `cls`, `mean`, `all` or `random:<n>`; or `projection`, or `pooled`."""
+    from 0), with tokens `cls`, `mean`, `all` or `random:<n>`; `layer<L>.mlp:<tokens>` is the output of that block's
+    MLP; or `projection`, or `pooled`."""
     architectures: tuple[str, ...] = ("batch_topk",)
     """Kinds of autoencoder, such as `batch_topk` or `relu`."""
     expansions: tuple[float, ...] = (8.0,)

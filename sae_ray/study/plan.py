@@ -600,7 +600,8 @@ class StudyPlan:
         steered = [
             train
             for train in self.trains
-            if train.grid_cell.site.layer == layer and train.grid_cell.site.tokens not in ("cls", "mean")
+            if (train.grid_cell.site.point, train.grid_cell.site.layer) == ("residual", layer)
+            and train.grid_cell.site.tokens not in ("cls", "mean")
         ]
         if not steered:
             raise UsageError(
