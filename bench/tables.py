@@ -11,7 +11,7 @@ from typing import Any
 from bench.record import RESULTS
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = (DOCS / "speed.md", DOCS / "cluster.md", DOCS / "concepts.md", DOCS / "training.md")
+PAGES = sorted(DOCS.glob("*.md"))
 FAULTS = DOCS / "faults"
 """One file per test: what it showed. `pytest --record-faults` rewrites them."""
 PLACE = re.compile(r"<!-- bench: (\w+) -->\n.*?<!-- end -->", re.DOTALL)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from sae_ray.editing import edited, load_patch
 from sae_ray.encoders.base import placement
 from sae_ray.errors import UsageError
 from sae_ray.images import BadImage, decode_image
@@ -18,6 +20,7 @@ from sae_ray.store.files import parent_and_name
 from sae_ray.text_table import table_lines
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
 WHITE = "white"
@@ -27,8 +30,9 @@ def steered_answers(
     image: str,
     prompt: str,
     llava: str,
-    sae: str,
     *,
+    sae: str | None,
+    edit: str | None,
     asked: Sequence[dict[str, Any]],
     max_new_tokens: int,
     device: str,
@@ -36,24 +40,36 @@ def steered_answers(
 ) -> dict[str, Any]:
     """The unsteered answer of the LLaVA and one answer per intervention, as plain values.
 
+    With `edit`, a patch, the answers are those of the edited LLaVA, and its answer without an intervention is among
+    them; the unsteered one is that of the LLaVA as it is.
+
     Args:
         image: A path or URI, or `white`.
         asked: The interventions, as `Intervention.from_dict` takes them.
 
     Raises:
-        UsageError: The image, a model or an intervention is invalid.
-        SaeRayError: The SAE's files are damaged.
+        UsageError: The image, a model, the patch or an intervention is invalid.
+        SaeRayError: Files of the SAE or the patch are damaged.
     """
-    target, _ = placement(device, dtype)
-    loaded = load_sae(sae).to(target)
-    folder = sae_folder(sae)
-    max_token = load_max_token(folder) if folder.exists(LATENTS_FILE) else None
-    interventions = [Intervention.from_dict(values, loaded, max_token) for values in asked]
+    interventions = _interventions(sae, asked, placement(device, dtype)[0])
+    patch = None if edit is None else load_patch(edit)
     picture = None if image == WHITE else _image(image)
     model = load_llava(llava, device=device, dtype=dtype)
-    chains = [(), *((one,) for one in interventions)]
-    shown = [picture or model.white()] * len(chains)
-    unsteered, *steered = model.answers(shown, [prompt] * len(chains), chains, max_new_tokens)
+    shown = picture or model.white()
+
+    def answers(chains: Sequence[Sequence[Intervention]]) -> list[str]:
+        return model.answers([shown] * len(chains), [prompt] * len(chains), chains, max_new_tokens)
+
+    chains = [(one,) for one in interventions]
+    said = {}
+    if patch is None:
+        unsteered, *steered = answers([(), *chains])
+    else:
+        patch.check_model(model.info.name, model.info.revision)
+        [unsteered] = answers([()])
+        with edited(model.model, patch):
+            said["edited"], *steered = answers([(), *chains])
+        said["edit"] = {"patch": edit, **asdict(patch.facts)}
     return {
         "image": image,
         "prompt": prompt,
@@ -61,11 +77,22 @@ def steered_answers(
         "revision": model.info.revision,
         "sae": sae,
         "unsteered": unsteered,
+        **said,
         "steered": [
             {"intervention": one.to_dict(), "answer": answer}
             for one, answer in zip(interventions, steered, strict=True)
         ],
     }
+
+
+def _interventions(sae: str | None, asked: Sequence[dict[str, Any]], device: torch.device) -> list[Intervention]:
+    if not asked:
+        return []
+    if sae is None:
+        raise UsageError("--sae is missing; name the directory of the SAE whose latents are edited")
+    loaded, folder = load_sae(sae).to(device), sae_folder(sae)
+    max_token = load_max_token(folder) if folder.exists(LATENTS_FILE) else None
+    return [Intervention.from_dict(values, loaded, max_token) for values in asked]
 
 
 def interventions_asked(
@@ -76,8 +103,10 @@ def interventions_asked(
     tokens: Sequence[int],
     file: str | None,
     sweep: str | None,
+    is_edited: bool = False,
 ) -> list[dict[str, Any]]:
-    """The interventions that the options describe: one table per answer, several for a sweep.
+    """The interventions that the options describe: one table per answer, several for a sweep. There may be none if
+    the LLaVA's weights are edited.
 
     Raises UsageError if options contradict each other or cannot be read.
     """
@@ -89,9 +118,13 @@ def interventions_asked(
             )
         return [_read_json(file)]
     if not latents:
+        if is_edited and not (mode or error or isolate or tokens or sweep):
+            return []
         raise UsageError("no latent: give one, as in --latent 39=40, or give --intervention FILE")
     edits = [_edit(text, mode, swept=sweep is not None) for text in latents]
     strengths = [{}] if sweep is None else [_strength(text.strip(), "--sweep") for text in sweep.split(",")]
+    if mode == "balanced" and error is None:
+        error = "keep"  # it knows no other
     rest = {"error": error, "isolate": isolate or None, "tokens": list(tokens) or None}
     rest = {key: value for key, value in rest.items() if value is not None}
     return [{"edits": [edit | strength for edit in edits], **rest} for strength in strengths]
@@ -99,15 +132,20 @@ def interventions_asked(
 
 def lines(result: dict[str, Any], sweep: str | None) -> list[str]:
     """The answers side by side; for a sweep one below the other."""
+    without = [("unsteered", result["unsteered"])]
+    if "edit" in result:
+        facts = result["edit"]
+        without.append((f"edited: latent {facts['latent']} out ({facts['mode']}, {facts['scope']})", result["edited"]))
     if sweep is None:
-        [steered] = result["steered"]
-        changes = ", ".join(_change(edit) for edit in steered["intervention"]["edits"])
-        columns = [("unsteered", result["unsteered"]), (f"steered: {changes or 'no latent edited'}", steered["answer"])]
+        columns = list(without)
+        for steered in result["steered"]:
+            changes = ", ".join(_change(edit) for edit in steered["intervention"]["edits"])
+            columns.append((f"steered: {changes or 'no latent edited'}", steered["answer"]))
         rows = list(zip(*columns, strict=True))
-    else:
-        strengths = [text.strip() for text in sweep.split(",")]
-        answers = [steered["answer"] for steered in result["steered"]]
-        rows = [("strength", "answer"), ("unsteered", result["unsteered"]), *zip(strengths, answers, strict=True)]
+        return table_lines(rows, "<" * len(columns))
+    strengths = [text.strip() for text in sweep.split(",")]
+    answers = [steered["answer"] for steered in result["steered"]]
+    rows = [("strength", "answer"), *without, *zip(strengths, answers, strict=True)]
     return table_lines(rows, "<<")
 
 
@@ -139,7 +177,13 @@ def _strength(text: str, where: str) -> dict[str, Any]:
 
 def _change(edit: dict[str, Any]) -> str:
     amount = f"{edit['strength']:g}{' × max' if edit['unit'] == 'max' else ''}"
-    what = {"set": f"set to {amount}", "add": f"plus {amount}", "scale": f"times {amount}", "ablate": "ablated"}
+    what = {
+        "set": f"set to {amount}",
+        "add": f"plus {amount}",
+        "scale": f"times {amount}",
+        "ablate": "ablated",
+        "balanced": f"pushed by {amount} of the length of tokens",
+    }
     return f"latent {edit['latent']} {what[edit['mode']]}"
 
 

@@ -13,13 +13,12 @@ from sae_ray.concepts.config import Concepts, Patches
 from sae_ray.concepts.summary import Cell, comparison_lines, concept_lines
 from sae_ray.concepts.tables import ConceptTables
 from sae_ray.encoders.sources import named_by
-from sae_ray.errors import UsageError
 from sae_ray.store.activations import PIECE_BYTES
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, check_shared
 from sae_ray.study.concepts import Asked, asked
 from sae_ray.study.plan import ConceptsPlan, StudyPlan
-from sae_ray.study.survey import survey_files
+from sae_ray.study.survey import check_files
 
 from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share
 from .progress import Progress, say
@@ -48,11 +47,7 @@ def check(plan: StudyPlan) -> None:
 
     Raises as `run`; and UsageError if the concept file or the vocabulary has changed since the root was planned.
     """
-    if survey_files(plan.study.concepts) != plan.survey.files:
-        raise UsageError(
-            "concepts.file or concepts.vocabulary has changed since the root was planned; use `sae-ray run` with the "
-            "same study, which reads it again and measures anew"
-        )
+    check_files(plan.study, plan.survey)
     if unfinished(plan.concepts):
         for note in asked(plan).notes:
             say(f"concepts: {note}")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 from sae_ray.sae import BundleJob, CellJob
 from sae_ray.study.plan import StudyPlan, TrainPlan
+from sae_ray.study.weights import significance
+
+if TYPE_CHECKING:
+    from sae_ray.sae.targets import Targets
 
 ALONE = 4096 * 2**26
 """Multiply-adds per step of a cell that hides the reading of its batches: 65,536 latents of 1,024 dimensions."""
@@ -25,7 +30,13 @@ PACES = {"cpu": Pace(step=4e7, worker=1e11), "cuda": Pace(step=1e11, worker=2e14
 """From steps of small and of large widths, on a core and on an H200 (`docs/speed.md`)."""
 
 
-def bundles(plan: StudyPlan, todo: Sequence[TrainPlan], slots: int, device: str) -> list[BundleJob]:
+def bundles(
+    plan: StudyPlan,
+    todo: Sequence[TrainPlan],
+    slots: int,
+    device: str,
+    targets: Mapping[str, Targets] = MappingProxyType({}),
+) -> list[BundleJob]:
     """Cells that read the same activations in the same order, packed so that the bundles keep `slots` busy; the most
     work comes first.
 
@@ -35,6 +46,7 @@ def bundles(plan: StudyPlan, todo: Sequence[TrainPlan], slots: int, device: str)
     Args:
         slots: how many bundles are trained at once.
         device: `cpu` or `cuda`.
+        targets: of `targets_of`, for guided cells.
     """
     resources, pace = plan.study.resources.train, PACES[device]
     share = max(sum(work(train, pace) for train in todo) / slots, pace.worker)
@@ -54,13 +66,26 @@ def bundles(plan: StudyPlan, todo: Sequence[TrainPlan], slots: int, device: str)
     return [
         BundleJob(
             activations=bundle[0].activations.step.folder,
-            cells=tuple(CellJob(train.step, train.grid_cell.cell) for train in bundle),
+            cells=tuple(cell_job(train, targets) for train in bundle),
             stream_seed=bundle[0].stream_seed,
             shuffle_rows=plan.study.shuffle_rows,
             checkpoint_every=resources.checkpoint_every,
         )
         for _, bundle in packed
     ]
+
+
+def cell_job(train: TrainPlan, targets: Mapping[str, Targets]) -> CellJob:
+    """With what the driver reads for it. Raises as `significance` does."""
+    cell, found = train.grid_cell.cell, significance(train)
+    return CellJob(
+        train.step,
+        cell,
+        targets=targets[cell.settings.concepts] if cell.guided else None,
+        significance=None if found is None else tuple(found.tolist()),
+        init_digest=train.step.config["init"],
+        embeddings=train.embeddings and train.embeddings.step.folder,
+    )
 
 
 def stream(train: TrainPlan) -> tuple[str, int]:

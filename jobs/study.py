@@ -35,6 +35,7 @@ def run(plan: StudyPlan) -> dict:
         say(f"{plan.study.name}: all {len(steps)} steps are done, nothing left to do")
     check_models(models_needed(plan.extracts, plan.concepts, plan.steerings, plan.namings))
     concepts.check(plan)
+    train.check(plan)
     extract.run(plan)
     train.run(plan)
     evaluate.run(plan)

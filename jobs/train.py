@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae_ray.sae import BundleJob, CellReport, train_cells
+from sae_ray.sae.weighing import told
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
+from sae_ray.study.guidance import targets_of
 from sae_ray.study.plan import StudyPlan, TrainPlan
 from sae_ray.study.trained import cautions
+from sae_ray.study.weights import weights_ratio
 
+from . import score
 from .cluster import beside_driver, gpus_or_default, require, slots, user_error
 from .metrics import count_failure
 from .placement import bundles
 from .progress import Progress, pace_of, say
 from .stage import Failures, at_work, unfinished
+
+if TYPE_CHECKING:
+    from sae_ray.sae.targets import Targets
 
 REPORT_SECONDS = 1.0
 """Between what workers tell of their cells."""
@@ -29,23 +36,31 @@ STEPS_PER_LOOK = 200
 
 
 def run(plan: StudyPlan) -> None:
-    """Trains the SAEs of the study that are not trained yet.
+    """Trains the SAEs of the study that are not trained yet, and before that scores raw neurons that weigh dimensions.
 
     A cell whose loss stops being finite is recorded as failed and reported; the others go on.
 
     Raises:
+        UsageError: guided SAEs cannot learn what they are told to (`targets_of`).
         SaeRayError: the activations are missing, the disk is too full, a bundle kept losing workers, another driver is
             at work on the same cell.
     """
     todo = unfinished(plan.trains)
+    score.run_only(plan, [train.raw_scores for train in todo if train.raw_scores is not None])
     if todo:
         for caution in cautions(plan.study):
             say(caution)
         with at_work(plan.root, "train", todo) as failures:
-            _fit(plan, todo, failures)
+            _fit(plan, todo, targets_of(plan, todo, plan.images["train"]), failures)
 
 
-def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], failures: Failures) -> None:
+def check(plan: StudyPlan) -> None:
+    """Reads what the unfinished guided SAEs are to learn, for both image sets. Raises as `targets_of`."""
+    for images in plan.images.values():
+        targets_of(plan, unfinished(plan.trains), images)
+
+
+def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets], failures: Failures) -> None:
     import ray
 
     resources = plan.study.resources.train
@@ -64,10 +79,11 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], failures: Failures) -> None
     # that are lost with their node, so it must not be lost itself.
     fit = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=beside_driver())(fit_bundle)
 
-    waiting = bundles(plan, todo, at_once, "cuda" if gpus else "cpu")
+    waiting = bundles(plan, todo, at_once, "cuda" if gpus else "cpu", targets)
     running: dict[Any, BundleJob] = {}
     total = sum(bundle.steps * len(bundle.cells) for bundle in waiting)
     problems: list[Exception] = []
+    told_early = {train.step.name for train in todo if tell_weights(train)}
     with Progress(f"train {len(todo)} SAEs", total, "steps", steps=[train.step for train in todo]) as progress:
         board = progress.board()
         while waiting or running:
@@ -85,10 +101,20 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], failures: Failures) -> None
         if reason := train.step.failure:
             count_failure(train.step)
             say(f"{train.grid_cell.name} failed: {reason}")
+        elif train.step.name not in told_early:
+            tell_weights(train)
     for problem in problems[1:]:
         say(f"another bundle failed: {user_error(problem) or problem}")
     if problems:
         raise problems[0]
+
+
+def tell_weights(train: TrainPlan) -> bool:
+    """Says how much the weights of a cell differ, if it is known."""
+    ratio = weights_ratio(train)
+    if ratio is not None:
+        say(f"{train.grid_cell.name}: {told(ratio)}")
+    return ratio is not None
 
 
 def fit_bundle(bundle: BundleJob, scaling: dict[str, Any], root: Folder, board: Any) -> None:

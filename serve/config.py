@@ -95,6 +95,8 @@ class ServeConfig(Selection):
     """The LLaVA: a directory (a path or a URI) or a Hugging Face model id. Default: the study's."""
     revision: str | None = None
     """Revision of the LLaVA on the hub."""
+    edit: str | None = None
+    """A patch of `sae-ray edit make` (a path or a URI): the LLaVA is served with its weights edited. Default: none."""
     device: str = "cpu"
     """The torch device of the LLaVA."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

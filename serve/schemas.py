@@ -31,8 +31,8 @@ class Feature(Schema):
     unit: Literal["absolute", "max"] = "absolute"
     """`max`: strength is a multiple of the feature's largest value on a token. For `set` and `add` only."""
     mode: Mode | Literal["clamp", "pin", "nudge", "mul", "suppress"] = "set"
-    """`set`, `add`, `scale` or `ablate`. Aliases: `clamp` and `pin` for `set`, `nudge` for `add`, `mul` for `scale`,
-    `suppress` for `ablate`."""
+    """`set`, `add`, `scale`, `ablate` or `balanced` (which needs `error` `keep`). Aliases: `clamp` and `pin` for `set`,
+    `nudge` for `add`, `mul` for `scale`, `suppress` for `ablate`."""
 
     @model_validator(mode="after")
     def _strength_where_it_belongs(self) -> Feature:
@@ -338,11 +338,22 @@ class SteerResponse(BaseModel):
     usage: Usage
 
 
+class ModelEdit(BaseModel):
+    """What was taken out of the model's weights."""
+
+    sae: str
+    feature: int
+    mode: str
+    scope: str
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "sae-ray"
+    edit: ModelEdit | None = None
+    """If the server was started with a patch of the weights."""
 
 
 class Models(BaseModel):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sae_ray.editing import load_patch
 from sae_ray.encoders.loading import load_preprocess
 from sae_ray.encoders.sources import model_name
 
@@ -119,6 +120,7 @@ class Service:
         self.limiter = Limiter(config.limits.max_running, config.limits.max_waiting)
         self.metrics = Metrics(self.limiter)
         self.model = model_name(config.model)
+        self.edit = None if config.edit is None else load_patch(config.edit).facts
         self.started = int(time.time())
 
     def load_saes(self, wanted: Selection) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from ray import serve
 
+from sae_ray.editing import load_edited
 from sae_ray.errors import UsageError
 from sae_ray.host import to_host
 from sae_ray.sae import SAE, load_sae
@@ -66,7 +67,11 @@ class Tower:
     """Embeds images. A replica loads an SAE on first use, so that SAEs can change without a restart."""
 
     def __init__(self, config: ServeConfig):
-        self.llava = load_llava(config.model, config.revision, config.device, config.dtype)
+        place = (config.revision, config.device, config.dtype)
+        if config.edit is None:
+            self.llava = load_llava(config.model, *place)
+        else:
+            self.llava = load_edited(config.model, config.edit, *place)
         # The language model has its own deployment. If that is on the same GPU, it needs the memory.
         del self.llava.model.model.language_model, self.llava.model.lm_head
         torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
 """Concept files: CSV with `image_id,<concept>,…`, for images that show any number of concepts.
 
-A value is 1 (the image shows the concept), 0 (it does not) or empty (unknown; so is -1, CheXpert's "uncertain"). The
+A value is 1 (the image shows the concept), 0 (it does not) or empty (unknown; so is -1, CheXpert's "uncertain"). Guided
+SAEs also learn fractions, which tell how far the image shows it. The
 rules for rows are those of label files (`sae_ray.images.labels`): every image must have a row, though all of its values
 may be empty; rows of absent images are ignored; paths may be spelled otherwise; commas, semicolons, tabs or bars
 separate the columns.
@@ -11,6 +12,8 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +22,9 @@ from sae_ray.errors import UsageError
 from sae_ray.images.labels import check_rows, csv_reader, text_of
 from sae_ray.images.meeting import meetings, prefixes
 from sae_ray.store.files import Folder, parent_and_name
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 FORMS = "a concept file is CSV with the header image_id,<concept>,… and the values 1, 0 or empty"
 VALUES = {"": np.nan, "1": 1.0, "0": 0.0, "-1": np.nan, "1.0": 1.0, "0.0": 0.0, "-1.0": np.nan}
@@ -35,6 +41,21 @@ def read_concepts(file: str, folder: Folder, image_ids: Sequence[str]) -> Labels
     Raises:
         UsageError: The file cannot be read, has no concept, a row is incomplete or appears twice, a value is not one of
             the above, or an image has no row.
+    """
+    concepts, matrix = read_values(file, folder, image_ids)
+    return Labels.of(matrix, concepts)
+
+
+def read_values(
+    file: str, folder: Folder, image_ids: Sequence[str], fractions: bool = False
+) -> tuple[list[str], Float[np.ndarray, "images concepts"]]:
+    """The sorted names of concepts, and the values of images: NaN where one is unknown.
+
+    Args:
+        file, folder, image_ids: as in `read_concepts`.
+        fractions: whether values between 0 and 1 are allowed.
+
+    Raises as `read_concepts`.
     """
     rows = csv_reader(text_of(file, FORMS), [["image_id"]])
     header = [name or "" for name in rows.fieldnames or []]
@@ -54,7 +75,9 @@ def read_concepts(file: str, folder: Folder, image_ids: Sequence[str]) -> Labels
                 raise UsageError(f"{where}: it has not as many values as the header has columns; give every row all")
             if image_id in found:
                 raise UsageError(f"{where}: {image_id!r} already has a row; keep one of them")
-            found[image_id] = [_value(text, name, where) for name, text in zip(concepts, values, strict=True)]
+            found[image_id] = [
+                _value(text, name, where, fractions) for name, text in zip(concepts, values, strict=True)
+            ]
     except csv.Error as error:
         raise UsageError(f"{file}, row {rows.line_num}: {error}; fix the row") from error
 
@@ -65,13 +88,17 @@ def read_concepts(file: str, folder: Folder, image_ids: Sequence[str]) -> Labels
     check_rows(file, folder, keys, row_of, found, "with empty values if nothing is known of the image")
     unknown = [np.nan] * len(concepts)
     matrix = [found[row_of[image_id]] if image_id in row_of else unknown for image_id in image_ids]
-    return Labels.of(np.array(matrix).reshape(len(image_ids), len(concepts)), concepts)
+    return concepts, np.array(matrix, np.float64).reshape(len(image_ids), len(concepts))
 
 
-def _value(text: str, name: str, where: str) -> float:
-    try:
-        return VALUES[text.strip()]
-    except KeyError:
+def _value(text: str, name: str, where: str, fractions: bool) -> float:
+    known = VALUES.get(text.strip())
+    if known is None and fractions:
+        with suppress(ValueError):
+            known = float(text)
+    if known is None or known < 0 or known > 1:
+        forms = "a number from 0 to 1" if fractions else "1, 0"
         raise UsageError(
-            f"{where}: {name} is {text!r}; give 1, 0 or nothing where it is unknown (-1 counts as nothing)"
-        ) from None
+            f"{where}: {name} is {text!r}; give {forms} or nothing where it is unknown (-1 counts as nothing)"
+        )
+    return known

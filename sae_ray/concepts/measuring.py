@@ -61,7 +61,9 @@ def measure(
         UsageError: the SAE takes activations of another width.
         SaeRayError: the images of `texts` are others.
     """
-    images = image_codes(sae, store, "tpp" in settings.measures, after_images)
+    # A latent's part in an activation is its code times its decoder row, unless rows are standardised.
+    with_tpp = "tpp" in settings.measures and not (sae is not None and sae.kind.standardises_rows)
+    images = image_codes(sae, store, with_tpp, after_images)
     decoder = None if sae is None else as_numpy(sae.W_dec)
     labels = None if labels is None else labels.take(images.image_index)
     top_images = top_positions(images.codes, TOP_IMAGES)

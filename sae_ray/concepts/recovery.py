@@ -14,8 +14,8 @@ import numpy as np
 from sae_ray.concepts.atoms import coherence
 from sae_ray.concepts.inputs import as_numpy
 from sae_ray.concepts.overlap import live_neurons
-from sae_ray.concepts.second_moment import RIDGE, whitening
 from sae_ray.errors import UsageError
+from sae_ray.sae.second_moment import RIDGE, whitening
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -71,7 +71,7 @@ def q_star(decoder: Any, second_moment: Any, l0: Any, *, ridge: float = RIDGE, l
     chosen = atoms[live_neurons(atoms, live) if live is not None else atoms.any(axis=1)]
     if len(chosen) < 2:
         raise UsageError(f"decoder has {len(chosen)} live latents; q* compares at least two")
-    metric = whitening(second_moment, ridge)
+    metric = whitening(as_numpy(second_moment), ridge)
     found = coherence(chosen @ metric.matrix, max_k=max(1, int(density.max())))
     of_atoms = np.bincount(np.minimum(k_unique(found.coherence), len(found.pairs) - 1).astype(np.int64))
     limit = largest_k(*chosen.shape)

@@ -58,10 +58,12 @@ class EncoderInfo:
         rows = round((n_patches * self.image_size[0] / self.image_size[1]) ** 0.5)
         return rows, n_patches // rows
 
-    def width(self, point: Literal["residual", "projection", "pooled"]) -> int | None:
+    def width(self, point: Literal["residual", "mlp", "projection", "pooled"]) -> int | None:
         match point:
             case "residual":
                 return self.residual_width
+            case "mlp":  # open_clip's towers name their MLPs in many ways
+                return None if self.family == "open_clip" else self.residual_width
             case "projection":
                 return self.projection_width
             case "pooled":
@@ -77,7 +79,7 @@ def check_site(info: EncoderInfo, site: Site) -> None:
         UsageError: The site does not exist; the message names those that do.
     """
     if info.width(site.point) is None:
-        there = [point for point in ("residual", "projection", "pooled") if info.width(point) is not None]
+        there = [point for point in ("residual", "mlp", "projection", "pooled") if info.width(point) is not None]
         raise UsageError(f"point is {site.point!r}, which {info.name} does not have; it has {', '.join(there)}")
     if site.layer is not None and site.layer >= info.n_layers:
         raise UsageError(

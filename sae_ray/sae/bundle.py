@@ -9,17 +9,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae.calibration import calibrated
-from sae_ray.sae.formats import save_latents, save_sae
+from sae_ray.sae.formats import load_sae, save_latents, save_sae
 from sae_ray.sae.metrics import measure_latents
+from sae_ray.sae.monosemanticity import embeddings_by_image
 from sae_ray.sae.ranks import ALONE
-from sae_ray.sae.scaling import Scaling
+from sae_ray.sae.scaling import AS_THEY_ARE, Scaling
+from sae_ray.sae.second_moment import SecondMoment
+from sae_ray.sae.starting import start_from, start_whitened, weights_digest
 from sae_ray.sae.training import CellTrainer, NonFiniteLoss, StepMetrics
+from sae_ray.sae.weighing import Weighing, by_variance
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.checkpoints import newest_checkpoint, save_checkpoint
 from sae_ray.store.copies import shared_activations
@@ -32,7 +38,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_ray.sae.config import Cell, TrainingConfig
+    from sae_ray.sae.model import SAE
     from sae_ray.sae.ranks import Split
+    from sae_ray.sae.targets import Targets
     from sae_ray.store.files import Folder
     from sae_ray.store.sample import Location
     from sae_ray.store.steps import Step
@@ -46,6 +54,14 @@ class CellJob:
 
     step: Step
     cell: Cell
+    targets: Targets | None = None
+    """Of the images of the activations; for guided cells."""
+    significance: tuple[float, ...] | None = None
+    """Of the dimensions, for a cell with weights, unless they are measured on the activations."""
+    init_digest: str | None = None
+    """`weights_digest` of the SAE that `cell.training.init` names."""
+    embeddings: Folder | None = None
+    """The judge's, of the images of the activations, for a cell whose goal is MonoSemanticity."""
 
 
 @dataclass(frozen=True)
@@ -85,29 +101,12 @@ class _Run(NamedTuple):
     trainer: CellTrainer
     attempts: list[dict[str, Any]]
     """First step, workers, shards and device of every attempt; this attempt is the last."""
-
-
-class _Inputs(NamedTuple):
-    """What a bundle is trained on."""
-
-    store: ActivationStore
-    location: Location
-    """Of its activations."""
-    scaling: Scaling
-    """What training makes of them."""
-    without: Sample | None
-    """Says which of them are kept out of training; None if none are."""
-
-    @classmethod
-    def of(cls, store: ActivationStore, training: TrainingConfig, device: torch.device) -> _Inputs:
-        sample = Sample(store)
-        location = sample.location()
-        without = sample if training.threshold == "calibrated" else None
-        return cls(store, location, Scaling.of(store, location, training, device), without)
-
-    def kept_out_rows(self) -> Float[Tensor, "n d_in"]:
-        """In the stored dtype."""
-        return torch.from_numpy(self.without.kept_out_rows()) if self.without else torch.empty(0, self.store.d)
+    targets: Targets | None
+    """On the device."""
+    weighing: Weighing | None
+    """None where all dimensions count alike."""
+    embeddings: Float[Tensor, "images d"] | None
+    """The judge's, by `image_index`, on the device; None where they are of no use."""
 
 
 def train_cells(
@@ -130,7 +129,7 @@ def train_cells(
 
     Raises:
         UsageError: the batch or the latents of a cell cannot be split over the ranks.
-        SaeRayError: the activations are not finished, or torn.
+        SaeRayError: the activations are not finished, or torn; the SAE to start from has changed.
     """
     workers, batch_size = split.rows.size, bundle.cells[0].cell.training.batch_size
     if batch_size % workers:
@@ -150,21 +149,22 @@ def _train(
     workers, batch_size = split.rows, bundle.cells[0].cell.training.batch_size
     rows_per_rank = batch_size // workers.size
     share = slice(workers.rank * rows_per_rank, (workers.rank + 1) * rows_per_rank)
-    running = [_resumed(job, store.d, device, split) for job in bundle.cells if not job.step.finished]
+    given = _Given(store, bundle.cells[0].cell.training, device)
+    running = [_resumed(job, given, device, split) for job in bundle.cells if not job.step.finished]
     if unusable := _unusable(store):
         for run in running:
             _fail(run, unusable, time.monotonic() - started)
         return
-    inputs = _Inputs.of(store, bundle.cells[0].cell.training, device)
     first = min((run.trainer.n_steps for run in running), default=bundle.steps)
-    stream = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows, device, inputs.without)
-    batches = stream.batches(first)
+    stream = TrainingStream(store, batch_size, bundle.stream_seed, bundle.shuffle_rows, device, given.without)
+    with_images = any(run.targets or run.embeddings is not None for run in running)
+    batches = stream.batches_with_images(first) if with_images else ((rows, None) for rows in stream.batches(first))
     waited = 0.0
     for step in range(first, bundle.steps):
         asked = time.monotonic()
-        rows = next(batches)
+        rows, images = next(batches)
         waited += time.monotonic() - asked
-        batch = inputs.scaling(rows[share])
+        batch = given.scaling(rows[share])
         done = step + 1
         save = done % bundle.checkpoint_every == 0 or done == bundle.steps
         reports: dict[str, CellReport] = {}
@@ -172,7 +172,13 @@ def _train(
             if run.trainer.n_steps > step:
                 continue  # it resumed from a newer checkpoint than the others
             try:
-                metrics = run.trainer.advance(batch)
+                own = batch if run.trainer.architecture.scales_inputs else rows[share].float()
+                targets = embeddings = None
+                if images is not None:
+                    targets = run.targets and run.targets.rows(images[share])
+                    if run.embeddings is not None:
+                        embeddings = run.embeddings.index_select(0, images[share])
+                metrics = run.trainer.advance(own, targets, embeddings)
                 if save:
                     metrics += run.trainer.report()
             except NonFiniteLoss as error:
@@ -188,25 +194,85 @@ def _train(
             break
     del batches, stream  # and the activations that they hold
     if workers.rank == 0:
-        _write(running, inputs, started, waited)
+        _write(running, given, started, waited)
 
 
-def _resumed(job: CellJob, d_in: int, device: torch.device, split: Split) -> _Run:
-    trainer = CellTrainer(job.cell, d_in, device, split)
+class _Given:
+    """What the cells of a bundle are given; each is read once."""
+
+    def __init__(self, store: ActivationStore, training: TrainingConfig, device: torch.device):
+        self.store, self.training, self.device = store, training, device
+        self.sample = Sample(store)
+        self.without = self.sample if training.threshold == "calibrated" else None
+        """Says which activations are kept out of training; None if none are."""
+        self.moment = cache(lambda: SecondMoment.of_store(store))
+        self.embeddings = cache(lambda folder: embeddings_by_image(ActivationStore(folder), store).to(device))
+
+    @cached_property
+    def location(self) -> Location:
+        return self.sample.location()
+
+    @cached_property
+    def scaling(self) -> Scaling:
+        """What training makes of the activations, for architectures that take them so."""
+        return Scaling.of(self.store, self.location, self.training, self.device)
+
+    def scaling_for(self, trainer: CellTrainer) -> Scaling:
+        return self.scaling if trainer.architecture.scales_inputs else AS_THEY_ARE
+
+    def kept_out_rows(self) -> Float[Tensor, "n d_in"]:
+        """In the stored dtype."""
+        return torch.from_numpy(self.without.kept_out_rows()) if self.without else torch.empty(0, self.store.d)
+
+
+def _resumed(job: CellJob, given: _Given, device: torch.device, split: Split) -> _Run:
+    store, concepts = given.store, job.targets.concepts if job.targets else ()
+    weighing = _weighing(job, given) if job.cell.weighted else None
+    # Sums on another machine may differ in their last bits, but ranks must agree.
+    gamma = weighing and split.ranks.smallest(torch.from_numpy(weighing.gamma).to(device, torch.float32))
+    trainer = CellTrainer(job.cell, store.d, device, split, concepts, gamma)
     earlier: list[dict[str, Any]] = []
     checkpoint = newest_checkpoint(job.step.folder / CHECKPOINTS)
     if checkpoint is not None:
         tensors, facts = checkpoint
         trainer.restore(tensors, facts)
         earlier = facts["attempts"]
+    elif job.cell.training.init is not None:
+        start_from(trainer, _initial(job, concepts), *given.scaling_for(trainer))
+    elif job.cell.kind.starts_whitened(job.cell.settings):
+        start_whitened(trainer, given.moment(), centred=given.scaling_for(trainer).centre is not None)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     this = {"first_step": trainer.n_steps, "workers": split.rows.size, "shards": split.latents.size, "device": kind}
-    return _Run(job, trainer, [*earlier, this])
+    targets = job.targets.to(device) if job.targets else None
+    return _Run(job, trainer, [*earlier, this], targets, weighing, job.embeddings and given.embeddings(job.embeddings))
+
+
+def _weighing(job: CellJob, given: _Given) -> Weighing:
+    if job.significance is not None:
+        return Weighing.of(np.array(job.significance), job.cell.alpha)
+    return Weighing.of(by_variance(job.cell.weights, given.moment().variances), job.cell.alpha)
+
+
+def _initial(job: CellJob, concepts: tuple[str, ...]) -> SAE:
+    path = job.cell.training.init
+    assert path is not None, "it is asked for"
+    sae = load_sae(path)
+    if weights_digest(sae) != job.init_digest:
+        raise SaeRayError(
+            f"training.init = {path!r}: this SAE has changed since the study was planned, or is another one on this "
+            "node; run the same command again"
+        )
+    if sae.concepts != concepts:
+        raise SaeRayError(
+            f"training.init = {path!r}: its first latents stand for {list(sae.concepts)}, but {job.step.label} is to "
+            f"learn {list(concepts)}; start from an SAE of the same concepts"
+        )
+    return sae
 
 
 def _save(run: _Run) -> None:
     """On all ranks that hold a part of it; the first writes."""
-    job, trainer, attempts = run
+    job, trainer, attempts, *_ = run
     tensors, facts = trainer.state()
     if tensors:
         save_checkpoint(job.step.folder / CHECKPOINTS, trainer.n_steps, tensors, facts | {"attempts": attempts})
@@ -246,34 +312,37 @@ def _explained(error: SaeRayError, store: ActivationStore) -> str:
     )
 
 
-def _write(running: list[_Run], inputs: _Inputs, started: float, waited: float) -> None:
+def _write(running: list[_Run], given: _Given, started: float, waited: float) -> None:
     """`waited`: seconds of training spent waiting for data."""
     trained = time.monotonic() - started
-    kept_out = inputs.kept_out_rows()
-    saes, deaths, of = [], [], []
+    kept_out, saes = given.kept_out_rows(), []
     while running:
         run = running.pop(0)  # frees its moments before the next SAE is made
         try:
-            sae, dead = run.trainer.export(inputs.scaling.scale, inputs.scaling.centre), run.trainer.deaths()
+            scaling = given.scaling_for(run.trainer)
+            sae, dead = run.trainer.export(scaling.scale, scaling.centre), run.trainer.deaths()
         except SaeRayError as error:
-            _fail(run, _explained(error, inputs.store), trained)
+            _fail(run, _explained(error, given.store), trained)
             continue
         if sae is not None:
-            saes.append(calibrated(sae, kept_out) if sae.kind.estimates_threshold and len(kept_out) else sae)
-            deaths.append(dead)
-            of.append((run.job.step, run.attempts))
-    latents = measure_latents(saes, inputs.store)
-    for (step, attempts), sae, dead, measured in zip(of, saes, deaths, latents, strict=True):
+            if sae.kind.estimates_threshold and len(kept_out):
+                sae = calibrated(sae, kept_out)
+            saes.append((run.job.step, run.attempts, run.weighing, dead, sae))
+    measured = measure_latents([sae for *_, sae in saes], given.store)
+    for (step, attempts, weighing, dead, sae), latents in zip(saes, measured, strict=True):
         save_sae(sae, step.folder)
-        save_latents(measured, step.folder)
+        save_latents(latents, step.folder, sae.concepts)
         counts = {
             "steps": sae.metadata["steps"],
             "d_in": sae.d_in,
             "d_sae": sae.d_sae,
-            "mean_over_spread": inputs.location.offset,
+            "mean_over_spread": given.location.offset,
             **dead._asdict(),
             "kept_out": len(kept_out),
             "kept_out_l0": len(sae.encode_sparse(kept_out.float()).values) / len(kept_out) if len(kept_out) else None,
             "waiting_for_data": round(waited / trained, 4),
         }
+        if weighing is not None:
+            weighing.write(step.folder)
+            counts["gamma_ratio"] = weighing.ratio
         step.finish(time.monotonic() - started, counts, ran={"attempts": attempts})

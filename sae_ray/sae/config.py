@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sae_ray.config import STRICT
 from sae_ray.errors import check
 from sae_ray.sae.architectures import architecture
+from sae_ray.sae.weighing import SOURCES, UNIFORM
 from sae_ray.store.identity import changed
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ class TrainingConfig:
     rounds those of all on a GPU, to 10 bits instead of 7; on a CPU it is "float32". Weights, Adam moments, sums and
     everything else stay float32. On one GPU, architectures that select look for candidates by a product in bfloat16
     whatever this says; their values are then computed as it says."""
+    init: str | None = None
+    """An SAE to start from instead of random directions: a directory that every node has, a URI, or an id on the
+    Hugging Face hub. Its architecture and widths must be those of every SAE of the grid. Adam, its learning rates and
+    the counters of dead latents start anew."""
 
     def __post_init__(self):
         for name in ("batch_size", "steps", "dead_after_samples"):
@@ -129,6 +134,12 @@ class Cell:
     """How it is trained."""
     settings: Any = None
     """The architecture's own settings; None stands for its defaults."""
+    weights: str = UNIFORM
+    """How much every dimension of the input counts in the loss: one of `sae_ray.sae.weighing.SOURCES`, or a table."""
+    alpha: float = 0.5
+    """The weight of a dimension is its significance to this power."""
+    monosemanticity: float = 0.0
+    """Weight of the loss by which latents become active on images that are alike to the judge."""
 
     def __post_init__(self):
         kind, name = self.kind, self.architecture
@@ -146,6 +157,13 @@ class Cell:
         self._check(
             "settings", type(self.settings) is kind.Settings, f"the {kind.Settings.__name__} of {name}, or unset"
         )
+        self._check("alpha", 0 <= self.alpha < math.inf, "0 or more")
+        wanted = 0 <= self.monosemanticity < math.inf
+        self._check("monosemanticity", wanted and (kind.scores_batches or not self.monosemanticity),
+                    "0 or more" if kind.scores_batches else f"0 for {name}, which does not select latents")  # fmt: skip
+        check(self.training.init is None or not kind.starts_whitened(self.settings), f"architectures.{name}.init",
+              getattr(self.settings, "init", None), "training.init names an SAE to start from; leave one of the two "
+              "out")  # fmt: skip
         if kind.estimates_threshold:
             training = self.training
             check(training.steps >= 2, "training.steps", training.steps, f"make it at least 2 for {name}")
@@ -158,25 +176,40 @@ class Cell:
         """The class of its architecture."""
         return architecture(self.architecture, "cell.architecture")
 
+    @property
+    def guided(self) -> bool:
+        """Whether its first latents learn concepts."""
+        return self.kind.guided and self.settings.concept_weight > 0
+
     def identity(self) -> dict[str, Any]:
         """What determines the SAE, as plain JSON values: equal for two cells that train to the same weights.
 
         Only settings that the architecture uses and that differ from their defaults are included. A value that equals
-        the derived one counts as a default.
+        the derived one counts as a default. What files hold (a table of weights, the SAE to start from) is not.
         """
         training = {
             name: value
             for name, value in changed(self.training).items()
-            if name in self.kind.uses and value != self.training.derived.get(name)
+            if name in self.kind.uses and value != self.training.derived.get(name) and name != "init"
         }
-        return {
+        identity = {
             "architecture": self.architecture,
             "expansion": self.expansion,
             self.kind.tuned_by: getattr(self, self.kind.tuned_by),
             "seed": self.seed,
             "training": training,
-            "settings": changed(self.settings),
+            "settings": self.settings.identity(),
         }
+        if self.weighted:
+            identity["weights"] = {"source": self.weights if self.weights in SOURCES else "table", "alpha": self.alpha}
+        if self.monosemanticity:
+            identity["monosemanticity"] = self.monosemanticity
+        return identity
+
+    @property
+    def weighted(self) -> bool:
+        """Whether dimensions count differently in the loss."""
+        return self.weights != UNIFORM
 
     def check(self, d_in: int, shards: int = 1) -> None:
         """Raises UsageError when it cannot be trained on activations `d_in` wide, its latents split over `shards`."""
@@ -184,6 +217,11 @@ class Cell:
         d_sae = self.d_sae(d_in)
         check(shards <= d_sae, "resources.train.shards", shards,
               f"choose at most {d_sae}, the latents of an SAE with expansion {self.expansion:g}")  # fmt: skip
+
+    def check_concepts(self, d_in: int, n_concepts: int) -> None:
+        """Raises UsageError when it has not a latent for each of these concepts."""
+        check(n_concepts <= self.d_sae(d_in), "cell.expansion", self.expansion,
+              f"make it at least {n_concepts}/{d_in}: each of {n_concepts} concepts needs a latent")  # fmt: skip
 
     def d_sae(self, d_in: int) -> int:
         """The number of latents for inputs `d_in` wide; UsageError when `expansion` or `k` does not fit."""

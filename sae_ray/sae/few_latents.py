@@ -31,6 +31,7 @@ def codes_of(sae: SAE, latents: Sequence[int]) -> Callable[[Tensor], Tensor]:
         W_dec=sae.W_dec[where],
         b_enc=sae.b_enc[where],
         threshold=None if sae.threshold is None else sae.threshold[where],
+        concepts=(),
     )
     return few.encode
 

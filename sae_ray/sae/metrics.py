@@ -132,17 +132,35 @@ def evaluate(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) -> Fidelity:
     """Fidelity on activations that are not normalised, with inference-threshold codes."""
     fidelity = Fidelity(sae.d_in, sae.d_sae)
     for batch in batches:
-        x = batch.to(sae.device)
-        codes = sae.encode_sparse(x)
-        fidelity.update(x, codes, sae.decode(codes))
+        _measure(sae, batch.to(sae.device), fidelity)
     return fidelity
 
 
 def evaluate_store(
-    sae: SAE, store: ActivationStore, after_piece: Callable[[int], None] = lambda rows: None
+    sae: SAE,
+    store: ActivationStore,
+    after_piece: Callable[[int], None] = lambda rows: None,
+    also: Callable[[Tensor, SparseCodes, Tensor], None] | None = None,
 ) -> Fidelity:
-    """Fidelity on all activations of a store. `after_piece` is called with the number of activations done."""
-    return evaluate(sae, _batches(store, store.n_rows, after_piece))
+    """Fidelity on all activations of a store.
+
+    Args:
+        after_piece: called with the number of activations done.
+        also: called with activations, their codes and their `image_index`, some rows at a time.
+    """
+    fidelity = Fidelity(sae.d_in, sae.d_sae)
+    for batch, images in _batches(store, store.n_rows, after_piece):
+        x = batch.to(sae.device)
+        codes = _measure(sae, x, fidelity)
+        if also is not None:
+            also(x, codes, images)
+    return fidelity
+
+
+def _measure(sae: SAE, x: Float[Tensor, "n d_in"], fidelity: Fidelity) -> SparseCodes:
+    codes = sae.encode_sparse(x)
+    fidelity.update(x, codes, sae.decode(codes, x))
+    return codes
 
 
 def measure_latents(saes: Sequence[SAE], store: ActivationStore) -> list[LatentStatistics]:
@@ -151,7 +169,7 @@ def measure_latents(saes: Sequence[SAE], store: ActivationStore) -> list[LatentS
     The SAEs belong to one site and share one read. The result depends on SAE and store alone.
     """
     sums = [LatentSums(sae.d_sae) for sae in saes]
-    for batch in _batches(store, min(store.n_rows, MEASURED_ROWS)) if saes else ():
+    for batch, _ in _batches(store, min(store.n_rows, MEASURED_ROWS)) if saes else ():
         for sae, own in zip(saes, sums, strict=True):
             own.update(sae.encode_sparse(batch))
     return [own.statistics() for own in sums]
@@ -159,14 +177,15 @@ def measure_latents(saes: Sequence[SAE], store: ActivationStore) -> list[LatentS
 
 def _batches(
     store: ActivationStore, n_rows: int, after_piece: Callable[[int], None] = lambda rows: None
-) -> Iterator[Float[Tensor, "n d_in"]]:
-    """The first rows of a store, in float32."""
+) -> Iterator[tuple[Float[Tensor, "n d_in"], Int[Tensor, " n"]]]:
+    """The first rows of a store, in float32, and the `image_index` of each."""
     left = n_rows
     for number in store.parts:
         for images in store.pieces(number):
-            rows = torch.tensor(store.read(number, images)[2][:left])
-            for batch in rows.split(ROWS_PER_BATCH):
-                yield batch.float()
+            image_index, _, vectors = store.read(number, images)
+            rows, of_rows = torch.tensor(vectors[:left]), torch.tensor(image_index[:left])
+            for batch, of_batch in zip(rows.split(ROWS_PER_BATCH), of_rows.split(ROWS_PER_BATCH), strict=True):
+                yield batch.float(), of_batch
             left -= len(rows)
             after_piece(n_rows - left)
             if left == 0:

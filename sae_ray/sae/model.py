@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from sae_ray.errors import UsageError
 from sae_ray.sae.architectures import architecture
+from sae_ray.sae.rows import standardised
 from sae_ray.sae.screening import pays, screening
 from sae_ray.sae.sparse import Pattern, SparseCodes
 
@@ -35,7 +36,8 @@ class SAE:
 
     `pre = (x - b_dec) @ W_enc + b_enc`; the codes are `relu(pre)` where the architecture keeps it: strictly above the
     threshold, among the `k` largest of a sample, or everywhere. The reconstruction is `codes @ W_dec + b_dec`. It is
-    computed in float32, or in float64 if the weights are.
+    computed in float32, or in float64 if the weights are. Some architectures compute other codes, or bring rows to a
+    common mean and spread first: their classes say so.
     """
 
     architecture: str
@@ -48,6 +50,8 @@ class SAE:
     """float32 whatever the dtype of the weights; None for architectures without one."""
     k: int | None = None
     """Active latents per sample, exactly or on average; None for architectures that are tuned otherwise."""
+    concepts: tuple[str, ...] = ()
+    """Those that the first latents were guided by, in their order; none for most SAEs."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Facts that travel with the SAE; plain JSON values."""
 
@@ -112,13 +116,46 @@ class SAE:
             self.d_sae,
         )
 
-    def decode(self, codes: SparseCodes | Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
-        """Reconstructions, [n_rows, d_in] for sparse codes."""
+    def decode(
+        self, codes: SparseCodes | Float[Tensor, "... d_sae"], x: Float[Tensor, "... d_in"] | None = None
+    ) -> Float[Tensor, "... d_in"]:
+        """Reconstructions, [n_rows, d_in] for sparse codes.
+
+        Args:
+            x: what was encoded; for architectures that standardise rows, whose mean and spread it gives back.
+
+        Raises UsageError when such an architecture is not given x.
+        """
         W_dec, b_dec = self.W_dec.to(self._dtype), self.b_dec.to(self._dtype)
         if isinstance(codes, SparseCodes):
             pattern = Pattern(codes.rows, codes.latents, codes.n_rows, codes.d_sae)
-            return pattern.row_sums(codes.values.to(self._dtype), W_dec) + b_dec
-        return codes.to(self._dtype) @ W_dec + b_dec
+            decoded = pattern.row_sums(codes.values.to(self._dtype), W_dec) + b_dec
+        else:
+            decoded = codes.to(self._dtype) @ W_dec + b_dec
+        return self.restored(decoded, x)
+
+    def restored(
+        self, decoded: Float[Tensor, "... d_in"], x: Float[Tensor, "... d_in"] | None
+    ) -> Float[Tensor, "... d_in"]:
+        """What was decoded, with the mean and the spread of the rows x where the architecture standardises them.
+
+        Raises as `decode`.
+        """
+        if not self.kind.standardises_rows:
+            return decoded
+        if x is None:
+            raise UsageError(f"a {self.architecture} SAE decodes to rows of mean 0; give what was encoded, too")
+        _, mean, spread = standardised(x.to(decoded))
+        return decoded * spread + mean
+
+    def added(self, x: Float[Tensor, "... d_in"], change: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+        """Rows x after a change of what is decoded: in their own spread where the architecture standardises them."""
+        return x + (standardised(x).spread * change if self.kind.standardises_rows else change)
+
+    def pre_of_first(self, x: Float[Tensor, "n d_in"], n: int) -> Float[Tensor, "n n_first"]:
+        """Pre-activations of the first latents alone."""
+        W_enc, b_enc = self.W_enc[:, :n].to(self._dtype), self.b_enc[:n].to(self._dtype)
+        return self._centred(x) @ W_enc + b_enc
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -142,9 +179,12 @@ class SAE:
             raise UsageError(
                 f"the input is {x.shape[-1]} wide, this SAE takes {self.d_in}; use the site it was trained on"
             )
-        return x.to(self.device, self._dtype) - self.b_dec.to(self._dtype)
+        x = x.to(self.device, self._dtype)
+        if self.kind.standardises_rows:
+            x = standardised(x).values
+        return x - self.b_dec.to(self._dtype)
 
     def _active(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         """Ascending flat indices and values of the active entries of `pre`."""
         flat = self.kind.active(pre, self)
-        return flat, pre.flatten()[flat]
+        return flat, self.kind.activation(pre.flatten()[flat])

@@ -87,7 +87,7 @@ class RowAdam:
             tensors = [parameter, *self.state[parameter].values(), gradients[name].values]
             if parameter.ndim == 1:
                 tensors = [tensor.view(-1, math.gcd(len(tensor), 1024)) for tensor in tensors]
-            kernels.adam_rows(*tensors, scalars, name == "W_dec")
+            kernels.adam_rows(*tensors, scalars, self.weights.of_unit_rows(name))
             if name == "threshold":
                 self.weights.constrain(name, slice(None))
 

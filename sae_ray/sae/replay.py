@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -25,13 +25,14 @@ _memories: WeakValueDictionary[torch.device, _Memory] = WeakValueDictionary()
 
 class _Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    x: Tensor
+    inputs: Sequence[Tensor]
     """What it reads."""
     memory: _Memory
 
 
 class Replayed:
-    """Calls a function `run(x, *key)`, always the same, whose work on the GPU follows from the shape of `x` and `key`.
+    """Calls a function `run(*inputs, *key)`, always the same, whose work on the GPU follows from the key and the shapes
+    of the inputs.
 
     It runs as it is the first time, is recorded the second, and replayed from then on. All tensors that it changes
     are there before, and nothing else that it makes is used afterwards: recordings share their memory.
@@ -40,27 +41,29 @@ class Replayed:
     def __init__(self) -> None:
         self._recorded: dict[Hashable, _Recorded | None] = {}
 
-    def __call__(self, run: Callable[..., None], x: Tensor, *key: Any) -> None:
-        place = (x.shape, *key)
+    def __call__(self, run: Callable[..., None], inputs: Sequence[Tensor], *key: Any) -> None:
+        place = (*(one.shape for one in inputs), *key)
         if place not in self._recorded:
             self._recorded[place] = None  # libraries and kernels load what they need
-            run(x, *key)
+            run(*inputs, *key)
             return
         recorded = self._recorded[place]
         if recorded is None:
-            recorded = self._recorded[place] = _record(run, x, *key)
-        recorded.x.copy_(x)
-        with torch.cuda.device(x.device):
+            recorded = self._recorded[place] = _record(run, inputs, *key)
+        for held, one in zip(recorded.inputs, inputs, strict=True):
+            held.copy_(one)
+        with torch.cuda.device(inputs[0].device):
             recorded.graph.replay()
 
 
-def _record(run: Callable[..., None], x: Tensor, *key: Any) -> _Recorded:
-    memory = _memories.get(x.device) or _memories.setdefault(x.device, _Memory())
-    recorded = _Recorded(torch.cuda.CUDAGraph(), torch.empty_like(x), memory)
+def _record(run: Callable[..., None], inputs: Sequence[Tensor], *key: Any) -> _Recorded:
+    device = inputs[0].device
+    memory = _memories.get(device) or _memories.setdefault(device, _Memory())
+    recorded = _Recorded(torch.cuda.CUDAGraph(), [torch.empty_like(one) for one in inputs], memory)
     # Other threads may call CUDA meanwhile: they load the next batches.
     with (
-        torch.cuda.device(x.device),
+        torch.cuda.device(device),
         torch.cuda.graph(recorded.graph, memory.pool, capture_error_mode="thread_local"),
     ):
-        run(recorded.x, *key)
+        run(*recorded.inputs, *key)
     return recorded

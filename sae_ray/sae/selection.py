@@ -93,10 +93,10 @@ def padded_largest(
             looked for among the `2 * k` that are largest in the matrix.
     """
     if exact is None:
-        flat = _largest_per_row(matrix, k)
+        flat = largest_per_row(matrix, k)
         values = matrix.flatten()[flat]
     else:
-        near = _largest_per_row(matrix, min(2 * k, matrix.shape[1]))
+        near = largest_per_row(matrix, min(2 * k, matrix.shape[1]))
         of_near = exact(near.flatten()).view_as(near)
         places = _first_largest(of_near, k)
         flat, values = near.gather(1, places), of_near.gather(1, places)
@@ -104,8 +104,9 @@ def padded_largest(
     return flat, values.relu().flatten()[order]
 
 
-def _largest_per_row(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, "rows k"]:
-    """Flat indices, ascending in each row. The `k` largest are in the `k` blocks with the largest maxima."""
+def largest_per_row(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, "rows k"]:
+    """Flat indices of the `k` largest of each row, of either sign, ascending in each row. Their number is fixed: shapes
+    depend on those of the matrix alone. The `k` largest are in the `k` blocks with the largest maxima."""
     n_rows, width = matrix.shape
     maxima = _block_maxima(matrix, k)
     size = width // maxima.shape[1]

@@ -30,11 +30,21 @@ class Weights:
         threshold: float | None,
         device: torch.device,
         split: Split = ALONE,
+        unit_decoder: bool = True,
     ):
-        """Decoder rows are random directions of unit norm, the encoder is their transpose, the biases are 0."""
+        """The encoder is the transpose of the decoder, the biases are 0.
+
+        Args:
+            unit_decoder: decoder rows are random directions of unit norm, and keep it. Otherwise they begin as the
+                weights of `torch.nn.Linear(d_in, d_sae)`, and are free.
+        """
         generator = torch.Generator().manual_seed(seed)
-        W_dec = F.normalize(split.latents.own(torch.randn(d_sae, d_in, generator=generator)), dim=1)
-        self.W_dec = Parameter(W_dec.to(device))
+        self._unit_decoder = unit_decoder
+        if unit_decoder:
+            W_dec = F.normalize(split.latents.own(torch.randn(d_sae, d_in, generator=generator)), dim=1)
+        else:
+            W_dec = (2 * split.latents.own(torch.rand(d_sae, d_in, generator=generator)) - 1) / d_in**0.5
+        self.W_dec = Parameter(W_dec.to(device).contiguous())
         self.W_enc_t = Parameter(self.W_dec.detach().clone())
         self.b_enc = Parameter(torch.zeros(len(W_dec), device=device))
         self.b_dec = Parameter(torch.zeros(d_in, device=device))
@@ -42,7 +52,11 @@ class Weights:
         """None unless the architecture learns it."""
 
     def named(self) -> dict[str, Parameter]:
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Parameter)}
+
+    def of_unit_rows(self, name: str) -> bool:
+        """Whether the rows of a weight keep unit norm."""
+        return name == "W_dec" and self._unit_decoder
 
     def freeze(self, names: Collection[str]) -> None:
         """Keeps these at the values that they have."""
@@ -57,7 +71,7 @@ class Weights:
     def constrain(self, name: str, part: slice) -> None:
         """Constrains some rows of a weight: decoder rows to unit norm, a learned threshold to 0 or more."""
         rows = self.named()[name][part]
-        if name == "W_dec":
+        if self.of_unit_rows(name):
             rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo().tiny)
         elif name == "threshold":
             rows.clamp_(min=0)

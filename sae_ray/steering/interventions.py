@@ -16,13 +16,14 @@ from sae_ray.sae.few_latents import codes_of, divided
 from sae_ray.sae.formats import LATENTS_FILE
 from sae_ray.sae.model import SAE
 from sae_ray.sae.sparse import Pattern
+from sae_ray.steering.balanced import pushed
 from sae_ray.store.files import Folder
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-Mode = Literal["set", "add", "scale", "ablate"]
+Mode = Literal["set", "add", "scale", "ablate", "balanced"]
 Unit = Literal["absolute", "max"]
 OnError = Literal["drop", "keep"]
 
@@ -42,11 +43,15 @@ class LatentEdit:
 
     latent: int
     mode: Mode = "set"
-    """`set`: a = strength. `add`: a + strength. `scale`: a * strength. `ablate`: a = 0."""
+    """`set`: a = strength. `add`: a + strength. `scale`: a * strength. `ablate`: a = 0. `balanced`: a push along the
+    latent's decoder row in multiples of the token's own length (`sae_ray.steering.balanced`)."""
     strength: float = 0.0
     """Negative values suppress the latent. Must be left out for `ablate`."""
     unit: Unit = "absolute"
     """`max`: the strength is a multiple of the latent's largest value on a single token. For `set` and `add` only."""
+    entries: int | None = None
+    """Push along this many largest entries of the decoder row alone, however far the concept is present already. For
+    `balanced` only."""
 
     def __post_init__(self):
         if not _is_index(self.latent):
@@ -62,7 +67,11 @@ class LatentEdit:
             raise UsageError(
                 f"strength of latent {self.latent} is {self.strength:g}, but ablate takes none; leave it out"
             )
-        if self.unit == "max" and self.mode in ("scale", "ablate"):
+        if self.entries is not None and (self.mode != "balanced" or not _is_index(self.entries) or self.entries == 0):
+            raise UsageError(
+                f"entries of latent {self.latent} is {self.entries!r}; give a number from 1, and the mode balanced"
+            )
+        if self.unit == "max" and self.mode not in ("set", "add"):
             raise UsageError(
                 f"unit of latent {self.latent} is 'max', which cannot be used with {self.mode}; use set or add"
             )
@@ -82,6 +91,8 @@ class LatentEdit:
                 return strength, 0.0
             case "ablate":
                 return 0.0, 0.0
+            case "balanced":  # it is the token that changes
+                return 1.0, 0.0
             case _:
                 assert_never(self.mode)
 
@@ -128,6 +139,8 @@ class Intervention:
                 raise UsageError(f"latent is {edit.latent}; the SAE has latents 0 to {d_sae - 1} (d_sae = {d_sae})")
             if latents.count(edit.latent) > 1:
                 raise UsageError(f"latent {edit.latent} is edited twice; remove one of the edits")
+            if edit.mode == "balanced":
+                self._check_balanced(edit)
             if edit.unit == "absolute":
                 continue
             if self.max_token is None:
@@ -140,6 +153,18 @@ class Intervention:
                     f"strength of latent {edit.latent} is in multiples of max_token, but this latent never fired; give "
                     "an absolute strength or another latent"
                 )
+
+    def _check_balanced(self, edit: LatentEdit) -> None:
+        if self.error != "keep":
+            raise UsageError(f"error is {self.error!r}; balanced changes the activation itself, so make it 'keep'")
+        if edit.entries is not None and edit.entries > self.sae.d_in:
+            raise UsageError(f"entries of latent {edit.latent} is {edit.entries}; a decoder row has {self.sae.d_in}")
+        known = self.max_token is not None and bool(self.max_token[edit.latent] > 0)
+        if edit.entries is None and not self.sae.kind.codes_below_1 and not known:
+            raise UsageError(
+                f"balanced asks how present latent {edit.latent} is, in multiples of its max_token, which is unknown "
+                f"or 0; give an SAE whose directory has a {LATENTS_FILE}, another latent, or entries"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], sae: SAE, max_token: Tensor | None = None) -> Intervention:
@@ -169,8 +194,9 @@ class Intervention:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `from_dict` takes them."""
+        edits = [asdict(edit) for edit in self.edits]
         return {
-            "edits": [asdict(edit) for edit in self.edits],
+            "edits": [{name: value for name, value in edit.items() if value is not None} for edit in edits],
             "error": self.error,
             "isolate": self.isolate,
             "tokens": None if self.tokens is None else list(self.tokens),
@@ -182,6 +208,12 @@ class Intervention:
         Raises UsageError if the width of x differs from the SAE's, or `tokens` names a token that x does not have.
         """
         return edit_each([self], [x])[0]
+
+    def _present(self, latent: int, codes: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+        """How far a latent's concept is present, from 0 to 1."""
+        if self.sae.kind.codes_below_1 or self.max_token is None:
+            return codes
+        return (codes / float(self.max_token[latent])).clamp(max=1)
 
     def _chosen(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "chosen d_in"]:
         """The tokens to edit."""
@@ -251,12 +283,22 @@ def _replaced(
     factor, summand = affine.to(before).repeat_interleave(of_image, dim=0, output_size=len(x)).unbind(-1)
     after = before * factor + summand
 
-    start, change = (sae.b_dec, after) if drop else (x, after - before)
-    result = start.to(before) + change @ sae.W_dec[latents].to(before)
+    change = (after if drop else after - before) @ sae.W_dec[latents].to(before)
     if others is not None:
         pattern = Pattern(others.rows, others.latents, others.n_rows, others.d_sae)
         sums = pattern.row_sums(others.values, sae.W_dec.to(before))
-        result = result - sums if isolate else result + sums
+        change = change - sums if isolate else change + sums
+    start = x.to(before)
+    if drop:
+        return sae.restored(sae.b_dec.to(before) + change, start).to(x)
+    result = sae.added(start, change)
+    pieces = (rows.split(lengths) for rows in (result, start, before))
+    for one, own, tokens, codes in zip(alike, *pieces, strict=True):
+        for edit in one.edits:
+            if edit.mode == "balanced":
+                direction = sae.W_dec[edit.latent].to(before)
+                present = one._present(edit.latent, codes[:, column[edit.latent]])
+                own += pushed(tokens, present, direction, edit.strength, edit.entries)
     return result.to(x)
 
 

@@ -252,11 +252,17 @@ class ActivationStore:
 
     def read_groups(self, number: int, groups: Sequence[int]) -> Float[np.ndarray, "rows d"]:
         """The vectors of some row groups of one part, in the stored dtype."""
-        file = self.parts[number].file
         if len(groups) == len(self.group_rows(number)):
-            return _vectors(self.folder.read_parquet(file))
-        with self.folder.filesystem.open_input_file(self.folder.path_of(file)) as source:
-            return _vectors(pq.ParquetFile(source, pre_buffer=True).read_row_groups(groups, columns=["activation"]))
+            return _vectors(self.folder.read_parquet(self.parts[number].file))
+        return _vectors(self._read_groups(number, groups, "activation"))
+
+    def images_of_groups(self, number: int, groups: Sequence[int]) -> Int[np.ndarray, " rows"]:
+        """The `image_index` of the rows that `read_groups` gives."""
+        return self._read_groups(number, groups, "image_index")["image_index"].to_numpy()
+
+    def _read_groups(self, number: int, groups: Sequence[int], column: str) -> pa.Table:
+        with self.folder.filesystem.open_input_file(self.folder.path_of(self.parts[number].file)) as source:
+            return pq.ParquetFile(source, pre_buffer=True).read_row_groups(groups, columns=[column])
 
 
 def _vectors(table: pa.Table) -> np.ndarray:

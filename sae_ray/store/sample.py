@@ -80,6 +80,7 @@ class Sample:
         for _, _, rows in self._read():
             rows = rows.astype(np.float64)
             n, total, power = n + len(rows), total + rows.sum(0), power + np.square(rows).sum()
+        n = max(1, n)
         mean = total / n
         return Location(mean, float(np.sqrt(max(0.0, power / n - mean @ mean))))
 

@@ -28,7 +28,7 @@ SCHEMA_VERSIONS = {
     "manifest": 3,
     "labels": 3,
     "extract": 4,
-    "train": 4,
+    "train": 3,
     "evaluate": 3,
     "score": 3,
     "concepts": 1,

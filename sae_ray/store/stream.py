@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from sae_ray.store.activations import ActivationStore
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from sae_ray.store.sample import Sample
@@ -30,6 +30,10 @@ class _Group(NamedTuple):
     """Within the part."""
     rows: int
     """That are drawn."""
+
+
+_Read = Callable[[tuple[int, ...]], "Tensor"]
+"""What reads something of the rows of a window."""
 
 
 class TrainingStream:
@@ -72,30 +76,42 @@ class TrainingStream:
         """Of an epoch."""
         self._fits = self.n_rows <= shuffle_rows
         self._window_rows = shuffle_rows if self._fits else shuffle_rows // 2
-        self._whole: Tensor | None = None
+        self._whole: dict[_Read, Tensor] = {}
 
     def batches(self, first_step: int = 0) -> Iterator[Float[Tensor, "batch d"]]:
         """Batches from `first_step` on, in the stored dtype and unscaled. Earlier ones are skipped without reading."""
-        pending: list[Tensor] = []
+        for [vectors] in self._batches(first_step, [self._read]):
+            yield vectors
+
+    def batches_with_images(
+        self, first_step: int = 0
+    ) -> Iterator[tuple[Float[Tensor, "batch d"], Int[Tensor, " batch"]]]:
+        """The same, with the `image_index` of every row."""
+        return ((vectors, images) for vectors, images in self._batches(first_step, [self._read, self._read_images]))
+
+    def _batches(self, first_step: int, reads: Sequence[_Read]) -> Iterator[list[Tensor]]:
+        """Rows of what each of these reads of a window."""
+        pending: list[list[Tensor]] = []
         missing = self.batch_size
         windows = self._windows_from(first_step)
         epoch, window, offset = next(windows)
         with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self._load, window)
+            coming = reader.submit(self._load, window, reads)
             while True:
-                vectors = coming.result().to(self.device)
-                order = torch.from_numpy(self._rng(epoch, *window).permutation(len(vectors))).to(self.device)
+                held = [one.to(self.device) for one in coming.result()]
+                order = torch.from_numpy(self._rng(epoch, *window).permutation(len(held[0]))).to(self.device)
                 following = next(windows)
-                coming = reader.submit(self._load, following[1])
-                while offset < len(vectors):
+                coming = reader.submit(self._load, following[1], reads)
+                while offset < len(order):
                     taken = order[offset : offset + missing]
-                    pending.append(vectors.index_select(0, taken))
+                    pending.append([one.index_select(0, taken) for one in held])
                     offset += len(taken)
                     missing -= len(taken)
                     if missing == 0:
-                        yield pending[0] if len(pending) == 1 else torch.cat(pending)
+                        several = zip(*pending, strict=True)
+                        yield pending[0] if len(pending) == 1 else [torch.cat(some) for some in several]
                         pending, missing = [], self.batch_size
-                del vectors  # otherwise three windows would be in memory
+                del held  # otherwise three windows would be in memory
                 epoch, window, offset = following
 
     def _windows_from(self, first_step: int) -> Iterator[tuple[int, tuple[int, ...], int]]:
@@ -121,17 +137,30 @@ class TrainingStream:
             rows += group_rows
         yield tuple(sorted(window))
 
-    def _load(self, window: tuple[int, ...]) -> Tensor:
+    def _load(self, window: tuple[int, ...], reads: Sequence[_Read]) -> list[Tensor]:
         if not self._fits:
-            return self._read(window)
-        if self._whole is None:
-            self._whole = self._read(window).to(self.device)
-        return self._whole
+            return [read(window) for read in reads]
+        for read in reads:
+            if read not in self._whole:
+                self._whole[read] = read(window).to(self.device)
+        return [self._whole[read] for read in reads]
 
     def _read(self, window: tuple[int, ...]) -> Float[Tensor, "rows d"]:
         dtype = getattr(torch, self.store.config["store_dtype"])
-        vectors = torch.empty(sum(self._groups[number].rows for number in window), self.store.d, dtype=dtype)
-        places = iter(vectors.split([self._groups[number].rows for number in window]))
+        vectors = torch.empty(self._rows(window), self.store.d, dtype=dtype)
+        return self._filled(vectors, window, self.store.read_groups)
+
+    def _read_images(self, window: tuple[int, ...]) -> Int[Tensor, " rows"]:
+        images = torch.empty(self._rows(window), dtype=torch.int64)
+        return self._filled(images, window, self.store.images_of_groups)
+
+    def _rows(self, window: tuple[int, ...]) -> int:
+        return sum(self._groups[number].rows for number in window)
+
+    def _filled(
+        self, window_rows: Tensor, window: tuple[int, ...], read_groups: Callable[[int, Sequence[int]], np.ndarray]
+    ) -> Tensor:
+        places = iter(window_rows.split([self._groups[number].rows for number in window]))
         of_part: dict[int, tuple[list[int], list[Tensor]]] = {}
         for group in (self._groups[number] for number in window):
             groups, targets = of_part.setdefault(group.part, ([], []))
@@ -140,7 +169,7 @@ class TrainingStream:
 
         def read(part: int) -> None:
             groups, targets = of_part[part]
-            rows = torch.tensor(self.store.read_groups(part, groups))  # a copy, since Arrow's memory is read-only
+            rows = torch.tensor(read_groups(part, groups))  # a copy, since Arrow's memory is read-only
             stored = self.store.group_rows(part)
             pieces = rows.split([stored[group] for group in groups])
             for group, target, piece in zip(groups, targets, pieces, strict=True):
@@ -149,7 +178,7 @@ class TrainingStream:
 
         with ThreadPoolExecutor(READS_AT_ONCE) as readers:
             list(readers.map(read, of_part))
-        return vectors
+        return window_rows
 
     def _rng(self, epoch: int, *window: int) -> np.random.Generator:
         # The 1 distinguishes a window from its epoch: numpy ignores trailing zeros of a seed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -17,7 +18,9 @@ from sae_ray.encoders.sites import Site
 from sae_ray.errors import check
 from sae_ray.images.rendering import Rendering, rgb
 from sae_ray.sae.architectures import ArchitectureSettings, architecture
+from sae_ray.sae.architectures.guided_topk import LABELS
 from sae_ray.sae.config import Cell, TrainingConfig
+from sae_ray.sae.weighing import UNIFORM, label_of
 from sae_ray.seeds import derived_seed
 from sae_ray.steering.config import Naming, Steering
 
@@ -107,7 +110,8 @@ class Grid:
 
     sites: tuple[str, ...]
     """Where activations are taken from the encoder: `layer<L>:<tokens>` is the residual stream after block L (counted
-    from 0), with tokens `cls`, `mean`, `all` or `random:<n>`; or `projection`, or `pooled`."""
+    from 0), with tokens `cls`, `mean`, `all` or `random:<n>`; `layer<L>.mlp:<tokens>` is the output of that block's
+    MLP; or `projection`, or `pooled`."""
     architectures: tuple[str, ...] = ("batch_topk",)
     """Kinds of autoencoder, such as `batch_topk` or `relu`."""
     expansions: tuple[float, ...] = (8.0,)
@@ -121,12 +125,22 @@ class Grid:
     latents are found again (`stability` in `[concepts]`)."""
     score_tokens: str | None = None
     """Tokens to score on, such as `cls` or `all`. Default: the tokens that were trained on."""
+    weights: tuple[str, ...] = (UNIFORM,)
+    """By what the dimensions of the activation count in the loss: `uniform` (all alike), `ms` (the MonoSemanticity of
+    the raw coordinate), `variance`, `inverse_variance`, or the path of a parquet table with the columns `dimension` and
+    `s`. An SAE is trained for each (`docs/methods.md`)."""
+    alpha: Annotated[float, Ge(0), Lt(math.inf)] = 0.5
+    """The weight of a dimension is what it counts by, to this power; with `inverse_variance` and 0.5 every coordinate
+    counts as if its variance were 1."""
+    monosemanticity: tuple[Annotated[float, Ge(0), Lt(math.inf)], ...] = (0.0,)
+    """Weights of a loss by which latents become active on training images that are alike to the judge, who then embeds
+    these, too; for architectures that select latents. An SAE is trained for each (`docs/methods.md`)."""
 
     def __post_init__(self):
         kinds = [architecture(name, "grid.architectures") for name in self.architectures]
         by_k = [kind.name for kind in kinds if kind.tuned_by == "k"]
         by_sparsity = [kind.name for kind in kinds if kind.tuned_by == "sparsity"]
-        for name in ("sites", "architectures", "expansions", "seeds"):
+        for name in ("sites", "architectures", "expansions", "seeds", "weights", "monosemanticity"):
             check(bool(getattr(self, name)), f"grid.{name}", [], "name at least one")
         check(bool(self.k) or not by_k, "grid.k", [], f"{', '.join(by_k)}: name at least one")
         check(bool(self.sparsity) or not by_sparsity, "grid.sparsity", [],
@@ -347,7 +361,9 @@ class GridCell:
     def recipe(self) -> str:
         """What cells that differ in their seeds alone have in common."""
         amount = f"k{self.cell.k}" if self.cell.k is not None else f"s{self.cell.sparsity:g}"
-        return f"{self.site.name}-{self.cell.architecture}-x{self.cell.expansion:g}-{amount}"
+        weights = f"-{label_of(self.cell.weights, self.cell.alpha, Cell.alpha)}" if self.cell.weighted else ""
+        goal = f"-mono{self.cell.monosemanticity:g}" if self.cell.monosemanticity else ""
+        return f"{self.site.name}-{self.cell.architecture}-x{self.cell.expansion:g}-{amount}{weights}{goal}"
 
 
 @dataclass(frozen=True)
@@ -397,13 +413,19 @@ class Study:
         least, _ = self.resources.train.workers_span
         check(self.training.batch_size % least == 0, "resources.train.workers", least,
               f"choose a divisor of training.batch_size = {self.training.batch_size}")  # fmt: skip
-        self.cells()  # raises for invalid cells
+        for grid_cell in self.cells():  # raises for invalid cells
+            cell = grid_cell.cell
+            has_labels = not cell.guided or cell.settings.concepts != LABELS or self.images.train.labels != "none"
+            check(has_labels, "images.train.labels", "none", f"{cell.architecture} learns the labels of images; give "
+                  f"them, or a concept file in architectures.{cell.architecture}.concepts")  # fmt: skip
 
     def cells(self) -> list[GridCell]:
         """All SAEs of the study, without duplicates, in the order of the file."""
         cells: dict[str, GridCell] = {}
         for grid in self.grid:
-            for seed, text, name, expansion in product(grid.seeds, grid.sites, grid.architectures, grid.expansions):
+            for seed, text, name, expansion, weights, goal in product(
+                grid.seeds, grid.sites, grid.architectures, grid.expansions, grid.weights, grid.monosemanticity
+            ):
                 site = Site.parse(text)
                 score_site = dataclasses.replace(site, tokens=grid.score_tokens) if grid.score_tokens else site
                 by_k = architecture(name).tuned_by == "k"
@@ -416,6 +438,9 @@ class Study:
                         sparsity=None if by_k else float(amount),
                         training=self.training,
                         settings=getattr(self.architectures, name, None),
+                        weights=weights,
+                        alpha=Cell.alpha if weights == UNIFORM else grid.alpha,
+                        monosemanticity=float(goal),
                     )
                     grid_cell = GridCell(site, score_site, cell, seed)
                     # The seed comes from the name, not the position in the grid: adding cells changes no other cell.

@@ -19,7 +19,7 @@ from sae_ray.study.config import Study
 def field_help(dotted: str) -> str:
     """The docstring of a study's field, such as `images.train.path`, as one line: the help text of the command line."""
     *parents, name = dotted.split(".")
-    return " ".join(_docstrings(_table(parents))[name].split())
+    return " ".join(docstrings(_table(parents))[name].split())
 
 
 def known_keys(where: Sequence[str]) -> list[str]:
@@ -48,10 +48,17 @@ def _table(where: Sequence[str]) -> Any:
 
 
 @cache
-def _docstrings(kind: type) -> dict[str, str]:
+def docstrings(kind: type) -> dict[str, str]:
+    """What the fields of a dataclass are documented with, those that it inherits included."""
     [body] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(body, ast.ClassDef)
-    return {
+    inherited = {
+        name: text
+        for base in reversed(kind.__bases__)
+        if dataclasses.is_dataclass(base)
+        for name, text in docstrings(base).items()
+    }
+    return inherited | {
         field.target.id: text.value.value
         for field, text in pairwise(body.body)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)

@@ -16,6 +16,8 @@ from sae_ray.encoders.sites import Site
 from sae_ray.encoders.sources import is_digest
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images.rendering import Rendering
+from sae_ray.sae.second_moment import ROWS_PER_DIMENSION
+from sae_ray.sae.weighing import SOURCES
 from sae_ray.seeds import derived_seed
 from sae_ray.steering.config import Naming, NamingMethod, Steering
 from sae_ray.steering.info import LlavaInfo
@@ -147,11 +149,17 @@ class TrainPlan:
     activations: ExtractPlan
     stream_seed: int
     step: Step
+    raw_scores: ScorePlan | None = None
+    """Of the raw neurons, where dimensions are weighed by them."""
+    embeddings: ExtractPlan | None = None
+    """The judge's, of the training images, where MonoSemanticity is a goal."""
 
     @property
     def inputs(self) -> list[Step]:
         """The steps that are read."""
-        return [self.activations.step]
+        read = (self.activations, self.raw_scores, self.embeddings)
+        labels = _labels_read(self.grid_cell, self.activations.images)
+        return [*(one.step for one in read if one is not None), *labels]
 
     @property
     def d_sae(self) -> int:
@@ -190,7 +198,7 @@ class EvaluatePlan:
     @property
     def inputs(self) -> list[Step]:
         """The steps that are read."""
-        return [self.activations.step, self.sae.step]
+        return [self.activations.step, self.sae.step, *_labels_read(self.sae.grid_cell, self.activations.images)]
 
     @property
     def rows(self) -> int:
@@ -485,6 +493,8 @@ class StudyPlan:
         self.judge_site = Site(point=study.judge.point)
         check_site(self.judge, self.judge_site)
         self.images = {name: self._images(name) for name in ("train", "heldout")}
+        for cell in study.cells():
+            self._check_inputs(cell)
         self.steerings = self._steerings()
 
     @property
@@ -492,7 +502,9 @@ class StudyPlan:
         """The plan of every step, in the order of work."""
         for images in self.images.values():
             yield from (ListPlan(step, images.n_images) for step in (images.step, images.labels_step))
-        yield from (*self.extracts, *self.trains, *self.evaluations, *self.scores)
+        first = {score.step.name for score in self.scores_for_training}
+        later = (score for score in self.scores if score.step.name not in first)
+        yield from (*self.extracts, *self.scores_for_training, *self.trains, *self.evaluations, *later)
         yield from (*self.concepts, *self.steerings, *self.namings, self.pictures)
 
     @property
@@ -502,8 +514,8 @@ class StudyPlan:
 
     @cached_property
     def extracts(self) -> list[ExtractPlan]:
-        """Sites on both image sets: what is trained on, evaluated and scored, the judge's embeddings, the scorer's, and
-        those that names are found with."""
+        """Sites on both image sets: what is trained on, evaluated and scored, the judge's embeddings (those of training
+        images where SAEs are trained with them), the scorer's, and those that names are found with."""
         train, heldout = self.images["train"], self.images["heldout"]
         wanted: dict[str, ExtractPlan] = {}
 
@@ -515,6 +527,8 @@ class StudyPlan:
             want(self._activations(heldout, cell.site))
             want(self._activations(heldout, cell.score_site))
             want(self._activations(self.images[self.study.scoring.pictures], cell.score_site))
+            if cell.cell.monosemanticity:
+                want(self._judged(train))
         want(self._embeddings)
         if self.naming_space is not None:
             want(self.naming_space)
@@ -525,6 +539,12 @@ class StudyPlan:
     @cached_property
     def trains(self) -> list[TrainPlan]:
         return [self._train(cell) for cell in self.study.cells()]
+
+    @cached_property
+    def scores_for_training(self) -> list[ScorePlan]:
+        """Those of raw neurons that SAEs are trained with, which are therefore computed before."""
+        read = (train.raw_scores for train in self.trains)
+        return list({score.step.name: score for score in read if score is not None}.values())
 
     @cached_property
     def evaluations(self) -> list[EvaluatePlan]:
@@ -580,7 +600,8 @@ class StudyPlan:
         steered = [
             train
             for train in self.trains
-            if train.grid_cell.site.layer == layer and train.grid_cell.site.tokens not in ("cls", "mean")
+            if (train.grid_cell.site.point, train.grid_cell.site.layer) == ("residual", layer)
+            and train.grid_cell.site.tokens not in ("cls", "mean")
         ]
         if not steered:
             raise UsageError(
@@ -656,9 +677,11 @@ class StudyPlan:
 
     @property
     def _embeddings(self) -> ExtractPlan:
-        heldout = self.images["heldout"]
-        judge = self.study.judge
-        return self._extract(heldout, "judge.model", judge, self.judge, self.judge_site, "embeddings-heldout")
+        return self._judged(self.images["heldout"])
+
+    def _judged(self, images: ImagePlan) -> ExtractPlan:
+        label = f"embeddings-{images.name}"
+        return self._extract(images, "judge.model", self.study.judge, self.judge, self.judge_site, label)
 
     def _extract(
         self,
@@ -686,21 +709,71 @@ class StudyPlan:
         activations = self._activations(self.images["train"], grid_cell.site)
         order = grid_cell.site.name + (f", seed {grid_cell.seed}" if grid_cell.seed else "")
         stream_seed = derived_seed(self.study.seed, order)
+        cell = grid_cell.cell
+        raw_scores = self._raw_scores(grid_cell.score_site) if cell.weights == "ms" else None
+        table = self.survey.inputs[cell.weights].digest if cell.weights not in SOURCES else None
+        embeddings = self._judged(activations.images) if cell.monosemanticity else None
+        init = cell.training.init
         config = {
             "activations": activations.step.name,
-            "cell": grid_cell.cell.identity(),
+            "cell": cell.identity(),
             "stream_seed": stream_seed,
             "shuffle_rows": self.study.shuffle_rows,
+            **self._concepts_learnt(grid_cell, activations.images),
+            "weights": raw_scores.step.name if raw_scores else table,
+            "embeddings": embeddings.step.name if embeddings else None,
+            "init": self.survey.inputs[init].digest if init is not None else None,
         }
-        neutral = {"shuffle_rows": defaults(Study)["shuffle_rows"]}
+        neutral = {"shuffle_rows": defaults(Study)["shuffle_rows"], "weights": None, "embeddings": None, "init": None}
         step = Step(self.root, "train", f"sae-{grid_cell.name}", config, neutral)
-        return TrainPlan(grid_cell, activations, stream_seed, step)
+        return TrainPlan(grid_cell, activations, stream_seed, step, raw_scores, embeddings)
+
+    def _raw_scores(self, site: Site) -> ScorePlan:
+        activations = self._activations(self.images["heldout"], site)
+        return self._score(f"raw-{site.name}", None, activations, self._embeddings)
+
+    def _check_inputs(self, grid_cell: GridCell) -> None:
+        """Raises UsageError if the cell is given weights or a start that do not fit its widths or its architecture."""
+        cell, d_in = grid_cell.cell, site_width(self.encoder, grid_cell.site)
+        if (table := self.survey.inputs.get(cell.weights)) and table.d_in != d_in:
+            raise UsageError(
+                f"grid.weights = {cell.weights!r}: it has {table.d_in} dimensions, but the activations of "
+                f"{grid_cell.site.name} have {d_in}; give each site a [[grid]] with a table of its own"
+            )
+        init = cell.training.init
+        if init is not None:
+            has, needs = self.survey.inputs[init], (cell.architecture, d_in, cell.d_sae(d_in))
+            if (has.architecture, has.d_in, has.d_sae) != needs:
+                raise UsageError(
+                    f"training.init = {init!r}: it is a {has.architecture} SAE with d_in = {has.d_in}, d_sae = "
+                    f"{has.d_sae}, but {grid_cell.name} is a {needs[0]} SAE with d_in = {d_in}, d_sae = {needs[2]}; "
+                    "start from another SAE, or change grid.architectures, grid.sites or grid.expansions"
+                )
+        if cell.kind.starts_whitened(cell.settings):
+            rows = self._activations(self.images["train"], grid_cell.site).rows
+            if rows < ROWS_PER_DIMENSION * d_in:
+                raise UsageError(
+                    f'architectures.{cell.architecture}.init = "aip": {grid_cell.site.name} has {rows} training '
+                    f"activations, but the inverse of their second moment needs {ROWS_PER_DIMENSION * d_in}; add "
+                    "images or tokens"
+                )
 
     def _evaluate(self, train: TrainPlan) -> EvaluatePlan:
         activations = self._activations(self.images["heldout"], train.grid_cell.site)
-        config = {"sae": train.step.name, "activations": activations.step.name}
+        config = {
+            "sae": train.step.name,
+            "activations": activations.step.name,
+            **self._concepts_learnt(train.grid_cell, activations.images),
+        }
         step = Step(self.root, "evaluate", f"fidelity-{train.grid_cell.name}", config)
         return EvaluatePlan(train, activations, step)
+
+    def _concepts_learnt(self, grid_cell: GridCell, images: ImagePlan) -> dict[str, str]:
+        """What decides which concepts the images show to a guided SAE; nothing for others."""
+        settings = grid_cell.cell.settings
+        if not grid_cell.cell.guided:
+            return {}
+        return {"concepts": self.survey.files.get(f"{settings.table}.concepts", images.labels_step.name)}
 
     def _score(
         self, name: str, sae: TrainPlan | None, activations: ExtractPlan, embeddings: ExtractPlan | None
@@ -792,6 +865,10 @@ class StudyPlan:
             "dtype": self.study.encoder.dtype,
         }
         return PicturesPlan(scores, steerings, Step(self.root, "pictures", "pictures", config))
+
+
+def _labels_read(grid_cell: GridCell, images: ImagePlan) -> list[Step]:
+    return [images.step, images.labels_step] if grid_cell.cell.guided else []
 
 
 def images_per_part(at_most: int, n_images: int) -> int:

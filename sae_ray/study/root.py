@@ -14,7 +14,15 @@ from sae_ray.store.steps import Step
 from sae_ray.store.tables import StoredTable
 from sae_ray.study.config import Images, Study
 from sae_ray.study.plan import StudyPlan
-from sae_ray.study.survey import Survey, survey_files, survey_images, survey_models
+from sae_ray.study.survey import (
+    Survey,
+    concept_paths,
+    named_inputs,
+    survey_files,
+    survey_images,
+    survey_inputs,
+    survey_models,
+)
 
 FILE = "study.json"
 LAYOUT = 3
@@ -68,7 +76,8 @@ def plan_study(
 
     Args:
         memory: what the root remembers (`recall`).
-        list_again: list the image folders, and read the files of concepts, even if the root remembers them.
+        list_again: list the image folders, and read the files of concepts and what training is given by a path, even if
+            the root remembers them.
         describe_again: describe the models even if the root remembers them.
 
     Raises:
@@ -79,9 +88,11 @@ def plan_study(
     same_models = memory is not None and _models(memory.study) == _models(study)
     images = memory.survey.images if memory and same_images and not list_again else survey_images(study.images)
     models = memory.survey.models if memory and same_models and not describe_again else survey_models(study)
-    same_files = memory is not None and _files(memory.study) == _files(study)
-    files = memory.survey.files if memory and same_files and not list_again else survey_files(study.concepts)
-    return StudyPlan(study, root, Survey(images, models, files))
+    same_files = memory is not None and concept_paths(memory.study) == concept_paths(study)
+    files = memory.survey.files if memory and same_files and not list_again else survey_files(study)
+    same_inputs = memory is not None and named_inputs(memory.study) == named_inputs(study)
+    inputs = memory.survey.inputs if memory and same_inputs and not list_again else survey_inputs(study)
+    return StudyPlan(study, root, Survey(images, models, files, inputs))
 
 
 def recalled_plan(root: str) -> StudyPlan:
@@ -139,7 +150,3 @@ def _models(study: Study) -> Any:
     if steering is not None:
         named += [(steering.llava, steering.revision), (steering.scorer, steering.scorer_revision)]
     return named
-
-
-def _files(study: Study) -> Any:
-    return study.concepts and (study.concepts.file, study.concepts.vocabulary)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from sae_ray.concepts import Labels, balanced_rows, halves, read_concepts, shuffled_labels
+from sae_ray.concepts.concept_files import read_values
 from sae_ray.errors import UsageError
 from sae_ray.images import list_images
 from sae_ray.store.files import Folder
@@ -36,6 +37,15 @@ def test_a_concept_file_is_read(tmp_path: Path):
     assert labels.labelled.tolist() == [True, True, False]
     np.testing.assert_array_equal(matrix(read(tmp_path, text.replace(",", ";"))), matrix(labels))
     np.testing.assert_array_equal(matrix(read(tmp_path, text, IMAGES[1:2])), [[np.nan, 1]])
+
+
+def test_fractions_are_read_where_they_are_asked_for(tmp_path: Path):
+    (tmp_path / "concepts.csv").write_text("image_id,wet,old\na/1.jpg,.25,1\na/2.jpg,-1,1e-3\nb/3.jpg,,0\n")
+    names, values = read_values(str(tmp_path / "concepts.csv"), Folder(tmp_path), IMAGES, fractions=True)
+    assert names == ["old", "wet"]
+    np.testing.assert_array_equal(values, [[1, 0.25], [1e-3, np.nan], [0, np.nan]])
+    with pytest.raises(UsageError, match=r"wet is '.25'; give 1, 0 or nothing where it is unknown"):
+        read(tmp_path, (tmp_path / "concepts.csv").read_text())
 
 
 @pytest.mark.parametrize(

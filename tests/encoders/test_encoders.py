@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -328,6 +328,32 @@ def test_every_site_equals_the_models_own_output(kind, saved, loaded, device):
         assert order == sorted(set(order))
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "dinov2_registers", "llava"])
+def test_a_site_of_an_mlp_is_what_it_adds_to_the_models_own_hidden_states(kind, saved, loaded):
+    """Without it the stream after a block is the one that the MLP read, so that it gives just that of it."""
+    model, encoder = saved(kind), loaded(kind)
+    images = photos()
+    sites = [Site("residual", 1, "all"), Site("mlp", 1, "all"), Site("mlp", 0, "random:3"), Site("mlp", 0, "all")]
+    tapped = encoder.tap(batch(model.spec, images), sites, ids(images), seed=7)
+    block: Any = encoder.tower.blocks[1]
+    norm = block.norm2 if hasattr(block, "norm2") else block.layer_norm2
+    scale = block.layer_scale2.lambda1 if hasattr(block, "layer_scale2") else 1
+    given = tapped[sites[1]].activation
+    stream = model.reference(images).streams[1].flatten(0, 1)
+    with torch.no_grad():
+        close(block.mlp(norm(stream - scale * given)), given)
+    assert site_width(encoder.info, sites[1]) == given.shape[1]
+    drawn, all_of_them = tapped[sites[2]], tapped[sites[3]].activation.view(len(images), encoder.info.n_tokens, -1)
+    close(drawn.activation, all_of_them[drawn.position, drawn.token.long()])
+    alone = encoder.tap(batch(model.spec, images), sites[1:2], ids(images), seed=7)
+    assert torch.equal(alone[sites[1]].activation, given)
+
+
+def test_towers_of_open_clip_have_no_sites_of_mlps(saved):
+    with pytest.raises(UsageError, match=r"point is 'mlp', which .* does not have; it has residual, projection"):
+        site_width(describe_encoder(saved("open_clip_vit").spec), Site("mlp", 0, "all"))
+
+
 def test_uint8_pixels_equal_the_models_own_preprocessing(kind, saved, loaded):
     model = saved(kind)
     images = photos()
@@ -522,7 +548,7 @@ def test_sites_that_do_not_exist_are_refused_with_what_there_is(loaded):
         (clip, Site("residual", 0, "random:18"), "17 tokens"),
         (siglip, Site("residual", 0, "cls"), "mean, all or random:n"),
         (siglip, Site("residual", 0, "random:17"), "16 tokens"),
-        (dino, Site("projection"), "residual, pooled"),
+        (dino, Site("projection"), "residual, mlp, pooled"),
         (resnet, Site("residual", 0, "mean"), "it has projection"),
         (resnet, Site("pooled"), "it has projection"),
     ]
@@ -531,7 +557,7 @@ def test_sites_that_do_not_exist_are_refused_with_what_there_is(loaded):
             with pytest.raises(UsageError, match=words):
                 refuse(info, site)
     encoder = loaded("dinov2")
-    with pytest.raises(UsageError, match="residual, pooled"):
+    with pytest.raises(UsageError, match="residual, mlp, pooled"):
         encoder.tap(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), [Site("projection")], ["a"], 0)
 
 

@@ -143,6 +143,19 @@ def test_an_intervention_file_says_the_same(call, tmp_path):
     assert "steered: latent 39 set to 25, latent 3 ablated" in result.stdout
 
 
+def test_a_balanced_push_keeps_the_error(call, llava, sae):
+    result = call("white", "w5", "--latent", "39=0.8", "--mode", "balanced", "--json")
+    assert result.exit_code == 0, result.output
+    (steered,) = json.loads(result.stdout)["steered"]
+    edit = LatentEdit(39, "balanced", 0.8)
+    assert steered["intervention"]["error"] == "keep"
+    assert steered["answer"] == llava.answer(
+        white(), "w5", [Intervention(load_sae(sae), (edit,), "keep", max_token=MAX_TOKEN)], 6
+    )
+    plain = call("white", "w5", "--latent", "39=0.8", "--mode", "balanced")
+    assert "steered: latent 39 pushed by 0.8 of the length of tokens" in plain.stdout
+
+
 def test_the_question_is_that_of_the_paper_unless_another_is_asked(call):
     result = call("white", "--latent", "39=25", "--json")
     assert json.loads(result.stdout)["prompt"] == "What is shown in this image? Use exactly one word!"
@@ -163,6 +176,9 @@ def test_the_question_is_that_of_the_paper_unless_another_is_asked(call):
         (["--latent", "39=4", "--mode", "boost"], ["mode is 'boost'", "set, add, scale, ablate"]),
         (["--latent", "39=4", "--mode", "ablate"], ["ablate takes none"]),
         (["--latent", "39=4x", "--mode", "mul"], ["cannot be used with scale"]),
+        (["--latent", "39=4x", "--mode", "balanced"], ["cannot be used with balanced"]),
+        (["--latent", "39=1", "--mode", "balanced", "--error", "drop"], ["error is 'drop'", "make it 'keep'"]),
+        (["--latent", "0=1", "--mode", "balanced"], ["how present latent 0 is", "unknown or 0"]),
         (["--latent", "39=4", "--error", "ignore"], ["error is 'ignore'", "drop, keep"]),
         (["--latent", "39=4", "--token", "17"], ["tokens has 17", "0 to 16"]),
         (["--latent", "39=4", "--token", "-1"], ["tokens is [-1]"]),

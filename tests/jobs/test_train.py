@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from sae_ray.jobs import train
+from sae_ray.jobs import study, train
 from sae_ray.jobs.placement import bundles
 
 from sae_ray.sae import CellTrainer, load_sae, train_cells
 from sae_ray.sae.calibration import calibrated
+from sae_ray.scores.tables import ScoreTables
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.store.sample import Sample
@@ -110,6 +111,34 @@ def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
     assert_equal_weights(plan, reference)
 
 
+def test_guided_cells_learn_the_classes_of_their_images(ray_cluster, extracted, finished, make_plan, tmp_path):
+    """Through the whole study, beside a cell that is not guided, which stays what it was."""
+    root = tmp_path / "root"
+    shutil.copytree(extracted, root)
+    kinds = ["guided_topk", "guided_batch_topk", "batch_topk"]
+    plan = make_plan(root, **{"grid.architectures": kinds, "training.learning_rate": 1e-2, "training.steps": 400})
+    plain = make_plan(root, **{"training.learning_rate": 1e-2, "training.steps": 400})
+    summary = study.run(plan)
+    assert {one.grid_cell.name for one in plan.trains} < {row["name"] for row in summary["cells"]}
+    assert {one.step.name for one in plain.trains} & {one.step.name for one in plan.trains}
+    classes = sorted(set(plan.images["train"].labels["label_name"].to_pylist()))
+    for one in plan.evaluations:
+        counts, sae = one.step.record()["counts"], load_sae(one.sae.step.folder)
+        if not one.sae.grid_cell.cell.guided:
+            assert "concepts" not in counts
+            continue
+        assert list(sae.concepts) == list(counts["concepts"]) == classes
+        n = one.activations.rows
+        assert {found["rows"] for found in counts["concepts"].values()} == {n}
+        assert sum(found["positive"] for found in counts["concepts"].values()) == n
+        wrong = sum(1 - found["accuracy"] for found in counts["concepts"].values())
+        assert wrong < 0.5, "to say of every image that it shows nothing is wrong once"
+        assert 0 < counts["bce"] < 3
+        for step in (one.step, one.sae.step):
+            named = step.folder.read_parquet("latents.parquet")["concept"].to_pylist()
+            assert named == classes + [None] * (sae.d_sae - len(classes))
+
+
 def test_a_cell_that_diverges_is_reported_and_the_others_go_on(ray_cluster, extracted, make_plan, finished, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(extracted, root)
@@ -123,6 +152,24 @@ def test_a_cell_that_diverges_is_reported_and_the_others_go_on(ray_cluster, extr
     healthy = next(one for one in plan.trains if one.grid_cell.cell.architecture == "batch_topk")
     same = next(one for one in make_plan(finished).trains if one.step.name == healthy.step.name)
     assert torch.equal(weights(healthy.step.folder)["W_enc"], weights(same.step.folder)["W_enc"])
+
+
+def test_raw_neurons_are_scored_before_they_weigh_dimensions(
+    ray_cluster, extracted, make_plan, finished, tmp_path, capsys
+):
+    root = tmp_path / "root"
+    shutil.copytree(extracted, root)
+    plan = make_plan(root, **{"grid.architectures": ["batch_topk"], "grid.weights": ["uniform", "ms"]})
+    train.run(plan)
+    uniform, weighted = plan.trains
+    same = next(one for one in make_plan(finished).trains if one.step.name == uniform.step.name)
+    assert torch.equal(weights(uniform.step.folder)["W_enc"], weights(same.step.folder)["W_enc"])
+    [raw] = plan.scores_for_training
+    table = weighted.step.folder.read_parquet("weights.parquet")
+    assert table["s"].to_pylist() == ScoreTables(raw.step.folder).scores.ms.tolist()
+    ratio = weighted.step.record()["counts"]["gamma_ratio"]
+    assert ratio == max(table["gamma"].to_pylist()) / min(table["gamma"].to_pylist())
+    assert f"{weighted.grid_cell.name}: max γ / min γ = {ratio:.4g}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("by", ["workers", "shards"])

@@ -40,6 +40,8 @@ class PowerReLU(PenalisedArchitecture):
 
 
 NEW = PowerReLU.name
+OURS_ALONE = {name for name, kind in ARCHITECTURES.items() if kind.sae_lens.startswith("sae_ray_")}
+"""Those that SAELens has no form for; that it refuses them is tested with them."""
 
 
 @pytest.fixture(autouse=True)
@@ -94,11 +96,12 @@ def test_a_trained_sae_survives_the_disk_and_sae_lens(saes: dict[str, SAE], name
 
     sae, x = saes[name], rows()
     save_sae(sae, Folder(tmp_path))
-    opened, theirs = load_sae(tmp_path), sae_lens.SAE.load_from_disk(tmp_path)
+    opened = load_sae(tmp_path)
     assert (opened.architecture, opened.k, opened.metadata) == (name, sae.k, sae.metadata)
     assert torch.equal(opened.encode(x), sae.encode(x))
-    with torch.no_grad():
-        torch.testing.assert_close(sae.encode(x), theirs.encode(x))
+    if name not in OURS_ALONE:
+        with torch.no_grad():
+            torch.testing.assert_close(sae.encode(x), sae_lens.SAE.load_from_disk(tmp_path).encode(x))
     summary = evaluate(opened, [x]).summary()
     assert summary.l0 == pytest.approx((sae.encode(x) > 0).sum(1).double().mean().item())
     assert summary.r2 > 0.1 or name == "random"

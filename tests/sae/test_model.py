@@ -36,7 +36,7 @@ def inputs(*shape: int) -> torch.Tensor:
 def test_sparse_codes_are_the_dense_ones_whatever_the_chunks(monkeypatch, name, device):
     sae, x = make_sae(name), inputs(50)
     dense = sae.encode(x)
-    decoded = sae.decode(dense)
+    decoded = sae.decode(dense, x)
     sae = sae.to(device)
     whole = sae.encode_sparse(x)
     for name, size in (("_PRE_ENTRIES", 7 * D_SAE + 3), ("_PRE_ENTRIES_ON_GPU", 7 * D_SAE + 3), ("_ROWS_ON_GPU", 3)):
@@ -48,9 +48,9 @@ def test_sparse_codes_are_the_dense_ones_whatever_the_chunks(monkeypatch, name, 
         flat = codes.rows * D_SAE + codes.latents
         assert torch.equal(flat, flat.unique())
         assert (codes.values > 0).all()
-        torch.testing.assert_close(sae.decode(codes).cpu(), decoded)
+        torch.testing.assert_close(sae.decode(codes, x).cpu(), decoded)
     torch.testing.assert_close(sae.encode(x).cpu(), dense)
-    torch.testing.assert_close(sae.decode(dense.to(device)).cpu(), decoded)
+    torch.testing.assert_close(sae.decode(dense.to(device), x).cpu(), decoded)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -84,7 +84,7 @@ def test_leading_axes_are_samples_like_any_other(name):
     sae, x = make_sae(name), inputs(4, 5)
     torch.testing.assert_close(sae.encode(x), sae.encode(x.view(20, D_IN)).view(4, 5, D_SAE))
     torch.testing.assert_close(sae.encode(x[0, 0]), sae.encode(x)[0, 0])
-    assert sae.decode(sae.encode(x)).shape == x.shape
+    assert sae.decode(sae.encode(x), x).shape == x.shape
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -92,7 +92,7 @@ def test_no_sample_gives_no_codes(name, device):
     sae = make_sae(name).to(device)
     codes = sae.encode_sparse(inputs(0))
     assert codes.values.numel() == 0
-    assert sae.decode(codes).shape == (0, D_IN)
+    assert sae.decode(codes, inputs(0)).shape == (0, D_IN)
 
 
 def test_the_threshold_is_strict_and_never_lets_negative_values_pass():

@@ -26,7 +26,8 @@ STEPS, HALF = 16, 8
 SIZES = (2, 4)
 SEEDS = range(6)
 SELECTING = ("batch_topk", "topk")
-RESUMED = ("matryoshka_batch_topk-pre", "topk", "jumprelu")
+RESUMED = ("matryoshka_batch_topk-pre", "topk", "jumprelu", "guided_topk")
+CONCEPTS = tuple("abcde")
 TRAINING = TrainingConfig(
     steps=STEPS, batch_size=BATCH, learning_rate=1e-3, warmup_steps=2, threshold_start_step=3, threshold_beta=0.9,
     dead_after_samples=96,
@@ -36,6 +37,8 @@ PRE = replace(TRAINING, auxk_select="pre")
 
 def make_cell(name: str, training: TrainingConfig = TRAINING, d_sae: int = D_SAE) -> Cell:
     settings = JumpReLUSettings(0.1, 0.05) if name == "jumprelu" else None
+    if ARCHITECTURES[name].guided:  # a larger loss is clipped so much that Adam acts on the rounding of gradients
+        settings = ARCHITECTURES[name].Settings(concept_weight=0.1)
     amount = {"k": {"k": K}, "sparsity": {"sparsity": 0.02}}[ARCHITECTURES[name].tuned_by]
     return Cell(name, d_sae / D_IN, training=training, settings=settings, **amount)
 
@@ -50,13 +53,24 @@ def make_batches() -> torch.Tensor:
     return torch.randn(STEPS, BATCH, D_IN, generator=torch.Generator().manual_seed(0)) / 4
 
 
+def make_targets() -> torch.Tensor:
+    """What rows show of five concepts, in part unknown."""
+    drawn = torch.rand(STEPS, BATCH, len(CONCEPTS), generator=torch.Generator().manual_seed(1))
+    return (drawn > 0.5).float().masked_fill(drawn > 0.8, torch.nan)
+
+
+def make_trainer(cell: Cell, split: Split) -> CellTrainer:
+    return CellTrainer(cell, D_IN, split=split, concepts=CONCEPTS if cell.guided else ())
+
+
 def train(cell: Cell, split: Split, stop: int = STEPS, start: Path | None = None) -> dict[str, torch.Tensor]:
     """The state after `stop` steps on the first rank, and on every rank its metrics and its own `b_dec`."""
-    trainer = CellTrainer(cell, D_IN, split=split)
+    trainer = make_trainer(cell, split)
     if start is not None:
         trainer.restore(load_file(start), {**trainer.state()[1], "n_steps": HALF})
     rows = slice(split.rows.rank * BATCH // split.rows.size, (split.rows.rank + 1) * BATCH // split.rows.size)
-    metrics = [trainer.step(batch[rows]) for batch in make_batches()[trainer.n_steps : stop]]
+    data = list(zip(make_batches(), make_targets(), strict=True))[trainer.n_steps : stop]
+    metrics = [trainer.step(batch[rows], targets[rows] if cell.guided else None) for batch, targets in data]
     own = {"metrics": torch.tensor(metrics, dtype=torch.float64), "own_b_dec": trainer.weights.b_dec.detach()}
     own["deaths"] = torch.tensor(trainer.deaths())
     return own | trainer.state()[0]
@@ -83,10 +97,11 @@ def refusals(split: Split) -> None:
     first, second, *_ = make_batches()
     second[1, 2] = torch.nan
     for name in ARCHITECTURES:
-        trainer = CellTrainer(make_cell(name), D_IN, split=split)
-        trainer.step(first)
+        trainer = make_trainer(make_cell(name), split)
+        targets = make_targets()[0] if trainer.concepts else None
+        trainer.step(first, targets)
         with pytest.raises(NonFiniteLoss, match="step 1"):
-            trainer.step(second)
+            trainer.step(second, targets)
     # Infinite weights of one latent are those of one rank alone.
     trainer = CellTrainer(make_cell("topk"), D_IN, split=split)
     trainer.step(first)
@@ -190,12 +205,13 @@ def test_what_four_shards_saved_resumes_otherwise(folder: Path, name: str, by: s
     assert_same_sae(load(folder, f"{name}-from-4-by-{by}"), name, slice(HALF, None))
 
 
-def test_initial_weights_are_those_of_one_process():
-    whole = CellTrainer(CELLS["jumprelu"], D_IN).weights.named()
+@pytest.mark.parametrize("of", ["jumprelu", "guided_topk"])
+def test_initial_weights_are_those_of_one_process(of: str):
+    whole = CellTrainer(CELLS[of], D_IN).weights.named()
     for rank in range(4):
         ranks = Ranks(None)
         ranks.rank, ranks.size = rank, 4
-        for name, part in CellTrainer(CELLS["jumprelu"], D_IN, split=Split(latents=ranks)).weights.named().items():
+        for name, part in CellTrainer(CELLS[of], D_IN, split=Split(latents=ranks)).weights.named().items():
             expected = whole[name] if name == "b_dec" else whole[name][rank::4]
             assert part.is_contiguous()
             assert torch.equal(part, expected), name

@@ -61,9 +61,11 @@ def assert_equal_states(left: CellTrainer, right: CellTrainer) -> None:
 def test_training_lowers_the_loss_and_keeps_decoder_rows_at_unit_norm(name: str):
     trainer = CellTrainer(make_cell(name), D_IN)
     metrics = run(trainer, make_batches(60))
-    assert metrics[-1].reconstruction_loss < 0.7 * metrics[0].reconstruction_loss
+    # The means of rows, which explain a part, need not be learnt where rows are standardised.
+    left = 0.8 if trainer.architecture.standardises_rows else 0.7
+    assert metrics[-1].reconstruction_loss < left * metrics[0].reconstruction_loss
     norms = trainer.weights.W_dec.detach().norm(dim=1)
-    torch.testing.assert_close(norms, torch.ones_like(norms))
+    assert torch.allclose(norms, torch.ones_like(norms)) == trainer.architecture.unit_decoder
     assert not torch.equal(trainer.weights.W_enc_t, trainer.weights.W_dec)
     if trainer.weights.threshold is not None:
         assert trainer.weights.threshold.detach().std() > 0
@@ -169,6 +171,9 @@ def test_state_of_another_cell_is_refused():
     state = CellTrainer(make_cell("batch_topk"), D_IN).state()
     with pytest.raises(UsageError, match="another cell"):
         CellTrainer(make_cell("batch_topk", seed=1), D_IN).restore(*state)
+    with pytest.raises(UsageError, match="lacks ever_fired, revivals: an earlier sae-ray wrote it; delete it"):
+        older = {name: tensor for name, tensor in state[0].items() if name not in ("revivals", "ever_fired")}
+        CellTrainer(make_cell("batch_topk"), D_IN).restore(older, state[1])
     # What BatchTopK ignores does not make it another cell.
     CellTrainer(make_cell("batch_topk", replace(TRAINING, sparsity_warmup_steps=7)), D_IN).restore(*state)
 
@@ -180,7 +185,7 @@ def test_fewer_positive_values_than_k(name: str):
     assert all(0 < m.l0 < 16 and math.isfinite(m.loss) for m in metrics)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name, kind in ARCHITECTURES.items() if not kind.codes_below_1])
 def test_no_positive_value_at_all(name: str):
     trainer = CellTrainer(make_cell(name), D_IN)
     trainer.weights.b_enc.data.fill_(-100)

@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,7 @@ from sae_ray.sae import (
     StepMetrics,
     TrainingConfig,
     auxk,
+    guidance,
     kernels,
     optimizer,
     selection,
@@ -46,7 +48,7 @@ def use_kernels(monkeypatch) -> Callable[[], None]:
     from sae_ray.sae import triton_kernels
 
     def choose(chosen: ModuleType | None) -> None:
-        for module in (kernels, optimizer, selection, sparse, training):
+        for module in (kernels, guidance, optimizer, selection, sparse, training):
             monkeypatch.setattr(module, "kernels_for", lambda tensor: chosen)
 
     choose(None)
@@ -166,7 +168,7 @@ CELLS = {
         for select in ("post", "pre")
     },
     **{(name, "post"): {"sparsity": 0.1} for name in ("relu", "jumprelu")},
-    **{(name, "post"): {"k": 2} for name in ("frozen_decoder", "random")},
+    **{(name, "post"): {"k": 2} for name in ("guided_topk", "guided_batch_topk", "frozen_decoder", "random")},
 }
 
 
@@ -176,6 +178,16 @@ def small_cell(name: str, select: Any, dtype: Any = "float32") -> Cell:
         auxk_select=select, dtype=dtype,
     )  # fmt: skip
     return Cell(name, 4, training=training, **CELLS[name, select])
+
+
+def small_trainer(*cell: Any) -> CellTrainer:
+    made = small_cell(*cell)
+    return CellTrainer(made, 8, DEVICE, concepts=("a", "b", "c") if made.guided else ())
+
+
+def targets_of(trainer: CellTrainer, batch: torch.Tensor) -> torch.Tensor | None:
+    """Three concepts, which are not known of every row."""
+    return (batch[:, :3] > 0).float().masked_fill(batch[:, 3:6] > 0.2, math.nan) if trainer.concepts else None
 
 
 def small_batches(n: int) -> torch.Tensor:
@@ -197,18 +209,58 @@ def test_the_smallest_kept_value(use_kernels, name: str):
 @pytest.mark.parametrize(("name", "select"), CELLS)
 def test_whole_training(use_kernels, monkeypatch, name: str, select: str):
     """With AuxK as a dense block, and by entries."""
-    expected = CellTrainer(small_cell(name, select), 8, DEVICE)
-    seen = [expected.step(batch) for batch in small_batches(4)]
+    expected = small_trainer(name, select)
+    seen = [expected.step(batch, targets_of(expected, batch)) for batch in small_batches(4)]
     use_kernels()
     assert expected.cell.kind.revives == (max(one.auxk_loss for one in seen) > 0), "AuxK took part"
     for dense in (32, 0):
         monkeypatch.setattr(auxk, "_DENSE", dense)
-        trainer = CellTrainer(small_cell(name, select), 8, DEVICE)
-        metrics = [trainer.step(batch) for batch in small_batches(4)]
+        trainer = small_trainer(name, select)
+        metrics = [trainer.step(batch, targets_of(trainer, batch)) for batch in small_batches(4)]
         torch.testing.assert_close(torch.tensor(metrics), torch.tensor(seen), rtol=1e-3, atol=1e-5, equal_nan=True)
         for key in ("W_enc_t", "W_dec"):  # not the biases: Adam makes much of the rounding of a gradient near 0
             one, other = (found.weights.named()[key].detach() for found in (trainer, expected))
             assert (one - other).norm() < 1e-3 * other.norm()
+
+
+@pytest.mark.gpu
+def test_training_for_monosemanticity(use_kernels):
+    """No step waits for the device."""
+    cell, embeddings = replace(small_cell("batch_topk", "post"), monosemanticity=0.3), small_batches(1)[0] + 0.1
+    expected = CellTrainer(cell, 8, DEVICE)
+    *batches, before, last = small_batches(4)
+    seen = [expected.step(batch, embeddings=embeddings) for batch in batches]
+    assert seen[-1].monosemanticity != 0
+    use_kernels()
+    trainer = CellTrainer(cell, 8, DEVICE)
+    metrics = [trainer.step(batch, embeddings=embeddings) for batch in batches]
+    torch.testing.assert_close(torch.tensor(metrics), torch.tensor(seen), rtol=1e-3, atol=1e-5, equal_nan=True)
+    trainer._replayed = None
+    trainer.advance(before, embeddings=embeddings)
+    with Lint() as lint:
+        trainer.advance(last, embeddings=embeddings)
+    assert lint.found == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dense"), [("matryoshka_batch_topk", 32), ("batch_topk", 0), ("jumprelu", 32)])
+def test_training_with_weights_of_dimensions(use_kernels, monkeypatch, name: str, dense: int):
+    """Of which one counts for nothing. No step waits for the device."""
+    cell, gamma = replace(small_cell(name, "post"), weights="variance"), torch.linspace(0, 1.7, 8)
+    expected = CellTrainer(cell, 8, DEVICE, gamma=gamma)
+    *batches, before, last = small_batches(5)
+    seen = [expected.step(batch) for batch in batches]
+    use_kernels()
+    monkeypatch.setattr(auxk, "_DENSE", dense)
+    trainer, unweighted = CellTrainer(cell, 8, DEVICE, gamma=gamma), CellTrainer(small_cell(name, "post"), 8, DEVICE)
+    metrics = [trainer.step(batch) for batch in batches]
+    torch.testing.assert_close(torch.tensor(metrics), torch.tensor(seen), rtol=1e-3, atol=1e-5, equal_nan=True)
+    assert [unweighted.step(batch) for batch in batches][-1].loss != pytest.approx(metrics[-1].loss, rel=1e-2)
+    trainer._replayed = None
+    trainer.advance(before)
+    with Lint() as lint:
+        trainer.advance(last)
+    assert lint.found == []
 
 
 @pytest.fixture
@@ -326,17 +378,20 @@ def test_waits_are_noticed(use_kernels):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dense", [32, 0])
-@pytest.mark.parametrize("name", [*SELECTING, "relu", "jumprelu", "frozen_decoder", "random"])
+@pytest.mark.parametrize(
+    "name",
+    [*SELECTING, "relu", "jumprelu", "guided_topk", "guided_batch_topk", "frozen_decoder", "random"],
+)
 def test_no_step_waits_for_the_device_between_reports(use_kernels, monkeypatch, name: str, dense: int):
     use_kernels()
     monkeypatch.setattr(auxk, "_DENSE", dense)
-    trainer = CellTrainer(small_cell(name, "post", "float32" if dense else "bfloat16"), 8, DEVICE)
+    trainer = small_trainer(name, "post", "float32" if dense else "bfloat16")
     trainer._replayed = None  # as it is before it is recorded
-    first, *batches = small_batches(3)
-    trainer.advance(first)
+    first, *batches = ((batch, targets_of(trainer, batch)) for batch in small_batches(3))
+    trainer.advance(*first)
     with Lint() as lint:
-        for batch in batches:
-            trainer.advance(batch)
+        for batch, targets in batches:
+            trainer.advance(batch, targets)
     assert lint.found == []
     assert trainer.cell.kind.revives == (trainer.report()[-1].auxk_loss > 0), "AuxK took part"
 
@@ -347,18 +402,18 @@ def test_no_step_waits_for_the_device_between_reports(use_kernels, monkeypatch, 
 @pytest.mark.parametrize(("name", "select"), CELLS)
 def test_a_recorded_step_equals_the_step(name: str, select: str, dtype: str):
     """Also where the room of AuxK and the averaging of the threshold change, which are recorded apart."""
-    recorded, eager = (CellTrainer(small_cell(name, select, dtype), 8, DEVICE) for _ in range(2))
+    recorded, eager = (small_trainer(name, select, dtype) for _ in range(2))
     eager._replayed = None
-    first, *batches = small_batches(40)
-    recorded.advance(first)
-    eager.advance(first)
+    first, *batches = ((batch, targets_of(eager, batch)) for batch in small_batches(40))
+    recorded.advance(*first)
+    eager.advance(*first)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for batch in batches:
-                recorded.advance(batch)
-                eager.advance(batch)
+            for batch, targets in batches:
+                recorded.advance(batch, targets)
+                eager.advance(batch, targets)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]

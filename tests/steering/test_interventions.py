@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE
@@ -38,7 +39,7 @@ def random_sae(architecture: str = "batch_topk", seed: int = 0, d_in: int = D_IN
         normal(d_sae) / 2,
         normal(d_in),
         threshold=normal(d_sae).abs() if ARCHITECTURES[architecture].has_threshold else None,
-        k=3 if architecture == "topk" else None,
+        k=3 if ARCHITECTURES[architecture].latents_compete else None,
     )
 
 
@@ -63,7 +64,9 @@ def written_out(intervention: Intervention, x: torch.Tensor) -> torch.Tensor:
             "scale": a * strength,
             "ablate": torch.zeros_like(a),
         }[edit.mode]
-    replaced, corrected = edited @ W_dec + sae.b_dec, x.float() + (edited - codes) @ W_dec
+    rows = x.float()
+    spread, mean = (rows.std(1, keepdim=True), rows.mean(1, keepdim=True)) if sae.kind.standardises_rows else (1, 0)
+    replaced, corrected = (edited @ W_dec + sae.b_dec) * spread + mean, rows + spread * ((edited - codes) @ W_dec)
     result = replaced if intervention.error == "drop" else corrected
     if intervention.tokens is not None:
         chosen = torch.zeros(len(x), 1, dtype=torch.bool)
@@ -278,6 +281,69 @@ def test_what_does_not_fit_the_tokens_is_refused():
         Intervention(random_sae(), tokens=(1, 5))(tokens_of(0))
     with pytest.raises(UsageError, match=r"max_token has shape \[3\]"):
         Intervention(random_sae(), max_token=torch.ones(3))
+
+
+@pytest.fixture(scope="module")
+def gsae() -> tuple[SAE, dict[str, torch.Tensor]]:
+    """The SAE of the golden data of G-SAE, and what its reference steers with it."""
+    golden = load_file(Path(__file__).parents[1] / "golden" / "gsae.safetensors")
+    weights = (golden["init.encoder_weight"].T, golden["init.decoder_weight"].T)
+    biases = (golden["init.latent_bias"], golden["init.pre_bias"])
+    return SAE("guided_topk", *(one.contiguous() for one in weights), *biases, k=5), golden
+
+
+@pytest.mark.parametrize(("variant", "entries"), [("balanced", None), ("top6", 6)])
+@pytest.mark.parametrize("strength", [-0.5, 0.4])
+@pytest.mark.parametrize("latent", [0, 2])
+def test_balanced_steering_is_that_of_the_reference(gsae, latent, strength, variant, entries):
+    """Alone, on some tokens, and beside another image's edit of the same latent."""
+    sae, golden = gsae
+    expected = golden[f"steer.latent{latent}.alpha{strength}.{variant}"]
+    edit = Intervention(sae, (LatentEdit(latent, "balanced", strength, entries=entries),), "keep")
+    ablated = Intervention(sae, (LatentEdit(latent, "ablate"),), "keep")
+    first, second = golden["steer.residual"]
+    found = edit_each([edit, ablated, edit], [first, second, second])
+    for ours, wanted in zip(found[::2], expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[1], ablated(second))
+    some = replace(edit, tokens=(2,))(first)
+    assert torch.equal(some[:2], first[:2])
+    torch.testing.assert_close(some[2], expected[0, 2], rtol=0, atol=1e-6)
+    assert Intervention.from_dict(edit.to_dict(), sae).edits == edit.edits
+
+
+def test_balanced_steering_of_other_saes_counts_in_multiples_of_the_maximum():
+    sae, x, top = random_sae(), tokens_of(3), torch.full((D_SAE,), 2.0)
+    direction = sae.W_dec[4] / sae.W_dec[4].norm()
+    present = (sae.encode(x)[:, 4] / 2).clamp(max=1)
+    assert 0 < (present > 0).sum() < N
+    for strength, weight in ((0.7, 1 - present), (-0.7, present)):
+        pushed = Intervention(sae, (LatentEdit(4, "balanced", strength),), "keep", max_token=top)(x)
+        expected = x + (strength * weight * x.norm(dim=1)).unsqueeze(1) * direction
+        torch.testing.assert_close(pushed, expected)
+
+
+@pytest.mark.parametrize(
+    ("edit", "values", "words"),
+    [
+        (
+            {"strength": 1},
+            {"error": "drop"},
+            "error is 'drop'; balanced changes the activation itself, so make it 'keep'",
+        ),
+        ({"strength": 1}, {}, "how present latent 1 is, in multiples of its max_token, which is unknown or 0; give"),
+        ({"strength": 1, "unit": "max"}, {}, "unit of latent 1 is 'max', which cannot be used with balanced"),
+        ({"entries": 7}, {}, "entries of latent 1 is 7; a decoder row has 6"),
+        ({"entries": 0}, {}, "entries of latent 1 is 0; give a number from 1"),
+        ({"entries": True}, {}, "entries of latent 1 is True"),
+        ({"mode": "set", "entries": 3}, {}, "entries of latent 1 is 3; give a number from 1, and the mode balanced"),
+    ],
+)
+def test_balanced_steering_that_cannot_be_is_refused(edit, values, words):
+    with pytest.raises(UsageError, match=words):
+        Intervention.from_dict(
+            {"error": "keep", **values, "edits": [{"latent": 1, "mode": "balanced"} | edit]}, random_sae()
+        )
 
 
 def test_max_token_comes_from_the_saes_directory(tmp_path):

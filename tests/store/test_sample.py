@@ -57,6 +57,9 @@ def test_every_row_is_either_drawn_once_in_an_epoch_or_kept_out(
         assert stream.n_rows + len(kept_out) == store.n_rows
         n_batches = -(-2 * stream.n_rows // batch_size) + first_step + 3
         batches = [batch[:, 0].int().tolist() for batch in islice(stream.batches(), n_batches)]
+        for batch, (rows, of_images) in zip(batches, stream.batches_with_images(), strict=False):
+            assert rows[:, 0].int().tolist() == batch
+            assert of_images.tolist() == [row // tokens for row in batch]
         drawn = list(chain.from_iterable(batches))
         for start in (0, stream.n_rows):
             assert sorted(drawn[start : start + stream.n_rows] + kept_out) == list(range(store.n_rows))

@@ -111,6 +111,19 @@ def test_batches_are_what_is_stored(tmp_path: Path, write_store: WriteStore):
     assert sorted(batch.tolist()) == sorted(vectors.astype("float16").tolist())
 
 
+@pytest.mark.parametrize("shuffle_rows", [20, 200], ids=["several windows", "one window"])
+def test_rows_come_with_their_images(tmp_path: Path, write_store: WriteStore, shuffle_rows: int):
+    """In the order in which they come alone, also after a seek."""
+    store = write_store(tmp_path, [(rows // 2, rows % 2, rows[:, None].astype("f4")) for rows in
+                                   np.split(np.arange(60), [20, 40])])  # fmt: skip
+    stream = TrainingStream(store, 7, 3, shuffle_rows)
+    alone = list(islice(stream.batches(), 20))
+    for first in (0, 11):
+        for expected, (vectors, images) in zip(alone[first:], stream.batches_with_images(first), strict=False):
+            assert torch.equal(vectors, expected)
+            assert torch.equal(images, vectors[:, 0].long() // 2)
+
+
 @pytest.mark.parametrize("shuffle_rows", [80, 200], ids=["several windows", "one window"])
 def test_no_more_rows_are_held_than_may_be(tmp_path: Path, write_store: WriteStore, shuffle_rows: int):
     store = write_store(tmp_path, numbered([10] * 20))

@@ -10,19 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.sae import TrainingConfig
+from sae_ray.sae import SAE, TrainingConfig, save_sae
 from sae_ray.sae.architectures import ArchitectureSettings
 from sae_ray.steering.config import Steering
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.fields import field_help
+from sae_ray.study.guidance import targets_of
 from sae_ray.study.plan import StudyPlan, images_per_part
 from sae_ray.study.root import skipped_lines
 from sae_ray.study.survey import Survey
 from sae_ray.study.trained import cautions
+from sae_ray.study.weights import significance, weights_ratio
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
 MINIMAL = {
@@ -124,7 +129,8 @@ def test_a_study_comes_back_from_plain_values(name: str):
         ({"architectures": {"jumprel": {}}}, "architectures.jumprel: unknown key; did you mean 'jumprelu'?"),
         (
             {"architectures": {"topk": {}}},
-            "architectures.topk: unknown key; known keys: matryoshka_batch_topk, jumprelu",
+            "architectures.topk: unknown key; known keys: matryoshka_batch_topk, jumprelu, guided_topk, "
+            "guided_batch_topk, guided_matryoshka_batch_topk",
         ),
         (
             {"resources": {"train": {"cell_per_bundle": 1}}},
@@ -184,6 +190,15 @@ def test_all_problems_are_told_at_once():
         ({"grid.k": [4, 0]}, "cell.k = 0: make it at least 1 for batch_topk"),
         ({"grid.k": [2.5]}, "grid.0.k.0 = 2.5: Input should be a valid integer"),
         ({"grid.k": []}, "grid.k = []: batch_topk: name at least one"),
+        ({"grid.weights": []}, "grid.weights = []: name at least one"),
+        ({"grid.weights": "ms"}, "grid.0.weights = 'ms': Input should be a list"),
+        ({"grid.monosemanticity": [-1]}, "grid.0.monosemanticity.0 = -1: Input should be greater than or equal to 0"),
+        (
+            {"grid.architectures": ["relu"], "grid.sparsity": [0.1], "grid.monosemanticity": [1]},
+            "cell.monosemanticity = 1.0: make it 0 for relu, which does not select latents",
+        ),
+        ({"grid.alpha": -1}, "grid.0.alpha = -1: Input should be greater than or equal to 0"),
+        ({"architectures.jumprelu.init": "random"}, "architectures.jumprelu.init = 'random': Input should be"),
         ({"grid.architectures": ["topkk"]}, "grid.architectures = 'topkk': unknown architecture; did you mean 'topk'?"),
         ({"grid.architectures": ["gated"]}, "grid.architectures = 'gated': unknown architecture; known here: "),
         ({"grid.architectures": ["relu"]}, "grid.sparsity = []: relu: name at least one coefficient"),
@@ -345,11 +360,29 @@ def test_training_that_is_too_short_for_dead_latents_is_told(training: dict, cau
     assert cautions(study(training=training, grid=[{"sites": ["projection"], "architectures": ["random"]}])) == []
 
 
+def test_weights_are_a_dimension_of_the_grid():
+    grid = {"sites": ["projection"], "weights": ["uniform", "ms", "inverse_variance", "/tables/ranks.parquet"]}
+    cells = {cell.name: cell.cell for cell in study(grid=[grid, grid | {"weights": ["ms"], "alpha": 1}]).cells()}
+    base = "projection-batch_topk-x8-k20"
+    assert list(cells) == [
+        base,
+        *(f"{base}-weights.{of}" for of in ("ms", "inverse_variance", "ranks", "ms.1")),
+    ]
+    [unweighted] = study(grid=[{"sites": ["projection"], "alpha": 2}]).cells()
+    assert unweighted.cell.identity() == cells[base].identity()
+    identities = [cell.identity()["weights"] for cell in list(cells.values())[1:]]
+    assert [one["source"] for one in identities] == ["ms", "inverse_variance", "table", "ms"]
+    assert [one["alpha"] for one in identities] == [0.5, 0.5, 0.5, 1.0]
+    tables = grid | {"weights": ["/a/ranks.parquet", "/b/ranks.parquet"]}
+    assert refusal(grid=[tables]).startswith(f"grid = '{base}-weights.ranks': two cells of this name differ")
+
+
 def test_help_is_the_docstring_of_the_field():
     assert field_help("encoder.revision") == "Commit, tag or branch of a hub id."
     assert field_help("images.heldout.path").startswith("The folder: a local path (`~` is your home)")
     assert field_help("grid.k") == "Average number of active latents per row, for the TopK family."
     assert field_help("training.steps") == "Optimiser steps."
+    assert field_help("architectures.guided_batch_topk.concept_weight").startswith("Weight of the loss of concepts")
     assert field_help("architectures.jumprelu.initial_threshold").startswith("The threshold before the first step")
     assert field_help("resources.score.gpus") == "GPUs per task. Default: 1 if the cluster has GPUs."
 
@@ -442,6 +475,9 @@ def test_a_plan_lists_the_steps_in_the_order_of_work(make_plan: MakePlan, tmp_pa
         ({"training.warmup_steps": 1000}, set()),  # as it stands anyway
         ({"training.sparsity_warmup_steps": 5}, set()),
         ({"architectures.jumprelu.bandwidth": 0.1}, set()),
+        ({"architectures.jumprelu.init": "aip"}, set()),
+        ({"grid.weights": ["uniform"], "grid.alpha": 1.0}, set()),
+        ({"grid.monosemanticity": [0]}, set()),
         ({"shuffle_rows": 1000}, TRAINED),
         ({"seed": 1}, TRAINED | RANDOM | RAW_RANDOM),
         ({"encoder.dtype": "bfloat16"}, ACTIVATIONS | TRAINED | RAW_SCORES),
@@ -469,6 +505,104 @@ def test_small_sets_have_small_parts(n_images: int, expected: int):
     """At least 16 of them, in whole batches, where there are images enough."""
     assert images_per_part(512, n_images) == expected
     assert images_per_part(50, n_images) == min(50, expected)
+
+
+def test_weights_of_dimensions_add_steps_and_change_none(make_plan: MakePlan):
+    """But for the pictures. Raw neurons that weigh dimensions are scored before the SAEs are trained."""
+    before = names(make_plan())
+    del before["pictures"]
+    plan = make_plan({"grid.weights": ["uniform", "ms", "variance"]})
+    assert before.items() < names(plan).items()
+    steps = list(plan.steps)
+    [first, *_] = (place for place, step in enumerate(steps) if step.stage == "train")
+    assert {step.label for step in steps[:first] if step.stage == "score"} == RAW_SCORES
+    by_ms = [train for train in plan.trains if train.raw_scores]
+    assert [train.grid_cell.cell.weights for train in by_ms] == ["ms"] * 2
+    assert all(step in steps[: steps.index(train.step)] for train in plan.trains for step in train.inputs)
+    rejudged = names(make_plan({"grid.weights": ["uniform", "ms", "variance"], "judge.dtype": "bfloat16"}))
+    saes = {label for label in changed(names(plan), rejudged) if label.startswith("sae-")}
+    assert saes == {train.step.label for train in by_ms}, "their weights are other ones"
+
+
+def test_monosemanticity_as_a_goal_needs_the_judge_on_training_images(make_plan: MakePlan):
+    before = names(make_plan())
+    del before["pictures"]
+    plan = make_plan({"grid.monosemanticity": [0, 0.1]})
+    after = names(plan)
+    assert before.items() < after.items()
+    goals = {label + "-mono0.1" for label in SAES | FIDELITY | SAE_SCORES}
+    assert after.keys() - before.keys() == goals | {"embeddings-train"} | PICTURES
+    steps = list(plan.steps)
+    for train in plan.trains:
+        assert [step.label for step in train.inputs][1:] == ["embeddings-train"] * bool(
+            train.grid_cell.cell.monosemanticity
+        )
+        assert all(step in steps[: steps.index(train.step)] for step in train.inputs)
+    rejudged = names(make_plan({"grid.monosemanticity": [0, 0.1], "judge.dtype": "bfloat16"}))
+    retrained = {label for label in changed(after, rejudged) if label.startswith("sae-")}
+    assert retrained == {f"{label}-mono0.1" for label in SAES}
+
+
+def test_a_table_of_weights_counts_by_its_values(make_plan: MakePlan, tmp_path: Path):
+    def given(place: str, s: list[float]) -> dict[str, Any]:
+        path = tmp_path / place / "mine.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"dimension": range(len(s)), "s": s}), path)
+        return {"grid.sites": ["projection"], "grid.weights": [str(path)]}
+
+    ones = [1.0] * 16
+    before = names(make_plan(given("here", ones)))
+    assert names(make_plan(given("there", ones))) == before
+    weighted = {"sae-projection-batch_topk-x2-k4-weights.mine"}
+    assert weighted < changed(before, names(make_plan(given("here", [2.0, *ones[1:]]))))
+    with pytest.raises(
+        UsageError, match=r"grid\.weights = .*: it has 3 dimensions, but the activations of projection h"
+    ):
+        make_plan(given("here", [1.0, 2.0, 3.0]))
+    with pytest.raises(UsageError, match=r"grid\.weights = .*: has other values; give a parquet table"):
+        make_plan(given("here", [-1.0, *ones[1:]]))
+    plan = make_plan(given("here", [2.0, *ones[1:]]))
+    recalled = Survey.from_dict(json.loads(json.dumps(plan.survey.to_dict())))
+    assert names(StudyPlan(plan.study, plan.root, recalled)) == names(plan)
+    [train] = plan.trains
+    assert weights_ratio(train) == pytest.approx(2**0.5)
+    given("here", ones)
+    with pytest.raises(SaeRayError, match="the table has changed since the study was planned"):
+        significance(train)
+
+
+def test_an_sae_to_start_from_counts_by_its_weights(make_plan: MakePlan, tmp_path: Path):
+    def start(place: str, architecture: str = "relu", d_in: int = 16, value: float = 0.0) -> dict[str, Any]:
+        W_enc = torch.eye(d_in, 32) + value
+        sae = SAE(architecture, W_enc, W_enc.T.clone(), torch.zeros(32), torch.zeros(d_in), k=4)
+        save_sae(sae, Folder(tmp_path / place))
+        return {
+            "grid.sites": ["projection"], "grid.architectures": ["relu"], "grid.sparsity": [0.1],
+            "training.init": str(tmp_path / place),
+        }  # fmt: skip
+
+    overrides = start("here")
+    before, plan = names(make_plan(overrides)), make_plan(overrides)
+    assert names(make_plan(start("there"))) == before
+    assert "sae-projection-relu-x2-s0.1" in changed(before, names(make_plan(start("other", value=0.5))))
+    assert "sae-projection-relu-x2-s0.1" in changed(before, names(make_plan(overrides | {"training.init": None})))
+    recalled = Survey.from_dict(json.loads(json.dumps(plan.survey.to_dict())))
+    assert names(StudyPlan(plan.study, plan.root, recalled)) == before
+    for wrong in (start("topk", "topk"), start("wide", d_in=24), overrides | {"grid.expansions": [4]}):
+        with pytest.raises(
+            UsageError, match=r"training\.init = .*: it is a .* SAE with d_in = .*, but projection-relu-x"
+        ):
+            make_plan(wrong)
+    with pytest.raises(UsageError, match=r"training\.init = '/nowhere'"):
+        make_plan({"training.init": "/nowhere"})
+
+
+def test_a_second_moment_needs_rows(make_plan: MakePlan):
+    overrides = {"grid.architectures": ["jumprelu"], "grid.sparsity": [0.1], "architectures.jumprelu.init": "aip"}
+    with pytest.raises(
+        UsageError, match=r'jumprelu\.init = "aip": projection has \d+ training activations, but .* 320'
+    ):
+        make_plan(overrides)
 
 
 def test_what_is_skipped_changes_no_step_and_is_told(make_plan: MakePlan, tmp_path: Path):
@@ -499,6 +633,81 @@ def test_labels_change_only_what_reads_them(make_steered: MakePlan, tmp_path: Pa
     file.write_text("\n".join(["image_id,label", *rows[:-1], "39.png,fish"]))
     [side] = changed(labelled, names(make_steered({"images.train.labels": str(file)}))) - STEERING - PICTURES
     assert side in LABELS
+
+
+GUIDED = {"grid.architectures": ["guided_batch_topk", "batch_topk"], "grid.sites": ["projection"]}
+LEARNT = {"sae-projection-guided_batch_topk-x2-k4", "fidelity-projection-guided_batch_topk-x2-k4"}
+
+
+def test_labels_and_their_loss_are_what_guided_cells_alone_depend_on(make_plan: MakePlan, tmp_path: Path):
+    plan = make_plan(GUIDED)
+    before, of_guided = names(plan), LEARNT | {"scores-heldout-projection-guided_batch_topk-x2-k4"} | PICTURES
+    plain = names(make_plan({"grid.sites": ["projection"]}))
+    assert {label: before[label] for label in plain.keys() - PICTURES} == {
+        label: name for label, name in plain.items() if label not in PICTURES
+    }
+    known: set[str] = set()
+    for train in plan.trains:
+        assert len(train.inputs) == (3 if train.grid_cell.cell.guided else 1)
+    for step in plan.steps:
+        read = {value for value in step.config.values() if isinstance(value, str)} & set(before.values())
+        assert read <= known
+        known.add(step.name)
+    weighted = names(make_plan(GUIDED | {"architectures.guided_batch_topk.positive_weight": 3.0}))
+    assert changed(before, weighted) == of_guided
+    assert names(make_plan(GUIDED | {"architectures.guided_topk.positive_weight": 3.0})) == before
+
+    file = tmp_path / "labels.csv"
+    rows = [f"{number:02d}.png,{('cat', 'dog')[number % 2]}" for number in range(40)]
+    file.write_text("\n".join(["image_id,label", *rows]))
+    labels = GUIDED | {"images.train.labels": str(file)}
+    labelled = names(make_plan(labels))
+    assert changed(before, labelled) == LABELS | of_guided
+    without = {"architectures.guided_batch_topk.concept_weight": 0.0}
+    assert changed(names(make_plan(GUIDED | without)), names(make_plan(labels | without))) == LABELS
+
+
+def test_what_guided_cells_learn_is_what_is_in_their_file(make_plan: MakePlan, tmp_path: Path):
+    file, other = tmp_path / "one.csv", tmp_path / "other.csv"
+    file.write_text("\n".join(["image_id,wet,fish", *(f"{number:02d}.png,{number % 2},.25" for number in range(40))]))
+    shutil.copy(file, other)
+    field = "architectures.guided_batch_topk.concepts"
+    plan = make_plan(GUIDED | {field: str(file)})
+    before = names(plan)
+    assert names(make_plan(GUIDED | {field: str(other)})) == before
+    for images in plan.images.values():
+        targets = targets_of(plan, plan.trains, images)[str(file)]
+        assert targets.concepts == ("fish", "wet")
+        numbers = [int(image_id[:2]) for image_id in images.manifest["image_id"].to_pylist()]
+        assert targets.values.tolist() == [[0.25, number % 2] for number in numbers]
+    remembered = Survey.from_dict(json.loads(json.dumps(plan.survey.to_dict())))
+    assert remembered.files == plan.survey.files
+
+    other.write_text(file.read_text().replace(".25", ".5"))
+    assert changed(before, names(make_plan(GUIDED | {field: str(other)}))) >= LEARNT
+    file.write_text(file.read_text().replace(".25", "2"))
+    with pytest.raises(UsageError, match=r"one\.csv something has changed since the root was planned; use"):
+        targets_of(plan, plan.trains, plan.images["train"])
+    bad = make_plan(GUIDED | {field: str(file)})
+    with pytest.raises(UsageError, match=rf"^{field} = .*fish is '2'; give a number from 0 to 1 or nothing"):
+        targets_of(bad, bad.trains, bad.images["train"])
+    file.unlink()
+    with pytest.raises(UsageError, match=f"{field} .*cannot be read"):
+        make_plan(GUIDED | {field: str(file)})
+
+
+def test_guided_cells_need_a_label_and_a_latent_for_each_concept(make_plan: MakePlan, tmp_path: Path):
+    plan = make_plan(GUIDED)
+    with pytest.raises(UsageError, match=r"\.guided_batch_topk\.concepts = 'labels': no training image has a label"):
+        targets_of(plan, plan.trains, plan.images["train"])
+    assert targets_of(plan, plan.trains, plan.images["heldout"])["labels"].concepts == ()
+    file = tmp_path / "labels.csv"
+    file.write_text("\n".join(["image_id,label", *(f"{number:02d}.png,class {number:02d}" for number in range(40))]))
+    few = make_plan(GUIDED | {"images.train.labels": str(file), "grid.expansions": [1]})
+    with pytest.raises(UsageError, match=r"cell\.expansion = 1\.0: make it at least \d+/16: each of \d+ concepts"):
+        targets_of(few, few.trains, few.images["train"])
+    nothing = {"images.train.labels": "none", "grid.architectures": ["guided_topk"]}
+    assert refusal(nothing).startswith("images.train.labels = 'none': guided_topk learns the labels of images; give")
 
 
 def test_resources_and_root_change_no_step(make_plan: MakePlan, tmp_path: Path):
@@ -702,7 +911,7 @@ def test_the_papers_study_is_planned_by_the_same_code(make_clip: Callable[..., s
     steered = plan.trains[-1]
     assert (steered.activations.rows, steered.d_sae) == (2 * 20, 64 * 64)
     assert [one.sae for one in plan.steerings] == [steered]
-    assert plan.steerings[0].rows == 3 * 1000 + 2 * 20 * (1 + 10)
+    assert plan.steerings[0].rows == (1 + 3 * 1000 + 2 * 10) + 20 * (2 + 3 * 10)
 
 
 # The steering stage

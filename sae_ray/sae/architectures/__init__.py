@@ -11,6 +11,9 @@ from sae_ray.errors import check
 from sae_ray.sae.architectures.base import Architecture
 from sae_ray.sae.architectures.batch_topk import BatchTopK
 from sae_ray.sae.architectures.frozen_decoder import FrozenDecoder
+from sae_ray.sae.architectures.guided_batch_topk import GuidedBatchTopK
+from sae_ray.sae.architectures.guided_matryoshka_batch_topk import GuidedMatryoshkaBatchTopK
+from sae_ray.sae.architectures.guided_topk import GuidedTopK
 from sae_ray.sae.architectures.jumprelu import JumpReLU
 from sae_ray.sae.architectures.matryoshka_batch_topk import MatryoshkaBatchTopK
 from sae_ray.sae.architectures.random import Random
@@ -18,7 +21,19 @@ from sae_ray.sae.architectures.relu import ReLU
 from sae_ray.sae.architectures.topk import TopK
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
-    kind.name: kind for kind in (BatchTopK, MatryoshkaBatchTopK, TopK, ReLU, JumpReLU, FrozenDecoder, Random)
+    kind.name: kind
+    for kind in (
+        BatchTopK,
+        MatryoshkaBatchTopK,
+        TopK,
+        ReLU,
+        JumpReLU,
+        GuidedTopK,
+        GuidedBatchTopK,
+        GuidedMatryoshkaBatchTopK,
+        FrozenDecoder,
+        Random,
+    )
 }
 """The one list of them: name -> class."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from sae_ray.config import STRICT
 from sae_ray.errors import UsageError
+from sae_ray.store.identity import changed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -43,6 +44,8 @@ class Forward(NamedTuple):
     """Number of this rank's active entries."""
     smallest_active: Float[Tensor, ""]
     """Their smallest value, infinite when there is none."""
+    entries: tuple[Float[Tensor, " nnz"], Pattern] | None = None
+    """They themselves, with gradients; None for an architecture that trains densely."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class OwnSettings:
     that is its help text."""
 
     __pydantic_config__ = STRICT
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the SAE, as plain JSON values: the settings that differ from their defaults."""
+        return changed(self)
 
 
 class Architecture(ABC):
@@ -62,7 +69,7 @@ class Architecture(ABC):
     """Which field of a cell sets its sparsity: the number of active latents, or the coefficient of a penalty."""
     uses: ClassVar[frozenset[str]] = frozenset(
         {
-            *("batch_size", "steps", "learning_rate", "warmup_steps", "decay_start", "gradient_clip", "dtype"),
+            *("batch_size", "steps", "learning_rate", "warmup_steps", "decay_start", "gradient_clip", "dtype", "init"),
             *("centre", "threshold"),  # of the data: what a batch is centred on, and which rows are never in one
         }
     )
@@ -77,8 +84,20 @@ class Architecture(ABC):
     """Whether AuxK revives dead latents."""
     frozen: ClassVar[frozenset[str]] = frozenset()
     """Weights (`Weights.named`) that keep their first values."""
+    scores_batches: ClassVar[bool] = False
+    """Whether `forward` gives active entries, whose MonoSemanticity can then be a goal."""
+    guided: ClassVar[bool] = False
+    """Whether its first latents learn concepts (`sae_ray.sae.guidance`); its settings are then `GuidanceSettings`."""
+    standardises_rows: ClassVar[bool] = False
+    """Whether rows are brought to mean 0 and standard deviation 1 before they are encoded, and back after decoding.
+    Training then does not begin `b_dec` at the median of its inputs, which need no common scale either."""
+    unit_decoder: ClassVar[bool] = True
+    """Whether decoder rows begin and stay with unit norm. Otherwise they begin as those of `torch.nn.Linear`."""
+    codes_below_1: ClassVar[bool] = False
+    """Whether a code is a number from 0 to 1, which tells how far its concept is present."""
     latents_compete: ClassVar[bool] = False
-    """Whether the code of a latent depends on the other latents of the sample, in inference."""
+    """Whether the code of a latent depends on the other latents of the sample, in inference: the `k` largest are
+    kept."""
     sae_lens: ClassVar[str]
     """The architecture of SAELens that stores it and gives the same codes."""
     opens_sae_lens: ClassVar[bool] = False
@@ -93,14 +112,40 @@ class Architecture(ABC):
         """How many of this rank's latents each nested prefix has."""
         self._ends: Int[Tensor, " n_prefixes"] | None = None
         """They, on the device, since the first step there."""
+        self.gamma: Float[Tensor, " d_in"] | None = None
+        """Factors of the error in every dimension, inside the square; None for those that are all 1."""
 
     @property
     def learned_threshold(self) -> float | None:
         """Initial value of a threshold per latent that is trained like a weight; None without one."""
         return None
 
+    @classmethod
+    def starts_whitened(cls, settings: Any) -> bool:
+        """Whether the encoder starts with the second moment of the activations taken out (`start_whitened`)."""
+        return False
+
     @abstractmethod
     def forward(self, weights: Weights, x: Float[Tensor, "batch d_in"]) -> Forward: ...
+
+    @classmethod
+    def logit_scale(cls, d_in: int) -> float:
+        """What the pre-activation of a guided latent is multiplied by, to be the logit of its concept. Inputs are then
+        as long as standardised rows are, √d_in: with a norm of 1 encoders would have to grow for long."""
+        return 1.0 if cls.standardises_rows else d_in**0.5
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether training divides activations by their common scale."""
+        return not self.standardises_rows
+
+    def inputs(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """What the encoder reads."""
+        return x
+
+    def weighed(self, error: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+        """An error as it counts in the loss."""
+        return error if self.gamma is None else error * self.gamma
 
     @classmethod
     def groups(cls, settings: Any, d_sae: int) -> list[int]:
@@ -132,6 +177,8 @@ class Architecture(ABC):
         """Raises UsageError when the SAE lacks what inference needs, or has a threshold that it does not use."""
         if cls.has_threshold != (sae.threshold is not None):
             raise UsageError(f"a {cls.name} SAE {'needs a' if cls.has_threshold else 'has no'} threshold")
+        if cls.latents_compete and (sae.k is None or not 1 <= sae.k <= sae.d_sae):
+            raise UsageError(f"k = {sae.k}: a {cls.name} SAE of {sae.d_sae} latents needs a k from 1 to {sae.d_sae}")
 
     @classmethod
     def codes(cls, pre: Float[Tensor, "... d_sae"], sae: SAE) -> Float[Tensor, "... d_sae"]:
@@ -140,9 +187,14 @@ class Architecture(ABC):
 
     @classmethod
     def active(cls, pre: Float[Tensor, "n d_sae"], sae: SAE) -> Int[Tensor, " nnz"]:
-        """Ascending flat indices of the codes above 0. The code itself is the pre-activation."""
+        """Ascending flat indices of the codes above 0."""
         kept = pre > 0 if sae.threshold is None else (pre > sae.threshold) & (pre > 0)
         return kept.flatten().nonzero().squeeze(1)
+
+    @classmethod
+    def activation(cls, pre: Float[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
+        """The codes of active entries."""
+        return pre
 
     @classmethod
     def sae_lens_config(cls, sae: SAE) -> dict[str, Any]:
@@ -154,7 +206,7 @@ class SelectingArchitecture(Architecture):
     """Architectures that select `k` latents per sample: all gradients follow the selected entries alone."""
 
     tuned_by = "k"
-    revives = True
+    revives = scores_batches = True
     uses = Architecture.uses | {"auxk_weight", "auxk_select", "dead_after_samples"}
 
     @abstractmethod
@@ -186,13 +238,14 @@ class SelectingArchitecture(Architecture):
         active = kept > 0  # all but the missing ones
         return Forward(
             # The reference averages over the prefixes twice; so do we, and losses stay comparable with its own.
-            reconstruction_loss=errors.square().sum(-1).mean() / n_prefixes,
+            reconstruction_loss=self.weighed(errors).square().sum(-1).mean() / n_prefixes,
             sparsity_penalty=x.new_zeros(()),
             residual=errors[-1].detach(),
             pre=pre,
             fired=pre.new_zeros(pre.shape[1] + 1, dtype=torch.bool).index_fill_(0, pattern.latents, True)[:-1],
             n_active=active.sum().to(x.dtype),
             smallest_active=torch.cat([kept.where(active, torch.inf), kept.new_full((1,), torch.inf)]).amin(),
+            entries=(values, pattern),
         )
 
     def _padded_selection(self, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,7 +313,7 @@ class PenalisedArchitecture(Architecture):
         kept = codes.detach()
         active = kept > 0
         return Forward(
-            reconstruction_loss=error.square().sum(-1).mean(),
+            reconstruction_loss=self.weighed(error).square().sum(-1).mean(),
             sparsity_penalty=joined(penalty),
             residual=error.detach(),
             pre=pre.detach(),

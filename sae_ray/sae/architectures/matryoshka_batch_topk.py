@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sae_ray.errors import check
 from sae_ray.sae.architectures.base import OwnSettings
 from sae_ray.sae.architectures.batch_topk import BatchTopK
-
-_FRACTIONS = "architectures.matryoshka_batch_topk.group_fractions"
 
 
 @dataclass(frozen=True)
@@ -19,9 +18,12 @@ class MatryoshkaSettings(OwnSettings):
     group_fractions: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5625)
     """Shares of the dictionary that the nested prefixes add one after the other; they sum to 1."""
 
+    table: ClassVar[str] = "architectures.matryoshka_batch_topk"
+    """Where they stand in a study file."""
+
     def __post_init__(self):
         fit = all(share > 0 for share in self.group_fractions) and math.isclose(sum(self.group_fractions), 1)
-        check(fit, _FRACTIONS, self.group_fractions, "make it numbers above 0 that sum to 1")
+        check(fit, f"{self.table}.group_fractions", self.group_fractions, "make it numbers above 0 that sum to 1")
 
 
 class MatryoshkaBatchTopK(BatchTopK):
@@ -38,6 +40,6 @@ class MatryoshkaBatchTopK(BatchTopK):
         """The remainder goes to the last group."""
         sizes = [int(share * d_sae) for share in settings.group_fractions[:-1]]
         sizes.append(d_sae - sum(sizes))
-        check(min(sizes) >= 1, _FRACTIONS, settings.group_fractions,
+        check(min(sizes) >= 1, f"{settings.table}.group_fractions", settings.group_fractions,
               f"make it large enough for one latent each of {d_sae}")  # fmt: skip
         return sizes

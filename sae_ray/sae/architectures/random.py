@@ -11,6 +11,8 @@ class Random(BatchTopK):
     """
 
     name = "random"
-    uses = frozenset({"batch_size", "steps", "dtype", "centre", "threshold", "threshold_beta", "threshold_start_step"})
+    uses = frozenset(
+        {"batch_size", "steps", "dtype", "centre", "threshold", "threshold_beta", "threshold_start_step", "init"}
+    )
     frozen = frozenset({"W_enc_t", "W_dec", "b_enc", "b_dec"})
     revives = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sae_ray.errors import UsageError
 from sae_ray.sae.architectures.base import SelectingArchitecture
 
 if TYPE_CHECKING:
@@ -30,12 +29,6 @@ class TopK(SelectingArchitecture):
     def rivals(self, pre: Tensor) -> tuple[Tensor, int]:
         assert self.cell.k is not None
         return pre, self.cell.k
-
-    @classmethod
-    def check_sae(cls, sae: SAE) -> None:
-        super().check_sae(sae)
-        if sae.k is None or not 1 <= sae.k <= sae.d_sae:
-            raise UsageError(f"k = {sae.k}: a {cls.name} SAE of {sae.d_sae} latents needs a k from 1 to {sae.d_sae}")
 
     @classmethod
     def codes(cls, pre: Tensor, sae: SAE) -> Tensor:

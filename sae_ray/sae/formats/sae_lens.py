@@ -6,6 +6,7 @@ are in `cfg.json` under `metadata.sae_ray`, those per latent in `latents.parquet
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,20 +57,30 @@ def save_sae(sae: SAE, folder: Folder) -> None:
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {
-            "sae_lens_version": _SAE_LENS_VERSION,
-            "sae_ray": {"schema": _SCHEMA, "architecture": sae.architecture, "k": sae.k, "facts": sae.metadata},
-        },
+        "metadata": {"sae_lens_version": _SAE_LENS_VERSION, "sae_ray": _facts(sae)},
         **sae.kind.sae_lens_config(sae),
     }
     folder.write_bytes(WEIGHTS_FILE, safetensors.torch.save(tensors))
     folder.write_json(CONFIG_FILE, config)
 
 
-def save_latents(latents: LatentStatistics, folder: Folder) -> None:
-    """Writes the sidecar `latents.parquet` of an SAE's directory: `latent` and a column per statistic."""
-    columns = {name: column.numpy() for name, column in latents._asdict().items()}
-    folder.write_parquet(LATENTS_FILE, pa.table({"latent": np.arange(len(latents.frequency)), **columns}))
+def _facts(sae: SAE) -> dict[str, Any]:
+    """What SAELens does not know."""
+    facts: dict[str, Any] = {"schema": _SCHEMA, "architecture": sae.architecture, "k": sae.k, "facts": sae.metadata}
+    return facts | ({"concepts": list(sae.concepts)} if sae.concepts else {})
+
+
+def save_latents(latents: LatentStatistics, folder: Folder, concepts: Sequence[str] = ()) -> None:
+    """Writes the sidecar `latents.parquet` of an SAE's directory: `latent` and a column per statistic.
+
+    Args:
+        concepts: those of the first latents of a guided SAE, which get a column `concept`.
+    """
+    n = len(latents.frequency)
+    columns: dict[str, Any] = {name: column.numpy() for name, column in latents._asdict().items()}
+    if concepts:
+        columns["concept"] = pa.array([*concepts, *[None] * (n - len(concepts))], pa.string())
+    folder.write_parquet(LATENTS_FILE, pa.table({"latent": np.arange(n), **columns}))
 
 
 def _names(kind: type[Architecture]) -> list[str]:
@@ -95,7 +106,9 @@ def read(place: Place) -> SAE:
             f"{folder}: sae_lens_version = {version or None!r} is older than 6, whose format differs; open it "
             "and save it again with SAELens 6"
         )
-    kind, k, facts = _ours(config, where) if "sae_ray" in metadata else _foreign(config, where)
+    ours = "sae_ray" in metadata
+    kind, k, facts = _ours(config, where) if ours else _foreign(config, where)
+    concepts = _concepts(metadata["sae_ray"].get("concepts", []), where) if ours else ()
     _check_conventions(config, where)
     for name in ("d_in", "d_sae"):
         check(type(config.get(name)) is int, f"{where}: {name}", config.get(name),
@@ -109,7 +122,7 @@ def read(place: Place) -> SAE:
     if not config.get("apply_b_dec_to_input", True):
         # x @ W_enc + b_enc = (x - b_dec) @ W_enc + (b_enc + b_dec @ W_enc)
         tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
-    return SAE(architecture=kind.name, k=k, metadata=facts, **tensors)
+    return SAE(architecture=kind.name, k=k, concepts=concepts, metadata=facts, **tensors)
 
 
 def _check_conventions(config: dict[str, Any], where: str) -> None:
@@ -160,6 +173,12 @@ def _foreign(config: dict[str, Any], where: str) -> tuple[type[Architecture], in
         f"{where}: architecture {config.get('architecture')!r} cannot be opened; known are "
         f"{', '.join(kind.sae_lens for kind in kinds)}. {reason}"
     )
+
+
+def _concepts(value: Any, where: str) -> tuple[str, ...]:
+    names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    check(names, f"{where}: metadata.sae_ray.concepts", value, f"not a list of names; {_COPY_AGAIN}")
+    return tuple(value)
 
 
 def _k(value: Any, field: str) -> int | None:
