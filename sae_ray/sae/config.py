@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TrainingConfig:
     """How an SAE is trained, whatever its architecture; each architecture ignores what it does not use.
 
-    The defaults are the settings of Pach et al. 2025 (arXiv 2504.02821) and its code, but for `threshold` and `centre`.
+    The defaults are the settings of Pach et al. 2025 (arXiv 2504.02821) and its code.
     """
 
     __pydantic_config__ = STRICT
@@ -51,13 +51,14 @@ class TrainingConfig:
     `steps`, at most 1000."""
     sparsity_warmup_steps: int | None = None
     """Steps over which the coefficient of a sparsity penalty rises linearly from 0. Default: a tenth of `steps`."""
-    threshold: Literal["average", "calibrated"] = "calibrated"
+    threshold: Literal["average", "calibrated"] = "average"
     """The inference threshold (batch top-k architectures): that moving average (the reference), or the value at which
     `k` latents are active on average on images that are kept out of training, one in ten of a part of the training
-    images. They are kept out of the training of all architectures, which then see the same."""
-    centre: bool = True
+    images. They are kept out of the training of all architectures, which then see the same. The latter is recommended
+    where there are few images."""
+    centre: bool = False
     """Subtract the mean of the training activations from them before they are scaled by what is left; `b_dec` of the
-    trained SAE holds it. The reference does not."""
+    trained SAE holds it. The reference does not; it is recommended where the mean is long beside the spread."""
     dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Precision of dense products. "bfloat16" rounds the factors of the encoder's, and on a GPU of AuxK's. "tf32"
     rounds those of all on a GPU, to 10 bits instead of 7; on a CPU it is "float32". Weights, Adam moments, sums and

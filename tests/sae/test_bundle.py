@@ -27,6 +27,7 @@ from sae_ray.sae import (
     metrics,
     train_cells,
 )
+from sae_ray.sae.architectures.guided_topk import GuidanceSettings
 from sae_ray.sae.ranks import Ranks, Split
 from sae_ray.sae.scaling import Scaling
 from sae_ray.steering import load_max_token
@@ -306,6 +307,26 @@ def test_centred_training_does_not_see_where_the_activations_lie(write_store, tm
     spread = np.sqrt(np.square(x - x.mean(0)).sum(1).mean())
     assert offsets == pytest.approx([np.linalg.norm(each.mean(0)) / spread for each in (x, x + shift)], rel=1e-5)
     assert offsets[0] < 1 < 50 < offsets[1]
+
+
+def test_an_sae_that_standardises_rows_takes_them_as_they_are(store, tmp_path: Path):
+    cells = [
+        Cell(
+            "guided_topk",
+            4,
+            k=3,
+            training=replace(TRAINING, centre=centre),
+            settings=GuidanceSettings(concept_weight=0),
+        )
+        for centre in (False, True)
+    ]
+    plain, centred = (bundle_of(store, tmp_path / str(n), (cell,)) for n, cell in enumerate(cells))
+    for bundle in (plain, centred):
+        train_cells(bundle)
+    found, expected = (load_sae(bundle.cells[0].step.folder) for bundle in (centred, plain))
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    assert cells[0].identity() == cells[1].identity()
 
 
 def test_sae_lens_gives_the_codes_of_a_centred_sae(write_store, tmp_path: Path):

@@ -14,7 +14,7 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE, BundleJob, Cell, CellJob, CellTrainer, TrainingConfig, load_sae, save_sae, train_cells
 from sae_ray.sae.architectures import ARCHITECTURES
 from sae_ray.sae.architectures.jumprelu import JumpReLUSettings
-from sae_ray.sae.second_moment import SecondMoment
+from sae_ray.sae.second_moment import RIDGE, SecondMoment
 from sae_ray.sae.starting import start_from, start_whitened, weights_digest
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
@@ -202,10 +202,11 @@ def test_a_whitened_start_is_that_of_the_activations_as_they_are_trained_on(
     found = load_sae(train(store, tmp_path / "root", make_cell("jumprelu", still, settings=AIP)).step.folder)
     rows = np.concatenate([store.read(number)[2] for number in store.parts]).astype("f8")
     rows -= centre * rows.mean(0)
-    products = found.W_dec.double() @ torch.linalg.inv(torch.from_numpy(rows.T @ rows)) @ found.W_dec.double().T
-    torch.testing.assert_close(
-        found.W_dec.double() @ found.W_enc.double(), products / products.diag(), rtol=2e-3, atol=2e-3
-    )
+    moment = torch.from_numpy(rows.T @ rows / len(rows))
+    metric = torch.linalg.inv(moment + RIDGE * moment.trace() / D_IN * torch.eye(D_IN))
+    W_enc, W_dec = found.W_enc.double(), found.W_dec.double()
+    products = W_dec @ metric @ W_dec.T
+    torch.testing.assert_close(W_dec @ W_enc, products / products.diag(), rtol=1e-3, atol=1e-3)
 
 
 def test_the_moment_of_a_store_is_that_of_its_rows(store: ActivationStore, monkeypatch: pytest.MonkeyPatch):

@@ -171,8 +171,8 @@ def test_state_of_another_cell_is_refused():
     state = CellTrainer(make_cell("batch_topk"), D_IN).state()
     with pytest.raises(UsageError, match="another cell"):
         CellTrainer(make_cell("batch_topk", seed=1), D_IN).restore(*state)
+    older = {name: tensor for name, tensor in state[0].items() if name not in ("revivals", "ever_fired")}
     with pytest.raises(UsageError, match="lacks ever_fired, revivals: an earlier sae-ray wrote it; delete it"):
-        older = {name: tensor for name, tensor in state[0].items() if name not in ("revivals", "ever_fired")}
         CellTrainer(make_cell("batch_topk"), D_IN).restore(older, state[1])
     # What BatchTopK ignores does not make it another cell.
     CellTrainer(make_cell("batch_topk", replace(TRAINING, sparsity_warmup_steps=7)), D_IN).restore(*state)

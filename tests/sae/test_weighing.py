@@ -30,8 +30,8 @@ TRAINING = TrainingConfig(
 )  # fmt: skip
 OWN = {"jumprelu": JumpReLUSettings(bandwidth=0.1, initial_threshold=0.05)}
 SELECTING = ("batch_topk", "matryoshka_batch_topk", "topk")
-READING_ROWS = [name for name, kind in ARCHITECTURES.items() if not kind.standardises_rows]
-"""As they are, which may be scaled by dimension."""
+READING_ROWS = [name for name, kind in ARCHITECTURES.items() if not kind.standardises_rows and not kind.frozen]
+"""As they are, which may be scaled by dimension. All of their weights have gradients."""
 
 
 def make_cell(name: str, **settings) -> Cell:
