@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sae_ray.encoders.base import Tower
 from sae_ray.encoders.hub import find, load_weights, refusing
 from sae_ray.encoders.info import EncoderInfo
-from sae_ray.encoders.resizing import fast_resize, size_with_shortest
+from sae_ray.encoders.resizing import WHOLE, Box, fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS
 from sae_ray.errors import UsageError, check
 
@@ -84,13 +84,28 @@ class Preprocess:
         if not self.plain:
             return processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
         # The same steps. The processor would turn the image into an array and back, which costs as much as resizing it.
-        size, resample = _target(processor.size, image), processor.resample
+        size, resample = _target(processor.size, image.size), processor.resample
         resized = fast_resize(image, size, resample) if self.fast else image.resize(size, resample)
         pixels = np.asarray(resized).transpose(2, 0, 1)
         crop = processor.crop_size
         if not processor.do_center_crop or pixels.shape[1:] == (crop.height, crop.width):
             return pixels
         return processor.center_crop(pixels, crop)
+
+    def view(self, size: tuple[int, int]) -> Box:
+        """The part that comes out of an image of this width and height; where it is padded, that exceeds the image.
+
+        Raises:
+            UsageError: The processor does more than resizing and cropping.
+        """
+        if not self.plain:
+            kind = type(self.processor).__name__
+            raise UsageError(f"regions need a model that resizes and crops images; {kind} does more, so name tokens")
+        if not self.processor.do_center_crop:
+            return WHOLE
+        (width, height), crop = _target(self.processor.size, size), self.processor.crop_size
+        left, top = (width - crop.width) // 2, (height - crop.height) // 2
+        return Box(left / width, top / height, (left + crop.width) / width, (top + crop.height) / height)
 
     def image_size(self) -> tuple[int, int]:
         """Height and width of what comes out.
@@ -119,11 +134,11 @@ def _is_plain(processor: Any) -> bool:
     return bool(unchanged and processor.do_resize and not processor.do_pad and sized)
 
 
-def _target(size: Any, image: Image.Image) -> tuple[int, int]:
-    """Width and height that a plain processor resizes an image to."""
-    if size.height and size.width:
-        return size.width, size.height
-    return size_with_shortest(image.size, size.shortest_edge)
+def _target(wanted: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height that a plain processor resizes an image of this width and height to."""
+    if wanted.height and wanted.width:
+        return wanted.width, wanted.height
+    return size_with_shortest(size, wanted.shortest_edge)
 
 
 def preprocess(model: str, revision: str | None, fast: bool = False) -> Preprocess:
