@@ -26,7 +26,7 @@ from sae_ray.study.root import recalled_plan
 from sae_ray.world.render import SHAPES, article
 
 BATCH = 500
-COLUMNS = ["SAE", "R²", "original", "reconstruction", "mean ablation", "recovered"]
+COLUMNS = ["SAE", "R²", "original", "reconstruction", "mean ablation", "zeros", "recovered"]
 
 
 def batches(images: ImagePlan, model: str) -> Iterator[tuple[Tensor, Tensor]]:
