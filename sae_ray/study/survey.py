@@ -73,8 +73,8 @@ class Survey:
     images: Mapping[str, SurveyedImages]
     models: SurveyedModels
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Digests of the files that `[concepts]` names, by its field: `file`, `vocabulary`, `taxonomy`; and of those that guided SAEs
-    learn, by `architectures.<name>.concepts`."""
+    """Digests of the files that `[concepts]` names, by its field: `file`, `vocabulary`, `taxonomy`; and of those that
+    guided SAEs learn, by `architectures.<name>.concepts`."""
     inputs: Mapping[str, SurveyedInput] = dataclasses.field(default_factory=dict)
     """By path."""
 
