@@ -210,7 +210,7 @@ def test_the_first_neurons_of_a_concept_are_the_same_in_any_blocks(values: np.nd
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.data())
+@given(data=st.data())
 def test_all_that_is_measured_is_the_same_in_any_shards(data: st.DataObject, write_store, tmp_path_factory):
     """Images in parts, and neurons in blocks, of any sizes. Activations are few sixteenths, so that many values are
     tied and sums are exact."""
