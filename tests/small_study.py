@@ -194,7 +194,8 @@ def finish_score(score: ScorePlan) -> None:
 
 def finish_concepts(plan: StudyPlan, one: ConceptsPlan) -> None:
     """Measured as by the stage, with made-up embeddings of the words."""
-    labels, words, paths, _ = asked(plan)
+    given = asked(plan)
+    words = given.words
     assert words is not None
     assert one.embeddings is not None
     images = ActivationStore(one.embeddings.step.folder)
@@ -203,11 +204,11 @@ def finish_concepts(plan: StudyPlan, one: ConceptsPlan) -> None:
     found = measure(
         load_sae(one.sae.step.folder) if one.sae else None,
         ActivationStore(one.activations.step.folder),
-        labels,
+        given.labels,
         one.settings,
         texts=Texts.of(words.words, embeddings, images, words.word_of),
         patches=one.patches,
-        paths=paths,
+        paths=given.paths,
         group_sizes=one.group_sizes,
         seed=plan.study.seed,
     )

@@ -209,7 +209,7 @@ def test_the_first_neurons_of_a_concept_are_the_same_in_any_blocks(values: np.nd
         assert found.value[concept][: len(order)].tolist() == column[order].tolist()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_all_that_is_measured_is_the_same_in_any_shards(data: st.DataObject, write_store, tmp_path_factory):
     """Images in parts, and neurons in blocks, of any sizes. Activations are few sixteenths, so that many values are
