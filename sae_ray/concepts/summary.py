@@ -122,7 +122,10 @@ def _q_star(counts: Mapping[str, Any]) -> str | None:
     tenth, own, tenfold, reachable = (
         number(counts.get(key), 3) for key in ("q_star_tenth_ridge", "q_star_atom", "q_star_tenfold_ridge", "reachable")
     )
-    return f"q*: {own} ({tenth} with a tenth of the ridge, {tenfold} with ten times as much); Welch's bound {reachable}"
+    return (
+        f"q*: {own} ({tenth} with a tenth of the ridge, {tenfold} with ten times as much); {reachable} of the samples "
+        "are within Welch's bound"
+    )
 
 
 def _spliced(counts: Mapping[str, Any]) -> str | None:

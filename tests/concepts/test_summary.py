@@ -77,7 +77,8 @@ def test_what_is_measured_of_the_whole_is_told_in_a_line_each(tmp_path):
     }  # fmt: skip
     assert concept_lines(Cell("wide", "b", True, counts), tables(tmp_path, 0)) == [
         "wide: 1 of 2 neurons fire",
-        "q*: 0.500 (0.400 with a tenth of the ridge, 0.750 with ten times as much); Welch's bound 0.900",
+        "q*: 0.500 (0.400 with a tenth of the ridge, 0.750 with ten times as much); 0.900 of the samples are within "
+        "Welch's bound",
         "depth in the taxonomy: 1.25, by Matryoshka level 1.00, –, 2.00",
         "accuracy (zero-shot) with the reconstruction in place: 0.800; with the activations 0.900, with their mean "
         "0.100, with zeros 0.050",
