@@ -94,6 +94,17 @@ def check_site(info: EncoderInfo, site: Site) -> None:
         )
 
 
+def readout(info: EncoderInfo, site: Site) -> Site | None:
+    """The output that is computed from the activations at a site: `projection`, or else `pooled`, or the site itself.
+
+    None if there is none. The mean of tokens is computed beside the encoder's own path.
+    """
+    if site.point != "residual":
+        return site
+    outputs = [point for point in ("projection", "pooled") if info.width(point) is not None]
+    return Site(outputs[0]) if outputs and site.tokens != "mean" else None
+
+
 def check_text_side(info: EncoderInfo) -> None:
     """Refuses an encoder that embeds images only.
 

@@ -283,7 +283,7 @@ class ConceptsResources:
     cpus: Amount = 1
     """CPUs per task."""
     gpus: Amount = 0
-    """GPUs per task. Only the encoder's product runs there; all else is done by CPUs."""
+    """GPUs per task. Codes are computed there, and the passes of the encoder for `splicing`; CPUs do all else."""
 
 
 @dataclass(frozen=True)
