@@ -8,8 +8,8 @@ The forms of a specification:
 - `open_clip:local-dir:/models/judge`: a directory with `open_clip_config.json` and weights;
 - `open_clip:hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224`: such files on the hub, pinned by
   `revision`;
-- `timm:vit_small_patch16_dinov3.lvd1689m`: a model of timm's and the tag of its pretrained weights, or timm's default tag;
-  `revision` pins the commit on the hub;
+- `timm:vit_small_patch16_dinov3.lvd1689m`: a model of timm's and the tag of its pretrained weights, without which it is
+  timm's default one; `revision` pins the commit on the hub;
 - `timm:local-dir:/models/judge`: a directory with timm's `config.json` and weights;
 - `timm:hf-hub:timm/vit_base_patch16_siglip_224.v2_webli`: such files on the hub, pinned by `revision`.
 """

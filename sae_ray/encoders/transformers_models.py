@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FAMILIES = (
-    "CLIP, SigLIP and SigLIP 2 (fixed resolution), DINOv2 (with or without registers), DINOv3 (ViT), ViT, and LLaVA with a "
-    "CLIP or SigLIP tower"
+    "CLIP, SigLIP and SigLIP 2 (fixed resolution), DINOv2 (with or without registers), DINOv3 (ViT), ViT, and LLaVA "
+    "with a CLIP or SigLIP tower"
 )
 TEXT_TYPES = ("clip", "siglip")
 """Model types that also embed texts."""
@@ -207,8 +207,8 @@ def _plan(model: str, config: Any) -> _Plan:
             return _Plan("siglip", "SiglipVisionModel", config, pooled=getattr(config, "vision_use_head", True))
         case "siglip2" | "siglip2_vision_model":
             raise UsageError(
-                f"{model} is a NaFlex model, which has other numbers of tokens for images of other shapes; name a SigLIP 2 "
-                "of fixed resolution, such as google/siglip2-base-patch16-224"
+                f"{model} is a NaFlex model, which has other numbers of tokens for images of other shapes; name a "
+                "SigLIP 2 of fixed resolution, such as google/siglip2-base-patch16-224"
             )
         case "vit":
             # Most checkpoints have no weights of the pooler; what their classifier reads is the CLS token.

@@ -1,5 +1,4 @@
-"""Models of timm that cannot be had, or whose files are wrong: named errors, with the same words at a check of the files
-and at loading."""
+"""Models of timm that cannot be had, or whose files are wrong: named errors."""
 
 from __future__ import annotations
 
@@ -165,7 +164,7 @@ def test_a_malformed_configuration_is_refused(directory, config):
 
 def test_a_directory_without_a_configuration_is_refused(directory):
     (directory / "config.json").unlink()
-    with pytest.raises(UsageError, match="does not name a directory with a config.json of timm's"):
+    with pytest.raises(UsageError, match=r"does not name a directory with a config\.json of timm's"):
         describe_encoder(f"timm:local-dir:{directory}")
 
 
@@ -175,7 +174,7 @@ def test_a_transformer_that_does_not_pool_has_tokens_only(directory):
     })  # fmt: skip
     info = describe_encoder(f"timm:local-dir:{directory}")
     assert (info.pooled_width, info.residual_width, info.n_tokens) == (None, 16, 5)
-    with pytest.raises(UsageError, match="point is 'pooled', which .* does not have; it has residual"):
+    with pytest.raises(UsageError, match=r"point is 'pooled', which .* does not have; it has residual"):
         check_site(info, Site("pooled"))
 
 
