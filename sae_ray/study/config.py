@@ -189,7 +189,8 @@ class ExtractResources:
     __pydantic_config__ = STRICT
 
     workers: Count | None = None
-    """Number of encoder actors. Default: one per GPU, or one per two CPUs if there is no GPU."""
+    """Number of encoder actors. Default: one per GPU, or one per two CPUs, each computing with both, if there is no
+    GPU."""
     cpus: Amount = 1
     """CPUs per encoder actor."""
     gpus: Amount | None = None
