@@ -144,7 +144,7 @@ def _registered(shown: str, name: str) -> Any:
 def _near(architecture: str) -> str:
     from timm.models import list_models
 
-    with_weights = sorted({name.partition(".")[0] for name in list_models(pretrained=True)})
+    with_weights = sorted({name.partition(".")[0] for name in list_models(pretrained=True)} - {architecture})
     near = difflib.get_close_matches(architecture, with_weights, n=3)
     return f" (near names: {', '.join(near)})" if near else ""
 
