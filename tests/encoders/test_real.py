@@ -14,7 +14,7 @@ from sae_ray.encoders import load_encoder, load_preprocess
 from sae_ray.encoders.sites import Site
 
 REAL = os.environ.get("SAE_RAY_REAL", "")
-N_PER_CLASS = 15
+N_PER_CLASS = 12
 pytestmark = [pytest.mark.real, pytest.mark.skipif(not REAL, reason="SAE_RAY_REAL names no folder")]
 
 
@@ -53,5 +53,5 @@ def test_a_judge_of_timm_knows_the_classes_of_photographs(photographs):
 def test_a_vision_transformer_knows_them_in_its_last_but_one_block(photographs):
     spec = f"{REAL}/dinov2-small"
     deep, shallow = (neighbours_agree(spec, Site("residual", layer, "cls"), photographs) for layer in (10, 1))
-    assert deep > 0.5
+    assert deep > 0.6
     assert deep > shallow + 0.1
