@@ -103,16 +103,12 @@ def _find(model: str, revision: str | None) -> _Source:
         check_revision(shown, revision, digest)
         return _Source(shown, *_read_config(shown, directory), digest, directory, None)
 
-    if model.startswith(_HUB):
-        hub_id = model.removeprefix(_HUB)
-        directory = _cached(shown, hub_id, "config.json", revision).parent
-        return _Source(shown, *_read_config(shown, directory), directory.name, directory, hub_id)
-
-    config = _registered(shown, model.removeprefix("timm:"))
-    hub_id = config.hf_hub_id
+    known = None if model.startswith(_HUB) else _registered(shown, model.removeprefix("timm:"))
+    hub_id = known.hf_hub_id if known else model.removeprefix(_HUB)
     directory = _cached(shown, hub_id, "config.json", revision).parent
-    pretrained = _without_places(config.to_dict())
-    return _Source(shown, config.architecture, pretrained, {}, directory.name, directory, hub_id)
+    # What timm itself says of a model that it knows goes first, as in timm.
+    config = (known.architecture, _without_places(known.to_dict()), {}) if known else _read_config(shown, directory)
+    return _Source(shown, *config, directory.name, directory, hub_id)
 
 
 def _registered(shown: str, name: str) -> Any:
