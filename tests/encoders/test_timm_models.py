@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -187,19 +190,70 @@ def test_it_embeds_no_texts(directory):
             ask(spec)
 
 
+COMMIT = "1f" * 20
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as serves the files of a folder as one commit of any repository."""
+
+    folder: Path
+
+    def do_HEAD(self) -> bytes:
+        file = self.folder / self.path.rpartition("/")[2]
+        content = file.read_bytes() if "/resolve/" in self.path and file.is_file() else b""
+        self.send_response(200 if content else 404)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{file.name}"')
+        self.send_header("Content-Length", str(len(content)))
+        if not content:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        return content
+
+    def do_GET(self) -> None:
+        self.wfile.write(self.do_HEAD())
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_models_are_fetched_from_the_hub_but_no_pickles(directory, tmp_path):
+    """In processes of their own, as the hub's address is read at import."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Serving", (Hub,), {"folder": directory}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY")}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    program = (
+        "from sae_ray.encoders import describe_encoder, load_encoder\n"
+        "from sae_ray.errors import UsageError\n"
+        "try:\n"
+        "    print(load_encoder('timm:hf-hub:someone/tiny').info.revision)\n"
+        "except UsageError as error:\n"
+        "    print(describe_encoder('timm:hf-hub:someone/tiny').revision, error)\n"
+    )
+
+    def said(cache: str) -> str:
+        with_cache = environment | {"HF_HUB_CACHE": str(tmp_path / cache)}
+        return subprocess.run([sys.executable, "-c", program], env=with_cache, capture_output=True, text=True).stdout
+
+    assert said("whole").strip() == COMMIT
+    pickle_weights(directory)
+    assert said("pickled").startswith(f"{COMMIT} timm:hf-hub:someone/tiny has no model.safetensors on the hub; name an")
+    server.shutdown()
+
+
 def test_a_name_of_timms_is_pinned_by_the_commit_on_the_hub(tmp_path):
     """In a process of its own, as the hub's cache folder is read at import."""
-    commit = "1f" * 20
     files = tmp_path / "models--timm--test_vit.r160_in1k"
     model = timm.create_model("test_vit")
-    timm.models.save_for_hf(model, str(files / "snapshots" / commit), safe_serialization=True)
+    timm.models.save_for_hf(model, str(files / "snapshots" / COMMIT), safe_serialization=True)
     (files / "refs").mkdir()
-    (files / "refs" / "main").write_text(commit)
+    (files / "refs" / "main").write_text(COMMIT)
     program = (
         "from sae_ray.encoders import describe_encoder, load_encoder\n"
         "for name in ('timm:test_vit', 'timm:test_vit.r160_in1k', 'timm:hf-hub:timm/test_vit.r160_in1k'):\n"
         "    info = describe_encoder(name)\n"
-        f"    assert (info.revision, info.image_size) == ({commit!r}, (160, 160)), info\n"
+        f"    assert (info.revision, info.image_size) == ({COMMIT!r}, (160, 160)), info\n"
         "    assert load_encoder(name, info.revision).info == info\n"
         "assert 'transformers' not in __import__('sys').modules\n"
     )
