@@ -100,7 +100,9 @@ def grid(saes: Sequence[Sae]) -> Table:
         rows.append([f"`{sae.name}`", sae.cells[0].n_neurons, round(sae.mean("n_scored") or 0), *figures])
         rows[-1].append(shown(max(seeds) - min(seeds)) if len(seeds) > 1 else None)
     columns = ["", "neurons", "scored", "mean MS", "best 32", "best", "L0", "R²", "dead", "mean MS, seeds apart"]
-    return Table(title="The grid, means over two seeds", columns=columns, rows=rows)
+    n_seeds = max(len(sae.cells) for sae in saes)
+    title = f"The grid, means over {n_seeds} seeds where there are so many" if n_seeds > 1 else "The grid"
+    return Table(title=title, columns=columns, rows=rows)
 
 
 def curves(saes: Sequence[Sae]) -> Table:
