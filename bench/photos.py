@@ -173,10 +173,11 @@ def neuron_tables(plan: StudyPlan, sae: Sae) -> list[Table]:
     return tables
 
 
-def of_each(saes: Sequence[Sae], by: Callable[[Sae], Any], figure: Callable[[Sae], float | None]) -> str:
+def of_each(saes: Sequence[Sae], by: str, figure: str) -> str:
     """The mean figure of the SAEs of each kind, in order."""
-    kinds = sorted({by(sae) for sae in saes})
-    return " ".join(f"{mean(figure(sae) for sae in saes if by(sae) == kind):.3f}".lstrip("0") for kind in kinds)
+    kinds = sorted({getattr(sae, by) for sae in saes})
+    means = [mean(sae.mean(figure) for sae in saes if getattr(sae, by) == kind) for kind in kinds]
+    return " ".join(f"{one:.3f}".removeprefix("0") for one in means)
 
 
 def held(pairs: Iterable[tuple[float | None, float | None]]) -> str:
@@ -207,24 +208,21 @@ def claims(everything: Sequence[Sae], base: float) -> Table:
     }
     faithful = against(lambda sae: (sae.site, sae.architecture, sae.expansion, 5 if sae.k == 20 else 0), "r2")
     means = [sae.mean("mean_ms") or 0 for sae in saes]
-    by_kind: Callable[[Sae], Any] = lambda sae: sae.architecture  # noqa: E731
-    by_width: Callable[[Sae], Any] = lambda sae: sae.expansion  # noqa: E731
-    by_k: Callable[[Sae], Any] = lambda sae: sae.k  # noqa: E731
     raw_mean = mean(one.mean("mean_ms") for one in raw.values()) or 0
     rows = [
         ["latents are more monosemantic than raw neurons (mean MS)", "raw .014, SAEs .12 to .23",
          f"raw {raw_mean:.3f}, SAEs {min(means):.3f} to {max(means):.3f}; two random images {base:.3f}",
          held((sae.mean("mean_ms"), raw[sae.site].mean("mean_ms")) for sae in saes)],
         ["sparser is more monosemantic (mean MS)", "K 1 10 20 50: .37 .19 .16 .07",
-         f"K 5 20: {of_each(saes, by_k, lambda sae: sae.mean('mean_ms'))}", sparser],
+         f"K 5 20: {of_each(saes, 'k', 'mean_ms')}", sparser],
         ["sparser reconstructs less (R²)", "K 1 10 20 50: .31 .61 .67 .75",
-         f"K 5 20: {of_each(saes, by_k, lambda sae: sae.mean('r2'))}", faithful],
+         f"K 5 20: {of_each(saes, 'k', 'r2')}", faithful],
         ["wider has better best neurons (mean of 32)", "best, ×1 ×4 ×16: .57 .78 .85",
-         f"×1 ×4 ×16: {of_each(saes, by_width, lambda sae: sae.mean('top_ms'))}", wider],
+         f"×1 ×4 ×16: {of_each(saes, 'expansion', 'top_ms')}", wider],
         ["Matryoshka is above BatchTopK (mean MS)", "×1 ×4 ×16: .16 .23 .19 against .12 .19 .16",
-         f"BatchTopK, Matryoshka: {of_each(saes, by_kind, lambda sae: sae.mean('mean_ms'))}", nested["mean_ms"]],
+         f"BatchTopK, Matryoshka: {of_each(saes, 'architecture', 'mean_ms')}", nested["mean_ms"]],
         ["Matryoshka is above BatchTopK (best MS)", "×1 ×4 ×16: .82 .89 .91 against .57 .78 .85",
-         f"BatchTopK, Matryoshka: {of_each(saes, by_kind, lambda sae: sae.mean('best_ms'))}", nested["best_ms"]],
+         f"BatchTopK, Matryoshka: {of_each(saes, 'architecture', 'best_ms')}", nested["best_ms"]],
     ]  # fmt: skip
     columns = ["claim", "paper", "here, means over the grid", "holds"]
     return Table(title="The paper's claims", columns=columns, rows=rows)
