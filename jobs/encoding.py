@@ -162,21 +162,10 @@ def begin_part(jobs: Sequence[EncoderJob], images: str, part: int, run: str) -> 
 class RunEncoder:
     """An actor that encodes runs of parts and writes them."""
 
-    def __init__(
-        self,
-        decode: PartDecoder,
-        decoders: int | None,
-        device: str,
-        threads: int,
-        batch_size: int,
-        seed: int,
-        board: Any,
-    ):
+    def __init__(self, decode: PartDecoder, decoders: int | None, device: str, batch_size: int, seed: int, board: Any):
         """`decoders`: tasks that decode for this actor at the same time; None: it decodes itself."""
         import ray
-        import torch
 
-        torch.set_num_threads(threads)
         self.jobs = decode.jobs
         self.sources = decode.sources
         self.device = device

@@ -178,7 +178,7 @@ def _encoded(
     resources = plan.study.resources.extract
     part = max(_bytes_of_a_part(parts) for parts in sets)
     memory = ENCODER_BYTES + 2 * part
-    workers, gpus, decoders, threads = _shares(resources, memory, part)
+    workers, gpus, decoders = _shares(resources, memory, part)
     length = run_length(sum(len(parts.missing) for parts in sets), workers)
     runs = [run for parts in sets for run in parts.runs(length)]
     workers = min(workers, len(runs))
@@ -194,7 +194,6 @@ def _encoded(
             decode,
             max(1, decoders // workers) if decoders else None,
             "cuda" if gpus else "cpu",
-            threads,
             resources.batch_size,
             plan.study.seed,
             board,
@@ -233,8 +232,8 @@ def _bytes_of_a_part(parts: PartsOf) -> int:
     return int(parts.per_part * sum(sizes.values()) + share * sum(extract.bytes for extract in parts.todo))
 
 
-def _shares(resources: ExtractResources, memory: float, part: float) -> tuple[int, float, int | None, int]:
-    """Encoder actors, GPUs of each, decode tasks at once (None if actors decode), threads that an actor computes with.
+def _shares(resources: ExtractResources, memory: float, part: float) -> tuple[int, float, int | None]:
+    """Encoder actors, GPUs of each, decode tasks at once; None if actors decode.
 
     Args:
         resources: what the study asks for.
@@ -248,9 +247,7 @@ def _shares(resources: ExtractResources, memory: float, part: float) -> tuple[in
     if gpus and not decoders:
         decoders = max(1, min(int(n_cpus() - workers * resources.cpus), int(store_bytes() / 2 / part)))
     require("resources.extract", workers, resources.cpus, gpus, beside=1 if decoders else 0)
-    # By default there are fewer actors than CPUs, and what they leave would be idle.
-    threads = int(resources.cpus if resources.workers or gpus else n_cpus() // workers)
-    return workers, gpus, decoders, max(1, threads)
+    return workers, gpus, decoders
 
 
 def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:

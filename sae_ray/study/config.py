@@ -189,8 +189,8 @@ class ExtractResources:
     __pydantic_config__ = STRICT
 
     workers: Count | None = None
-    """Number of encoder actors. Default: one per GPU, or one per two CPUs, each computing with both, if there is no
-    GPU."""
+    """Number of encoder actors. Default: one per GPU, or one per two CPUs if there is no GPU, where decoding takes most
+    of the time. With a large encoder and no GPU, take as many as there are cores: each computes on `cpus` threads."""
     cpus: Amount = 1
     """CPUs per encoder actor."""
     gpus: Amount | None = None
