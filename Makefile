@@ -21,7 +21,6 @@ demo: .venv/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
 	$(BIN)/sae-ray run studies/demo.toml --root $(ROOT)
 
-# About 20 minutes on two cores.
 photos: .venv/.demo
 	$(BIN)/sae-ray run studies/photos.toml --root $(PHOTOS) $(FROM_REAL)
 
