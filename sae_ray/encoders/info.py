@@ -62,8 +62,8 @@ class EncoderInfo:
         match point:
             case "residual":
                 return self.residual_width
-            case "mlp":  # open_clip's towers name their MLPs in many ways
-                return None if self.family == "open_clip" else self.residual_width
+            case "mlp":  # the towers of these name their MLPs in many ways
+                return None if self.family in ("open_clip", "timm") else self.residual_width
             case "projection":
                 return self.projection_width
             case "pooled":
