@@ -101,6 +101,9 @@ def interventions_asked(
     error: str | None,
     isolate: bool,
     tokens: Sequence[int],
+    regions: Sequence[str],
+    mask: str | None,
+    when: str | None,
     file: str | None,
     sweep: str | None,
     is_edited: bool = False,
@@ -111,21 +114,23 @@ def interventions_asked(
     Raises UsageError if options contradict each other or cannot be read.
     """
     if file is not None:
-        if latents or mode or error or isolate or tokens or sweep:
+        if latents or mode or error or isolate or tokens or sweep or regions or mask or when:
             raise UsageError(
                 "--intervention FILE describes the whole intervention; leave out --latent, --mode, --error, --isolate, "
-                "--token and --sweep, or leave out the file"
+                "--token, --region, --mask, --when and --sweep, or leave out the file"
             )
         return [_read_json(file)]
     if not latents:
-        if is_edited and not (mode or error or isolate or tokens or sweep):
+        if is_edited and not (mode or error or isolate or tokens or sweep or regions or mask or when):
             return []
         raise UsageError("no latent: give one, as in --latent 39=40, or give --intervention FILE")
     edits = [_edit(text, mode, swept=sweep is not None) for text in latents]
     strengths = [{}] if sweep is None else [_strength(text.strip(), "--sweep") for text in sweep.split(",")]
     if mode == "balanced" and error is None:
         error = "keep"  # it knows no other
+    region = {"rectangles": [_rectangle(text) for text in regions], "mask": mask}
     rest = {"error": error, "isolate": isolate or None, "tokens": list(tokens) or None}
+    rest |= {"region": region if regions or mask else None, "when": None if when is None else _condition(when)}
     rest = {key: value for key, value in rest.items() if value is not None}
     return [{"edits": [edit | strength for edit in edits], **rest} for strength in strengths]
 
@@ -139,8 +144,8 @@ def lines(result: dict[str, Any], sweep: str | None) -> list[str]:
     if sweep is None:
         columns = list(without)
         for steered in result["steered"]:
-            changes = ", ".join(_change(edit) for edit in steered["intervention"]["edits"])
-            columns.append((f"steered: {changes or 'no latent edited'}", steered["answer"]))
+            changes = ", ".join(_change(edit) for edit in steered["intervention"]["edits"]) or "no latent edited"
+            columns.append((f"steered: {changes}{_place(steered['intervention'])}", steered["answer"]))
         rows = list(zip(*columns, strict=True))
         return table_lines(rows, "<" * len(columns))
     strengths = [text.strip() for text in sweep.split(",")]
@@ -185,6 +190,37 @@ def _change(edit: dict[str, Any]) -> str:
         "balanced": f"pushed by {amount} of the length of tokens",
     }
     return f"latent {edit['latent']} {what[edit['mode']]}"
+
+
+def _place(intervention: dict[str, Any]) -> str:
+    """Where it is edited, if that is not everywhere."""
+    condition = intervention["when"]
+    inside = ", in the region" if intervention["region"] is not None else ""
+    if condition is None:
+        return inside
+    unit = " × max" if condition["unit"] == "max" else ""
+    return f"{inside}, where latent {condition['latent']} is above {condition['above']:g}{unit}"
+
+
+def _rectangle(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--region {text}: write left, top, right and bottom as fractions of the image, as in 0,0,0.5,0.5"
+        ) from None
+
+
+def _condition(text: str) -> dict[str, Any]:
+    latent, above, strength = text.partition(">")
+    try:
+        condition: dict[str, Any] = {"latent": int(latent)}
+    except ValueError:
+        raise UsageError(f'--when {text}: write a latent\'s number, as in 7, "7>20" or "7>0.5x"') from None
+    if not above:
+        return condition
+    given = _strength(strength, f"--when {text}")
+    return condition | {"above": given["strength"], "unit": given["unit"]}
 
 
 def _image(path: str) -> Image.Image:

@@ -326,6 +326,19 @@ def report(**options: Any) -> None:
 @click.option(
     "--token", "tokens", multiple=True, type=int, metavar="N", help="Edit this token, not all. May be repeated."
 )
+@click.option(
+    "--region",
+    "regions",
+    multiple=True,
+    metavar="L,T,R,B",
+    help="Edit only this rectangle: left, top, right and bottom in fractions of the image. May be repeated.",
+)
+@click.option("--mask", metavar="FILE", help="Edit only where this image is white.")
+@click.option(
+    "--when",
+    metavar="LATENT[>STRENGTH]",
+    help='Edit only tokens on which this latent fires, or is stronger than this, as in "7>0.5x".',
+)
 @click.option("--intervention", "file", metavar="FILE", help="JSON file with these settings instead; it may mix modes.")
 @click.option("--sweep", metavar="STRENGTHS", help='Several strengths, as in "0x,1x,2x,4x"; one answer for each.')
 @click.option("--max-new-tokens", type=int, help="Length of the answers in tokens; 32 by default.")

@@ -68,7 +68,7 @@ class Limits(Strict):
     body_mb: float = Field(default=20, gt=0)
     """Maximum size of a request body in MB."""
     image_megapixels: float = Field(default=40, gt=0)
-    """Maximum total size of a request's images. It is read from their headers, before they are decoded."""
+    """Maximum total size of a request's images, and size of its mask: by their headers, before they are decoded."""
     images: int = Field(default=8, ge=1)
     """Maximum number of images per request."""
     features: int = Field(default=64, ge=1)

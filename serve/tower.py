@@ -18,7 +18,7 @@ from sae_ray.editing import load_edited
 from sae_ray.errors import UsageError
 from sae_ray.host import to_host
 from sae_ray.sae import SAE, load_sae
-from sae_ray.steering import Intervention, LatentEdit, TowerEdit, load_llava, load_max_token
+from sae_ray.steering import Condition, Intervention, LatentEdit, TowerEdit, load_llava, load_max_token
 from sae_ray.store.files import Folder
 
 from .config import ServeConfig
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """What to do to an image: an `Intervention` without the SAE's weights."""
+    """What to do to an image: an `Intervention` without the SAE's weights, and with the tokens of its region."""
 
     folder: Folder
     """The SAE's folder."""
     edits: tuple[LatentEdit, ...]
     error: str
     isolate: bool
+    when: Condition | None = None
+    tokens: tuple[int, ...] | None = None
 
 
 class Active(NamedTuple):
@@ -136,6 +138,8 @@ class Tower:
             change.edits,
             error=change.error,  # type: ignore[arg-type]  # checked there
             isolate=change.isolate,
+            tokens=change.tokens,
+            when=change.when,
             max_token=loaded.max_token,
         )
 

@@ -62,8 +62,8 @@ class EncoderInfo:
         match point:
             case "residual":
                 return self.residual_width
-            case "mlp":  # open_clip's towers name their MLPs in many ways
-                return None if self.family == "open_clip" else self.residual_width
+            case "mlp":  # the towers of these name their MLPs in many ways
+                return None if self.family in ("open_clip", "timm") else self.residual_width
             case "projection":
                 return self.projection_width
             case "pooled":
@@ -92,6 +92,17 @@ def check_site(info: EncoderInfo, site: Site) -> None:
             f"tokens is {site.tokens!r}, but {info.name} has {info.n_tokens} tokens per image; ask for at most "
             f"{info.n_tokens}"
         )
+
+
+def readout(info: EncoderInfo, site: Site) -> Site | None:
+    """The output that is computed from the activations at a site: `projection`, or else `pooled`, or the site itself.
+
+    None if there is none. The mean of tokens is computed beside the encoder's own path.
+    """
+    if site.point != "residual":
+        return site
+    outputs = [point for point in ("projection", "pooled") if info.width(point) is not None]
+    return Site(outputs[0]) if outputs and site.tokens != "mean" else None
 
 
 def check_text_side(info: EncoderInfo) -> None:

@@ -78,10 +78,11 @@ class EncoderConfig:
     __pydantic_config__ = STRICT
 
     model: str
-    """A hub id, `open_clip:<architecture>/<pretrained tag>`, `open_clip:hf-hub:<id>`,
-    `open_clip:local-dir:<directory>`, or a directory: a path that every node has, or a URI such as `s3://bucket/folder`."""
+    """A hub id, `open_clip:<architecture>/<pretrained tag>`, `timm:<model>.<pretrained tag>`, `open_clip:` or `timm:`
+    followed by `hf-hub:<id>` or `local-dir:<directory>`, or a directory: a path that every node has, or a URI such as
+    `s3://bucket/folder`."""
     revision: str | None = None
-    """Commit, tag or branch of a hub id."""
+    """Commit, tag or branch of what is on the hub."""
     dtype: Dtype = "float32"
     """Dtype of the forward pass; float32 on CPU."""
 
@@ -97,7 +98,7 @@ class JudgeConfig:
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
     point: Literal["pooled", "projection"] = "pooled"
-    """Which image embedding to use: the pooled output (DINOv2) or the projection (CLIP)."""
+    """Which image embedding to use: the pooled output (DINOv2, timm) or the projection (CLIP)."""
     dtype: Dtype = "float32"
     """Dtype of the forward pass."""
 
@@ -188,7 +189,8 @@ class ExtractResources:
     __pydantic_config__ = STRICT
 
     workers: Count | None = None
-    """Number of encoder actors. Default: one per GPU, or one per two CPUs if there is no GPU."""
+    """Number of encoder actors. Default: one per GPU, or one per two CPUs if there is no GPU, where decoding takes most
+    of the time. With a large encoder and no GPU, take as many as there are cores: each computes on `cpus` threads."""
     cpus: Amount = 1
     """CPUs per encoder actor."""
     gpus: Amount | None = None
@@ -283,7 +285,7 @@ class ConceptsResources:
     cpus: Amount = 1
     """CPUs per task."""
     gpus: Amount = 0
-    """GPUs per task. Only the encoder's product runs there; all else is done by CPUs."""
+    """GPUs per task. Codes are computed there, and the passes of the encoder for `splicing`; CPUs do all else."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Literal
 import pyarrow as pa
 
 from sae_ray.concepts.config import Concepts, Patches
-from sae_ray.encoders.info import EncoderInfo, check_site, check_text_side, rows_per_image, site_width
+from sae_ray.encoders.info import EncoderInfo, check_site, check_text_side, readout, rows_per_image, site_width
 from sae_ray.encoders.sites import Site
 from sae_ray.encoders.sources import is_digest
 from sae_ray.errors import SaeRayError, UsageError
@@ -19,7 +19,7 @@ from sae_ray.images.rendering import Rendering
 from sae_ray.sae.second_moment import ROWS_PER_DIMENSION
 from sae_ray.sae.weighing import SOURCES
 from sae_ray.seeds import derived_seed
-from sae_ray.steering.config import Naming, NamingMethod, Steering
+from sae_ray.steering.config import Naming, NamingMethod, ShownImages, Steering
 from sae_ray.steering.info import LlavaInfo
 from sae_ray.store.files import Folder
 from sae_ray.store.identity import changed, defaults
@@ -28,7 +28,7 @@ from sae_ray.store.tables import StoredTable
 from sae_ray.study.config import EncoderConfig, Extraction, GridCell, JudgeConfig, Scoring, Study
 from sae_ray.study.survey import Survey, SurveyedImages, survey
 
-CONCEPT_FILES = ("file", "vocabulary")
+CONCEPT_FILES = ("file", "vocabulary", "taxonomy")
 """Fields of `[concepts]` that name files. Steps are named by what these hold."""
 MODELS = ("llava", "revision", "scorer", "scorer_revision")
 """Fields of `[steering]` that name models. Steps are named by what these resolve to."""
@@ -283,9 +283,27 @@ class ConceptsPlan:
         return Patches(*info.patch_grid, int(info.has_cls)) if site.tokens == "all" else None
 
     @property
+    def readout(self) -> Site | None:
+        """The output that is classified with the SAE's reconstruction in place; None where that is not measured."""
+        if self.sae is None or "splicing" not in self.settings.measures:
+            return None
+        return readout(self.activations.info, self.sae.grid_cell.site)
+
+    @property
+    def is_zero_shot(self) -> bool:
+        """Whether that output is classified by names of classes, where these have any: the encoder embeds texts."""
+        return self.readout == Site("projection") and self.activations.info.has_text
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Neurons of each Matryoshka level; of others, all in one."""
+        return self.sae.grid_cell.cell.group_sizes(self.sae.activations.width) if self.sae else [self.neurons]
+
+    @property
     def inputs(self) -> list[Step]:
         """The steps that are read."""
-        read = (self.activations, self.embeddings, self.sae, self.living_counterpart)
+        trained_on = self.sae.activations if self.sae and self.readout else None
+        read = (self.activations, self.embeddings, self.sae, self.living_counterpart, trained_on)
         return [*(plan.step for plan in read if plan is not None), self.images.step, self.images.labels_step]
 
     @property
@@ -378,6 +396,7 @@ class NamingPlan:
     steering: Steering
     methods: tuple[NamingMethod, ...]
     """Those that this SAE can be named by."""
+    images: ShownImages
     n_latents: int
     scores: ScorePlan
     """Of the SAE, on training images."""
@@ -410,8 +429,9 @@ class NamingPlan:
     def rows(self) -> int:
         """Approximate number of answers, at most."""
         latents = min(self.n_latents, self.scores.neurons)
-        images = min(16 * latents, self.train.n_images) + min(32 * latents, self.heldout.images.n_images)
-        return images + latents * ("steering" in self.methods)
+        shown = 2 * latents if self.images == "grid" else min(16 * latents, self.train.n_images)
+        tried = min(32 * latents, self.heldout.images.n_images)
+        return shown + tried + latents * ("steering" in self.methods)
 
     @property
     def bytes(self) -> int:
@@ -801,6 +821,10 @@ class StudyPlan:
             "settings": {name: value for name, value in changed(settings).items() if name not in CONCEPT_FILES},
             "seed": self.study.seed,
         }
+        if settings.taxonomy is not None:
+            config["taxonomy"] = files.get("taxonomy", settings.taxonomy)
+        if settings.taxonomy is not None or "splicing" in settings.measures:  # by classes, whatever the concept file
+            config["classes"] = score.activations.images.labels_step.name
         step = Step(self.root, "concepts", f"concepts-{score.name}", config)
         return ConceptsPlan(score.name, settings, score.sae, score.activations, space, counterpart, step)
 
@@ -849,12 +873,14 @@ class StudyPlan:
             "labels": scores.activations.images.labels_step.name,
             "llava": _identity(llava.tower),
             "methods": list(methods),
+            "images": naming.images,
             "n_latents": naming.n_latents,
             "settings": {name: value for name, value in changed(steering).items() if name in used},
             "seed": self.study.seed,
         }
-        step = Step(self.root, "naming", f"naming-{train.grid_cell.name}", config)
-        return NamingPlan(steering, methods, naming.n_latents, scores, heldout.activations, step)
+        neutral = {"images": defaults(Naming)["images"]}
+        step = Step(self.root, "naming", f"naming-{train.grid_cell.name}", config, neutral)
+        return NamingPlan(steering, methods, naming.images, naming.n_latents, scores, heldout.activations, step)
 
     def _pictures(self, scores: list[ScorePlan], steerings: list[SteeringPlan]) -> PicturesPlan:
         config = {

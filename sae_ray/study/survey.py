@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sae_ray.concepts.config import INATURALIST
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.sources import named_by
 from sae_ray.errors import SaeRayError, UsageError
@@ -72,8 +73,8 @@ class Survey:
     images: Mapping[str, SurveyedImages]
     models: SurveyedModels
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Digests of the files that `[concepts]` names, by its field: `file`, `vocabulary`; and of those that guided SAEs
-    learn, by `architectures.<name>.concepts`."""
+    """Digests of the files that `[concepts]` names, by its field: `file`, `vocabulary`, `taxonomy`; and of those that
+    guided SAEs learn, by `architectures.<name>.concepts`."""
     inputs: Mapping[str, SurveyedInput] = dataclasses.field(default_factory=dict)
     """By path."""
 
@@ -147,12 +148,12 @@ def survey_files(study: Study) -> dict[str, str]:
     Raises:
         UsageError: one cannot be read.
     """
-    from sae_ray.concepts import concept_files, vocabulary
+    from sae_ray.concepts import concept_files, taxonomy, vocabulary
 
     found = {}
     for field, path in concept_paths(study).items():
-        form = vocabulary.FORM if field == "vocabulary" else concept_files.FORMS
-        found[field] = digest(text_of(path, form, f"concepts.{field}" if field in ("file", "vocabulary") else field))
+        form = {"vocabulary": vocabulary.FORM, "taxonomy": taxonomy.FORM}.get(field, concept_files.FORMS)
+        found[field] = digest(text_of(path, form, field if "." in field else f"concepts.{field}"))
     return found
 
 
@@ -160,7 +161,9 @@ def concept_paths(study: Study) -> dict[str, str]:
     """The paths of the files that `Survey.files` tells of."""
     concepts, found = study.concepts, {}
     if concepts is not None:
-        found |= {"file": concepts.file, "vocabulary": concepts.vocabulary}
+        found |= {"file": concepts.file, "vocabulary": concepts.vocabulary, "taxonomy": concepts.taxonomy}
+        if concepts.taxonomy == INATURALIST:
+            del found["taxonomy"]
     for grid_cell in study.cells():
         settings = grid_cell.cell.settings
         if grid_cell.cell.guided and settings.concepts != LABELS:

@@ -17,7 +17,7 @@ from sae_ray.serve.tower import Change, Tower
 
 from sae_ray.encoders.loading import load_preprocess
 from sae_ray.errors import UsageError
-from sae_ray.steering import Intervention, LatentEdit, load_llava
+from sae_ray.steering import Condition, Intervention, LatentEdit, load_llava
 from sae_ray.store.files import Folder
 from tests.jobs.test_ask import save_random_sae
 
@@ -89,7 +89,10 @@ def test_every_image_of_a_batch_gets_an_embedding_per_change(tower, tiny_llava, 
     folder.write_parquet("latents.parquet", pa.table({"latent": np.arange(sae.d_sae), "max_token": np.ones(sae.d_sae)}))
     change = Change(folder, (LatentEdit(3, "set", 5.0, "max"),), "drop", False)
     steered = tower._intervention(change)
-    ways = [[(), (steered,)], [(steered,)]]
+    condition = Condition(5, 0.2, "max")
+    partly = tower._intervention(Change(folder, change.edits, "keep", True, condition, (2, 3, 16)))
+    assert (partly.tokens, partly.when, partly.error, partly.isolate) == ((2, 3, 16), condition, "keep", True)
+    ways = [[(), (steered,)], [(steered,), (partly,)]]
     batch = Tower.func_or_class._embed_batch.__wrapped__
     found = asyncio.run(batch(tower, pixels, ways))
     llava = load_llava(tiny_llava)

@@ -23,6 +23,7 @@ from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.fields import field_help
 from sae_ray.study.guidance import targets_of
+from sae_ray.study.models import models_needed
 from sae_ray.study.plan import StudyPlan, images_per_part
 from sae_ray.study.root import skipped_lines
 from sae_ray.study.survey import Survey
@@ -784,6 +785,8 @@ def test_concepts_add_steps_and_change_none(make_plan: MakePlan):
         ({"concepts.max_concepts": 7}, CONCEPTS),
         ({"concepts.measures": ["fms"]}, CONCEPTS),
         ({"concepts.ignore_labels": ["blank"]}, CONCEPTS),
+        ({"concepts.taxonomy": "inaturalist"}, CONCEPTS),
+        ({"concepts.measures": ["fms", "splicing"]}, CONCEPTS),
         ({"resources.concepts.workers": 2}, set()),
         ({"training.steps": 50_000}, TRAINED | SAE_CONCEPTS),
         ({"judge.dtype": "bfloat16"}, EMBEDDINGS | SCORES),
@@ -794,7 +797,7 @@ def test_settings_of_concepts_change_its_own_steps(make_plan: MakePlan, override
     assert changed(names(make_plan({"concepts": {}})), names(make_plan({"concepts": {}, **overrides}))) == expected
 
 
-@pytest.mark.parametrize("field", ["file", "vocabulary"])
+@pytest.mark.parametrize("field", ["file", "vocabulary", "taxonomy"])
 def test_concepts_depend_on_what_is_in_their_files(make_plan: MakePlan, tmp_path: Path, field: str):
     file, other = tmp_path / "one.csv", tmp_path / "other.csv"
     file.write_text("image_id,fish\n00.png,1\n")
@@ -806,6 +809,46 @@ def test_concepts_depend_on_what_is_in_their_files(make_plan: MakePlan, tmp_path
     assert changed(before, names(make_plan({f"concepts.{field}": str(other)}))) == CONCEPTS
     with pytest.raises(UsageError, match=f"concepts.{field} .*cannot be read"):
         make_plan({f"concepts.{field}": str(tmp_path / "none.csv")})
+
+
+def test_depths_and_classes_are_those_of_the_labels_also_beside_a_concept_file(make_plan: MakePlan, tmp_path: Path):
+    file, labels = tmp_path / "concepts.csv", tmp_path / "labels.csv"
+    file.write_text("image_id,fish\n")
+    rows = [f"{number:02d}.png,{'cat' if number % 2 else 'dog'}" for number in range(40)]
+    labels.write_text("\n".join(["image_id,label", *rows]))
+    relabelled = {"images.train.labels": str(labels)}
+    for asked in ({"taxonomy": "inaturalist"}, {"measures": ["splicing"]}):
+        given = {"concepts": {"file": str(file), **asked}}
+        assert changed(names(make_plan(given)), names(make_plan({**given, **relabelled}))) >= CONCEPTS
+    given = {"concepts": {"file": str(file)}}
+    assert not changed(names(make_plan(given)), names(make_plan({**given, **relabelled}))) & CONCEPTS
+
+
+def test_reconstructions_are_put_where_an_output_is_computed_from(make_plan: MakePlan, tiny_llava: str):
+    asked = {
+        "concepts.measures": ["splicing"],
+        "grid.sites": ["projection", "layer1:random:2", "layer0:mean", "pooled"],
+    }
+    plan = make_plan(asked)
+    found = {one.name.split("-batch")[0]: one for one in plan.concepts if one.sae is not None}
+    read = {site: one.readout and one.readout.name for site, one in found.items()}
+    assert read == {
+        "projection": "projection",
+        "layer1.random-2": "projection",
+        "layer0.mean": None,
+        "pooled": "pooled",
+    }
+    assert [site for site, one in found.items() if one.is_zero_shot] == ["projection", "layer1.random-2"]
+    for one in found.values():
+        assert one.sae is not None
+        assert (one.sae.activations.step in one.inputs) == (one.readout is not None)
+    assert {one.readout for one in plan.concepts if one.sae is None} == {None}
+    assert {one.readout for one in make_plan({"concepts": {}}).concepts} == {None}
+    without_texts = make_plan({**asked, "encoder.model": tiny_llava, "grid.sites": ["layer1:cls"]}).concepts
+    assert not any(one.is_zero_shot for one in without_texts)
+    needed = [(use.field, use.kind) for use in models_needed([], plan.concepts)]
+    assert ("encoder.model", "texts") in needed
+    assert ("encoder.model", "images") in needed
 
 
 def test_names_are_found_with_a_model_that_embeds_texts(make_plan: MakePlan, tiny_llava: str):
@@ -1002,6 +1045,7 @@ def test_the_llava_names_latents_of_every_sae_and_steers_those_of_its_layer(make
     [
         ({"naming.n_latents": 1000}, set()),  # as it stands anyway
         ({"naming.n_latents": 7}, NAMING),
+        ({"naming.images": "grid"}, NAMING),
         ({"steering.prompt": "What?"}, NAMING | STEERING | PICTURES),
         ({"steering.strength": 40}, BY_STEERING | STEERING | PICTURES),
         ({"steering.n_images": 7}, STEERING | PICTURES),
