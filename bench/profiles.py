@@ -103,7 +103,7 @@ class World:
 
 def pictures(images: Images) -> Callable[[int], Image.Image]:
     """Opens each image once."""
-    return cache(lambda index: decode_image(read_file(images.folder, images.ids[index]), rendering=images.rendering))
+    return cache(lambda index: decode_image(read_file(images.folder, images.files[index]), rendering=images.rendering))
 
 
 def ways(world: World) -> Mapping[str, Directions]:

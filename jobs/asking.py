@@ -67,17 +67,18 @@ class Images:
     def __init__(self, plan: ImagePlan, ignored: Sequence[str], extracted: Folder):
         rejected = set(extracted.read_parquet("rejects.parquet")["image_id"].to_pylist())
         self.folder, self.rendering = plan.folder, plan.rendering
-        ids = plan.manifest["image_id"].to_pylist()
-        self.ids: Sequence[ImageId] = ids
+        self.files: list[str] = plan.manifest["image_id"].to_pylist()
+        self.ids: Sequence[ImageId] = self.files
+        """What an index in a question stands for."""
         label_names = plan.labels["label_name"].to_pylist()
         self.classes = image_classes(plan.labels, ignored)
-        self.usable = usable_images(ids, label_names, rejected, ignored)
+        self.usable = usable_images(self.files, label_names, rejected, ignored)
         self.labels = set(label_names) - {None, *ignored}
 
     def in_grids(self, rows: Sequence[Sequence[int]]) -> Images:
         """Grids of these images, to ask questions about by their places in `rows`."""
         grids = copy(self)
-        grids.ids = [tuple(str(self.ids[index]) for index in row) for row in rows]
+        grids.ids = [tuple(self.files[index] for index in row) for row in rows]
         return grids
 
 

@@ -126,7 +126,7 @@ class CellTrial:
 
     def _image(self, index: int) -> Image.Image:
         images = self.images
-        return decode_image(read_file(images.folder, images.ids[index]), rendering=images.rendering)
+        return decode_image(read_file(images.folder, images.files[index]), rendering=images.rendering)
 
     def _row_of_encoder(self, patch: Patch, concept: str | None) -> dict[str, Any]:
         encoder, facts = self.encoder, patch.facts
@@ -149,7 +149,7 @@ class CellTrial:
     @cached_property
     def _pixels(self) -> Tensor:
         images, config = self.images, self.plan.study.encoder
-        ids = [images.ids[index] for index in sample(images.usable, CODED_IMAGES, self.plan.study.seed)]
+        ids = [images.files[index] for index in sample(images.usable, CODED_IMAGES, self.plan.study.seed)]
         preparation = Preparation(load_preprocess(config.model, config.revision))
         return torch.from_numpy(decode_part(images.folder, ids, [preparation], rendering=images.rendering).pixels[0])
 

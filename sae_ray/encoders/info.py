@@ -97,12 +97,14 @@ def check_site(info: EncoderInfo, site: Site) -> None:
 def readout(info: EncoderInfo, site: Site) -> Site | None:
     """The output that is computed from the activations at a site: `projection`, or else `pooled`, or the site itself.
 
-    None if there is none. The mean of tokens is computed beside the encoder's own path.
+    None if there is none. The mean of tokens is computed beside the encoder's own path, and of an MLP's output only the
+    residual stream is made.
     """
-    if site.point != "residual":
+    if site.point in ("projection", "pooled"):
         return site
-    outputs = [point for point in ("projection", "pooled") if info.width(point) is not None]
-    return Site(outputs[0]) if outputs and site.tokens != "mean" else None
+    outputs: list[Literal["projection", "pooled"]] = ["projection", "pooled"]
+    found = [point for point in outputs if info.width(point) is not None]
+    return Site(found[0]) if found and site.point == "residual" and site.tokens != "mean" else None
 
 
 def check_text_side(info: EncoderInfo) -> None:

@@ -268,7 +268,7 @@ def _blocks(module: Any) -> list[nn.Module]:
     from timm.models import Beit, Eva, VisionTransformer, VisionTransformerRelPos
 
     transformer = isinstance(module, Beit | Eva | VisionTransformer | VisionTransformerRelPos)
-    return list(module.blocks) if transformer else []
+    return [*module.blocks.children()] if transformer else []
 
 
 def _pooled(module: Any, pixels: Tensor) -> Tensor:
@@ -278,7 +278,8 @@ def _pooled(module: Any, pixels: Tensor) -> Tensor:
 
 def _transform(source: _Source, module: Any) -> list[Any]:
     """The steps of timm's own inference transform."""
-    from timm.data import create_transform, resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
 
     with _refusing(source.model):
         transform: Any = create_transform(**resolve_model_data_config(module), is_training=False)
@@ -286,7 +287,7 @@ def _transform(source: _Source, module: Any) -> list[Any]:
 
 
 def _image_size(module: Any) -> tuple[int, int]:
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
     _, height, width = resolve_model_data_config(module)["input_size"]
     return height, width

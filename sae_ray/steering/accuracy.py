@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -152,7 +152,7 @@ def encoded_batches(
     encoder: Encoder,
     preparation: Preparation,
     images: Folder,
-    ids: Sequence[str],
+    ids: list[str],
     rendering: Rendering,
     site: Site,
     readout: Site,

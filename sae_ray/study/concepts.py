@@ -109,12 +109,14 @@ def _paths(plan: StudyPlan) -> list[Path | None]:
     settings = plan.study.concepts
     assert settings is not None, "it was asked for"
     assert settings.taxonomy is not None, "it was asked for"
-    label_names = plan.images["heldout"].labels["label_name"].to_pylist()
+    label_names: list[str | None] = plan.images["heldout"].labels["label_name"].to_pylist()
     classes = [None if name in settings.ignore_labels else name for name in label_names]
     with named_by("concepts.taxonomy", settings.taxonomy):
         if settings.taxonomy == INATURALIST:
-            return image_paths(classes, inaturalist_taxonomy({*classes} - {None}))
-        return image_paths(classes, read_taxonomy(settings.taxonomy))
+            taxonomy = inaturalist_taxonomy(name for name in classes if name is not None)
+        else:
+            taxonomy = read_taxonomy(settings.taxonomy)
+        return [*image_paths(classes, taxonomy)]
 
 
 def _words(plan: StudyPlan, label_names: list[str]) -> tuple[Words | None, str | None]:

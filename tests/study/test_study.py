@@ -378,7 +378,7 @@ def test_weights_are_a_dimension_of_the_grid():
 
 
 def test_help_is_the_docstring_of_the_field():
-    assert field_help("encoder.revision") == "Commit, tag or branch of a hub id."
+    assert field_help("encoder.revision") == "Commit, tag or branch of what is on the hub."
     assert field_help("images.heldout.path").startswith("The folder: a local path (`~` is your home)")
     assert field_help("grid.k") == "Average number of active latents per row, for the TopK family."
     assert field_help("training.steps") == "Optimiser steps."
