@@ -102,9 +102,10 @@ def readout(info: EncoderInfo, site: Site) -> Site | None:
     """
     if site.point in ("projection", "pooled"):
         return site
-    outputs: list[Literal["projection", "pooled"]] = ["projection", "pooled"]
-    found = [point for point in outputs if info.width(point) is not None]
-    return Site(found[0]) if found and site.point == "residual" and site.tokens != "mean" else None
+    if site.point != "residual" or site.tokens == "mean":
+        return None
+    sites = [Site("projection"), Site("pooled")]
+    return next((one for one in sites if info.width(one.point) is not None), None)
 
 
 def check_text_side(info: EncoderInfo) -> None:

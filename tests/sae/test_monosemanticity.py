@@ -213,14 +213,11 @@ def test_embeddings_travel_with_the_activations_of_their_images(stores, tmp_path
 
 def test_a_judge_that_has_not_seen_all_images_is_refused(stores, write_store, tmp_path: Path):
     activations, judge = stores
-    index, _, vectors = judge.read(0)
+    (index, _, vectors), second = (tuple(map(np.array, judge.read(part))) for part in (0, 1))
     fewer = write_store(tmp_path / "fewer", [(index, np.zeros(len(index)), vectors)])
     with pytest.raises(SaeRayError, match=r"has embeddings of 79 images, .* activations of 159; delete both"):
         embeddings_by_image(fewer, activations)
-    vectors = vectors.copy()
     vectors[5] = 0
-    blind = write_store(
-        tmp_path / "blind", [(index, np.zeros(len(index)), vectors), (*judge.read(1)[:2], judge.read(1)[2])]
-    )
+    blind = write_store(tmp_path / "blind", [(index, np.zeros(len(index)), vectors), second])
     with pytest.raises(SaeRayError, match="the image with image_index 6 an embedding of length zero"):
         embeddings_by_image(blind, activations)
