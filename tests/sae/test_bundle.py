@@ -276,7 +276,7 @@ def test_an_exported_sae_computes_what_was_trained(store, tmp_path: Path, number
     train_cells(bundle)
     sae = load_sae(bundle.cells[0].step.folder)
     trainer, scaling = alone(store, cell)
-    x = torch.from_numpy(store.read(0)[2])
+    x = torch.tensor(store.read(0)[2])
     codes, x_hat = codes_and_reconstructions(sae, x)
     expected = codes_and_reconstructions(trainer.export(1.0), scaling(x))
     torch.testing.assert_close(codes, expected[0] * scaling.scale, rtol=1e-5, atol=1e-5)
