@@ -75,6 +75,10 @@ class Images:
         self.usable = usable_images(self.files, label_names, rejected, ignored)
         self.labels = set(label_names) - {None, *ignored}
 
+    def picture(self, index: int) -> Image.Image:
+        """One of the images."""
+        return decode_image(read_file(self.folder, self.files[index]), rendering=self.rendering)
+
     def in_grids(self, rows: Sequence[Sequence[int]]) -> Images:
         """Grids of these images, to ask questions about by their places in `rows`."""
         grids = copy(self)

@@ -16,9 +16,8 @@ from sae_ray.editing.effects import edit_table, on_codes, seen_by_reader
 from sae_ray.editing.patch import Facts, Patch
 from sae_ray.editing.trial import CODED_IMAGES, Trial, labelled
 from sae_ray.encoders import Site, load_encoder, load_preprocess
-from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.images import decode_image
-from sae_ray.images.part import Preparation, decode_part, read_file
+from sae_ray.errors import UsageError
+from sae_ray.images.part import Preparation, decode_part
 from sae_ray.sae import load_sae
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering import load_llava
@@ -31,7 +30,6 @@ from .asking import Images
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from PIL import Image
     from torch import Tensor
 
 
@@ -76,8 +74,7 @@ class CellTrial:
         self.plan, self.train, self.device, self.prompts = plan, train, device, prompts
         self.heldout, self.pictures = plan.passes(train.grid_cell.name)
         for scores in (self.heldout, self.pictures):
-            if not scores.step.finished:
-                raise SaeRayError(f"{scores.step.label} is not there yet; run the score stage first")
+            scores.check_scored()
         self.sae = load_sae(train.step.folder).to(device)
         self.ignored = plan.study.steering.ignore_labels if plan.study.steering else ()
         self.images = Images(self.heldout.activations.images, self.ignored, self.heldout.activations.step.folder)
@@ -117,16 +114,12 @@ class CellTrial:
             load_llava(steering.llava, steering.revision, self.device, steering.dtype),
             self.sae,
             asked,
-            self._image,
+            self.images.picture,
             class_names(self.images.labels),
             steering,
             self.plan.study.resources.steering.batch_size,
             of_mlp=self.train.grid_cell.site.point == "mlp",
         )
-
-    def _image(self, index: int) -> Image.Image:
-        images = self.images
-        return decode_image(read_file(images.folder, images.files[index]), rendering=images.rendering)
 
     def _row_of_encoder(self, patch: Patch, concept: str | None) -> dict[str, Any]:
         encoder, facts = self.encoder, patch.facts

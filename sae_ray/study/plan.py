@@ -233,6 +233,11 @@ class ScorePlan:
         read = (self.activations, self.embeddings, self.sae)
         return [plan.step for plan in read if plan is not None]
 
+    def check_scored(self) -> None:
+        """Raises SaeRayError if there are no tables to read yet."""
+        if self.step.failure or not self.step.finished:
+            raise SaeRayError(f"{self.step.label} is not there yet; run the score stage first")
+
     @property
     def neurons(self) -> int:
         return self.sae.d_sae if self.sae else self.activations.width
