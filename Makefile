@@ -2,6 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ROOT ?= runs/demo
+PHOTOS ?= runs/photos
+# A folder with imagenette/train, imagenette/val, dinov2-small and efficientnet-lite0, instead of what studies/photos.toml names.
+REAL ?=
+FROM_REAL = $(if $(REAL),--images $(abspath $(REAL))/imagenette/train --heldout $(abspath $(REAL))/imagenette/val \
+	--encoder $(abspath $(REAL))/dinov2-small --judge timm:local-dir:$(abspath $(REAL))/efficientnet-lite0)
 INSTALL_CHROMIUM := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
 INSTALL_IPROUTE2 := { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends iproute2 >/dev/null; }
@@ -10,17 +15,20 @@ APART := --net --uts --ipc --mount --pid --fork --kill-child --mount-proc
 # Tests on a cluster mostly wait for processes to start: one process of pytest has those of jobs, another those of serve.
 TWO := -n 2 --no-loadscope-reorder
 
-.PHONY: demo test test-fast test-slow test-gpu test-clients soak chaos cluster-test bench bench-scale bench-serve bench-gpu lint cluster-lint format clean
+.PHONY: demo photos test test-fast test-slow test-gpu test-clients test-real soak chaos cluster-test bench bench-scale bench-serve bench-gpu bench-photos lint cluster-lint format clean
 
 demo: .venv/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
 	$(BIN)/sae-ray run studies/demo.toml --root $(ROOT)
 
+photos: .venv/.demo
+	$(BIN)/sae-ray run studies/photos.toml --root $(PHOTOS) $(FROM_REAL)
+
 test: .venv/.test
-	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not cluster and not clients"
+	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not cluster and not clients and not real"
 
 test-fast: .venv/.test
-	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not cluster and not clients and not ray and not serve and not browser"
+	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not cluster and not clients and not real and not ray and not serve and not browser"
 
 test-slow: .venv/.test
 	$(BIN)/pytest -m slow
@@ -31,6 +39,10 @@ test-gpu: .venv/.test
 # Clients of the API that others made, in an environment of their own: they want other versions of packages than the tests.
 test-clients: .venv/clients/.installed
 	$(BIN)/pytest -m clients tests/serve
+
+# On photographs and weights that are not in the repository.
+test-real: .venv/.test
+	SAE_RAY_REAL=$(abspath $(REAL)) $(BIN)/pytest -m real
 
 soak: .venv/.test
 	$(BIN)/pytest tests/serve/test_soak.py -m slow -s
@@ -66,6 +78,11 @@ bench-scale: .venv/.test
 # Needs vLLM, which the set-up of the tests installs where torch has no CUDA: elsewhere `pip install -e '.[vllm]'` first.
 bench-serve: .venv/.test
 	$(BIN)/python -m bench.serve
+	$(BIN)/python -m bench.tables
+
+# Of a finished `make photos`.
+bench-photos: .venv/.test
+	$(BIN)/python -m bench.photos $(PHOTOS)
 	$(BIN)/python -m bench.tables
 
 # Needs torch with CUDA, transformers, safetensors, pyarrow and numpy, and no set-up of ours.

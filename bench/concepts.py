@@ -24,8 +24,8 @@ from sae_ray.concepts.config import Concepts
 from sae_ray.concepts.findings import Findings
 from sae_ray.concepts.image_codes import ImageCodes
 from sae_ray.concepts.labels import Labels
-from sae_ray.concepts.second_moment import SecondMoment
 from sae_ray.concepts.word_names import Texts
+from sae_ray.sae.second_moment import SecondMoment
 
 THREADS = 1
 """As a task of the stage has."""

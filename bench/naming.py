@@ -1,31 +1,38 @@
 """How often names are right, by every way to find them: python -m bench.naming ROOT
 
 Of a finished study of the embedded world with `[concepts]` and `[naming]`: the share of latents that represent a shape
-(as in `[steering]`, by their top training images) whose name is that shape. A second table shows what names by steering
-become at other strengths than the study's.
+(as in `[steering]`, by their top training images) whose name is that shape. A second table tells where SoftWPMI fails,
+and a third one what names by steering become at other strengths than the study's.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bench.record import Table, record
+from sae_ray.concepts.dissect import soft_wpmi
+from sae_ray.concepts.image_codes import image_codes
+from sae_ray.concepts.inputs import unit
 from sae_ray.concepts.labelling import Concept, image_classes, label_concepts
 from sae_ray.concepts.naming import names
 from sae_ray.concepts.naming_by_answers import VERIFIED, plain
 from sae_ray.concepts.tables import ConceptTables
+from sae_ray.encoders.text import load_text_encoder
 from sae_ray.sae import load_sae
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering import load_llava, load_max_token
 from sae_ray.steering.latent_names import NAMES
 from sae_ray.steering.protocol import WHITE, Question
 from sae_ray.steering.respondent import Directions, Respondent
+from sae_ray.store.activations import ActivationStore
 from sae_ray.study.plan import NamingPlan, StudyPlan
 from sae_ray.study.root import recalled_plan
+from sae_ray.world.render import SHAPES
+from sae_ray.world.words import CAPTION_WORDS
 
 STRENGTHS = (0.5, 1, 2, 4, 8, 16)
 """Multiples of the largest value on a token."""
@@ -71,6 +78,33 @@ def names_of(plan: StudyPlan, one: NamingPlan) -> dict[str, dict[int, str | None
     return found
 
 
+def first_shapes(plan: StudyPlan, one: NamingPlan, words: Sequence[str]) -> dict[int, str]:
+    """Latent of an SAE of the projection -> its first shape word by SoftWPMI on the training images.
+
+    Args:
+        words: the vocabulary, the shapes among them.
+    """
+    store = ActivationStore(one.scores.activations.step.folder)
+    found = image_codes(load_sae(one.sae.step.folder), store)
+    texts = load_text_encoder(plan.encoder.model).embed_texts(words).double().numpy()
+    images = unit(np.concatenate([store.read(number)[2] for number in store.parts]))
+    scores = soft_wpmi(found.codes, images @ texts.T)[:, [words.index(shape) for shape in SHAPES]]
+    return {latent: list(SHAPES)[int(row.argmax())] for latent, row in enumerate(scores) if not np.isnan(row).any()}
+
+
+def where_soft_wpmi_fails(plan: StudyPlan, one: NamingPlan) -> list[Any]:
+    """A row of the second table."""
+    [step] = [other.step for other in plan.concepts if other.name == one.name]
+    neurons, concepts = ConceptTables(step.folder).neurons, pure(one)
+    name = dict(enumerate(neurons.name))
+    named = [concept for concept in concepts if name[concept.latent] is not None]
+    there = [concept for concept in named if neurons.purity[concept.latent] >= one.steering.min_purity]
+    row = [f"`{one.name}`", len(concepts), len(concepts) - len(named), len(named) - len(there), right(there, name)]
+    if one.scores.activations.site.point != "projection":
+        return [*row, None, None]
+    return [*row, *(right(concepts, first_shapes(plan, one, list(of))) for of in (SHAPES, CAPTION_WORDS))]
+
+
 def main() -> None:
     plan = recalled_plan(sys.argv[1])
     methods = {
@@ -86,6 +120,11 @@ def main() -> None:
     by_llava, *others = methods.values()
     columns = ["SAE", "latents", by_llava, "and holds", *others]
     tables = [Table(title="Right names", columns=columns, rows=rows)]
+
+    rows = [where_soft_wpmi_fails(plan, one) for one in plan.namings]
+    rows = [[share if not isinstance(share, float) else round(share, 3) for share in row] for row in rows]
+    columns = ["SAE", "latents", "no name", "not pure there", "the others", "training images", "and all words"]
+    tables.append(Table(title="SoftWPMI", columns=columns, rows=rows))
 
     [steered] = [one for one in plan.namings if "steering" in one.methods]
     llava = load_llava(steered.steering.llava, steered.steering.revision)

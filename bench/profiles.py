@@ -8,20 +8,16 @@ latents, the mean activation of its top images less that of the others, or DiffM
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from sae_ray.jobs.asking import Images
 from sae_ray.jobs.steering import Evaluation
 
 from bench.record import Table, record
-from sae_ray.images import decode_image
-from sae_ray.images.part import read_file
 from sae_ray.sae import load_sae
 from sae_ray.steering import load_llava
 from sae_ray.steering.diffmean import class_sums, diffmean
@@ -49,7 +45,7 @@ class World:
         self.sae = load_sae(steered.sae.step.folder)
         self.store = ActivationStore(steered.scores.activations.step.folder)
         self.best = [one for one in self.evaluation.subjects.best if one.label is not None]
-        self.train, self.heldout = pictures(self.evaluation.train), pictures(self.evaluation.heldout)
+        self.train, self.heldout = cache(self.evaluation.train.picture), cache(self.evaluation.heldout.picture)
         self.members = cache(self._members)
         self.usable = np.zeros(len(self.evaluation.train.ids), bool)
         self.usable[self.evaluation.train.usable] = True
@@ -99,11 +95,6 @@ class World:
         kept = [found["unchanged"][f"{way}_{place}"]["rate"] for place in ("insertion", "suppression")]
         shares = [insertion["rate"], kept[0], suppression["rate"], kept[1]]
         return [f"{white['right']} of {white['asked']}", *(f"{share:.1%}" for share in shares)]
-
-
-def pictures(images: Images) -> Callable[[int], Image.Image]:
-    """Opens each image once."""
-    return cache(lambda index: decode_image(read_file(images.folder, images.ids[index]), rendering=images.rendering))
 
 
 def ways(world: World) -> Mapping[str, Directions]:

@@ -6,6 +6,7 @@ So a killed run redoes at most one block per actor, and the answers do not depen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +16,7 @@ from sae_ray.concepts.labelling import image_classes
 from sae_ray.encoders.sources import named_by
 from sae_ray.errors import SaeRayError
 from sae_ray.images import decode_image
+from sae_ray.images.grid import grid_of
 from sae_ray.images.part import read_file
 from sae_ray.images.rendering import Rendering
 from sae_ray.sae import SAE, load_sae
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 QUESTIONS_PER_BLOCK = 256
 NO_DIRECTIONS = Directions()
+ImageId = str | tuple[str, ...]
+"""Of an image, or of several that are shown in a grid."""
 
 
 class AskingPlan(Protocol):
@@ -63,11 +67,23 @@ class Images:
     def __init__(self, plan: ImagePlan, ignored: Sequence[str], extracted: Folder):
         rejected = set(extracted.read_parquet("rejects.parquet")["image_id"].to_pylist())
         self.folder, self.rendering = plan.folder, plan.rendering
-        self.ids = plan.manifest["image_id"].to_pylist()
+        self.files: list[str] = plan.manifest["image_id"].to_pylist()
+        self.ids: Sequence[ImageId] = self.files
+        """What an index in a question stands for."""
         label_names = plan.labels["label_name"].to_pylist()
         self.classes = image_classes(plan.labels, ignored)
-        self.usable = usable_images(self.ids, label_names, rejected, ignored)
+        self.usable = usable_images(self.files, label_names, rejected, ignored)
         self.labels = set(label_names) - {None, *ignored}
+
+    def picture(self, index: int) -> Image.Image:
+        """One of the images."""
+        return decode_image(read_file(self.folder, self.files[index]), rendering=self.rendering)
+
+    def in_grids(self, rows: Sequence[Sequence[int]]) -> Images:
+        """Grids of these images, to ask questions about by their places in `rows`."""
+        grids = copy(self)
+        grids.ids = [tuple(self.files[index] for index in row) for row in rows]
+        return grids
 
 
 class Actor:
@@ -91,13 +107,19 @@ class Actor:
         file: str,
         asked: Sequence[Question],
         images: Folder,
-        ids: Mapping[int, str],
+        ids: Mapping[int, ImageId],
         rendering: Rendering,
     ) -> int | SaeRayError:
         """Answers one block, writes its part, and returns the number of answers or the error."""
 
         def image(index: int) -> Image.Image:
-            return decode_image(read_file(images, ids[index]), rendering=rendering)
+            found = ids[index]
+            if isinstance(found, str):
+                return decoded(found)
+            return grid_of([decoded(one) for one in found])
+
+        def decoded(image_id: str) -> Image.Image:
+            return decode_image(read_file(images, image_id), rendering=rendering)
 
         try:
             check_shared(step)

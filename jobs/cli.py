@@ -310,12 +310,8 @@ def report(**options: Any) -> None:
     metavar="DIR_OR_ID",
     help="The LLaVA: a directory (a path or a URI) or a model id on the hub.",
 )
-@click.option(
-    "--sae",
-    required=True,
-    metavar="DIR",
-    help="The SAE's directory. It must be trained on the layer that the LLaVA reads.",
-)
+@click.option("--sae", metavar="DIR", help="The SAE's directory. It must be trained on the layer that the LLaVA reads.")
+@click.option("--edit", metavar="PATCH", help="Edit the LLaVA by a patch of `sae-ray edit make`; no latent is needed.")
 @click.option(
     "--latent",
     "latents",
@@ -330,6 +326,19 @@ def report(**options: Any) -> None:
 @click.option(
     "--token", "tokens", multiple=True, type=int, metavar="N", help="Edit this token, not all. May be repeated."
 )
+@click.option(
+    "--region",
+    "regions",
+    multiple=True,
+    metavar="L,T,R,B",
+    help="Edit only this rectangle: left, top, right and bottom in fractions of the image. May be repeated.",
+)
+@click.option("--mask", metavar="FILE", help="Edit only where this image is white.")
+@click.option(
+    "--when",
+    metavar="LATENT[>STRENGTH]",
+    help='Edit only tokens on which this latent fires, or is stronger than this, as in "7>0.5x".',
+)
 @click.option("--intervention", "file", metavar="FILE", help="JSON file with these settings instead; it may mix modes.")
 @click.option("--sweep", metavar="STRENGTHS", help='Several strengths, as in "0x,1x,2x,4x"; one answer for each.')
 @click.option("--max-new-tokens", type=int, help="Length of the answers in tokens; 32 by default.")
@@ -341,14 +350,16 @@ def ask(
     image: str,
     prompt: str | None,
     llava: str,
-    sae: str,
+    sae: str | None,
+    edit: str | None,
     max_new_tokens: int | None,
     device: str,
     dtype: str,
     sweep: str | None,
     **options: Any,
 ) -> None:
-    """Ask a LLaVA about IMAGE (a file, or the word white) with and without edited latents, and print both answers.
+    """Ask a LLaVA about IMAGE (a file, or the word white) with and without edited latents or weights, and print all
+    answers.
 
     PROMPT is the question; by default it asks what is shown, in one word.
     """
@@ -356,18 +367,95 @@ def ask(
 
     from .ask import interventions_asked, lines, steered_answers
 
-    asked = interventions_asked(sweep=sweep, **options)
+    asked = interventions_asked(sweep=sweep, is_edited=edit is not None, **options)
     length = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-    result = steered_answers(
-        image, prompt or ONE_WORD, llava, sae, asked=asked, max_new_tokens=length, device=device, dtype=dtype
-    )
+    models = {"sae": sae, "edit": edit, "device": device, "dtype": dtype}
+    result = steered_answers(image, prompt or ONE_WORD, llava, asked=asked, max_new_tokens=length, **models)
     click.echo(json.dumps(result, indent=1) if as_json else "\n".join(lines(result, sweep)))
+
+
+@main.group(cls=Group)
+def edit() -> None:
+    """Take a latent out of a model's weights, by a patch that can be undone."""
+
+
+@edit.command("make")
+@click.option(
+    "--model", required=True, metavar="DIR_OR_ID", help="A LLaVA, CLIP, SigLIP or DINOv2 in the transformers format."
+)
+@click.option("--revision", help="Commit, tag or branch of a model on the hub.")
+@click.option("--sae", required=True, metavar="DIR", help="The SAE's directory.")
+@click.option("--latent", required=True, type=int, metavar="N", help="The latent to take out.")
+@click.option("--mode", default="project", show_default=True, help="How: project, rows or vectors.")
+@click.option(
+    "--scope", help="Where: reader (default for a LLaVA), writers (default with --layer), mlp or projection (default)."
+)
+@click.option("--layer", type=int, metavar="N", help="The block that the SAE was trained at; by default the LLaVA's.")
+@click.option("--keep", default="origin", show_default=True, help="What stays along the direction: origin (0) or mean.")
+@click.option("--share", default=0.9, show_default=True, help="rows: how much of the direction's norm² is set to 0.")
+@click.option("--kappa", type=float, help="vectors: how like the latent a value vector must be, from 0 to 1.")
+@click.option("--value", type=float, help="vectors: what the latent becomes; 0 ablates, negative values push away.")
+@click.option("--out", required=True, metavar="PATCH", help="The file to write, such as star.safetensors.")
+def edit_make(sae: str, model: str, latent: int, out: str, **settings: Any) -> None:
+    """Write a patch that takes one latent out of a model's weights. The model's files stay as they are.
+
+    The mode project leaves nothing along the latent's decoder direction. The scope reader changes what a LLaVA's
+    projector reads, writers all that writes into the residual stream up to the block, mlp one MLP, and projection a
+    CLIP's image embedding.
+    """
+    from .editing import make
+
+    patch = make(model, sae, latent, out, **settings)
+    click.echo(f"{out}: {patch.facts.mode}, {patch.facts.scope}, {len(patch.changes)} tensors of {patch.facts.model}")
+
+
+@edit.command("apply")
+@click.argument("patch")
+@click.option("--model", metavar="DIR_OR_ID", help="The model; by default the one that the patch names.")
+@click.option("--out", required=True, metavar="DIR", help="The directory to write.")
+def edit_apply(patch: str, model: str | None, out: str) -> None:
+    """Write a copy of the model with PATCH applied, which every program can load."""
+    from sae_ray.editing import edited_copy, load_patch
+
+    click.echo(edited_copy(patch, model or load_patch(patch).facts.model, out))
+
+
+@edit.command("undo")
+@click.argument("directory")
+def edit_undo(directory: str) -> None:
+    """Give the edited copy in DIRECTORY the very bytes of the model that it was made from."""
+    from sae_ray.editing import undo
+
+    undo(directory)
+
+
+@edit.command("evaluate")
+@click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
+@click.option("--root", required=True, metavar="DIR", help="The root of the study that the SAE is of.")
+@click.option(
+    "--prompt", "prompts", multiple=True, help="Ask this instead of the study's other prompts. May be repeated."
+)
+@click.option("--device", default="cpu", show_default=True, help="A torch device.")
+@click.option("--out", default="edit.parquet", show_default=True, metavar="FILE", help="The table to write.")
+@_json_option
+def edit_evaluate(
+    patches: tuple[str, ...], root: str, prompts: tuple[str, ...], device: str, out: str, as_json: bool
+) -> None:
+    """Measure what each PATCH does to the latent, to other latents and to answers about held-out images."""
+    from sae_ray.study.root import recalled_plan
+
+    from .editing import evaluate, lines, write
+
+    rows = evaluate(recalled_plan(root), patches, prompts, device)
+    write(rows, out)
+    click.echo(json.dumps(rows, indent=1) if as_json else "\n".join(lines(rows)))
 
 
 @main.command()
 @click.option("--root", metavar="DIR", help="The study whose SAEs steer: its directory or URI.")
 @click.option("--llava", metavar="DIR_OR_ID", help="The LLaVA; the study's by default.")
 @click.option("--sae", "saes", multiple=True, metavar="CELL", help="Only this SAE of the study. May be repeated.")
+@click.option("--edit", metavar="PATCH", help="Serve the LLaVA with its weights edited by a patch of `sae-ray edit`.")
 @click.option(
     "--engine", type=click.Choice(["transformers", "vllm"]), help="What generates answers; transformers by default."
 )

@@ -7,33 +7,46 @@ determine. So the result is bit-identical for any number of workers, and what a 
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_ray.concepts.config import Concepts, Patches
 from sae_ray.concepts.summary import Cell, comparison_lines, concept_lines
 from sae_ray.concepts.tables import ConceptTables
+from sae_ray.encoders.sites import Site
 from sae_ray.encoders.sources import named_by
+from sae_ray.images.rendering import Rendering
 from sae_ray.store.activations import PIECE_BYTES
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, check_shared
+from sae_ray.store.tables import StoredTable
 from sae_ray.study.concepts import Asked, asked
 from sae_ray.study.plan import ConceptsPlan, StudyPlan
 from sae_ray.study.survey import check_files
 
 from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share
+from .encoding import EncoderJob, job_of, preparation
+from .extract import ENCODER_BYTES
 from .progress import Progress, say
 from .score import active_per_token
 from .stage import at_work, unfinished
 
+if TYPE_CHECKING:
+    from sae_ray.sae import SAE
+    from sae_ray.steering.accuracy import ByName
+    from sae_ray.store import ActivationStore
+
 WORKING_BYTES = 2**30
 """Of blocks of neurons and concepts."""
+PROMPT = "a photo of a {}"
+"""What the name of a class is put into, to classify images by its embedding."""
 
 
 def run(plan: StudyPlan) -> None:
     """Measures the SAEs of the study and the raw neurons that are not measured yet. Failed cells are left out.
 
     Raises:
-        UsageError: the concept file or the vocabulary cannot be read or does not fit the images.
+        UsageError: the concept file, the vocabulary or the taxonomy cannot be read or does not fit the images.
         SaeRayError: activations or SAEs are missing, the disk is too full, another driver is at work on the same step.
     """
     todo = unfinished(plan.concepts)
@@ -45,7 +58,7 @@ def run(plan: StudyPlan) -> None:
 def check(plan: StudyPlan) -> None:
     """Reads the labels and words that unfinished steps need, and says what they cannot measure.
 
-    Raises as `run`; and UsageError if the concept file or the vocabulary has changed since the root was planned.
+    Raises as `run`; and UsageError if one of these files has changed since the root was planned.
     """
     check_files(plan.study, plan.survey)
     if unfinished(plan.concepts):
@@ -73,6 +86,21 @@ def lines(plan: StudyPlan) -> list[str]:
     return [*texts, *comparison_lines(list(found.values()))]
 
 
+class Splicing(NamedTuple):
+    """Where the reconstructions of an SAE are put, and what is read for it."""
+
+    site: Site
+    """That it was trained on."""
+    readout: Site
+    is_zero_shot: bool
+    trained_on: Folder
+    """Activations."""
+    images: Folder
+    manifest: StoredTable
+    rendering: Rendering
+    encoder: EncoderJob
+
+
 class Job(NamedTuple):
     """What a task needs to know about one SAE."""
 
@@ -82,8 +110,20 @@ class Job(NamedTuple):
     embeddings: Folder | None
     patches: Patches | None
     counterpart: Folder | None
+    group_sizes: list[int]
+    splicing: Splicing | None
     settings: Concepts
     seed: int
+
+
+class Shared(NamedTuple):
+    """What all tasks read."""
+
+    given: Asked
+    words: Any
+    """Embeddings of the words; None without any."""
+    by_name: ByName | None
+    """What images are classified by; None if the encoder embeds no texts or classes have no names."""
 
 
 def _measure(plan: StudyPlan, todo: list[ConceptsPlan]) -> None:
@@ -92,27 +132,42 @@ def _measure(plan: StudyPlan, todo: list[ConceptsPlan]) -> None:
     resources = plan.study.resources.concepts
     gpus, at_once = share("resources.concepts", resources)
     given = asked(plan)
-    shared = ray.put((given, _embedded(plan, given)))
+    shared = ray.put(Shared(given, _embedded(plan, given), _by_name(plan, given)))
     memory = at_most_a_node(max(map(_bytes, todo)), resources.cpus, gpus)
     task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, memory=memory, max_retries=RETRIES)(measured)
     waiting = sorted(todo, key=lambda one: one.neurons, reverse=True)  # so that none starts late and runs alone
     running: list[Any] = []
-    total = sum(one.images.n_images for one in todo)
+    total = sum(one.images.n_images * (2 if _spliced(one, given) else 1) for one in todo)
     with Progress(f"concepts of {len(todo)} cells", total, "images", steps=[one.step for one in todo]) as progress:
         board = progress.board()
         while waiting or running:
             while waiting and len(running) < at_once:
-                job = _job(waiting.pop(0), plan.study.seed)
+                job = _job(waiting.pop(0), given, plan.study.seed)
                 running.append(task.remote(job, shared, "cuda" if gpus else "cpu", board))
             finished, running = ray.wait(running)
             ray.get(finished)
 
 
-def _job(one: ConceptsPlan, seed: int) -> Job:
+def _spliced(one: ConceptsPlan, given: Asked) -> bool:
+    return one.readout is not None and given.classes is not None
+
+
+def _job(one: ConceptsPlan, given: Asked, seed: int) -> Job:
     sae, embeddings, counterpart = (
         read and read.step.folder for read in (one.sae, one.embeddings, one.living_counterpart)
     )
-    return Job(one.step, sae, one.activations.step.folder, embeddings, one.patches, counterpart, one.settings, seed)
+    activations, patches, sizes = one.activations.step.folder, one.patches, one.group_sizes
+    splicing = _splicing(one) if _spliced(one, given) else None
+    return Job(one.step, sae, activations, embeddings, patches, counterpart, sizes, splicing, one.settings, seed)
+
+
+def _splicing(one: ConceptsPlan) -> Splicing:
+    assert one.sae is not None, "raw neurons have no reconstruction"
+    assert one.readout is not None, "it was asked for"
+    images, trained_on = one.images, one.sae.activations.step.folder
+    manifest = StoredTable(images.step.folder, "manifest.parquet")
+    site, encoder = one.sae.grid_cell.site, job_of(one.activations)
+    return Splicing(site, one.readout, one.is_zero_shot, trained_on, images.folder, manifest, images.rendering, encoder)
 
 
 def _embedded(plan: StudyPlan, given: Asked) -> Any:
@@ -127,15 +182,35 @@ def _embedded(plan: StudyPlan, given: Asked) -> Any:
     return encoder.embed_texts(given.words.words).double().numpy()
 
 
+def _by_name(plan: StudyPlan, given: Asked) -> ByName | None:
+    if given.classes is None or not any(one.is_zero_shot for one in plan.concepts):
+        return None
+    worded = [place for place, word in enumerate(given.classes.words) if word is not None]
+    if len(worded) < 2:
+        return None
+    import numpy as np
+
+    from sae_ray.encoders.text import load_text_encoder
+    from sae_ray.steering.accuracy import ByName
+
+    place = np.full(len(given.classes.words) + 1, -1)  # the last one is that of -1
+    place[worded] = np.arange(len(worded))
+    with named_by("encoder.model", plan.encoder.model):
+        encoder = load_text_encoder(plan.encoder.model, plan.encoder.revision)
+    texts = encoder.embed_texts([PROMPT.format(given.classes.words[one]) for one in worded])
+    return ByName(place[given.classes.of_image], texts.numpy())
+
+
 def _bytes(one: ConceptsPlan) -> int:
     """Memory of a task, approximately: above all three copies of the codes of all images."""
     tokens = one.rows // max(1, one.images.n_images)
     codes = 36 * one.images.n_images * min(one.neurons, tokens * active_per_token(one))
     weights = one.sae.weight_bytes if one.sae else 0
-    return PROCESS_BYTES + WORKING_BYTES + codes + weights + 4 * min(PIECE_BYTES, one.activations.bytes)
+    process = PROCESS_BYTES if one.readout is None else ENCODER_BYTES
+    return process + WORKING_BYTES + codes + weights + 4 * min(PIECE_BYTES, one.activations.bytes)
 
 
-def measured(job: Job, shared: tuple[Asked, Any], device: str, board: Any) -> None:
+def measured(job: Job, shared: Shared, device: str, board: Any) -> None:
     """The task: measures one SAE and finishes its step."""
     import torch
 
@@ -148,27 +223,61 @@ def measured(job: Job, shared: tuple[Asked, Any], device: str, board: Any) -> No
     started = time.monotonic()
     check_shared(job.step.folder)
     torch.set_num_threads(1)  # the last bits depend on the number of threads
-    (labels, words, _), embeddings = shared
+    words = shared.given.words
+    sae = load_sae(job.sae).to(device) if job.sae else None
+
+    def tell(images: int) -> None:
+        board.set.remote(job.step.name, images)
+
     with shared_activations(job.activations) as place:
         store = ActivationStore(place)
         texts = None
         if words is not None and job.embeddings is not None:
             same = job.embeddings == job.activations
             space = store if same else ActivationStore(job.embeddings)
-            texts = Texts.of(words.words, embeddings, space, words.word_of, holds_decoder=same)
+            texts = Texts.of(words.words, shared.words, space, words.word_of, holds_decoder=same)
         found = measure(
-            load_sae(job.sae).to(device) if job.sae else None,
+            sae,
             store,
-            labels,
+            shared.given.labels,
             job.settings,
             texts=texts,
             patches=job.patches,
             counterpart=job.counterpart and _live_rows(job.counterpart),
+            paths=shared.given.paths,
+            group_sizes=job.group_sizes,
             seed=job.seed,
-            after_images=lambda images: board.set.remote(job.step.name, images),
+            after_images=tell,
         )
+        if sae is not None and job.splicing is not None:
+            done = store.n_images
+            found.counts |= _recovered(sae, store, job.splicing, shared, job.seed, lambda images: tell(done + images))
     found.write(job.step.folder)
     job.step.finish(time.monotonic() - started, found.counts)
+
+
+def _recovered(
+    sae: SAE, store: ActivationStore, splicing: Splicing, shared: Shared, seed: int, after_images: Callable[[int], None]
+) -> dict[str, Any]:
+    """The figures of the accuracy with the reconstruction in place; none if there are no two classes to tell apart."""
+    from sae_ray.encoders import load_encoder
+    from sae_ray.steering.accuracy import encoded_batches, mean_activation, recovered, stored_batches
+    from sae_ray.store import ActivationStore
+
+    site, readout, job = splicing.site, splicing.readout, splicing.encoder
+    classes = shared.given.classes
+    assert classes is not None, "there are some if this was asked for"
+    if site == readout:
+        batches = stored_batches(store, sae.device)
+    else:
+        with named_by(job.field, job.model):
+            encoder, prepared = load_encoder(job.model, job.revision, str(sae.device), job.dtype), preparation(job)
+        ids = splicing.manifest.read()["image_id"].to_pylist()
+        batches = encoded_batches(encoder, prepared, splicing.images, ids, splicing.rendering, site, readout)
+    mean = mean_activation(ActivationStore(splicing.trained_on)).to(sae.device)
+    by_name = shared.by_name if splicing.is_zero_shot else None
+    found = recovered(sae, mean, batches, classes.of_image, by_name, seed=seed, after_images=after_images)
+    return {} if found is None else found.counts
 
 
 def _live_rows(sae: Folder) -> Any:

@@ -30,6 +30,7 @@ from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
 from sae_ray.store.tables import StoredTable
+from sae_ray.study.plan import ExtractPlan
 
 REPORT_SECONDS = 1.0
 """Between two reports on a part: more of them from hundreds of workers would drown the board."""
@@ -87,7 +88,7 @@ class PartDecoder:
         self.jobs = jobs
         self.run = run
         self.rendering = rendering
-        self.preparations = [_preparation(job) for job in jobs]
+        self.preparations = [preparation(job) for job in jobs]
 
     def __call__(self, images: str, part: int, after_image: Callable[[int], None] = lambda done: None) -> DecodedPart:
         """Its pixels for each encoder that has steps of these images, in order.
@@ -127,7 +128,16 @@ def _decoded(decode: PartDecoder, images: str, part: int) -> DecodedPart:
     return decode(images, part)
 
 
-def _preparation(job: EncoderJob) -> Preparation:
+def job_of(extract: ExtractPlan) -> EncoderJob:
+    """The encoder of a step, without any steps."""
+    info = extract.info
+    at_least = 2 * max(info.image_size) if extract.step.config["pixels"] == "fast" else None
+    # The revision resolved for the step: a branch may have moved since.
+    return EncoderJob(info.model, info.revision, extract.encoder.dtype, at_least, extract.field, {})
+
+
+def preparation(job: EncoderJob) -> Preparation:
+    """What the encoder does to an image."""
     with named_by(job.field, job.model):
         return Preparation(load_preprocess(job.model, job.revision, job.at_least is not None), job.at_least)
 

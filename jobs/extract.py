@@ -32,7 +32,7 @@ from sae_ray.study.config import ExtractResources
 from sae_ray.study.plan import ExtractPlan, ImagePlan, StudyPlan
 
 from .cluster import at_most_a_node, gpus_or_default, n_cpus, require, room, slots, store_bytes
-from .encoding import EncoderJob, ImageSource, PartDecoder, RunEncoder, SitePart
+from .encoding import EncoderJob, ImageSource, PartDecoder, RunEncoder, SitePart, job_of
 from .progress import Progress, say
 from .stage import at_work, noting_failures, unfinished
 
@@ -269,10 +269,8 @@ def shares(resources: ExtractResources, memory: float, part: float, seconds: flo
 def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
     jobs: dict[tuple[str, str | None, str, int | None], EncoderJob] = {}
     for extract in todo:
-        at_least = 2 * max(extract.info.image_size) if extract.step.config["pixels"] == "fast" else None
-        # The revision resolved for the step: a branch may have moved since.
-        key = (extract.info.model, extract.info.revision, extract.encoder.dtype, at_least)
-        job = jobs.setdefault(key, EncoderJob(*key, extract.field, {}))
+        one = job_of(extract)
+        job = jobs.setdefault((one.model, one.revision, one.dtype, one.at_least), one)
         part = SitePart(extract.step.folder, extract.site, extract.step.config["store_dtype"])
         job.steps.setdefault(extract.images.name, []).append(part)
     return tuple(jobs.values())

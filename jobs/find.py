@@ -8,7 +8,6 @@ import numpy as np
 
 from sae_ray.concepts.labelling import image_classes, label_concepts, mean_embeddings, search
 from sae_ray.encoders.text import load_text_encoder
-from sae_ray.errors import SaeRayError
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering.interventions import load_max_token
 from sae_ray.store.activations import ActivationStore
@@ -38,8 +37,7 @@ def found(plan: StudyPlan, text: str, sae: str | None = None) -> list[dict[str, 
     chosen = chosen_sae(plan, sae)
     heldout, pictures = plan.passes(chosen)
     for scores in (heldout, pictures):
-        if not scores.step.finished:
-            raise SaeRayError(f"{scores.step.label} is not there yet; run the score stage first")
+        scores.check_scored()
     extract.run_only(plan, [space])
 
     tables = ScoreTables(pictures.step.folder)

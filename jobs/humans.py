@@ -43,8 +43,7 @@ def make_page(plan: StudyPlan, sae: str | None = None, n_pairs: int = 200) -> Fo
     check(
         kept >= SIDE**2, "scoring.top_images", kept, f"people compare {SIDE**2} images per neuron; keep at least these"
     )
-    if score.step.failure or not score.step.finished:
-        raise SaeRayError(f"{score.step.label} is not there yet; run the score stage first")
+    score.check_scored()
 
     step = rating_step(plan, score, n_pairs)
     if not step.finished:

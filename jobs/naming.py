@@ -1,13 +1,15 @@
 """The naming stage: the study's LLaVA names the latents of each SAE, and its names are tried on held-out images.
 
 All images are known before the first question: those that names rest on, and those that they are tried on. Ray actors
-are asked about each once, and the driver counts: `names.parquet`, `answers.parquet`, and the figures in `step.json`.
+are asked about each once, or about grids of the former, and the driver counts: `names.parquet`, `answers.parquet`, and
+the figures in `step.json`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,9 @@ import numpy as np
 from sae_ray.concepts.image_codes import image_codes
 from sae_ray.concepts.labelling import image_classes, label_concepts
 from sae_ray.concepts.naming import class_names
-from sae_ray.concepts.naming_by_answers import Trials, random_images, trials
+from sae_ray.concepts.naming_by_answers import N_IMAGES, Trials, random_images, trials
 from sae_ray.scores.tables import ScoreTables
+from sae_ray.steering.config import ONE_WORD_FOR_ALL
 from sae_ray.steering.interventions import load_max_token
 from sae_ray.steering.latent_names import (
     NAMES,
@@ -57,9 +60,23 @@ class NamingActor(Actor):
     def trials(self, step: Folder, sae: Folder, store: ActivationStore, latents: Sequence[int], seed: int) -> Trials:
         """By `image_index`, from one pass over the held-out images."""
         check_shared(step)
-        found = image_codes(self._sae(sae), store)
+        with one_thread():
+            found = image_codes(self._sae(sae), store)
         drawn = trials(found.codes, latents, seed)
         return Trials(*(np.where(places >= 0, found.image_index[places], -1) for places in drawn))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The last bits depend on the number of threads, and so would the images that are drawn."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _name(plan: NamingPlan, actors: Actors, seed: int) -> None:
@@ -78,19 +95,25 @@ def _name(plan: NamingPlan, actors: Actors, seed: int) -> None:
         asked = image_questions(wanted, steering.prompt)
         return dict(zip(wanted, actors.answers(plan, f"answers/{name}", asked, images), strict=True))
 
-    training = about("train", shown.training, train) if "vlm" in plan.methods else {}
+    training, grids = {}, []
+    if "vlm" in plan.methods and plan.images == "grid":
+        rows = [row[row >= 0].tolist() for kind in (shown.top[:, :N_IMAGES], shown.random) for row in kind]
+        asked = image_questions(range(len(rows)), ONE_WORD_FOR_ALL)
+        grids = actors.answers(plan, "answers/grids", asked, train.in_grids(rows))
+    elif "vlm" in plan.methods:
+        training = about("train", shown.training, train)
     told = about("heldout", shown.heldout, heldout)
     white = []
     if "steering" in plan.methods:
         asked = [*image_questions([WHITE], steering.prompt), *white_questions("white", subjects, steering)]
         white = actors.answers(plan, "answers/white", asked, train)
-    answers = Answers(training, told, white[1:], "".join(white[:1]))
+    answers = Answers(training, told, white[1:], "".join(white[:1]), grids)
 
     names = name_table(subjects, shown, answers, plan.methods)
     folder.write_parquet(NAMES, names)
     folder.write_parquet("answers.parquet", answers.table(latents))
     rates = name_rates(names, subjects, class_names(train.labels), steering.min_images, steering.min_purity)
-    counts = {"rows": len(training) + len(told) + len(white), "methods": rates}
+    counts = {"rows": len(training) + len(grids) + len(told) + len(white), "methods": rates}
     plan.step.finish(time.monotonic() - started, counts)
 
 

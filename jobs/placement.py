@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sae_ray.sae import BundleJob, CellJob
 from sae_ray.study.plan import StudyPlan, TrainPlan
+from sae_ray.study.weights import significance
 
 if TYPE_CHECKING:
     from sae_ray.sae.targets import Targets
@@ -68,7 +69,7 @@ def bundles(
     return [
         BundleJob(
             activations=bundle[0].activations.step.folder,
-            cells=tuple(CellJob(train.step, train.grid_cell.cell, _targets(train, targets)) for train in bundle),
+            cells=tuple(cell_job(train, targets) for train in bundle),
             stream_seed=bundle[0].stream_seed,
             shuffle_rows=plan.study.shuffle_rows,
             checkpoint_every=resources.checkpoint_every,
@@ -77,9 +78,17 @@ def bundles(
     ]
 
 
-def _targets(train: TrainPlan, targets: Mapping[str, Targets]) -> Targets | None:
-    cell = train.grid_cell.cell
-    return targets[cell.settings.concepts] if cell.guided else None
+def cell_job(train: TrainPlan, targets: Mapping[str, Targets]) -> CellJob:
+    """With what the driver reads for it. Raises as `significance` does."""
+    cell, found = train.grid_cell.cell, significance(train)
+    return CellJob(
+        train.step,
+        cell,
+        targets=targets[cell.settings.concepts] if cell.guided else None,
+        significance=None if found is None else tuple(found.tolist()),
+        init_digest=train.step.config["init"],
+        embeddings=train.embeddings and train.embeddings.step.folder,
+    )
 
 
 def stream(train: TrainPlan) -> tuple[str, int]:

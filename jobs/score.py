@@ -46,7 +46,12 @@ def run(plan: StudyPlan) -> None:
     Raises:
         SaeRayError: activations or SAEs are missing, the disk is too full, another driver is at work on the same step.
     """
-    todo = unfinished(plan.scores)
+    run_only(plan, plan.scores)
+
+
+def run_only(plan: StudyPlan, scores: Sequence[ScorePlan]) -> None:
+    """As `run`, for some of the passes."""
+    todo = unfinished(scores)
     if todo:
         with at_work(plan.root, "score", todo):
             _score(todo, plan.study.resources.score)

@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sae_ray.errors import SaeRayError
+from sae_ray.sae.weighing import told
 from sae_ray.store.activations import READS_AT_ONCE, finished_parts
 from sae_ray.store.steps import Step, look
 from sae_ray.study.plan import StudyPlan
+from sae_ray.study.weights import weights_ratio
 from sae_ray.text_table import table_lines
 
 from .progress import pace_texts
@@ -103,6 +105,9 @@ def dry_run(plan: StudyPlan) -> dict[str, Any]:
         "root": str(plan.root),
         "steps": steps,
         "skipped": {name: dict(images.surveyed.skipped) for name, images in plan.images.items()},
+        "weights": {
+            train.grid_cell.name: ratio for train in plan.trains if (ratio := weights_ratio(train)) is not None
+        },
         "images_to_encode": sum(images.n_images for images in plan.images.values() if _is_left(plan, images.name)),
         "bytes": sum(entry["bytes"] for entry in left),
         "flops": sum(entry["flops"] or 0 for entry in left),
@@ -121,6 +126,7 @@ def dry_run_lines(report: dict[str, Any]) -> list[str]:
         work = f"{entry['flops'] / 1e12:,.3g} TFLOP" if entry["flops"] else ""
         rows.append([entry["status"], entry["step"], f"{entry['rows']:,} rows", readable(entry["bytes"]), work])
     lines = [f"Study {report['study']} under {report['root']}", "", *table_lines(rows, "<<>>>")]
+    lines += ["", *(f"{name}: {told(ratio)}" for name, ratio in report["weights"].items())] if report["weights"] else []
     free = report["free_bytes"]
     lines += [
         "",

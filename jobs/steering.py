@@ -110,7 +110,7 @@ class Evaluation:
         """What is compared with setting the best latent of each class."""
         found: list[Added] = []
         for one in self.subjects.best:
-            if one.label in directions.diffmean:
+            if one.label is not None and one.label in directions.diffmean:
                 found.append(Added("diffmean", -1, one.label))
             if one.label is not None and one.latent in directions.profiles:
                 found.append(Added("profile", one.latent, one.label))

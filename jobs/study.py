@@ -16,6 +16,7 @@ from sae_ray.study.config import Study
 from sae_ray.study.models import check_models, models_needed
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.summary import compare, summarise, summary_lines
+from sae_ray.study.trained import offsets, trained
 
 from . import concepts, evaluate, extract, naming, pictures, score, steering, train
 from .progress import say
@@ -59,6 +60,7 @@ def write_summary(plan: StudyPlan) -> dict:
         "root": str(plan.root),
         "cells": [_row(row) for row in rows],
         "comparisons": [asdict(comparison) for comparison in compare(rows)],
+        "mean_over_spread": offsets(trained(plan)),
         "concepts": {one.name: one.counts for one in concepts.cells(plan)},
         "steering": {one.name: record["counts"] for one in plan.steerings if (record := one.step.record())},
         "naming": {one.name: record["counts"]["methods"] for one in plan.namings if (record := one.step.record())},
@@ -97,6 +99,9 @@ def summary_text(plan: StudyPlan, summary: dict) -> str:
     comparisons = summary["comparisons"]
     lines += [f"{'yes' if one['holds'] else 'NO '}  {one['statement']}" for one in comparisons]
     lines += [f"{sum(one['holds'] for one in comparisons)} of {len(comparisons)} comparisons hold", ""]
+    if summary["mean_over_spread"]:
+        sites = ", ".join(f"{site} {offset:.2f}" for site, offset in summary["mean_over_spread"].items())
+        lines += [f"|mean| of the activations, in units of their spread: {sites}", ""]
     if compared := comparison_lines(concepts.cells(plan)):
         lines += ["Concepts on held-out images: the best SAE by each measure", "", *compared, ""]
     for name, counts in summary["steering"].items():

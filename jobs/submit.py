@@ -41,6 +41,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import sae_ray
+from sae_ray.encoders.sources import directory_named
 from sae_ray.errors import SaeRayError, UsageError, check
 from sae_ray.store.files import address_shown
 from sae_ray.study.config import Study
@@ -137,7 +138,7 @@ def check_paths(study: Study) -> None:
     if study.steering:
         models |= {"steering.llava": study.steering.llava, "steering.scorer": study.steering.scorer}
     for field, model in models.items():
-        path = model.removeprefix("open_clip:local-dir:")
+        path = directory_named(model) or model
         is_path = path != model or path.startswith(".") or Path(path).is_dir()  # else the id of a model on the hub
         check(not is_path or _is_absolute(path), field, model,
               "a relative path is one of this machine; give an absolute path that all nodes of the cluster have, a "

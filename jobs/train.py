@@ -13,21 +13,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sae_ray.sae import BundleJob, CellReport, train_cells
+from sae_ray.sae.weighing import told
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
 from sae_ray.study.config import TrainResources
 from sae_ray.study.guidance import targets_of
 from sae_ray.study.plan import StudyPlan, TrainPlan
+from sae_ray.study.trained import cautions
+from sae_ray.study.weights import weights_ratio
 
-from .cluster import (
-    beside_driver,
-    gpus_or_default,
-    is_taken_away,
-    require,
-    slots,
-    take_threads,
-    user_error,
-)
+from . import score
+from .cluster import beside_driver, gpus_or_default, is_taken_away, require, slots, take_threads, user_error
 from .metrics import count_failure
 from .placement import bundles
 from .progress import Progress, pace_of, say
@@ -45,7 +41,7 @@ WORTH_ANOTHER_TRY = [OSError, RuntimeError]
 
 
 def run(plan: StudyPlan) -> None:
-    """Trains the SAEs of the study that are not trained yet.
+    """Trains the SAEs of the study that are not trained yet, and before that scores raw neurons that weigh dimensions.
 
     A cell whose loss stops being finite is recorded as failed and reported; the others go on.
 
@@ -55,7 +51,10 @@ def run(plan: StudyPlan) -> None:
             at work on the same cell.
     """
     todo = unfinished(plan.trains)
+    score.run_only(plan, [train.raw_scores for train in todo if train.raw_scores is not None])
     if todo:
+        for caution in cautions(plan.study):
+            say(caution)
         with at_work(plan.root, "train", todo) as failures:
             _fit(plan, todo, targets_of(plan, todo, plan.images["train"]), failures)
 
@@ -79,6 +78,7 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets]
     running: dict[Any, BundleJob] = {}
     total = sum(bundle.steps * len(bundle.cells) for bundle in waiting)
     problems: list[Exception] = []
+    told_early = {train.step.name for train in todo if tell_weights(train)}
     with Progress(f"train {len(todo)} SAEs", total, "steps", steps=[train.step for train in todo]) as progress:
         board = progress.board()
         fit = _by_task(resources, gpus, board) if most == 1 else _by_ray_train(plan, (least, most), gpus, board)
@@ -98,10 +98,20 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets]
         if reason := train.step.failure:
             count_failure(train.step)
             say(f"{train.grid_cell.name} failed: {reason}")
+        elif train.step.name not in told_early:
+            tell_weights(train)
     for problem in problems[1:]:
         say(f"another bundle failed: {user_error(problem) or problem}")
     if problems:
         raise problems[0]
+
+
+def tell_weights(train: TrainPlan) -> bool:
+    """Says how much the weights of a cell differ, if it is known."""
+    ratio = weights_ratio(train)
+    if ratio is not None:
+        say(f"{train.grid_cell.name}: {told(ratio)}")
+    return ratio is not None
 
 
 def _by_task(resources: TrainResources, gpus: float, board: Any) -> Callable[[BundleJob], Any]:
@@ -123,14 +133,14 @@ def fit_bundle(bundle: BundleJob, device: str, board: Any) -> bool:
     """
     check_shared(bundle.cells[0].step.folder)
     take_threads()
-    told = Told(bundle, board)
+    teller = Teller(bundle, board)
     leaving = False
 
     def after_step(done: int, reports: dict[str, CellReport]) -> bool:
         nonlocal leaving
         if leaving:
             raise _Leaves
-        told.step(done, reports)
+        teller.step(done, reports)
         leaving = done % STEPS_PER_LOOK == 0 and is_taken_away()
         return leaving
 
@@ -138,7 +148,7 @@ def fit_bundle(bundle: BundleJob, device: str, board: Any) -> bool:
         train_cells(bundle, device, after_step=after_step)
     except _Leaves:
         return False
-    told.end()
+    teller.end()
     return True
 
 
@@ -203,13 +213,13 @@ def train_bundle(config: dict[str, Any]) -> None:
     ranks = Ranks(group if used > 1 else None)
     split = Split(latents=ranks) if config["sharded"] else Split(rows=ranks)
 
-    told = Told(bundle, config["board"])
+    teller = Teller(bundle, config["board"])
     warned = False
 
     def after_step(done: int, reports: dict[str, CellReport]) -> bool:
         nonlocal warned
         if rank == 0:
-            told.step(done, reports)
+            teller.step(done, reports)
         if warned or used < world or done % STEPS_PER_LOOK:
             return False
         warned = ray_train.get_preemption_info() is not None
@@ -217,11 +227,11 @@ def train_bundle(config: dict[str, Any]) -> None:
 
     train_cells(bundle, get_device(), split, after_step)
     if rank == 0:
-        told.end()
+        teller.end()
 
 
-class Told:
-    """What a worker tells the board of the cells of its bundle, now and then."""
+class Teller:
+    """Tells the board of the cells of a bundle, now and then."""
 
     def __init__(self, bundle: BundleJob, board: Any):
         self.bundle = bundle

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib.resources import files
 from pathlib import Path as FilePath
+from pathlib import PurePath
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Query, Request
@@ -36,6 +37,7 @@ from .schemas import (
     Inspection,
     InspectRequest,
     Model,
+    ModelEdit,
     Models,
     Reply,
     Sae,
@@ -216,6 +218,14 @@ async def _lines(
         yield "data: [DONE]\n\n"
 
 
+def _model(service: Service) -> Model:
+    facts = service.edit
+    if facts is None:
+        return Model(id=service.model, created=service.started)
+    edit = ModelEdit(sae=PurePath(facts.sae).name, feature=facts.latent, mode=facts.mode, scope=facts.scope)
+    return Model(id=service.model, created=service.started, edit=edit)
+
+
 def _add_features(app: FastAPI, service: Service) -> None:
     def entry_of(sae: str) -> SaeEntry:
         return service.sae(sae)
@@ -233,13 +243,13 @@ def _add_features(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def list_models() -> Models:
         """Lists the model: the LLaVA."""
-        return Models(data=[Model(id=service.model, created=service.started)])
+        return Models(data=[_model(service)])
 
     @app.get("/v1/models/{model:path}")
     async def get_model(model: str) -> Model:
         """Returns the model, if it has this id."""
         service.check_model(model)
-        return Model(id=service.model, created=service.started)
+        return _model(service)
 
     @app.get("/v1/saes")
     async def list_saes() -> Saes:

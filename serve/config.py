@@ -68,7 +68,7 @@ class Limits(Strict):
     body_mb: float = Field(default=20, gt=0)
     """Maximum size of a request body in MB."""
     image_megapixels: float = Field(default=40, gt=0)
-    """Maximum total size of a request's images. It is read from their headers, before they are decoded."""
+    """Maximum total size of a request's images, and size of its mask: by their headers, before they are decoded."""
     images: int = Field(default=8, ge=1)
     """Maximum number of images per request."""
     features: int = Field(default=64, ge=1)
@@ -95,6 +95,8 @@ class ServeConfig(Selection):
     """The LLaVA: a directory (a path or a URI) or a Hugging Face model id. Default: the study's."""
     revision: str | None = None
     """Revision of the LLaVA on the hub."""
+    edit: str | None = None
+    """A patch of `sae-ray edit make` (a path or a URI): the LLaVA is served with its weights edited. Default: none."""
     device: str = "cpu"
     """The torch device of the LLaVA."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

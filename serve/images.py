@@ -18,7 +18,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
 from sae_ray.images import PIXEL_LIMIT, BadImage, decode_image
-from sae_ray.images.rendering import ON_WHITE
+from sae_ray.images.rendering import ON_WHITE, Rendering
 
 from .errors import ApiError, invalid
 
@@ -33,7 +33,9 @@ _URL_SAFE = str.maketrans("-_", "+/")
 FETCH_SECONDS = 10.0
 
 
-async def read_image(url: str, hosts: Sequence[str], max_bytes: float, max_pixels: float) -> Image.Image:
+async def read_image(
+    url: str, hosts: Sequence[str], max_bytes: float, max_pixels: float, rendering: Rendering = ON_WHITE
+) -> Image.Image:
     """The image, RGB, upright, over white where it is transparent. Its size is checked before it is decoded.
 
     Raises ApiError if it is not a usable image, is too large, or cannot be fetched.
@@ -47,7 +49,7 @@ async def read_image(url: str, hosts: Sequence[str], max_bytes: float, max_pixel
         raise invalid("an image must be a data URL: data:image/png;base64,… with the bytes of an image file", "image")
     if len(data) > max_bytes:
         raise ApiError(413, "image_too_large", f"the image has {len(data):,} bytes, more than {max_bytes:,.0f}")
-    return await asyncio.to_thread(_decode, data, max_pixels)
+    return await asyncio.to_thread(_decode, data, max_pixels, rendering)
 
 
 def _from_base64(text: str) -> bytes:
@@ -61,9 +63,9 @@ def _from_base64(text: str) -> bytes:
         raise invalid(f"the data URL of an image is not valid base64 ({error})", "image") from error
 
 
-def _decode(data: bytes, max_pixels: float) -> Image.Image:
+def _decode(data: bytes, max_pixels: float, rendering: Rendering) -> Image.Image:
     try:
-        return decode_image(data, min(int(max_pixels), PIXEL_LIMIT), rendering=ON_WHITE)
+        return decode_image(data, min(int(max_pixels), PIXEL_LIMIT), rendering=rendering)
     except BadImage as error:
         raise invalid(
             f"the image cannot be used: {error}; send a JPEG, PNG, WebP or other image file of at most "

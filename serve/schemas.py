@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from sae_ray.steering.interventions import ALIASES, LatentEdit, Mode
+from sae_ray.steering.interventions import ALIASES, Condition, LatentEdit, Mode
 
 from .neutral import Ignored, MessageOfOthers, Only, PartOfOthers, RequestOfOthers, Schema
 
@@ -22,7 +22,7 @@ MAX_STRENGTH = 1e6
 
 
 class Feature(Schema):
-    """An edit of one feature, applied to every token of every image."""
+    """An edit of one feature, applied to every token of every image, or to those that `region` and `when` choose."""
 
     index: int = Field(ge=0, le=MAX_INDEX, examples=[39])
     """The index of the feature in its SAE."""
@@ -47,6 +47,49 @@ class Feature(Schema):
         return ALIASES.get(self.mode, self.mode)  # type: ignore[return-value]
 
 
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rectangle = Annotated[list[Fraction], Field(min_length=4, max_length=4, examples=[[0.0, 0.0, 0.5, 0.5]])]
+
+
+class Region(Schema):
+    """The part of an image to edit: the patches of which at least half lies in one of the rectangles or under the mask.
+
+    The image counts as browsers show it: upright. Of several images, it is the same part of each.
+    """
+
+    rectangles: list[Rectangle] = Field(default_factory=list, max_length=100)
+    """Left, top, right and bottom of each, in fractions of the image's width and height. They must not lie outside of
+    what the model sees of the image, which is cropped if it is not square."""
+    mask: str | None = None
+    """A data URL, as in `image_url`. It is stretched over the image. What is white in it is edited; what is black or
+    transparent is not."""
+
+    @model_validator(mode="after")
+    def _something_inside(self) -> Region:
+        if not self.rectangles and self.mask is None:
+            raise ValueError("must have rectangles or a mask; leave region out to edit the whole image")
+        for place, (left, top, right, bottom) in enumerate(self.rectangles):
+            if not (left < right and top < bottom):
+                raise wrong(
+                    f"rectangles.{place}", "must be left, top, right, bottom, with left < right and top < bottom"
+                )
+        return self
+
+
+class When(Schema):
+    """Edits only tokens on which a feature is above some value."""
+
+    index: int = Field(ge=0, le=MAX_INDEX, examples=[39])
+    """The index of the feature in the same SAE."""
+    above: float = Field(default=0.0, ge=0, le=MAX_STRENGTH, examples=[0.0])
+    """With 0, tokens on which the feature fires."""
+    unit: Literal["absolute", "max"] = "absolute"
+    """`max`: `above` is a multiple of the feature's largest value on a token."""
+
+    def condition(self) -> Condition:
+        return Condition(self.index, self.above, self.unit)
+
+
 class Edits(Schema):
     """Edits of the features of one SAE."""
 
@@ -60,6 +103,10 @@ class Edits(Schema):
     """Whether to drop or keep the part of the image's activations that the SAE does not reconstruct."""
     isolate: bool = False
     """Set all other features to zero."""
+    region: Region | None = None
+    """Default: the whole image."""
+    when: When | None = None
+    """Default: on all tokens of the region."""
 
     @model_validator(mode="after")
     def _one_edit_per_feature(self) -> Edits:
@@ -338,11 +385,22 @@ class SteerResponse(BaseModel):
     usage: Usage
 
 
+class ModelEdit(BaseModel):
+    """What was taken out of the model's weights."""
+
+    sae: str
+    feature: int
+    mode: str
+    scope: str
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "sae-ray"
+    edit: ModelEdit | None = None
+    """If the server was started with a patch of the weights."""
 
 
 class Models(BaseModel):

@@ -8,12 +8,17 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sae_ray.encoders.loading import load_preprocess
+from sae_ray.editing import load_patch
+from sae_ray.encoders.resizing import Box
 from sae_ray.encoders.sources import model_name
+from sae_ray.encoders.transformers_models import preprocess
+from sae_ray.errors import UsageError
+from sae_ray.steering.llava import describe_llava
+from sae_ray.steering.regions import MASK_RENDERING, Region, mask_of, tokens_in
 
 from .catalogue import SaeEntry, read_catalogue
 from .config import Selection, ServeConfig
@@ -48,6 +53,15 @@ class Event:
     text: str
     finish: Finish | None = None
     scored: list[Scored] = field(default_factory=list)
+
+
+class Seen(NamedTuple):
+    """An image as the tower takes it."""
+
+    pixels: UInt8[np.ndarray, "3 height width"]
+    """Resized and cropped."""
+    size: tuple[int, int]
+    """Width and height before."""
 
 
 @dataclass
@@ -114,11 +128,13 @@ class Service:
         self.config = config
         self.tower, self.language = tower, language
         self.tokenizer = Tokenizer(config.model, config.revision)
-        self._preprocess = load_preprocess(config.model, config.revision)
+        self._preprocess = preprocess(config.model, config.revision)
+        self._seen_by = describe_llava(config.model, config.revision).tower
         self.saes: dict[str, SaeEntry] = {}
         self.limiter = Limiter(config.limits.max_running, config.limits.max_waiting)
         self.metrics = Metrics(self.limiter)
         self.model = model_name(config.model)
+        self.edit = None if config.edit is None else load_patch(config.edit).facts
         self.started = int(time.time())
 
     def load_saes(self, wanted: Selection) -> None:
@@ -168,7 +184,7 @@ class Service:
             self.tokenizer,
         )
 
-    async def images(self, urls: Sequence[str], names: Sequence[str]) -> list[UInt8[np.ndarray, "3 height width"]]:
+    async def images(self, urls: Sequence[str], names: Sequence[str]) -> list[Seen]:
         """Images as the tower takes them: decoded, resized and cropped.
 
         Raises ApiError for an invalid one, and if they have too many pixels together.
@@ -182,7 +198,7 @@ class Service:
                 error.param = name
                 raise
             left -= image.width * image.height
-            images.append(await asyncio.to_thread(self._preprocess, image))
+            images.append(Seen(await asyncio.to_thread(self._preprocess, image), image.size))
         return images
 
     async def events(self, completion: Completion) -> AsyncGenerator[Event, None]:
@@ -213,7 +229,7 @@ class Service:
         entry = self.sae(name)
         async with asyncio.timeout(self.config.limits.timeout_s), self.limiter.slot():
             [image] = await self.images([url], ["image"])
-            return entry, await self.tower.inspect.remote(image, entry.folder, limit)
+            return entry, await self.tower.inspect.remote(image.pixels, entry.folder, limit)
 
     async def ready(self) -> bool:
         """Whether a tower and a language model respond."""
@@ -233,12 +249,42 @@ class Service:
 
     async def _embedded(self, completion: Completion) -> dict[SteeringType, tuple[np.ndarray, ...]]:
         """The image embeddings per type. The pixels are freed here, before the long generation starts."""
+        steering = completion.request.steering
+        region = await self._region(steering) if steering else None
         images = await self.images(completion.request.image_urls, completion.image_names)
         types = list(dict.fromkeys(completion.types))
-        changes = [completion.change if kind == "STEERED" else None for kind in types]
+        changes = [self._located(completion.change, region, image) for image in images]
         async with asyncio.TaskGroup() as tasks:
-            embedded = [tasks.create_task(self._embed(pixels, changes)) for pixels in images]
+            embedded = [
+                tasks.create_task(self._embed(image.pixels, [change if kind == "STEERED" else None for kind in types]))
+                for image, change in zip(images, changes, strict=True)
+            ]
         return {kind: tuple(task.result()[place] for task in embedded) for place, kind in enumerate(types)}
+
+    async def _region(self, steering: Edits) -> Region | None:
+        """Raises ApiError for a mask that cannot be used."""
+        if steering.region is None:
+            return None
+        limits, mask, param = self.config.limits, None, "steering.region.mask"
+        try:
+            if steering.region.mask is not None:
+                most_bytes, most_pixels = limits.body_mb * 1e6, limits.image_megapixels * 1e6
+                mask = mask_of(await read_image(steering.region.mask, (), most_bytes, most_pixels, MASK_RENDERING))
+            return Region(tuple(Box(*one) for one in steering.region.rectangles), mask)
+        except ApiError as error:
+            error.param = param
+            raise
+        except UsageError as error:
+            raise invalid(str(error), param) from error
+
+    def _located(self, change: Change | None, region: Region | None, image: Seen) -> Change | None:
+        """The change with the tokens of the region in this image. Raises ApiError if there are none."""
+        if change is None or region is None:
+            return change
+        try:
+            return replace(change, tokens=tokens_in(region, self._preprocess.view(image.size), self._seen_by))
+        except UsageError as error:
+            raise invalid(str(error), "steering.region") from error
 
     async def _embed(self, pixels: np.ndarray, changes: Sequence[Change | None]) -> list[np.ndarray]:
         return await self.tower.embed.remote(pixels, changes)
@@ -326,7 +372,15 @@ class Service:
                     f"feature {feature.index} never fired, so the unit max is undefined; give an absolute strength",
                     f"steering.features.{place}.unit",
                 )
-        return Change(entry.folder, steering.latent_edits(), steering.error, steering.isolate)
+        when = steering.when
+        if when is not None and when.index >= entry.n_features:
+            message = f"index is {when.index}; {entry.name} has features 0 to {entry.n_features - 1}"
+            raise invalid(message, "steering.when.index")
+        if when is not None and when.unit == "max" and when.index not in entry.concepts:
+            message = f"feature {when.index} never fired, so the unit max is undefined; give an absolute value"
+            raise invalid(message, "steering.when.unit")
+        condition = when and when.condition()
+        return Change(entry.folder, steering.latent_edits(), steering.error, steering.isolate, condition)
 
     def _log(self, completion: Completion, seconds: float) -> None:
         """Logs numbers only, never images or text."""

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from ray import serve
 
+from sae_ray.editing import load_edited
 from sae_ray.errors import UsageError
 from sae_ray.host import to_host
 from sae_ray.sae import SAE, load_sae
-from sae_ray.steering import Intervention, LatentEdit, TowerEdit, load_llava, load_max_token
+from sae_ray.steering import Condition, Intervention, LatentEdit, TowerEdit, load_llava, load_max_token
 from sae_ray.store.files import Folder
 
 from .config import ServeConfig
@@ -30,13 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """What to do to an image: an `Intervention` without the SAE's weights."""
+    """What to do to an image: an `Intervention` without the SAE's weights, and with the tokens of its region."""
 
     folder: Folder
     """The SAE's folder."""
     edits: tuple[LatentEdit, ...]
     error: str
     isolate: bool
+    when: Condition | None = None
+    tokens: tuple[int, ...] | None = None
 
 
 class Active(NamedTuple):
@@ -66,7 +69,11 @@ class Tower:
     """Embeds images. A replica loads an SAE on first use, so that SAEs can change without a restart."""
 
     def __init__(self, config: ServeConfig):
-        self.llava = load_llava(config.model, config.revision, config.device, config.dtype)
+        place = (config.revision, config.device, config.dtype)
+        if config.edit is None:
+            self.llava = load_llava(config.model, *place)
+        else:
+            self.llava = load_edited(config.model, config.edit, *place)
         # The language model has its own deployment. If that is on the same GPU, it needs the memory.
         del self.llava.model.model.language_model, self.llava.model.lm_head
         torch.cuda.empty_cache()
@@ -131,6 +138,8 @@ class Tower:
             change.edits,
             error=change.error,  # type: ignore[arg-type]  # checked there
             isolate=change.isolate,
+            tokens=change.tokens,
+            when=change.when,
             max_token=loaded.max_token,
         )
 

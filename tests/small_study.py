@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +62,22 @@ def draw_images(folder: Path, per_label: int, seed: int) -> None:
     (folder / LABELS[0] / "broken.png").write_bytes(b"no image")
 
 
+def write_taxonomy(file: Path) -> None:
+    """The first two labels have a rank in common."""
+    with file.open("w", newline="") as opened:
+        rows = csv.writer(opened)
+        rows.writerow(["label_name", "path"])
+        rows.writerows(
+            [label, f"colour > {'warm' if place < 2 else 'cold'} > {place}"] for place, label in enumerate(LABELS)
+        )
+
+
 def plan_study(directory: Path, llava: str, clip: str, judge: str, **overrides) -> StudyPlan:
     """The plan of the study; draws its images where they are missing."""
     if not (directory / "train").exists():
         draw_images(directory / "train", per_label=20, seed=0)
         draw_images(directory / "heldout", per_label=14, seed=1)
+        write_taxonomy(directory / "taxonomy.csv")
     values = {
         "name": "small <study>",
         "images": {
@@ -81,7 +93,7 @@ def plan_study(directory: Path, llava: str, clip: str, judge: str, **overrides) 
             {"sites": ["layer0:cls"], "architectures": ["topk"], "expansions": [2], "k": [4]},
         ],
         "scoring": {"pictures": "train"},
-        "concepts": {},
+        "concepts": {"taxonomy": str(directory / "taxonomy.csv")},
         "steering": {"llava": llava, "scorer": clip, "strength": 4.0, "unit": "max", "other_prompts": ["What colour?"]},
         "naming": {},
         "extraction": {"images_per_part": 16},
@@ -182,7 +194,8 @@ def finish_score(score: ScorePlan) -> None:
 
 def finish_concepts(plan: StudyPlan, one: ConceptsPlan) -> None:
     """Measured as by the stage, with made-up embeddings of the words."""
-    labels, words, _ = asked(plan)
+    given = asked(plan)
+    words = given.words
     assert words is not None
     assert one.embeddings is not None
     images = ActivationStore(one.embeddings.step.folder)
@@ -191,10 +204,12 @@ def finish_concepts(plan: StudyPlan, one: ConceptsPlan) -> None:
     found = measure(
         load_sae(one.sae.step.folder) if one.sae else None,
         ActivationStore(one.activations.step.folder),
-        labels,
+        given.labels,
         one.settings,
         texts=Texts.of(words.words, embeddings, images, words.word_of),
         patches=one.patches,
+        paths=given.paths,
+        group_sizes=one.group_sizes,
         seed=plan.study.seed,
     )
     found.write(one.step.folder)

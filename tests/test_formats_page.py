@@ -14,6 +14,7 @@ from sae_ray.concepts.agreeing import AGREEMENT_SCHEMA
 from sae_ray.concepts.best_words import NAMES_SCHEMA
 from sae_ray.concepts.tables import CONCEPTS_SCHEMA as CONCEPT_SCORES_SCHEMA
 from sae_ray.concepts.tables import CORRELATIONS_SCHEMA, NEURONS_SCHEMA
+from sae_ray.editing.effects import EDIT_SCHEMA
 from sae_ray.images.manifest import LABELS_SCHEMA, MANIFEST_SCHEMA
 from sae_ray.report.pictures import HEAT_SCHEMA
 from sae_ray.report.rating import PAIRS_SCHEMA
@@ -57,6 +58,7 @@ def test_versions_are_those_of_the_code():
         ("`pictures-*`", HEAT_SCHEMA),
         ("`humans-*`", PAIRS_SCHEMA),
         ("`agreement-*`", AGREEMENT_SCHEMA),
+        ("`edit.parquet`", EDIT_SCHEMA),
     ],
 )
 def test_every_column_is_named(heading: str, schema: pa.Schema):

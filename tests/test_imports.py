@@ -21,11 +21,12 @@ FORBIDDEN = {
 }
 COMMAND_LINE = ("jobs.cli", "sae_ray.serve.local.")
 """The command line lends its name to the command of the room beside it, when that is called."""
-ROOMS = ("store", "images", "encoders", "sae", "scores", "concepts", "steering", "study", "report", "world")
+ROOMS = ("store", "images", "encoders", "sae", "scores", "concepts", "steering", "editing", "study", "report", "world")
 """From the ground up: a room may import those before it, and the modules beside the rooms."""
 NUMERIC_ROOMS = (
     "sae_ray",
     "sae_ray.concepts.labelling",
+    "sae_ray.editing.applying",
     "sae_ray.encoders.loading",
     "sae_ray.sae.training",
     "sae_ray.scores.scoring",

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from sae_ray.concepts.recovery import k_unique as k_unique
     from sae_ray.concepts.recovery import largest_k as largest_k
     from sae_ray.concepts.recovery import q_star as q_star
+    from sae_ray.concepts.recovery import q_star_of_ridge as q_star_of_ridge
     from sae_ray.concepts.recovery import rip_bound as rip_bound
     from sae_ray.concepts.recovery import welch_bound as welch_bound
     from sae_ray.concepts.second_moment import SecondMoment as SecondMoment
@@ -133,7 +134,7 @@ __getattr__ = exports(
         "orders": ["rank_reorder"],
         "overlap": ["Uniqueness", "count_above", "shared_pairs", "uniqueness"],
         "ranking": ["average_precisions"],
-        "recovery": ["QStar", "k_unique", "largest_k", "q_star", "rip_bound", "welch_bound"],
+        "recovery": ["QStar", "k_unique", "largest_k", "q_star", "q_star_of_ridge", "rip_bound", "welch_bound"],
         "second_moment": ["SecondMoment", "aip_cosines", "mean_angle", "whitening"],
         "sparse_probes": ["SparseProbe", "purity", "sparse_probing"],
         "spatial": ["morans_i"],

@@ -44,11 +44,7 @@ def coherence(atoms: Any, max_k: int = 0) -> Coherence:
     import torch
 
     values = as_numpy(atoms)
-    if values.ndim != 2 or not np.isfinite(values).all():
-        raise UsageError(f"atoms has the shape {values.shape}; give a matrix [atoms, d] of finite values")
-    n = len(values)
-    directions = torch.from_numpy(np.nan_to_num(unit(values)))
-    directions = directions.to(torch.float64 if n <= DOUBLE_ATOMS else torch.float32)
+    directions, n = _directions(values), len(values)
     largest = torch.full((n,), -1.0, dtype=directions.dtype)
     nearest = torch.full((n,), -1, dtype=torch.int64)
     pairs = torch.zeros(max_k + 1, dtype=torch.int64)
@@ -80,3 +76,37 @@ def coherence(atoms: Any, max_k: int = 0) -> Coherence:
     found = np.clip(largest.double().numpy(), 0, 1)
     found[degenerate] = np.nan
     return Coherence(found, np.where(degenerate, -1, nearest.numpy()), pairs.numpy())
+
+
+def largest_cosines(atoms: Any, chosen: Int[np.ndarray, " chosen"]) -> Float[np.ndarray, " chosen"]:
+    """`coherence(atoms).coherence` of some atoms: their largest absolute cosine with any other atom.
+
+    Takes chosen x atoms x d multiplications. Arguments and errors as in `coherence`.
+    """
+    import torch
+
+    values = as_numpy(atoms)
+    directions, chosen = _directions(values), np.asarray(chosen)
+    found = np.zeros(len(chosen))
+    for start in range(0, len(chosen), _BLOCK):
+        rows = chosen[start : start + _BLOCK]
+        largest = torch.zeros(len(rows), dtype=directions.dtype)
+        for first in range(0, len(values), _BLOCK):
+            cosines = (directions[torch.from_numpy(rows)] @ directions[first : first + _BLOCK].T).abs_()
+            own = np.flatnonzero((rows >= first) & (rows < first + _BLOCK))
+            cosines[torch.from_numpy(own), torch.from_numpy(rows[own] - first)] = -1
+            largest = torch.maximum(largest, cosines.amax(dim=1))
+        found[start : start + len(rows)] = largest.double().numpy()
+    found = np.clip(found, 0, 1)
+    found[~values[chosen].any(axis=1)] = np.nan
+    return found
+
+
+def _directions(values: np.ndarray) -> Any:
+    """Unit vectors as a torch tensor; zeros for those of length zero."""
+    import torch
+
+    if values.ndim != 2 or not np.isfinite(values).all():
+        raise UsageError(f"atoms has the shape {values.shape}; give a matrix [atoms, d] of finite values")
+    directions = torch.from_numpy(np.nan_to_num(unit(values)))
+    return directions.to(torch.float64 if len(values) <= DOUBLE_ATOMS else torch.float32)

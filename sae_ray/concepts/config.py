@@ -11,9 +11,21 @@ from sae_ray.config import STRICT, Count
 from sae_ray.errors import check
 
 Measure = Literal[
-    "labels", "probes", "fms", "sparse_probing", "names", "atoms", "uniqueness", "spatial", "stability", "tpp"
+    "labels",
+    "probes",
+    "fms",
+    "sparse_probing",
+    "names",
+    "atoms",
+    "uniqueness",
+    "spatial",
+    "stability",
+    "tpp",
+    "splicing",
 ]
-CHEAP: tuple[Measure, ...] = tuple(measure for measure in get_args(Measure) if measure != "tpp")
+INATURALIST = "inaturalist"
+"""In place of a taxonomy file."""
+CHEAP: tuple[Measure, ...] = tuple(measure for measure in get_args(Measure) if measure not in ("tpp", "splicing"))
 
 
 @dataclass(frozen=True)
@@ -24,8 +36,9 @@ class Concepts:
 
     measures: tuple[Measure, ...] = CHEAP
     """What is computed: `labels` (correlation, entropy, purity), `probes`, `fms`, `sparse_probing`, `names`, `atoms`,
-    `uniqueness`, `spatial`, `stability` (if a grid has several `seeds`) and `tpp`. Default: all but `tpp`, whose cost
-    grows with the square of the concepts."""
+    `uniqueness`, `spatial`, `stability` (if a grid has several `seeds`), `tpp` and `splicing` (accuracy with the
+    reconstruction in place of activations). Default: all but the last two: the cost of `tpp` grows with the square of
+    the concepts, and `splicing` runs the encoder on every held-out image once more, four times."""
     file: str | None = None
     """A concept file for the held-out images: CSV with `image_id,<concept>,…` and 1, 0 or nothing for unknown. Default:
     the classes of the images."""
@@ -38,6 +51,10 @@ class Concepts:
     most 20 of these. Correlations are those of all concepts."""
     vocabulary: str | None = None
     """A text file with one name per line that neurons may get. Default: the names of the concepts."""
+    taxonomy: str | None = None
+    """Where classes stand in a taxonomy, for the depth at which a neuron's top images meet: a CSV file with the columns
+    `label_name` and `path`, as in `crane,animal > bird > crane`, or `inaturalist` if classes are named as in
+    iNaturalist. Default: no depths."""
 
     def __post_init__(self):
         check(self.file is None or not self.ignore_labels, "concepts.ignore_labels", list(self.ignore_labels),

@@ -13,6 +13,8 @@ from sae_ray.concepts.tables import (
     CONCEPTS_SCHEMA,
     CORRELATIONS,
     CORRELATIONS_SCHEMA,
+    HIERARCHY,
+    HIERARCHY_SCHEMA,
     NAMES,
     NEURONS,
     NEURONS_SCHEMA,
@@ -32,19 +34,23 @@ class Findings:
         """Columns of `CONCEPTS_SCHEMA`; none without labels."""
         self.correlations: dict[str, Any] = {}
         """Columns of `CORRELATIONS_SCHEMA`."""
+        self.hierarchy: dict[str, Any] = {}
+        """Columns of `HIERARCHY_SCHEMA`; none without a taxonomy."""
         self.names: list[pa.Table] = []
         """In `NAMES_SCHEMA`."""
         self.counts: dict[str, Any] = {"neurons": n_neurons}
         """The figures of the whole."""
 
     def write(self, folder: Folder) -> None:
-        """Writes the four tables."""
+        """Writes the four tables, and that of depths if there are any."""
         for name, columns, schema in (
             (NEURONS, self.neurons, NEURONS_SCHEMA),
             (CONCEPTS, self.concepts, CONCEPTS_SCHEMA),
             (CORRELATIONS, self.correlations, CORRELATIONS_SCHEMA),
         ):
             folder.write_parquet(name, as_table(columns, schema))
+        if self.hierarchy:
+            folder.write_parquet(HIERARCHY, as_table(self.hierarchy, HIERARCHY_SCHEMA))
         folder.write_parquet(NAMES, pa.concat_tables([NAMES_SCHEMA.empty_table(), *self.names]))
 
 

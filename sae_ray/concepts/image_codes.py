@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sae_ray.concepts.inputs import SparseMatrix
-from sae_ray.concepts.second_moment import SecondMoment
+from sae_ray.sae.second_moment import MOMENT_ROWS, SecondMoment
 from sae_ray.scores.scoring import image_blocks, n_neurons
 from sae_ray.scores.statistics import pool_dense, pool_tokens
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
     from sae_ray.sae import SAE
     from sae_ray.store.activations import ActivationStore
-
-MOMENT_ROWS = 2**17
-"""Activations that the second moment is of, at most, evenly spread over the store."""
 
 
 class ImageCodes(NamedTuple):

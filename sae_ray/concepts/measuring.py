@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sae_ray.concepts.config import Concepts, Patches
+from sae_ray.concepts.depths import add_depths
 from sae_ray.concepts.findings import Findings, mean
+from sae_ray.concepts.hierarchy import Path
 from sae_ray.concepts.image_codes import ImageCodes, image_codes
 from sae_ray.concepts.inputs import as_numpy
 from sae_ray.concepts.label_findings import add_labels, add_tpp, usable_labels
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from sae_ray.store.activations import ActivationStore
 
 TOP_IMAGES = 16
-"""Of purity, uniqueness and spatial coherence."""
+"""Of purity, uniqueness, depth and spatial coherence."""
 
 
 def measure(
@@ -38,6 +40,8 @@ def measure(
     texts: Texts | None = None,
     patches: Patches | None = None,
     counterpart: Float[np.ndarray, "others d"] | None = None,
+    paths: Sequence[Path | None] | None = None,
+    group_sizes: Sequence[int] | None = None,
     seed: int = 0,
     after_images: Callable[[int], None] = lambda done: None,
 ) -> Findings:
@@ -54,6 +58,8 @@ def measure(
         texts: what neurons are named with; None: they get no names.
         patches: of the encoder, if the store has all tokens; None: no spatial coherence.
         counterpart: decoder rows of the latents that fire of an SAE with another seed, for stability.
+        paths: of all images by `image_index`, in a taxonomy of their classes; None: no depths.
+        group_sizes: of the levels of a Matryoshka SAE, as `Cell.group_sizes` gives them; None: one level.
         seed: the study's.
         after_images: called with the number of images encoded.
 
@@ -71,6 +77,9 @@ def measure(
     if "spatial" in settings.measures and patches is not None:
         found.neurons["spatial"] = spatial_coherence(sae, store, top_images, patches)
         found.counts["spatial"] = mean(found.neurons["spatial"])
+    if paths is not None:
+        own = [paths[index] for index in images.image_index.tolist()]
+        add_depths(found, top_images, own, group_sizes or [len(top_images)])
     return found
 
 

@@ -51,3 +51,10 @@ def names(answer: str, name: str) -> bool:
     said = words_of(answer)
     synonyms = filter(None, map(words_of, name.split(",")))
     return any(said[: len(words)] == words for words in synonyms)
+
+
+def mentions(answer: str, name: str) -> bool:
+    """Whether an answer has the class's name anywhere, or one of several names separated by commas."""
+    said = words_of(answer)
+    synonyms = filter(None, map(words_of, name.split(",")))
+    return any(said[at : at + len(words)] == words for words in synonyms for at in range(len(said)))

@@ -41,11 +41,19 @@ class Leading(NamedTuple):
 
     @classmethod
     def of(cls, values: Float[np.ndarray, "neurons concepts"], n: int, first: int = 0) -> Leading:
-        """Of a block of neurons, the first of which has the number `first`. -inf stands for no value."""
+        """Of a block of neurons, the first of which has the number `first`; the lower neuron first in ties.
+
+        -inf stands for no value.
+        """
         n = min(n, len(values))
-        chosen = np.argpartition(-values, n - 1, axis=0)[:n].T if n else np.zeros((values.shape[1], 0), np.int64)
-        value = np.take_along_axis(values.T, chosen, axis=1)
-        return cls(np.where(np.isfinite(value), chosen + first, -1), value)
+        if not n:
+            return cls(np.zeros((values.shape[1], 0), np.int64), np.zeros((values.shape[1], 0)))
+        least = np.partition(values, len(values) - n, axis=0)[len(values) - n]
+        larger, tied = values > least, values == least
+        chosen = larger | (tied & (tied.cumsum(axis=0) <= n - larger.sum(axis=0)))  # n of each concept
+        neuron = np.nonzero(chosen.T)[1].reshape(-1, n)
+        value = np.take_along_axis(values.T, neuron, axis=1)
+        return cls.merged([cls(np.where(np.isfinite(value), neuron + first, -1), value)], n)
 
     @classmethod
     def merged(cls, parts: Sequence[Leading], n: int) -> Leading:

@@ -10,9 +10,10 @@ from sae_ray.concepts.atoms import coherence
 from sae_ray.concepts.findings import Findings, mean
 from sae_ray.concepts.image_codes import ImageCodes
 from sae_ray.concepts.overlap import uniqueness
-from sae_ray.concepts.recovery import k_unique, q_star
+from sae_ray.concepts.recovery import k_unique, q_star, q_star_of_ridge
 from sae_ray.concepts.stability import matched_cosine
 from sae_ray.errors import SaeRayError
+from sae_ray.sae.second_moment import RIDGE
 from sae_ray.seeds import derived_seed
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def add_atoms(
         moment = images.moment.matrix()
     except SaeRayError:  # too few activations to invert it
         return
-    measured = q_star(decoder, moment, np.repeat(np.arange(len(images.l0)), images.l0), live=live)
+    density = np.repeat(np.arange(len(images.l0)), images.l0)
+    measured = q_star(decoder, moment, density, live=live)
     found.neurons["coherence_aip"] = of_live(measured.coherence)
     found.neurons["k_unique"] = of_live(k_unique(measured.coherence))
     found.counts |= {
@@ -65,6 +67,8 @@ def add_atoms(
         "largest_k": measured.largest_k,
         "reachable": measured.reachable,
         "condition": measured.condition,
+        "q_star_tenth_ridge": q_star_of_ridge(decoder, moment, density, RIDGE / 10, live=live),
+        "q_star_tenfold_ridge": q_star_of_ridge(decoder, moment, density, RIDGE * 10, live=live),
     }
 
 

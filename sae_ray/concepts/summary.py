@@ -39,6 +39,8 @@ MEASURES = (
     Compared("tpp_2", "targeted probe perturbation, 2 neurons"),
     Compared("stability", "stability between seeds"),
     Compared("spatial", "spatial coherence"),
+    Compared("spliced", "accuracy with the reconstruction"),
+    Compared("recovered", "share of the accuracy recovered"),
 )
 SHOWN_CONCEPTS = 10
 """Of an SAE's table."""
@@ -106,10 +108,45 @@ def concept_lines(cell: Cell, tables: ConceptTables) -> list[str]:
         texts = [str(concepts.concept[place]), f"{concepts.n_images[place]:,}", str(neuron), names[neuron] or "–"]
         table.append([*texts, *(number(float(column[place]), 2) for column in scores)])
     title = f"{cell.name}: {cell.counts['n_live']:,} of {cell.counts['neurons']:,} neurons fire"
+    notes = list(filter(None, [_q_star(cell.counts), _depths(cell.counts), _spliced(cell.counts)]))
     if not order:
-        return [title]
+        return [title, *notes]
     more = len(order) - SHOWN_CONCEPTS
-    return [title, "", *table_lines(table, "<>><>>>>>>>"), *([f"and {more:,} more concepts"] if more > 0 else [])]
+    listed = [*table_lines(table, "<>><>>>>>>>"), *([f"and {more:,} more concepts"] if more > 0 else [])]
+    return [title, *notes, "", *listed]
+
+
+def _q_star(counts: Mapping[str, Any]) -> str | None:
+    if counts.get("q_star_atom") is None:
+        return None
+    tenth, own, tenfold, reachable = (
+        number(counts.get(key), 3) for key in ("q_star_tenth_ridge", "q_star_atom", "q_star_tenfold_ridge", "reachable")
+    )
+    return (
+        f"q*: {own} ({tenth} with a tenth of the ridge, {tenfold} with ten times as much); {reachable} of the samples "
+        "are within Welch's bound"
+    )
+
+
+def _spliced(counts: Mapping[str, Any]) -> str | None:
+    if counts.get("spliced") is None:
+        return None
+    original, reconstruction, mean, zero = (
+        number(counts[key], 3) for key in ("spliced_original", "spliced", "spliced_mean", "spliced_zero")
+    )
+    classifier = counts["spliced_by"].replace("_", " ").replace("zero shot", "zero-shot")
+    return (
+        f"accuracy ({classifier}) with the reconstruction in place: {reconstruction}; with the activations {original}, "
+        f"with their mean {mean}, with zeros {zero}"
+    )
+
+
+def _depths(counts: Mapping[str, Any]) -> str | None:
+    levels = counts.get("depths")
+    if levels is None:
+        return None
+    text = f"depth in the taxonomy: {number(counts['depth'], 2)}"
+    return text if len(levels) == 1 else f"{text}, by Matryoshka level {', '.join(number(one, 2) for one in levels)}"
 
 
 def _figure(value: float | None) -> str:

@@ -17,11 +17,12 @@ from sae_ray.store.schemas import read_columns
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
-NEURONS, CONCEPTS, CORRELATIONS, NAMES = (
+NEURONS, CONCEPTS, CORRELATIONS, NAMES, HIERARCHY = (
     "neurons.parquet",
     "concepts.parquet",
     "correlations.parquet",
     "names.parquet",
+    "hierarchy.parquet",
 )
 NEURONS_SCHEMA = pa.schema(
     [
@@ -86,6 +87,9 @@ CONCEPTS_SCHEMA = pa.schema(
 )
 CORRELATIONS_SCHEMA = pa.schema(
     [("concept", pa.string()), ("rank", pa.int16()), ("neuron", pa.int64()), ("rho", pa.float64())]
+)
+HIERARCHY_SCHEMA = pa.schema(
+    [("neuron", pa.int64()), ("group", pa.int64()), ("lca_mean", pa.float64()), ("lca_mode", pa.int64())]
 )
 
 
@@ -195,6 +199,18 @@ class Correlations(NamedTuple):
     rho: Float[np.ndarray, " pairs"]
 
 
+class Hierarchy(NamedTuple):
+    """How deep in a taxonomy the top images of each neuron meet, in ranks; one value per neuron, in order."""
+
+    neuron: Int[np.ndarray, " neurons"]
+    group: Int[np.ndarray, " neurons"]
+    """Its Matryoshka level, from 0; 0 for all neurons of other SAEs."""
+    lca_mean: Float[np.ndarray, " neurons"]
+    """As `lca_depth` gives it; NaN for a neuron without all its top images, or with one class at most among them."""
+    lca_mode: Int[np.ndarray, " neurons"]
+    """As `lca_mode` gives it; -1 where the mean is NaN."""
+
+
 @dataclass(frozen=True)
 class ConceptTables:
     """The tables in the folder of a finished step, each read when it is first used.
@@ -216,6 +232,19 @@ class ConceptTables:
     @cached_property
     def correlations(self) -> Correlations:
         return Correlations(**self._columns(CORRELATIONS, CORRELATIONS_SCHEMA))
+
+    @cached_property
+    def hierarchy(self) -> Hierarchy | None:
+        """None where no taxonomy was given."""
+        if not self.folder.exists(HIERARCHY):
+            return None
+        return Hierarchy(**self._columns(HIERARCHY, HIERARCHY_SCHEMA))
+
+    def score(self, key: str) -> Float[np.ndarray, " neurons"]:
+        """A score of every neuron, by its field of `Neurons` or `Hierarchy`; NaN for the latter without a taxonomy."""
+        if key in Neurons._fields:
+            return getattr(self.neurons, key)
+        return getattr(self.hierarchy, key) if self.hierarchy else np.full(len(self.neurons.neuron), np.nan)
 
     @cached_property
     def names(self) -> pa.Table:

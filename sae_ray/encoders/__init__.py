@@ -1,4 +1,4 @@
-"""Encoders: vision towers of transformers and open_clip, named by a specification string and tapped at sites.
+"""Encoders: vision towers of transformers, open_clip and timm, named by a specification string and tapped at sites.
 
 An encoder is described without its weights (`describe_encoder`), loaded (`load_encoder`), and tapped at many sites in
 one forward pass. A family of models is a module of its own; no layer's forward is re-implemented."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,7 +50,8 @@ class Tower(NamedTuple):
     module: nn.Module
     """Owns all weights; in eval mode, on its device, in its dtype."""
     blocks: Sequence[nn.Module]
-    """The output of `blocks[i]` is the residual stream after block i: `[n, tokens, d]`, CLS and registers first."""
+    """The output of `blocks[i]` is the residual stream after block i: `[n, tokens, d]`, CLS and registers first. Where
+    there are `mlp` sites, `blocks[i].mlp` is its MLP."""
     embed: Callable[[Tensor], dict[str, Tensor]]
     """The whole forward: normalised pixels to `projection` and `pooled`, whichever exist, `[n, d]` each."""
     rescale: float
@@ -82,7 +83,7 @@ class Encoder:
     ) -> dict[Site, Tapped]:
         """Runs a batch and takes its activations at the sites.
 
-        The pass stops after the deepest residual site, unless a `projection` or `pooled` site needs all of it.
+        The pass stops after the deepest site of a block, unless a `projection` or `pooled` site needs all of it.
 
         Args:
             pixels: The output of `load_preprocess`, stacked.
@@ -97,25 +98,25 @@ class Encoder:
             check_site(self.info, site)
         if len(pixels) != len(image_ids):
             raise ValueError(f"{len(pixels)} images came with {len(image_ids)} image ids")
-        residual: dict[int, list[Site]] = {}
+        inside: dict[tuple[int, bool], list[Site]] = {}
         for site in sites:
             if site.layer is not None:
-                residual.setdefault(site.layer, []).append(site)
+                inside.setdefault((site.layer, site.point == "residual"), []).append(site)  # sorts as they run
         # Before the pass, so that it does not wait for them.
-        tokens = {site: self._tokens(site, image_ids, seed) for of_layer in residual.values() for site in of_layer}
-        whole = any(site.point != "residual" for site in sites)
+        tokens = {site: self._tokens(site, image_ids, seed) for of_place in inside.values() for site in of_place}
+        whole = any(site.layer is None for site in sites)
         tapped: dict[Site, Tapped] = {}
 
-        def hook_of(layer: int):
+        def hook_of(place: tuple[int, bool]):
             def hook(module: nn.Module, args: object, stream: Float[Tensor, "n t d"]) -> None:
-                for site in residual[layer]:
+                for site in inside[place]:
                     tapped[site] = self._select(stream, tokens[site])
-                if not whole and layer == max(residual):
+                if not whole and place == max(inside):
                     raise _Deepest
 
             return hook
 
-        hooks = [self.tower.blocks[layer].register_forward_hook(hook_of(layer)) for layer in residual]
+        hooks = [self._module(*place).register_forward_hook(hook_of(place)) for place in inside]
         try:
             embedded = self.tower.embed(self._normalise(pixels)) if sites else {}
         except _Deepest:
@@ -124,9 +125,13 @@ class Encoder:
             for hook in hooks:
                 hook.remove()
         for site in sites:
-            if site.point != "residual":
+            if site.layer is None:
                 tapped[site] = self._per_image(embedded[site.point])
         return {site: tapped[site] for site in sites}
+
+    def _module(self, layer: int, whole_block: bool) -> nn.Module:
+        block: Any = self.tower.blocks[layer]
+        return block if whole_block else block.mlp
 
     def _normalise(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
         # In place: allocating memory for each of these took as long as the arithmetic.

@@ -58,10 +58,12 @@ class EncoderInfo:
         rows = round((n_patches * self.image_size[0] / self.image_size[1]) ** 0.5)
         return rows, n_patches // rows
 
-    def width(self, point: Literal["residual", "projection", "pooled"]) -> int | None:
+    def width(self, point: Literal["residual", "mlp", "projection", "pooled"]) -> int | None:
         match point:
             case "residual":
                 return self.residual_width
+            case "mlp":  # the towers of these name their MLPs in many ways
+                return None if self.family in ("open_clip", "timm") else self.residual_width
             case "projection":
                 return self.projection_width
             case "pooled":
@@ -77,7 +79,7 @@ def check_site(info: EncoderInfo, site: Site) -> None:
         UsageError: The site does not exist; the message names those that do.
     """
     if info.width(site.point) is None:
-        there = [point for point in ("residual", "projection", "pooled") if info.width(point) is not None]
+        there = [point for point in ("residual", "mlp", "projection", "pooled") if info.width(point) is not None]
         raise UsageError(f"point is {site.point!r}, which {info.name} does not have; it has {', '.join(there)}")
     if site.layer is not None and site.layer >= info.n_layers:
         raise UsageError(
@@ -90,6 +92,20 @@ def check_site(info: EncoderInfo, site: Site) -> None:
             f"tokens is {site.tokens!r}, but {info.name} has {info.n_tokens} tokens per image; ask for at most "
             f"{info.n_tokens}"
         )
+
+
+def readout(info: EncoderInfo, site: Site) -> Site | None:
+    """The output that is computed from the activations at a site: `projection`, or else `pooled`, or the site itself.
+
+    None if there is none. The mean of tokens is computed beside the encoder's own path, and of an MLP's output only the
+    residual stream is made.
+    """
+    if site.point in ("projection", "pooled"):
+        return site
+    if site.point != "residual" or site.tokens == "mean":
+        return None
+    sites = [Site("projection"), Site("pooled")]
+    return next((one for one in sites if info.width(one.point) is not None), None)
 
 
 def check_text_side(info: EncoderInfo) -> None:

@@ -7,7 +7,11 @@ The forms of a specification:
 - `open_clip:ViT-B-32/laion2b_s34b_b79k`: an open_clip architecture and the tag of its pretrained weights;
 - `open_clip:local-dir:/models/judge`: a directory with `open_clip_config.json` and weights;
 - `open_clip:hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224`: such files on the hub, pinned by
-  `revision`.
+  `revision`;
+- `timm:vit_small_patch16_dinov3.lvd1689m`: a model of timm's and the tag of its pretrained weights, without which it is
+  timm's default one; `revision` pins the commit on the hub;
+- `timm:local-dir:/models/judge`: a directory with timm's `config.json` and weights;
+- `timm:hf-hub:timm/vit_base_patch16_siglip_224.v2_webli`: such files on the hub, pinned by `revision`.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 def _backend(model: str):
     if model.startswith("open_clip:"):
         from sae_ray.encoders import open_clip_models as backend
+    elif model.startswith("timm:"):
+        from sae_ray.encoders import timm_models as backend
     else:
         from sae_ray.encoders import transformers_models as backend
     return backend

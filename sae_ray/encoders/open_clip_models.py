@@ -7,12 +7,10 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -20,15 +18,10 @@ from sae_ray.encoders.base import Tower
 from sae_ray.encoders.hub import bad_files, hub_unreachable, refusal, refusing
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.lean import import_transformers
-from sae_ray.encoders.resizing import fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS, check_revision, directory_digest, local_directory
+from sae_ray.encoders.steps import Preprocess, preprocess_of
 from sae_ray.errors import UsageError
 from sae_ray.store.files import address_shown
-
-if TYPE_CHECKING:
-    from jaxtyping import UInt8
-    from PIL import Image
-
 
 _HUB = "hf-hub:"
 
@@ -85,43 +78,8 @@ def describe(model: str, revision: str | None) -> EncoderInfo:
     )
 
 
-@dataclass(frozen=True)
-class Preprocess:
-    """Resizes and crops as the model's own transform does, or nearly so but faster."""
-
-    transform: Any
-
-    def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "3 h w"]:
-        return np.asarray(self.transform(image)).transpose(2, 0, 1)
-
-
-@dataclass(frozen=True)
-class FastResize:
-    """Stands in for torchvision's `Resize`."""
-
-    size: int | Sequence[int]
-    """Of the shortest side, or height and width."""
-    resample: int
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        if isinstance(self.size, int):
-            return fast_resize(image, size_with_shortest(image.size, self.size), self.resample)
-        height, width = self.size
-        return fast_resize(image, (width, height), self.resample)
-
-
 def preprocess(model: str, revision: str | None, fast: bool = False) -> Preprocess:
-    from torchvision.transforms import Compose, Resize
-    from torchvision.transforms.functional import pil_modes_mapping
-
-    # The last two steps make a tensor and normalise it, which is done on the device.
-    steps = _transform(_find(model, revision))[:-2]
-    if fast:
-        steps = [
-            FastResize(step.size, pil_modes_mapping[step.interpolation]) if type(step) is Resize else step
-            for step in steps
-        ]
-    return Preprocess(Compose(steps))
+    return preprocess_of(_transform(_find(model, revision)), fast)
 
 
 def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:

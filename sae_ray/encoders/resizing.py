@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+class Box(NamedTuple):
+    """A rectangle in an image, in fractions of its width and height from the upper left corner."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: Box) -> bool:
+        """Whether they have an area in common."""
+        across = min(self.right, other.right) > max(self.left, other.left)
+        return across and min(self.bottom, other.bottom) > max(self.top, other.top)
+
+
+WHOLE = Box(0.0, 0.0, 1.0, 1.0)
 
 
 def size_with_shortest(size: tuple[int, int], shortest: int) -> tuple[int, int]:

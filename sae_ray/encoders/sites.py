@@ -25,24 +25,25 @@ class Site:
     there is one. A row that stands for the whole image has the number -1.
     """
 
-    point: Literal["residual", "projection", "pooled"]
-    """`residual`: the residual stream after a block. `projection`: the image embedding in the space shared with text.
-    `pooled`: the vision tower's pooler output, before any projection."""
+    point: Literal["residual", "mlp", "projection", "pooled"]
+    """`residual`: the residual stream after a block. `mlp`: the output of a block's MLP, before any LayerScale.
+    `projection`: the image embedding in the space shared with text. `pooled`: the vision tower's pooler output, before
+    any projection."""
     layer: int | None = None
-    """For `residual`: the block, counted from 0, whose output is taken (`hidden_states[layer + 1]` in transformers)."""
+    """For `residual` and `mlp`: the block, counted from 0; its output is `hidden_states[layer + 1]` in transformers."""
     tokens: str = "image"
-    """For `residual`: `cls`, `all`, `mean` (the mean of what `all` gives) or `random:n` (n tokens of what `all` gives,
-    drawn without replacement per image). For `projection` and `pooled`: `image`, one vector per image."""
+    """For `residual` and `mlp`: `cls`, `all`, `mean` (the mean of what `all` gives) or `random:n` (n tokens of what
+    `all` gives, drawn without replacement per image). For `projection` and `pooled`: `image`, one vector per image."""
 
     def __post_init__(self):
         match self.point:
-            case "residual":
+            case "residual" | "mlp":
                 if not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 0:
                     raise UsageError(
-                        f"layer is {self.layer!r}; a residual site names its block by a number, counted from 0"
+                        f"layer is {self.layer!r}; a {self.point} site names its block by a number, counted from 0"
                     )
                 if self.tokens not in ("cls", "mean", "all") and not re.fullmatch(r"random:[1-9]\d*", self.tokens):
-                    raise UsageError(f"tokens is {self.tokens!r}; for a residual site it must be {TOKENS}")
+                    raise UsageError(f"tokens is {self.tokens!r}; for a {self.point} site it must be {TOKENS}")
             case "projection" | "pooled":
                 if self.layer is not None:
                     raise UsageError(f"layer is {self.layer!r}; a {self.point} site has no layer: leave it out")
@@ -51,28 +52,32 @@ class Site:
                         f"tokens is {self.tokens!r}; a {self.point} site has one vector per image: leave it out"
                     )
             case unknown:
-                raise UsageError(f"point is {unknown!r}; it must be residual, projection or pooled")
+                raise UsageError(f"point is {unknown!r}; it must be residual, mlp, projection or pooled")
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """Reads `layer22:cls`, `layer22:random:2`, `projection` or `pooled`, the form of study files.
+        """Reads the form of study files: `layer22:cls`, `layer22:random:2`, `layer22.mlp:all`, `projection`, `pooled`.
 
         Raises:
             UsageError: The text has another form.
         """
         if text in ("projection", "pooled"):
             return cls(point=text)
-        found = re.fullmatch(r"layer(\d+):(.+)", text)
+        found = re.fullmatch(r"layer(\d+)(\.mlp)?:(.+)", text)
         if found is None:
             raise UsageError(
-                f"site is {text!r}; write layer<number>:<tokens> with tokens {TOKENS}, projection or pooled"
+                f"site is {text!r}; write layer<number>:<tokens> or layer<number>.mlp:<tokens> with tokens {TOKENS}, "
+                "projection or pooled"
             )
-        return cls(point="residual", layer=int(found[1]), tokens=found[2])
+        return cls("mlp" if found[2] else "residual", int(found[1]), found[3])
 
     @property
     def name(self) -> str:
-        """A name that is safe in file names: `layer22.cls`, `layer22.random-2`, `projection`."""
-        return f"layer{self.layer}.{self.tokens.replace(':', '-')}" if self.point == "residual" else self.point
+        """A name that is safe in file names: `layer22.cls`, `layer22.random-2`, `layer22.mlp.all`, `projection`."""
+        if self.layer is None:
+            return self.point
+        of_mlp = ".mlp" if self.point == "mlp" else ""
+        return f"layer{self.layer}{of_mlp}.{self.tokens.replace(':', '-')}"
 
     @property
     def n_random(self) -> int | None:
@@ -81,7 +86,7 @@ class Site:
 
 
 def select_tokens(site: Site, n_tokens: int, image_id: str, seed: int) -> Int[np.ndarray, " k"]:
-    """The numbers of the tokens that a residual site takes of one image, ascending.
+    """The numbers of the tokens that a site of a block takes of one image, ascending.
 
     `random:n` depends on the seed and the image's id alone: not on its place in a batch, the layer or the machine.
 

@@ -15,11 +15,11 @@ from sae_ray.store.files import Folder, address_shown
 
 FORMS = (
     "an encoder is named by a directory in the transformers format (a path, or a URI such as s3://bucket/folder), a "
-    "model id on the Hugging Face hub, open_clip:<architecture>/<pretrained tag>, open_clip:local-dir:<directory>, or "
-    "open_clip:hf-hub:<model id>"
+    "model id on the Hugging Face hub, open_clip:<architecture>/<pretrained tag>, timm:<model>.<pretrained tag>, or "
+    "open_clip: or timm: followed by local-dir:<directory> or hf-hub:<model id>"
 )
 
-_LOCAL_DIR = "open_clip:local-dir:"
+_LOCAL_DIRS = ("open_clip:local-dir:", "timm:local-dir:")
 
 _MODEL_CONFIGS = ("config.json", "open_clip_config.json")
 _CONFIGS = {*_MODEL_CONFIGS, "preprocessor_config.json", "processor_config.json"}
@@ -62,9 +62,14 @@ def is_path(model: str) -> bool:
     return "://" in model or model.startswith(("/", "./", "../", "~"))
 
 
+def directory_named(model: str) -> str | None:
+    """The path or URI of the directory, if a specification says `local-dir:`."""
+    return next((model.removeprefix(prefix) for prefix in _LOCAL_DIRS if model.startswith(prefix)), None)
+
+
 def model_name(model: str) -> str:
     """A short name to show: a model id unchanged, the last part of a path or URI."""
-    path = model.removeprefix(_LOCAL_DIR)
+    path = directory_named(model) or model
     return PurePath(address_shown(path)).name if path != model or is_path(path) else model
 
 
@@ -89,7 +94,7 @@ def is_unchanged(model: str, revision: str | None) -> bool:
     """
     if not is_digest(revision):
         return False
-    directory = local_directory(model.removeprefix(_LOCAL_DIR), None, FORMS)
+    directory = local_directory(directory_named(model) or model, None, FORMS)
     return directory is not None and directory_digest(directory) == revision
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from sae_ray.encoders.base import placement
 from sae_ray.encoders.hub import check_tokenizer, find, load_weights, refusing
+from sae_ray.encoders.info import check_text_side
 from sae_ray.encoders.sources import FORMS
 from sae_ray.encoders.transformers_models import TEXT_TYPES
 from sae_ray.errors import UsageError
@@ -51,6 +52,10 @@ def load_text_encoder(model: str, revision: str | None = None, device: str = "cp
         from sae_ray.encoders import open_clip_models
 
         return TextEncoder(open_clip_models.load_text(model, revision, place))
+    if model.startswith("timm:"):
+        from sae_ray.encoders import timm_models
+
+        check_text_side(timm_models.describe(model, revision))
     return TextEncoder(_of_transformers(model, revision, place, dtype))
 
 

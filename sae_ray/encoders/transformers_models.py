@@ -1,9 +1,11 @@
-"""Encoders that transformers loads: CLIP, SigLIP, DINOv2 (with registers too) and the vision tower of a LLaVA."""
+"""Encoders that transformers loads: CLIP, SigLIP and SigLIP 2, DINOv2 (with registers too), DINOv3, ViT, and the vision
+tower of a LLaVA."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from sae_ray.encoders.base import Tower
 from sae_ray.encoders.hub import find, load_weights, refusing
 from sae_ray.encoders.info import EncoderInfo
-from sae_ray.encoders.resizing import fast_resize, size_with_shortest
+from sae_ray.encoders.resizing import WHOLE, Box, fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS
 from sae_ray.errors import UsageError, check
 
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
     from PIL import Image
 
-FAMILIES = "CLIP, SigLIP (fixed resolution), DINOv2 (with or without registers) and LLaVA with a CLIP or SigLIP tower"
+FAMILIES = (
+    "CLIP, SigLIP and SigLIP 2 (fixed resolution), DINOv2 (with or without registers), DINOv3 (ViT), ViT, and LLaVA "
+    "with a CLIP or SigLIP tower"
+)
 TEXT_TYPES = ("clip", "siglip")
 """Model types that also embed texts."""
 _LLAVA_TOWER = r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"
@@ -40,6 +45,8 @@ class _Plan(NamedTuple):
     pooled: bool = True
     key_mapping: dict[str, str] | None = None
     """Renames the checkpoint's weights to the class's."""
+    arguments: Mapping[str, Any] = MappingProxyType({})
+    """Of the class, besides its configuration."""
 
 
 def describe(model: str, revision: str | None) -> EncoderInfo:
@@ -48,7 +55,7 @@ def describe(model: str, revision: str | None) -> EncoderInfo:
         plan = _plan(source.model, source.config)
         height, width = preprocess(model, revision).image_size()
     vision = plan.config
-    if plan.loader.startswith(("CLIP", "Siglip")) and (height, width) != (vision.image_size, vision.image_size):
+    if plan.loader.startswith(("CLIP", "Siglip", "ViT")) and (height, width) != (vision.image_size, vision.image_size):
         raise UsageError(
             f"{source.model} takes images of {vision.image_size} × {vision.image_size} pixels, but its preprocessing "
             f"yields {height} × {width}; fix preprocessor_config.json"
@@ -78,19 +85,40 @@ class Preprocess:
     plain: bool
     """Whether the processor resizes, perhaps crops, and does no more to the shape of an image."""
     fast: bool
+    early: bool = False
+    """Whether the processor rescales before it resizes, as DINOv3's does. Values are then rounded to whole ones, which
+    changes each by half a grey level at most."""
 
     def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "3 h w"]:
         processor = self.processor
+        if self.early:
+            scaled = processor(image, do_normalize=False, return_tensors="np")["pixel_values"][0]
+            return np.rint(scaled / scale_factor(processor)).clip(0, 255).astype(np.uint8)
         if not self.plain:
             return processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
         # The same steps. The processor would turn the image into an array and back, which costs as much as resizing it.
-        size, resample = _target(processor.size, image), processor.resample
+        size, resample = _target(processor.size, image.size), processor.resample
         resized = fast_resize(image, size, resample) if self.fast else image.resize(size, resample)
         pixels = np.asarray(resized).transpose(2, 0, 1)
         crop = processor.crop_size
         if not processor.do_center_crop or pixels.shape[1:] == (crop.height, crop.width):
             return pixels
         return processor.center_crop(pixels, crop)
+
+    def view(self, size: tuple[int, int]) -> Box:
+        """The part that comes out of an image of this width and height; where it is padded, that exceeds the image.
+
+        Raises:
+            UsageError: The processor does more than resizing and cropping.
+        """
+        if not self.plain:
+            kind = type(self.processor).__name__
+            raise UsageError(f"regions need a model that resizes and crops images; {kind} does more, so name tokens")
+        if not self.processor.do_center_crop:
+            return WHOLE
+        (width, height), crop = _target(self.processor.size, size), self.processor.crop_size
+        left, top = (width - crop.width) // 2, (height - crop.height) // 2
+        return Box(left / width, top / height, (left + crop.width) / width, (top + crop.height) / height)
 
     def image_size(self) -> tuple[int, int]:
         """Height and width of what comes out.
@@ -119,11 +147,11 @@ def _is_plain(processor: Any) -> bool:
     return bool(unchanged and processor.do_resize and not processor.do_pad and sized)
 
 
-def _target(size: Any, image: Image.Image) -> tuple[int, int]:
-    """Width and height that a plain processor resizes an image to."""
-    if size.height and size.width:
-        return size.width, size.height
-    return size_with_shortest(image.size, size.shortest_edge)
+def _target(wanted: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height that a plain processor resizes an image of this width and height to."""
+    if wanted.height and wanted.width:
+        return wanted.width, wanted.height
+    return size_with_shortest(size, wanted.shortest_edge)
 
 
 def preprocess(model: str, revision: str | None, fast: bool = False) -> Preprocess:
@@ -136,13 +164,15 @@ def preprocess(model: str, revision: str | None, fast: bool = False) -> Preproce
 
 
 def resizing(processor: Any, fast: bool = False) -> Preprocess:
-    return Preprocess(processor, _is_plain(processor), fast)
+    from transformers.image_processing_backends import PilBackend
+
+    return Preprocess(processor, _is_plain(processor), fast, early=not isinstance(processor, PilBackend))
 
 
 def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
     source = find(info.model, info.revision, FORMS)
     plan = _plan(source.model, source.config)
-    settings = {"config": plan.config, "key_mapping": plan.key_mapping}
+    settings = {"config": plan.config, "key_mapping": plan.key_mapping, **plan.arguments}
     module = load_weights(source, plan.loader, device, dtype, FORMS, **settings)
     processor = preprocess(info.model, info.revision).processor
     return Tower(
@@ -161,9 +191,14 @@ class Scale(NamedTuple):
     std: tuple[float, ...]
 
 
+def scale_factor(processor: Any) -> float:
+    """What a processor multiplies values with before it normalises them."""
+    return processor.rescale_factor if processor.do_rescale else 1.0
+
+
 def scale_of(model: str, processor: Any) -> Scale:
     """Raises UsageError, which names the model, for channels that cannot be."""
-    rescale = processor.rescale_factor if processor.do_rescale else 1.0
+    rescale = scale_factor(processor)
     if not processor.do_normalize:
         return Scale(rescale, (0.0,) * 3, (1.0,) * 3)
     return Scale(rescale, _channels(model, processor, "image_mean"), _channels(model, processor, "image_std"))
@@ -185,6 +220,16 @@ def _plan(model: str, config: Any) -> _Plan:
             return plan._replace(projection_width=plan.config.hidden_size if plan.pooled else None)
         case "siglip_vision_model":
             return _Plan("siglip", "SiglipVisionModel", config, pooled=getattr(config, "vision_use_head", True))
+        case "siglip2" | "siglip2_vision_model":
+            raise UsageError(
+                f"{model} is a NaFlex model, which has other numbers of tokens for images of other shapes; name a "
+                "SigLIP 2 of fixed resolution, such as google/siglip2-base-patch16-224"
+            )
+        case "vit":
+            # Most checkpoints have no weights of the pooler; what their classifier reads is the CLS token.
+            return _Plan("vit", "ViTModel", config, arguments={"add_pooling_layer": False})
+        case "dinov3_vit":
+            return _Plan("dinov3_vit", "DINOv3ViTModel", config)
         case "dinov2":
             return _Plan("dinov2", "Dinov2Model", config)
         case "dinov2_with_registers":
@@ -198,15 +243,18 @@ def _plan(model: str, config: Any) -> _Plan:
 
 def blocks_of(module: Any) -> list[nn.Module]:
     """The blocks of a vision tower whose outputs are its residual stream."""
-    encoder = getattr(module, "vision_model", module).encoder
-    return list(encoder.layer if hasattr(encoder, "layer") else encoder.layers)
+    tower = getattr(module, "vision_model", module)
+    # Beside the embeddings in a module of its own, but for ViT.
+    holder = getattr(tower, "encoder", None) or getattr(tower, "model", tower)
+    return list(holder.layer if hasattr(holder, "layer") else holder.layers)
 
 
 def _embed(module: Any, plan: _Plan, pixels: Tensor) -> dict[str, Tensor]:
     if plan.loader == "CLIPVisionModelWithProjection":
         pooled = module.vision_model(pixel_values=pixels).pooler_output
         return {"pooled": pooled, "projection": module.visual_projection(pooled)}
-    pooled = module(pixel_values=pixels).pooler_output
+    output = module(pixel_values=pixels)
+    pooled = output.last_hidden_state[:, 0] if plan.loader == "ViTModel" else output.pooler_output
     return {"pooled": pooled, "projection": pooled}
 
 

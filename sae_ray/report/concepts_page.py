@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 from sae_ray.concepts.summary import MEASURES, Cell, Compared, best_by_measure
 from sae_ray.report import plots
@@ -24,6 +24,16 @@ OF_SUMMARY = (
 """Measures of other stages, attributes of `CellSummary`."""
 SHOWN_COUNTS = ("drawn", "names_right")
 """Figures that the page tells of each cell."""
+
+
+class Depths(NamedTuple):
+    """How deep in the taxonomy the top images of a cell's neurons meet, on average; None where there is no value."""
+
+    name: str
+    whole: float | None
+    """Of all neurons."""
+    levels: list[float | None]
+    """Of each Matryoshka level, as many for all cells; none if no cell has several."""
 
 
 def render_concepts(
@@ -52,6 +62,7 @@ def render_concepts(
         measures=measures,
         best=best,
         best_of={one.measure.key: one.name for one in best},
+        depths=_depths(cells),
         figure=_figure,
         min_images=plan.study.scoring.min_images,
         judged=[(one, plots.figure(one.plot)) for one in judged],
@@ -67,6 +78,16 @@ def _cells(rows: Sequence[CellSummary], meanings: Mapping[str, Meaning]) -> list
             own = {one.key: _known(getattr(row, one.key)) for one in OF_SUMMARY}
             found.append(Cell(row.name, row.site, row.grid_cell is not None, own | meanings[row.name].counts))
     return found
+
+
+def _depths(cells: Sequence[Cell]) -> list[Depths]:
+    measured = [(cell, cell.counts["depths"]) for cell in cells if cell.counts.get("depths") is not None]
+    several = {cell.name: levels for cell, levels in measured if len(levels) > 1}
+    width = max(map(len, several.values()), default=0)
+    return [
+        Depths(cell.name, cell.counts["depth"], (several.get(cell.name, []) + [None] * width)[:width])
+        for cell, _ in measured
+    ]
 
 
 def _facts(meanings: Mapping[str, Meaning], facts: Mapping[str, Any]) -> dict[str, Any]:

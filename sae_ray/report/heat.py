@@ -38,6 +38,8 @@ def why_none(neurons: Neurons) -> str | None:
     if neurons.score.sae is None:
         return "There are no heat maps for raw neurons, only for the latents of SAEs."
     site = neurons.score.sae.grid_cell.site
+    if site.point == "mlp":
+        return "There are no heat maps for SAEs of an MLP's output."
     if site.point != "residual":
         return f"There are no heat maps: a {site.point} site has one vector per image and no patch grid."
     return None

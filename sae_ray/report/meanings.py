@@ -80,8 +80,9 @@ MEASURED = (
     Score("stability", "stability", "Cosine with its counterpart in the SAE of another seed."),
     Score("name_score", "score of its name", "Comparable within one cell only."),
     Score("name_margin", "name ahead of the next", "The score of its name less that of the next best one."),
+    Score("lca_mean", "depth in the taxonomy", "Mean number of ranks that two of its held-out top images share."),
 )
-"""Scores of `NEURONS_SCHEMA`, all those with a fraction."""
+"""Scores of `NEURONS_SCHEMA`, all those with a fraction, and of `HIERARCHY_SCHEMA`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +108,7 @@ class Meaning:
     @cached_property
     def scores(self) -> list[Score]:
         """Those of `MEASURED` that a neuron of the cell has."""
-        columns = self.tables.neurons
-        return [one for one in MEASURED if not np.isnan(getattr(columns, one.key)[self.cell.order]).all()]
+        return [one for one in MEASURED if not np.isnan(self.tables.score(one.key)[self.cell.order]).all()]
 
     def title(self, concept: str) -> str:
         """A concept as it is shown, what matters first: `tench, Tinca tinca (n01440764)`."""
@@ -138,7 +138,7 @@ def read_meanings(plan: StudyPlan, cells: Sequence[Neurons]) -> dict[str, Meanin
 def meaning_of(meaning: Meaning, neurons: Int[np.ndarray, " some"]) -> list[dict[str, Any]]:
     """What the page of each of these neurons shows: its concept, and its scores in the order of `Meaning.scores`."""
     columns = meaning.tables.neurons
-    scores = np.array([getattr(columns, one.key)[neurons] for one in meaning.scores]).reshape(-1, len(neurons))
+    scores = np.array([meaning.tables.score(one.key)[neurons] for one in meaning.scores]).reshape(-1, len(neurons))
     return [
         {"concept": concept and meaning.title(concept), "scores": values}
         for concept, values in zip(columns.concept[neurons], nullable(scores.T), strict=True)
@@ -147,10 +147,10 @@ def meaning_of(meaning: Meaning, neurons: Int[np.ndarray, " some"]) -> list[dict
 
 def write_meaning(folder: Path, meaning: Meaning, named: Sequence[Named]) -> None:
     """Writes what the page of concepts loads of a cell."""
-    cell, columns = meaning.name, meaning.tables.neurons
+    cell = meaning.name
     write_data(folder, f"{cell}/concepts", _concepts(meaning))
     for one in meaning.scores:
-        write_data(folder, f"{cell}/scores/{one.key}", packed(getattr(columns, one.key)[meaning.shown], "<f4"))
+        write_data(folder, f"{cell}/scores/{one.key}", packed(meaning.tables.score(one.key)[meaning.shown], "<f4"))
     write_data(folder, f"{cell}/names", [_names(meaning, one) for one in named])
 
 

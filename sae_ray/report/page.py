@@ -24,6 +24,7 @@ from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import skipped_lines
 from sae_ray.study.summary import BEST, CellSummary, compare
+from sae_ray.study.trained import cautions, trained
 
 if TYPE_CHECKING:
     import jinja2
@@ -79,8 +80,10 @@ def render(
         root=str(plan.root),
         version=version("sae-ray"),
         tiles=_tiles(plan, rows, steering, rejects),
-        notes=[*_missing(plan), *notes],
+        notes=[*_missing(plan), *cautions(plan.study), *notes],
         rows=rows,
+        trained=trained(plan),
+        dead_after=plan.study.training.dead_after_samples,
         best=BEST,
         min_images=min_images,
         comparisons=comparisons,

@@ -32,6 +32,7 @@ def auxk_loss(
     dead: Bool[Tensor, " latents"],
     select: Literal["post", "pre"],
     split: Split,
+    gamma: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, ""]:
     """Squared error with which each sample's `d_in // 2` strongest dead latents explain the residual, without `b_dec`.
 
@@ -41,6 +42,7 @@ def auxk_loss(
 
     Args:
         dead: of this rank's latents those that are dead. The strongest are those of all ranks.
+        gamma: factors of every dimension of the residual and of what explains it.
     """
     dead_latents = dead.nonzero().squeeze(1)
     k_aux = min(x.shape[1] // 2, split.latents.total(len(dead_latents), x.device))
@@ -57,7 +59,7 @@ def auxk_loss(
     b_dec = split.latents.shared(weights.b_dec)
     values = encode_entries(forward.pre.flatten()[flat], x, weights.W_enc_t, weights.b_enc, b_dec, pattern)
     explained = split.latents.joined(decode_entries(values, weights.W_dec, pattern))
-    return _relative_error(forward.residual, explained, split)
+    return _relative_error(forward.residual, explained, split, gamma)
 
 
 def _strongest(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, " rows*k"]:
@@ -80,6 +82,7 @@ def padded_auxk_loss(
     training: TrainingConfig,
     split: Split,
     capacity: int,
+    gamma: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, ""]:
     """The same with kernels, where latents are not split over ranks. The shapes of all that it does follow from
     `capacity` alone.
@@ -111,13 +114,18 @@ def padded_auxk_loss(
         codes = torch.zeros_like(pre).scatter_(1, top.indices, values)
         explained = _Block.apply(codes, x, W_enc_t, b_enc, weights.b_dec, W_dec, training.dtype)
         assert isinstance(explained, torch.Tensor)
-    return _relative_error(forward.residual, explained, split) * dead.any()
+    return _relative_error(forward.residual, explained, split, gamma) * dead.any()
 
 
 def _relative_error(
-    residual: Float[Tensor, "rows d_in"], explained: Float[Tensor, "rows d_in"], split: Split
+    residual: Float[Tensor, "rows d_in"],
+    explained: Float[Tensor, "rows d_in"],
+    split: Split,
+    gamma: Float[Tensor, " d_in"] | None,
 ) -> Float[Tensor, ""]:
     """Squared error of the explanation, relative to the residual's variance over the whole batch."""
+    if gamma is not None:
+        residual, explained = residual * gamma, explained * gamma
     mean = split.rows.mean(residual.mean(0))
     variance = split.rows.mean((residual - mean).square().sum(-1).mean())
     return (residual - explained).square().sum(-1).mean() * torch.where(variance > 0, 1 / variance, 0.0)

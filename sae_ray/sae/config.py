@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sae_ray.config import STRICT
 from sae_ray.errors import check
 from sae_ray.sae.architectures import architecture
+from sae_ray.sae.weighing import SOURCES, UNIFORM
 from sae_ray.store.identity import changed
 
 if TYPE_CHECKING:
@@ -50,11 +51,23 @@ class TrainingConfig:
     `steps`, at most 1000."""
     sparsity_warmup_steps: int | None = None
     """Steps over which the coefficient of a sparsity penalty rises linearly from 0. Default: a tenth of `steps`."""
+    threshold: Literal["average", "calibrated"] = "average"
+    """The inference threshold (batch top-k architectures): that moving average (the reference), or the value at which
+    `k` latents are active on average on images that are kept out of training, one in ten of a part of the training
+    images. They are kept out of the training of all architectures, which then see the same. The latter is recommended
+    where there are few images."""
+    centre: bool = False
+    """Subtract the mean of the training activations from them before they are scaled by what is left; `b_dec` of the
+    trained SAE holds it. The reference does not; it is recommended where the mean is long beside the spread."""
     dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Precision of dense products. "bfloat16" rounds the factors of the encoder's, and on a GPU of AuxK's. "tf32"
     rounds those of all on a GPU, to 10 bits instead of 7; on a CPU it is "float32". Weights, Adam moments, sums and
     everything else stay float32. On one GPU, architectures that select look for candidates by a product in bfloat16
     whatever this says; their values are then computed as it says."""
+    init: str | None = None
+    """An SAE to start from instead of random directions: a directory that every node has, a URI, or an id on the
+    Hugging Face hub. Its architecture and widths must be those of every SAE of the grid. Adam, its learning rates and
+    the counters of dead latents start anew."""
 
     def __post_init__(self):
         for name in ("batch_size", "steps", "dead_after_samples"):
@@ -68,6 +81,7 @@ class TrainingConfig:
         self._check("auxk_weight", 0 <= self.auxk_weight < math.inf, "0 or more")
         self._check("auxk_select", self.auxk_select in ("post", "pre"), '"post" or "pre"')
         self._check("threshold_beta", 0 <= self.threshold_beta < 1, "at least 0 and below 1")
+        self._check("threshold", self.threshold in ("average", "calibrated"), '"average" or "calibrated"')
         for name in ("threshold_start_step", "sparsity_warmup_steps"):
             self._check(name, self.effective(name) >= 0, "0 or more, or unset")
         self._check("dtype", self.dtype in ("float32", "tf32", "bfloat16"), '"float32", "tf32" or "bfloat16"')
@@ -121,6 +135,12 @@ class Cell:
     """How it is trained."""
     settings: Any = None
     """The architecture's own settings; None stands for its defaults."""
+    weights: str = UNIFORM
+    """How much every dimension of the input counts in the loss: one of `sae_ray.sae.weighing.SOURCES`, or a table."""
+    alpha: float = 0.5
+    """The weight of a dimension is its significance to this power."""
+    monosemanticity: float = 0.0
+    """Weight of the loss by which latents become active on images that are alike to the judge."""
 
     def __post_init__(self):
         kind, name = self.kind, self.architecture
@@ -138,6 +158,13 @@ class Cell:
         self._check(
             "settings", type(self.settings) is kind.Settings, f"the {kind.Settings.__name__} of {name}, or unset"
         )
+        self._check("alpha", 0 <= self.alpha < math.inf, "0 or more")
+        wanted = 0 <= self.monosemanticity < math.inf
+        self._check("monosemanticity", wanted and (kind.scores_batches or not self.monosemanticity),
+                    "0 or more" if kind.scores_batches else f"0 for {name}, which does not select latents")  # fmt: skip
+        check(self.training.init is None or not kind.starts_whitened(self.settings), f"architectures.{name}.init",
+              getattr(self.settings, "init", None), "training.init names an SAE to start from; leave one of the two "
+              "out")  # fmt: skip
         if kind.estimates_threshold:
             training = self.training
             check(training.steps >= 2, "training.steps", training.steps, f"make it at least 2 for {name}")
@@ -159,14 +186,14 @@ class Cell:
         """What determines the SAE, as plain JSON values: equal for two cells that train to the same weights.
 
         Only settings that the architecture uses and that differ from their defaults are included. A value that equals
-        the derived one counts as a default.
+        the derived one counts as a default. What files hold (a table of weights, the SAE to start from) is not.
         """
         training = {
             name: value
             for name, value in changed(self.training).items()
-            if name in self.kind.uses and value != self.training.derived.get(name)
+            if name in self.kind.uses and value != self.training.derived.get(name) and name != "init"
         }
-        return {
+        identity = {
             "architecture": self.architecture,
             "expansion": self.expansion,
             self.kind.tuned_by: getattr(self, self.kind.tuned_by),
@@ -174,6 +201,16 @@ class Cell:
             "training": training,
             "settings": self.settings.identity(),
         }
+        if self.weighted:
+            identity["weights"] = {"source": self.weights if self.weights in SOURCES else "table", "alpha": self.alpha}
+        if self.monosemanticity:
+            identity["monosemanticity"] = self.monosemanticity
+        return identity
+
+    @property
+    def weighted(self) -> bool:
+        """Whether dimensions count differently in the loss."""
+        return self.weights != UNIFORM
 
     def check(self, d_in: int, shards: int = 1) -> None:
         """Raises UsageError when it cannot be trained on activations `d_in` wide, its latents split over `shards`."""

@@ -52,7 +52,7 @@ class RowGradient(NamedTuple):
 
 
 class RowAdam:
-    """Adam (betas 0.9 and 0.999) over the weights of an SAE; `state` names the moments as torch's own does."""
+    """Adam (betas 0.9 and 0.999) over the trained weights of an SAE; `state` names the moments as torch's own does."""
 
     def __init__(self, weights: Weights):
         self.weights = weights
@@ -61,7 +61,7 @@ class RowAdam:
                 "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
-            for parameter in weights.named().values()
+            for parameter in weights.trained().values()
         }
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class RowAdam:
         self, gradients: dict[str, RowGradient], factor: Float[Tensor, ""], number: int, learning_rate: float
     ) -> None:
         """Step `number`, counted from 1, for gradients that are first multiplied by a factor, in place."""
-        for name, parameter in self.weights.named().items():
+        for name, parameter in self.weights.trained().items():
             gradient = gradients[name]
             gradient.values.mul_(factor)
             self._step_blocks(name, parameter, gradient, number, learning_rate)
@@ -81,7 +81,7 @@ class RowAdam:
         Args:
             scalars: `adam_scalars` of the step, the factor, and whether to take the step: 1 or 0.
         """
-        for name, parameter in self.weights.named().items():
+        for name, parameter in self.weights.trained().items():
             kernels = kernels_for(parameter)
             assert kernels is not None
             tensors = [parameter, *self.state[parameter].values(), gradients[name].values]

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.errors import SaeRayError, UsageError, check
 from sae_ray.sae.auxk import auxk_loss, padded_auxk_loss
 from sae_ray.sae.guidance import concept_loss
 from sae_ray.sae.kernels import fixed_shapes, kernels_for
 from sae_ray.sae.model import SAE
+from sae_ray.sae.monosemanticity import batch_monosemanticity
 from sae_ray.sae.optimizer import RowAdam, RowGradient, adam_scalars
 from sae_ray.sae.product import tf32
 from sae_ray.sae.ranks import ALONE
@@ -58,6 +59,8 @@ class StepMetrics(NamedTuple):
     """Penalty before its coefficient."""
     concept_loss: float
     """Loss of the concepts before its weight; 0 for SAEs that are not guided."""
+    monosemanticity: float
+    """Mean score of the latents that are active on two rows of the batch or more; 0 where it is no goal."""
     l0: float
     """Active latents per sample, as selected in training."""
     n_dead: int
@@ -68,6 +71,19 @@ class StepMetrics(NamedTuple):
     """Before clipping."""
     learning_rate: float
     """Of this step."""
+
+
+class Deaths(NamedTuple):
+    """Why latents are dead after some steps, as training counts it; numbers of latents, but for the last."""
+
+    never_fired: int
+    """In no batch."""
+    stopped_firing: int
+    """They fired once, but not for `dead_after_samples` samples."""
+    revived: int
+    """They were dead, and are not now."""
+    revivals: int
+    """How often a dead latent fired again; a latent may die several times."""
 
 
 class CellTrainer:
@@ -86,28 +102,38 @@ class CellTrainer:
         device: torch.device | str = "cpu",
         split: Split = ALONE,
         concepts: tuple[str, ...] = (),
+        gamma: Float[Tensor, " d_in"] | None = None,
     ):
-        """`concepts`: those that the first latents learn.
+        """`concepts`: those that the first latents learn. `gamma`: the weights of the dimensions, for a cell that has
+        some (`Weighing.gamma`); the same on all ranks.
 
-        Raises UsageError when the cell does not fit `d_in`, or has fewer latents than concepts, or than ranks that
-        split them.
+        Raises UsageError when the cell does not fit `d_in` or `gamma`, or has fewer latents than concepts, or than
+        ranks that split them.
         """
         self.cell = cell
         self.concepts = concepts
         cell.check(d_in, split.latents.size)
         cell.check_concepts(d_in, len(concepts))
+        check(cell.weighted == (gamma is not None), "cell.weights", cell.weights, "give gamma if it is not uniform")
         self.d_in, self.d_sae = d_in, cell.d_sae(d_in)
         self.device = torch.device(device)
         self.split = split
         self.architecture = cell.kind(cell, d_in, split)
+        self.architecture.gamma = None if gamma is None else gamma.to(self.device, torch.float32)
         threshold = self.architecture.learned_threshold
         unit_decoder = self.architecture.unit_decoder
         self.weights = Weights(d_in, self.d_sae, cell.seed, threshold, self.device, split, unit_decoder)
+        self.weights.freeze(self.architecture.frozen)
         self.optimizer = RowAdam(self.weights)
         self.n_steps = 0
         """Steps done."""
+        self.starts_at_median = True
+        """Whether the first step sets `b_dec` to the geometric median of its batch."""
         self.samples_since_fired = torch.zeros(len(self.weights.W_dec), dtype=torch.int64, device=self.device)
         """Of this rank's latents."""
+        self.revivals = torch.zeros_like(self.samples_since_fired)
+        """How often each of them fired again after it was dead."""
+        self.ever_fired = torch.zeros_like(self.samples_since_fired, dtype=torch.bool)
         self.threshold = torch.tensor(math.nan, device=self.device)
         """Moving average of the smallest kept value, float32; NaN until there is one."""
         self.failed: str | None = None
@@ -119,19 +145,27 @@ class CellTrainer:
         self._replayed = Replayed() if fixed and self.device.type == "cuda" else None
 
     def step(
-        self, batch: Float[Tensor, "batch d_in"], targets: Float[Tensor, "batch concepts"] | None = None
+        self,
+        batch: Float[Tensor, "batch d_in"],
+        targets: Float[Tensor, "batch concepts"] | None = None,
+        embeddings: Float[Tensor, "batch d"] | None = None,
     ) -> StepMetrics:
         """`advance`, and the metrics of this step at once: on a GPU the host waits for them."""
-        return (self.advance(batch, targets) or self.report())[-1]
+        return (self.advance(batch, targets, embeddings) or self.report())[-1]
 
     def advance(
-        self, batch: Float[Tensor, "batch d_in"], targets: Float[Tensor, "batch concepts"] | None = None
+        self,
+        batch: Float[Tensor, "batch d_in"],
+        targets: Float[Tensor, "batch concepts"] | None = None,
+        embeddings: Float[Tensor, "batch d"] | None = None,
     ) -> list[StepMetrics]:
         """One optimiser step.
 
         Args:
             targets: how far each row shows each of the concepts, from 0 to 1, NaN where that is unknown; wanted if
                 there are concepts.
+            embeddings: the judge's, of the image that each row belongs to, of any length but 0; wanted if
+                MonoSemanticity is a goal of the cell.
 
         Returns:
             The metrics of all steps since the last report, in turn, where they are known: a GPU that trains alone is
@@ -160,7 +194,8 @@ class CellTrainer:
                 f"the targets have shape {list(wanted.shape)}; {len(x)} rows with {len(self.concepts)} concepts need "
                 f"{[len(x), len(self.concepts)]}"
             )
-        if self.n_steps == 0 and not self.architecture.standardises_rows:
+        judged = self._judged(x, embeddings)
+        if self.n_steps == 0 and self.starts_at_median and not self.architecture.standardises_rows:
             self.weights.b_dec.data.copy_(geometric_median(sharers.gather(x)))
         if self._window.done == 0:
             self._open_window(max(size, len(x) * sharers.size))
@@ -168,9 +203,9 @@ class CellTrainer:
         averages = averages and self.n_steps > self.cell.training.effective("threshold_start_step")
         with tf32(self.device, self.cell.training.dtype):
             if self._replayed:
-                self._replayed(self._work, (x, wanted), averages, self._room)
+                self._replayed(self._work, (x, wanted, judged), averages, self._room)
             else:
-                self._work(x, wanted, averages, self._room)
+                self._work(x, wanted, judged, averages, self._room)
         self.n_steps += 1
         self._window.done += 1
         return self.report() if self.n_steps % self._window.length == 0 else []
@@ -189,13 +224,22 @@ class CellTrainer:
             found.append(metrics)
         return found
 
-    def export(self, norm_scale: float) -> SAE | None:
+    def deaths(self) -> Deaths:
+        """Of all latents. The host waits; where ranks split the latents, all of them make this call."""
+        dead = self._dead()
+        stopped, revived = dead & self.ever_fired, (self.revivals > 0) & ~dead
+        own = torch.stack([(~self.ever_fired).sum(), stopped.sum(), revived.sum(), self.revivals.sum()])
+        return Deaths(*self.split.latents.sum(own).tolist())
+
+    def export(self, norm_scale: float, centre: Float[Tensor, " d_in"] | None = None) -> SAE | None:
         """The SAE for inputs that are not normalised; training can continue.
 
         Where ranks split the latents, all of them make this call: the first gets the SAE, the others None.
 
         Args:
             norm_scale: what the batches were divided by. `b_enc`, `b_dec` and the threshold are multiplied by it.
+            centre: what was subtracted from them before, if anything. It is added to `b_dec`, which is all it takes:
+                `b_dec` is what is subtracted from inputs and added to reconstructions.
 
         Raises:
             NonFiniteLoss: as a step does, for those whose metrics are not known yet.
@@ -212,7 +256,7 @@ class CellTrainer:
         weights = self._whole(self.weights.named(), self.device)
         if not weights:
             return None
-        threshold = weights.get("threshold")
+        threshold, b_dec = weights.get("threshold"), weights["b_dec"] * norm_scale
         if self.architecture.estimates_threshold:
             threshold = self.threshold.expand(self.d_sae).clone()
         return SAE(
@@ -220,7 +264,7 @@ class CellTrainer:
             W_enc=weights["W_enc_t"].T.contiguous(),
             W_dec=weights["W_dec"],
             b_enc=weights["b_enc"] * norm_scale,
-            b_dec=weights["b_dec"] * norm_scale,
+            b_dec=b_dec if centre is None else b_dec + centre.to(b_dec),
             threshold=None if threshold is None else threshold * norm_scale,
             k=self.cell.k,
             concepts=self.concepts,
@@ -237,15 +281,23 @@ class CellTrainer:
         facts = {"d_in": self.d_in, "cell": self.cell.identity(), "n_steps": self.n_steps, "failed": self.failed}
         if self._room is not None and self._window.length > 1:  # room for one step is of no use to others
             facts["auxk_room"] = self._room
+        if not self.starts_at_median:
+            facts["starts_at_median"] = False
         return self._whole(self._tensors(), torch.device("cpu")), facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Restores a state, whatever split its entries. Raises UsageError when it belongs to another cell."""
+        """Restores a state, whatever split its entries.
+
+        Raises UsageError when it belongs to another cell, or lacks what is counted now.
+        """
         own = {"d_in": self.d_in, "cell": self.cell.identity()}
         if own != {name: facts.get(name) for name in own}:
             raise UsageError(f"the checkpoint belongs to another cell: it holds {facts}, this one is {own}; delete it")
+        if missing := sorted(self._tensors().keys() - tensors.keys()):
+            raise UsageError(f"the checkpoint lacks {', '.join(missing)}: an earlier sae-ray wrote it; delete it")
         self._window.close()
         self.n_steps, self.failed, self._room = facts["n_steps"], facts["failed"], facts.get("auxk_room")
+        self.starts_at_median = facts.get("starts_at_median", True)
         for name, tensor in self._tensors().items():
             tensor.copy_(tensors[name] if _on_all_ranks(name) else self.split.latents.own(tensors[name]))
 
@@ -253,10 +305,11 @@ class CellTrainer:
         """What training changes, as this rank holds it."""
         tensors = {name: parameter.detach() for name, parameter in self.weights.named().items()}
         if self.n_steps:
-            for name, parameter in self.weights.named().items():
+            for name, parameter in self.weights.trained().items():
                 for moment, value in self.optimizer.state[parameter].items():
                     tensors[f"adam.{moment}.{name}"] = value
-        return tensors | {"samples_since_fired": self.samples_since_fired, "threshold_estimate": self.threshold}
+        counted = {name: getattr(self, name) for name in ("samples_since_fired", "revivals", "ever_fired")}
+        return tensors | counted | {"threshold_estimate": self.threshold}
 
     def _whole(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Copies of these tensors for all latents, one after the other; none where another rank gets them."""
@@ -294,7 +347,12 @@ class CellTrainer:
         return self.architecture.revives and self.cell.training.auxk_weight > 0
 
     def _work(
-        self, x: Float[Tensor, "batch d_in"], targets: Float[Tensor, "batch concepts"], averages: bool, room: int | None
+        self,
+        x: Float[Tensor, "batch d_in"],
+        targets: Float[Tensor, "batch concepts"],
+        judged: Float[Tensor, "batch d"],
+        averages: bool,
+        room: int | None,
     ) -> None:
         """What a step does on the device. With fixed shapes it follows from these arguments, but for what tensors hold.
 
@@ -311,10 +369,14 @@ class CellTrainer:
         guidance = self._concept_loss(x, targets)
         if guidance is not None:
             loss = loss + self.cell.settings.concept_weight * guidance
+        score = None
+        if self.cell.monosemanticity and forward.entries is not None:
+            score = batch_monosemanticity(*forward.entries, judged, self.split)
+            loss = loss - self.cell.monosemanticity * score
         gradients, norm = self._gradients(loss)
         if averages:
             self._update_threshold(forward)
-        figures = self._figures(loss, auxk, guidance, forward, norm)
+        figures = self._figures(loss, auxk, guidance, score, forward, norm)
         self._window.note(figures, ~(figures[0].isfinite() & norm.isfinite()))  # of all ranks, so that they agree
 
         factor = (self.cell.training.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
@@ -327,6 +389,8 @@ class CellTrainer:
 
     def _count_firing(self, forward: Forward, n_rows: int) -> None:
         fired = self.split.rows.sum(forward.fired.float()) > 0
+        self.revivals += fired & self._dead()
+        self.ever_fired |= fired
         self.samples_since_fired += n_rows
         self.samples_since_fired.masked_fill_(fired, 0)
 
@@ -334,9 +398,19 @@ class CellTrainer:
         training = self.cell.training
         if not self._revives or room == 0:
             return x.new_zeros(())
+        gamma = self.architecture.gamma
         if room is not None:
-            return padded_auxk_loss(self.weights, x, forward, self._dead(), training, self.split, room)
-        return auxk_loss(self.weights, x, forward, self._dead(), training.auxk_select, self.split)
+            return padded_auxk_loss(self.weights, x, forward, self._dead(), training, self.split, room, gamma)
+        return auxk_loss(self.weights, x, forward, self._dead(), training.auxk_select, self.split, gamma)
+
+    def _judged(self, x: Tensor, embeddings: Tensor | None) -> Float[Tensor, "rows d"]:
+        """Embeddings of length 1; of no width where they are of no use."""
+        if not self.cell.monosemanticity:
+            return x.new_zeros(len(x), 0)
+        if embeddings is None or embeddings.ndim != 2 or len(embeddings) != len(x):
+            shape = None if embeddings is None else list(embeddings.shape)
+            raise UsageError(f"the embeddings have shape {shape}; give [{len(x)}, d], since MonoSemanticity is a goal")
+        return torch.nn.functional.normalize(embeddings.to(self.device, torch.float32), dim=1)
 
     def _concept_loss(self, x: Tensor, targets: Tensor) -> Float[Tensor, ""] | None:
         """None without concepts."""
@@ -347,12 +421,14 @@ class CellTrainer:
 
     def _gradients(self, loss: Tensor) -> tuple[dict[str, RowGradient], Float[Tensor, ""]]:
         """Of the whole batch, without what only scales decoder rows; and their norm."""
-        named = self.weights.named()
+        named = self.weights.trained()
+        if not named:
+            return {}, loss.new_zeros(())
         gradients = {
             name: RowGradient.of(gradient, self.split.rows)
             for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)
         }
-        if self.architecture.unit_decoder:
+        if "W_dec" in gradients and self.architecture.unit_decoder:
             self._orthogonalise(*gradients["W_dec"])
         latents = self.split.latents
         # What all ranks hold counts once.
@@ -379,14 +455,20 @@ class CellTrainer:
 
     @torch.no_grad()
     def _figures(
-        self, loss: Tensor, auxk: Tensor, guidance: Tensor | None, forward: Forward, gradient_norm: Tensor
+        self,
+        loss: Tensor,
+        auxk: Tensor,
+        guidance: Tensor | None,
+        score: Tensor | None,
+        forward: Forward,
+        gradient_norm: Tensor,
     ) -> Float[Tensor, " n_figures"]:
         """The fields of `StepMetrics`, but for the first and the last."""
         learned = self.weights.threshold
         own = [forward.n_active, self._dead().sum(), loss.new_zeros(()) if learned is None else learned.sum()]
         n_active, n_dead, total_threshold = self.split.latents.sum(torch.stack(own))
-        of_concepts = loss.new_zeros(()) if guidance is None else guidance
-        losses = [loss, forward.reconstruction_loss, auxk, forward.sparsity_penalty, of_concepts]
+        of_concepts, of_batch = (loss.new_zeros(()) if one is None else one for one in (guidance, score))
+        losses = [loss, forward.reconstruction_loss, auxk, forward.sparsity_penalty, of_concepts, of_batch]
         means = self.split.rows.mean(torch.stack([*losses, n_active / len(forward.pre)]))
         threshold = self.threshold if learned is None else total_threshold / self.d_sae
         return torch.cat([means, torch.stack([n_dead, threshold, gradient_norm])])

@@ -11,6 +11,8 @@ from torch.nn import Parameter
 from sae_ray.sae.ranks import ALONE
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from sae_ray.sae.ranks import Split
 
 
@@ -55,6 +57,15 @@ class Weights:
     def of_unit_rows(self, name: str) -> bool:
         """Whether the rows of a weight keep unit norm."""
         return name == "W_dec" and self._unit_decoder
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Keeps these at the values that they have."""
+        for name in names:
+            self.named()[name].requires_grad_(False)
+
+    def trained(self) -> dict[str, Parameter]:
+        """Those that are not frozen."""
+        return {name: value for name, value in self.named().items() if value.requires_grad}
 
     @torch.no_grad()
     def constrain(self, name: str, part: slice) -> None:

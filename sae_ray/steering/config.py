@@ -13,7 +13,10 @@ from sae_ray.errors import check
 
 ONE_WORD = "What is shown in this image? Use exactly one word!"
 """The question of Pach et al. (arXiv 2504.02821, sec. 3.3)."""
+ONE_WORD_FOR_ALL = "What do these images have in common? Use exactly one word!"
+"""The question about a grid of images."""
 NamingMethod = Literal["vlm", "steering"]
+ShownImages = Literal["one_by_one", "grid"]
 MAX_NEW_TOKENS = 32
 """Length of an answer, where none is asked for."""
 
@@ -77,6 +80,9 @@ class Naming:
     """`vlm`: what the LLaVA answers to `steering.prompt` about a latent's top training images. `steering`: what it
     answers about a white image with the latent set to `steering.strength`, for SAEs of the layer that it reads. The
     first method that has a name for a latent is the one that is shown."""
+    images: ShownImages = "one_by_one"
+    """How `vlm` shows top images: `one_by_one`, with the commonest answer as the name, or all 16 in a `grid` with one
+    question, for models that read grids. The world's LLaVA does not."""
     n_latents: Count = 1000
     """Maximum number of latents of each SAE to name: those that fire on most training images. Up to 16 training and 32
     held-out images are asked about for each, every image once."""
@@ -84,3 +90,5 @@ class Naming:
     def __post_init__(self):
         check(bool(self.methods), "naming.methods", [], "name at least one, or remove [naming]")
         check(len(set(self.methods)) == len(self.methods), "naming.methods", list(self.methods), "name each one once")
+        check(self.images == "one_by_one" or "vlm" in self.methods, "naming.images", self.images,
+              'only the method "vlm" shows top images; add it to naming.methods, or leave this out')  # fmt: skip

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, assert_never, get_args
 
 import pyarrow as pa
 import torch
 
+from sae_ray.encoders.info import EncoderInfo
+from sae_ray.encoders.resizing import Box
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae.few_latents import codes_of, divided
 from sae_ray.sae.formats import LATENTS_FILE
 from sae_ray.sae.model import SAE
 from sae_ray.sae.sparse import Pattern
 from sae_ray.steering.balanced import pushed
+from sae_ray.steering.regions import Region, tokens_in
 from sae_ray.store.files import Folder
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
 Mode = Literal["set", "add", "scale", "ablate", "balanced"]
@@ -97,15 +100,43 @@ class LatentEdit:
                 assert_never(self.mode)
 
 
+@dataclass(frozen=True)
+class Condition:
+    """Holds on the tokens on which a latent is above some value, before the edits that depend on it.
+
+    Raises UsageError for an unknown unit, and for a value that is negative or not finite.
+    """
+
+    latent: int
+    above: float = 0.0
+    unit: Unit = "absolute"
+    """`max`: `above` is a multiple of the latent's largest value on a single token."""
+
+    def __post_init__(self):
+        if not _is_index(self.latent):
+            raise UsageError(f"latent of when is {self.latent!r}; it must be an integer, counted from 0")
+        if self.unit not in get_args(Unit):
+            raise UsageError(f"unit of when is {self.unit!r}; it must be one of {', '.join(get_args(Unit))}")
+        number = isinstance(self.above, int | float) and not isinstance(self.above, bool)
+        if not number or not 0 <= self.above <= torch.finfo(torch.float32).max:
+            raise UsageError(f"above of when is {self.above!r}; it must be a finite number, and at least 0")
+
+    def threshold(self, max_token: Tensor | None) -> float:
+        if self.unit == "absolute":
+            return float(self.above)
+        assert max_token is not None, "checked by Intervention"
+        return float(self.above * max_token[self.latent])
+
+
 @dataclass(frozen=True, eq=False)
 class Intervention:
     """Edits of latents, applied to the tokens of an image: `intervention(x)` with x [tokens, d_in].
 
     With `a = encode(x)` and the edited codes ã, the result is `decode(ã)` (the paper), or `x + (ã - a) @ W_dec` with
     `error="keep"`. It is computed on the SAE's device and in its precision, at least float32. The result has the dtype
-    and device of x.
+    and device of x. Tokens outside of `tokens` and `region`, and those on which `when` does not hold, keep every bit.
 
-    Raises UsageError if an edit does not fit the SAE.
+    Raises UsageError if an edit or the condition does not fit the SAE.
     """
 
     sae: SAE
@@ -119,6 +150,11 @@ class Intervention:
     """The tokens to edit, numbered as in a `Site` (0 is CLS if there is one); None for all."""
     max_token: Float[Tensor, " d_sae"] | None = None
     """Each latent's largest value on a single token (`load_max_token`); needed for the unit `max`."""
+    region: Region | None = None
+    """The part of the image to edit: its patches (`tokens_in`), never CLS; None for all. A `Llava` finds them by the
+    image; for tokens alone, use `at`."""
+    when: Condition | None = None
+    """Where it holds, tokens are edited; None for everywhere."""
 
     def __post_init__(self):
         d_sae = self.sae.d_sae
@@ -141,18 +177,25 @@ class Intervention:
                 raise UsageError(f"latent {edit.latent} is edited twice; remove one of the edits")
             if edit.mode == "balanced":
                 self._check_balanced(edit)
-            if edit.unit == "absolute":
-                continue
-            if self.max_token is None:
-                raise UsageError(
-                    f"strength of latent {edit.latent} is in multiples of max_token, which is unknown; give an "
-                    f"absolute strength, or an SAE whose directory has a {LATENTS_FILE}, as written by a study"
-                )
-            if not self.max_token[edit.latent] > 0:
-                raise UsageError(
-                    f"strength of latent {edit.latent} is in multiples of max_token, but this latent never fired; give "
-                    "an absolute strength or another latent"
-                )
+            if edit.unit == "max":
+                self._check_maximum(edit.latent, "strength")
+        if self.when is not None:
+            if self.when.latent >= d_sae:
+                raise UsageError(f"latent of when is {self.when.latent}; the SAE has latents 0 to {d_sae - 1}")
+            if self.when.unit == "max":
+                self._check_maximum(self.when.latent, "above")
+
+    def _check_maximum(self, latent: int, what: str) -> None:
+        if self.max_token is None:
+            raise UsageError(
+                f"{what} of latent {latent} is in multiples of max_token, which is unknown; give an absolute {what}, "
+                f"or an SAE whose directory has a {LATENTS_FILE}, as written by a study"
+            )
+        if not self.max_token[latent] > 0:
+            raise UsageError(
+                f"{what} of latent {latent} is in multiples of max_token, but this latent never fired; give an "
+                f"absolute {what} or another latent"
+            )
 
     def _check_balanced(self, edit: LatentEdit) -> None:
         if self.error != "keep":
@@ -172,23 +215,28 @@ class Intervention:
 
         Args:
             values: `{"edits": [{"latent": 39, "mode": "set", "strength": 4, "unit": "max"}], "error": "drop",
-                "isolate": false, "tokens": null}`. All keys except `latent` may be left out for their defaults.
+                "isolate": false, "tokens": null, "region": {"rectangles": [[0, 0, 0.5, 1]], "mask": "mask.png"},
+                "when": {"latent": 7, "above": 1, "unit": "max"}}`. All keys except `latent` may be left out for their
+                defaults.
 
         Raises:
             UsageError: A key is unknown, or a value is invalid.
         """
-        values = _checked(values, "the intervention", ("edits", "error", "isolate", "tokens"))
+        values = _checked(values, "the intervention", ("edits", "error", "isolate", "tokens", "region", "when"))
         edits = values.pop("edits", ())
         if not _is_list(edits):
             raise UsageError(f"edits is {edits!r}; it must be a list")
         tokens = values.pop("tokens", None)
         if tokens is not None and not _is_list(tokens):
             raise UsageError(f"tokens is {tokens!r}; it must be a list of token numbers, or null for all")
+        region, when = values.pop("region", None), values.pop("when", None)
         return cls(
             sae,
             tuple(_edit_from(edit, f"edits[{place}]") for place, edit in enumerate(edits)),
             tokens=None if tokens is None else tuple(tokens),
             max_token=max_token,
+            region=None if region is None else Region.from_dict(region),
+            when=None if when is None else _condition_from(when),
             **values,
         )
 
@@ -200,12 +248,28 @@ class Intervention:
             "error": self.error,
             "isolate": self.isolate,
             "tokens": None if self.tokens is None else list(self.tokens),
+            "region": None if self.region is None else self.region.to_dict(),
+            "when": None if self.when is None else asdict(self.when),
         }
+
+    def at(self, view: Box, tower: EncoderInfo) -> Intervention:
+        """The same with `tokens` in place of a region, for an image of which the tower sees this part.
+
+        Raises UsageError as `tokens_in`, and if none of `tokens` lies in the region.
+        """
+        if self.region is None:
+            return self
+        inside = tokens_in(self.region, view, tower)
+        tokens = tuple(token for token in self.tokens if token in inside) if self.tokens is not None else inside
+        if not tokens:
+            raise UsageError(f"none of tokens {list(self.tokens or ())} lies in region, which has {list(inside)}")
+        return replace(self, region=None, tokens=tokens)
 
     def __call__(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
         """The edited tokens; x is not changed.
 
-        Raises UsageError if the width of x differs from the SAE's, or `tokens` names a token that x does not have.
+        Raises UsageError if the width of x differs from the SAE's, `tokens` names a token that x does not have, or
+        there is a region, whose tokens depend on the image.
         """
         return edit_each([self], [x])[0]
 
@@ -217,6 +281,8 @@ class Intervention:
 
     def _chosen(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "chosen d_in"]:
         """The tokens to edit."""
+        if self.region is not None:
+            raise UsageError("region needs the image to find its tokens; give the image to a Llava, or use at(…)")
         if self.tokens is None:
             return x
         if max(self.tokens) >= len(x):
@@ -256,8 +322,11 @@ def edit_each(
         alike = [interventions[place] for place in places]
         chosen = [one._chosen(images[place]) for one, place in zip(alike, places, strict=True)]
         lengths = [len(tokens) for tokens in chosen]
-        replaced = _replaced(alike, torch.cat(chosen), lengths).split(lengths)
-        for one, place, tokens in zip(alike, places, replaced, strict=True):
+        x = torch.cat(chosen)
+        replaced = _replaced(alike, x, lengths)
+        if any(one.when is not None for one in alike):
+            replaced = torch.where(_holds(alike, x, lengths)[:, None], replaced, x)
+        for one, place, tokens in zip(alike, places, replaced.split(lengths), strict=True):
             edited[place] = one._put_back(tokens, images[place])
     return edited
 
@@ -302,6 +371,21 @@ def _replaced(
     return result.to(x)
 
 
+def _holds(
+    alike: Sequence[Intervention], x: Float[Tensor, "rows d_in"], lengths: Sequence[int]
+) -> Bool[Tensor, " rows"]:
+    """On which rows of several images, `lengths` of each, the conditions of their interventions hold."""
+    latents = list(dict.fromkeys(one.when.latent for one in alike if one.when is not None))
+    codes = codes_of(alike[0].sae, latents)(x)
+    holds = [
+        torch.ones(len(own), dtype=torch.bool, device=codes.device)
+        if one.when is None
+        else own[:, latents.index(one.when.latent)] > one.when.threshold(one.max_token)
+        for one, own in zip(alike, codes.split(list(lengths)), strict=True)
+    ]
+    return torch.cat(holds).to(x.device)
+
+
 def load_max_token(folder: str | Path | Folder) -> Float[Tensor, " d_sae"]:
     """Each latent's largest value on a single token, float64, from the `latents.parquet` in an SAE's directory.
 
@@ -329,6 +413,13 @@ def _edit_from(values: Any, where: str) -> LatentEdit:
     if isinstance(mode, str):
         values["mode"] = ALIASES.get(mode, mode)
     return LatentEdit(**values)
+
+
+def _condition_from(values: Any) -> Condition:
+    values = _checked(values, "when", [item.name for item in fields(Condition)])
+    if "latent" not in values:
+        raise UsageError("when: latent is missing; give a latent's number")
+    return Condition(**values)
 
 
 def _checked(values: Any, where: str, known: Sequence[str]) -> dict[str, Any]:

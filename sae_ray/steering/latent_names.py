@@ -5,13 +5,15 @@
 | `vlm` | the commonest answer about the latent's top training images | that about as many random ones |
 | `steering` | the answer about a white image, with the latent set to a strength | the name of another latent |
 
-Every question is the same, and one about an image serves all latents. Names are tried by the answers about held-out
+Every question is the same, and one about an image serves all latents; a model that reads grids may be asked about the
+16 top images at once instead. Names are tried by the answers about held-out
 images: does the model name images on which the latent fires so, and no others (`name_scores`)?
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 
 import numpy as np
@@ -79,22 +81,30 @@ class Answers(NamedTuple):
     """What the model said."""
 
     training: Mapping[int, str]
-    """About training images, by `image_index`."""
+    """About training images, by `image_index`; empty if they are shown in grids."""
     heldout: Mapping[int, str]
     white: Sequence[str]
     """About the white image with each latent set; empty where the method is not wanted."""
     unsteered: str
     """About the white image itself."""
+    grids: Sequence[str] = ()
+    """About the grid of each latent's top images, then about that of its random ones; empty without grids."""
 
     def table(self, latents: Sequence[int]) -> pa.Table:
-        """Every answer, in `NAMING_ANSWERS_SCHEMA`. `about` is `train`, `heldout` or `white`.
+        """Every answer, in `NAMING_ANSWERS_SCHEMA`. `about` is `train`, `grid`, `random grid`, `heldout` or `white`.
+
+        The first answer about the white image is the one without an edit, and has no latent.
 
         Args:
-            latents: those that `white` is about.
+            latents: those that were asked about.
         """
         rows: list[tuple] = [("train", image, None, answer) for image, answer in self.training.items()]
+        grids = zip(product(("grid", "random grid"), latents), self.grids, strict=True) if self.grids else ()
+        rows += [(about, None, latent, answer) for (about, latent), answer in grids]
         rows += [("heldout", image, None, answer) for image, answer in self.heldout.items()]
-        rows += [("white", None, *one) for one in zip(latents, self.white, strict=True)] if self.white else []
+        if self.white:
+            rows += [("white", None, None, self.unsteered)]
+            rows += [("white", None, *one) for one in zip(latents, self.white, strict=True)]
         columns = list(zip(*rows, strict=True)) or [()] * len(NAMING_ANSWERS_SCHEMA)
         return pa.table(columns, schema=NAMING_ANSWERS_SCHEMA)
 
@@ -115,7 +125,7 @@ def name_table(
     """The names of some latents, in `LATENT_NAMES_SCHEMA`: one row per latent and method, the methods in order.
 
     `name` is null where nothing was said, or where setting the latent changed nothing. `score` is null as `name_scores`
-    has it; `agreement` (share of the top images that were called so) and `n_images` belong to `vlm`.
+    has it; `agreement` (share of the top images that were called so; null for a grid) and `n_images` belong to `vlm`.
     """
     tables = []
     for method in methods:
@@ -139,6 +149,11 @@ def _named(method: NamingMethod, shown: Shown, answers: Answers) -> tuple[Answer
     """The names of a method, and those of its control."""
     match method:
         case "vlm":
+            if answers.grids:
+                said = [plain(answer) or None for answer in answers.grids]
+                n_images = (shown.top[:, :N_IMAGES] >= 0).sum(axis=1)
+                name, control = said[: len(n_images)], said[len(n_images) :]
+                return AnsweredNames(name, np.full(len(name), np.nan), n_images), control
             found = answered_names(shown.top[:, :N_IMAGES], answers.training)
             return found, answered_names(shown.random, answers.training).name
         case "steering":

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sae_ray.encoders.base import placement
 from sae_ray.encoders.hub import check_tokenizer, find, load_weights, refusing
 from sae_ray.encoders.info import EncoderInfo
+from sae_ray.encoders.resizing import WHOLE
 from sae_ray.encoders.transformers_models import blocks_of, describe, resizing, scale_of
 from sae_ray.errors import UsageError
 from sae_ray.steering.config import MAX_NEW_TOKENS
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Picture = Image.Image | UInt8[np.ndarray, "3 height width"]
-    """RGB, of any size; or as the tower's own `preprocess` resizes and crops it."""
+    """RGB, of any size; or as the tower's own `preprocess` resizes and crops it. A region is one of what is given."""
 
 FORMS = (
     "a LLaVA is named by a directory in the transformers format (a path, or a URI such as s3://bucket/folder) or a "
@@ -184,6 +185,7 @@ class Llava:
             return []
         for edit in (edit for chain in edits for edit in chain if isinstance(edit, Intervention)):
             self._check(edit)
+        edits = [[self._at(image, edit) for edit in chain] for image, chain in zip(images, edits, strict=True)]
         unlike = {id(image): image for image in images}
         places = [list(unlike).index(id(image)) for image in images]
         config = self.model.config
@@ -274,6 +276,12 @@ class Llava:
         resized = np.stack([one if isinstance(one, np.ndarray) else self._resize(one) for one in images])
         scaled = torch.from_numpy(resized).to(self.device).contiguous().double().mul_(self._rescale).float()
         return scaled.sub_(self._mean).div_(self._std).to(self.dtype)
+
+    def _at(self, image: Picture, edit: TowerEdit) -> TowerEdit:
+        """The edit with the tokens of its region in this image."""
+        if not isinstance(edit, Intervention) or edit.region is None:
+            return edit
+        return edit.at(WHOLE if isinstance(image, np.ndarray) else self._resize.view(image.size), self.info)
 
     def _check(self, edit: Intervention) -> None:
         if edit.sae.d_in != self.width:

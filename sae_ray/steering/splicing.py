@@ -42,6 +42,8 @@ class Spliced(NamedTuple):
     """With the SAE's reconstruction in their place, its error dropped."""
     ablation: int
     """With their mean in their place, the same for every image."""
+    zero: int
+    """With zeros in their place."""
 
     @classmethod
     def merged(cls, parts: Iterable[Self]) -> Self:
@@ -49,14 +51,14 @@ class Spliced(NamedTuple):
         return cls(*map(sum, zip(*parts, strict=True)))
 
     @property
-    def accuracy(self) -> tuple[float, float, float]:
-        """Shares of the images: original, reconstruction, ablation. NaN without images."""
+    def accuracy(self) -> tuple[float, float, float, float]:
+        """Shares of the images: original, reconstruction, ablation, zero. NaN without images."""
         n = self.n_images or math.nan
-        return self.original / n, self.reconstruction / n, self.ablation / n
+        return self.original / n, self.reconstruction / n, self.ablation / n, self.zero / n
 
     @property
     def recovered(self) -> float:
-        """Share of what ablation loses that the reconstruction keeps: 1 if it is as good as the activations.
+        """Share of what ablation by the mean loses that the reconstruction keeps: 1 if it is as good as activations.
 
         NaN if ablation loses nothing, as at a site that the output does not depend on.
         """
@@ -67,7 +69,7 @@ class Spliced(NamedTuple):
 def count_spliced(
     outputs: Outputs, sae: SAE, mean: Float[Tensor, " d_in"], classify: Classifier, classes: Int[Tensor, " images"]
 ) -> Spliced:
-    """Counts the images that are classified right, with activations, reconstructions and means.
+    """Counts the images that are classified right, with activations, reconstructions, means and zeros.
 
     Args:
         outputs: `outputs_at` for images, or `outputs_of` for stored embeddings.
@@ -81,7 +83,12 @@ def count_spliced(
     """
     if mean.shape != (sae.d_in,):
         raise UsageError(f"mean has the shape {list(mean.shape)}; the SAE takes activations of width {sae.d_in}")
-    edits: tuple[TowerEdit | None, ...] = (None, Intervention(sae), lambda x: mean.to(x).expand_as(x))
+    edits: tuple[TowerEdit | None, ...] = (
+        None,
+        Intervention(sae),
+        lambda x: mean.to(x).expand_as(x),
+        torch.zeros_like,
+    )
     labelled = classes >= 0
     right = [int((classify(outputs(edit)).cpu() == classes.cpu())[labelled.cpu()].sum()) for edit in edits]
     return Spliced(int(labelled.sum()), *right)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from sae_ray.store.sample import Sample
+
 
 READS_AT_ONCE = 4
 """Parts of a window, so that the store's answers need not be waited for one by one."""
@@ -27,6 +29,7 @@ class _Group(NamedTuple):
     place: int
     """Within the part."""
     rows: int
+    """That are drawn."""
 
 
 _Read = Callable[[tuple[int, ...]], "Tensor"]
@@ -34,7 +37,7 @@ _Read = Callable[[tuple[int, ...]], "Tensor"]
 
 
 class TrainingStream:
-    """An endless sequence of batches, a pure function of (store, seed, batch size, shuffle rows).
+    """An endless sequence of batches, a pure function of (store, seed, batch size, shuffle rows, rows kept out).
 
     Each epoch permutes the row groups of all parts, joins them into windows, and permutes the rows of each window.
     Batches continue across epochs. A store of at most `shuffle_rows` rows is one window, which is read once and stays
@@ -47,6 +50,7 @@ class TrainingStream:
         seed: the site's seed, not a cell's: all cells of a site see the same batches.
         shuffle_rows: approximate number of rows in memory.
         device: holds these rows, in the stored dtype.
+        without: says which rows are never drawn; None if all are.
     """
 
     def __init__(
@@ -56,17 +60,23 @@ class TrainingStream:
         seed: int,
         shuffle_rows: int,
         device: torch.device | str = "cpu",
+        without: Sample | None = None,
     ):
         self.store = store
         self.batch_size = batch_size
         self.seed = seed
         self.device = torch.device(device)
-        self._fits = store.n_rows <= shuffle_rows
+        self._without = without
+        self._groups = [
+            _Group(number, place, rows - (int(without.kept_out(number, place).sum()) if without else 0))
+            for number in store.parts
+            for place, rows in enumerate(store.group_rows(number))
+        ]
+        self.n_rows = sum(group.rows for group in self._groups)
+        """Of an epoch."""
+        self._fits = self.n_rows <= shuffle_rows
         self._window_rows = shuffle_rows if self._fits else shuffle_rows // 2
         self._whole: dict[_Read, Tensor] = {}
-        self._groups = [
-            _Group(number, place, rows) for number in store.parts for place, rows in enumerate(store.group_rows(number))
-        ]
 
     def batches(self, first_step: int = 0) -> Iterator[Float[Tensor, "batch d"]]:
         """Batches from `first_step` on, in the stored dtype and unscaled. Earlier ones are skipped without reading."""
@@ -106,7 +116,7 @@ class TrainingStream:
 
     def _windows_from(self, first_step: int) -> Iterator[tuple[int, tuple[int, ...], int]]:
         """Epoch, row groups and first row of each window, starting at a step."""
-        epoch, offset = divmod(first_step * self.batch_size, self.store.n_rows)
+        epoch, offset = divmod(first_step * self.batch_size, self.n_rows)
         while True:
             for window in self._windows(epoch):
                 rows = sum(self._groups[number].rows for number in window)
@@ -160,8 +170,11 @@ class TrainingStream:
         def read(part: int) -> None:
             groups, targets = of_part[part]
             rows = torch.tensor(read_groups(part, groups))  # a copy, since Arrow's memory is read-only
-            for target, piece in zip(targets, rows.split([len(target) for target in targets]), strict=True):
-                target.copy_(piece)
+            stored = self.store.group_rows(part)
+            pieces = rows.split([stored[group] for group in groups])
+            for group, target, piece in zip(groups, targets, pieces, strict=True):
+                drawn = piece[~torch.from_numpy(self._without.kept_out(part, group))] if self._without else piece
+                target.copy_(drawn)
 
         with ThreadPoolExecutor(READS_AT_ONCE) as readers:
             list(readers.map(read, of_part))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -19,6 +20,7 @@ from sae_ray.images.rendering import Rendering, rgb
 from sae_ray.sae.architectures import ArchitectureSettings, architecture
 from sae_ray.sae.architectures.guided_topk import LABELS
 from sae_ray.sae.config import Cell, TrainingConfig
+from sae_ray.sae.weighing import UNIFORM, label_of
 from sae_ray.seeds import derived_seed
 from sae_ray.steering.config import Naming, Steering
 
@@ -76,10 +78,11 @@ class EncoderConfig:
     __pydantic_config__ = STRICT
 
     model: str
-    """A hub id, `open_clip:<architecture>/<pretrained tag>`, `open_clip:hf-hub:<id>`,
-    `open_clip:local-dir:<directory>`, or a directory: a path that every node has, or a URI such as `s3://bucket/folder`."""
+    """A hub id, `open_clip:<architecture>/<pretrained tag>`, `timm:<model>.<pretrained tag>`, `open_clip:` or `timm:`
+    followed by `hf-hub:<id>` or `local-dir:<directory>`, or a directory: a path that every node has, or a URI such as
+    `s3://bucket/folder`."""
     revision: str | None = None
-    """Commit, tag or branch of a hub id."""
+    """Commit, tag or branch of what is on the hub."""
     dtype: Dtype = "float32"
     """Dtype of the forward pass; float32 on CPU."""
 
@@ -95,7 +98,7 @@ class JudgeConfig:
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
     point: Literal["pooled", "projection"] = "pooled"
-    """Which image embedding to use: the pooled output (DINOv2) or the projection (CLIP)."""
+    """Which image embedding to use: the pooled output (DINOv2, timm) or the projection (CLIP)."""
     dtype: Dtype = "float32"
     """Dtype of the forward pass."""
 
@@ -108,7 +111,8 @@ class Grid:
 
     sites: tuple[str, ...]
     """Where activations are taken from the encoder: `layer<L>:<tokens>` is the residual stream after block L (counted
-    from 0), with tokens `cls`, `mean`, `all` or `random:<n>`; or `projection`, or `pooled`."""
+    from 0), with tokens `cls`, `mean`, `all` or `random:<n>`; `layer<L>.mlp:<tokens>` is the output of that block's
+    MLP; or `projection`, or `pooled`."""
     architectures: tuple[str, ...] = ("batch_topk",)
     """Kinds of autoencoder, such as `batch_topk` or `relu`."""
     expansions: tuple[float, ...] = (8.0,)
@@ -122,12 +126,22 @@ class Grid:
     latents are found again (`stability` in `[concepts]`)."""
     score_tokens: str | None = None
     """Tokens to score on, such as `cls` or `all`. Default: the tokens that were trained on."""
+    weights: tuple[str, ...] = (UNIFORM,)
+    """By what the dimensions of the activation count in the loss: `uniform` (all alike), `ms` (the MonoSemanticity of
+    the raw coordinate), `variance`, `inverse_variance`, or the path of a parquet table with the columns `dimension` and
+    `s`. An SAE is trained for each (`docs/methods.md`)."""
+    alpha: Annotated[float, Ge(0), Lt(math.inf)] = 0.5
+    """The weight of a dimension is what it counts by, to this power; with `inverse_variance` and 0.5 every coordinate
+    counts as if its variance were 1."""
+    monosemanticity: tuple[Annotated[float, Ge(0), Lt(math.inf)], ...] = (0.0,)
+    """Weights of a loss by which latents become active on training images that are alike to the judge, who then embeds
+    these, too; for architectures that select latents. An SAE is trained for each (`docs/methods.md`)."""
 
     def __post_init__(self):
         kinds = [architecture(name, "grid.architectures") for name in self.architectures]
         by_k = [kind.name for kind in kinds if kind.tuned_by == "k"]
         by_sparsity = [kind.name for kind in kinds if kind.tuned_by == "sparsity"]
-        for name in ("sites", "architectures", "expansions", "seeds"):
+        for name in ("sites", "architectures", "expansions", "seeds", "weights", "monosemanticity"):
             check(bool(getattr(self, name)), f"grid.{name}", [], "name at least one")
         check(bool(self.k) or not by_k, "grid.k", [], f"{', '.join(by_k)}: name at least one")
         check(bool(self.sparsity) or not by_sparsity, "grid.sparsity", [],
@@ -175,8 +189,9 @@ class ExtractResources:
     __pydantic_config__ = STRICT
 
     workers: Count | None = None
-    """Number of encoder actors. Default: one per GPU, or one per two CPUs if there is no GPU, as far as there is work
-    for them."""
+    """Number of encoder actors. Default: one per GPU, or one per two CPUs if there is no GPU, where decoding takes most
+    of the time, as far as there is work for them. With a large encoder and no GPU, take as many as there are cores:
+    each computes on `cpus` threads."""
     cpus: Amount = 1
     """CPUs per encoder actor."""
     gpus: Amount | None = None
@@ -271,7 +286,7 @@ class ConceptsResources:
     cpus: Amount = 1
     """CPUs per task."""
     gpus: Amount = 0
-    """GPUs per task. Only the encoder's product runs there; all else is done by CPUs."""
+    """GPUs per task. Codes are computed there, and the passes of the encoder for `splicing`; CPUs do all else."""
 
 
 @dataclass(frozen=True)
@@ -349,7 +364,9 @@ class GridCell:
     def recipe(self) -> str:
         """What cells that differ in their seeds alone have in common."""
         amount = f"k{self.cell.k}" if self.cell.k is not None else f"s{self.cell.sparsity:g}"
-        return f"{self.site.name}-{self.cell.architecture}-x{self.cell.expansion:g}-{amount}"
+        weights = f"-{label_of(self.cell.weights, self.cell.alpha, Cell.alpha)}" if self.cell.weighted else ""
+        goal = f"-mono{self.cell.monosemanticity:g}" if self.cell.monosemanticity else ""
+        return f"{self.site.name}-{self.cell.architecture}-x{self.cell.expansion:g}-{amount}{weights}{goal}"
 
 
 @dataclass(frozen=True)
@@ -409,7 +426,9 @@ class Study:
         """All SAEs of the study, without duplicates, in the order of the file."""
         cells: dict[str, GridCell] = {}
         for grid in self.grid:
-            for seed, text, name, expansion in product(grid.seeds, grid.sites, grid.architectures, grid.expansions):
+            for seed, text, name, expansion, weights, goal in product(
+                grid.seeds, grid.sites, grid.architectures, grid.expansions, grid.weights, grid.monosemanticity
+            ):
                 site = Site.parse(text)
                 score_site = dataclasses.replace(site, tokens=grid.score_tokens) if grid.score_tokens else site
                 by_k = architecture(name).tuned_by == "k"
@@ -422,6 +441,9 @@ class Study:
                         sparsity=None if by_k else float(amount),
                         training=self.training,
                         settings=getattr(self.architectures, name, None),
+                        weights=weights,
+                        alpha=Cell.alpha if weights == UNIFORM else grid.alpha,
+                        monosemanticity=float(goal),
                     )
                     grid_cell = GridCell(site, score_site, cell, seed)
                     # The seed comes from the name, not the position in the grid: adding cells changes no other cell.

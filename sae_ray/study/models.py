@@ -36,6 +36,12 @@ def models_needed(
         if one.embeddings is not None and not one.step.finished:
             space = one.embeddings
             yield ModelUse(space.field, "texts", space.info.model, space.info.revision, "float32")
+        if one.readout is not None and not one.step.finished:
+            field, info, dtype = one.activations.field, one.activations.info, one.activations.encoder.dtype
+            if one.is_zero_shot:
+                yield ModelUse(field, "texts", info.model, info.revision, "float32")
+            if one.activations.site.layer is not None:
+                yield ModelUse(field, "images", info.model, info.revision, dtype)
     for one in (*steerings, *namings):
         if not one.step.finished:
             steering = one.steering

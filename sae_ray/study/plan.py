@@ -11,13 +11,15 @@ from typing import Literal
 import pyarrow as pa
 
 from sae_ray.concepts.config import Concepts, Patches
-from sae_ray.encoders.info import EncoderInfo, check_site, check_text_side, rows_per_image, site_width
+from sae_ray.encoders.info import EncoderInfo, check_site, check_text_side, readout, rows_per_image, site_width
 from sae_ray.encoders.sites import Site
 from sae_ray.encoders.sources import is_digest
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images.rendering import Rendering
+from sae_ray.sae.second_moment import ROWS_PER_DIMENSION
+from sae_ray.sae.weighing import SOURCES
 from sae_ray.seeds import derived_seed
-from sae_ray.steering.config import Naming, NamingMethod, Steering
+from sae_ray.steering.config import Naming, NamingMethod, ShownImages, Steering
 from sae_ray.steering.info import LlavaInfo
 from sae_ray.store.files import Folder
 from sae_ray.store.identity import changed, defaults
@@ -26,7 +28,7 @@ from sae_ray.store.tables import StoredTable
 from sae_ray.study.config import EncoderConfig, Extraction, GridCell, JudgeConfig, Scoring, Study
 from sae_ray.study.survey import Survey, SurveyedImages, survey
 
-CONCEPT_FILES = ("file", "vocabulary")
+CONCEPT_FILES = ("file", "vocabulary", "taxonomy")
 """Fields of `[concepts]` that name files. Steps are named by what these hold."""
 MODELS = ("llava", "revision", "scorer", "scorer_revision")
 """Fields of `[steering]` that name models. Steps are named by what these resolve to."""
@@ -147,11 +149,17 @@ class TrainPlan:
     activations: ExtractPlan
     stream_seed: int
     step: Step
+    raw_scores: ScorePlan | None = None
+    """Of the raw neurons, where dimensions are weighed by them."""
+    embeddings: ExtractPlan | None = None
+    """The judge's, of the training images, where MonoSemanticity is a goal."""
 
     @property
     def inputs(self) -> list[Step]:
         """The steps that are read."""
-        return [self.activations.step, *_labels_read(self.grid_cell, self.activations.images)]
+        read = (self.activations, self.raw_scores, self.embeddings)
+        labels = _labels_read(self.grid_cell, self.activations.images)
+        return [*(one.step for one in read if one is not None), *labels]
 
     @property
     def d_sae(self) -> int:
@@ -225,6 +233,11 @@ class ScorePlan:
         read = (self.activations, self.embeddings, self.sae)
         return [plan.step for plan in read if plan is not None]
 
+    def check_scored(self) -> None:
+        """Raises SaeRayError if there are no tables to read yet."""
+        if self.step.failure or not self.step.finished:
+            raise SaeRayError(f"{self.step.label} is not there yet; run the score stage first")
+
     @property
     def neurons(self) -> int:
         return self.sae.d_sae if self.sae else self.activations.width
@@ -275,9 +288,27 @@ class ConceptsPlan:
         return Patches(*info.patch_grid, int(info.has_cls)) if site.tokens == "all" else None
 
     @property
+    def readout(self) -> Site | None:
+        """The output that is classified with the SAE's reconstruction in place; None where that is not measured."""
+        if self.sae is None or "splicing" not in self.settings.measures:
+            return None
+        return readout(self.activations.info, self.sae.grid_cell.site)
+
+    @property
+    def is_zero_shot(self) -> bool:
+        """Whether that output is classified by names of classes, where these have any: the encoder embeds texts."""
+        return self.readout == Site("projection") and self.activations.info.has_text
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Neurons of each Matryoshka level; of others, all in one."""
+        return self.sae.grid_cell.cell.group_sizes(self.sae.activations.width) if self.sae else [self.neurons]
+
+    @property
     def inputs(self) -> list[Step]:
         """The steps that are read."""
-        read = (self.activations, self.embeddings, self.sae, self.living_counterpart)
+        trained_on = self.sae.activations if self.sae and self.readout else None
+        read = (self.activations, self.embeddings, self.sae, self.living_counterpart, trained_on)
         return [*(plan.step for plan in read if plan is not None), self.images.step, self.images.labels_step]
 
     @property
@@ -370,6 +401,7 @@ class NamingPlan:
     steering: Steering
     methods: tuple[NamingMethod, ...]
     """Those that this SAE can be named by."""
+    images: ShownImages
     n_latents: int
     scores: ScorePlan
     """Of the SAE, on training images."""
@@ -402,8 +434,9 @@ class NamingPlan:
     def rows(self) -> int:
         """Approximate number of answers, at most."""
         latents = min(self.n_latents, self.scores.neurons)
-        images = min(16 * latents, self.train.n_images) + min(32 * latents, self.heldout.images.n_images)
-        return images + latents * ("steering" in self.methods)
+        shown = 2 * latents if self.images == "grid" else min(16 * latents, self.train.n_images)
+        tried = min(32 * latents, self.heldout.images.n_images)
+        return shown + tried + latents * ("steering" in self.methods)
 
     @property
     def bytes(self) -> int:
@@ -485,6 +518,8 @@ class StudyPlan:
         self.judge_site = Site(point=study.judge.point)
         check_site(self.judge, self.judge_site)
         self.images = {name: self._images(name) for name in ("train", "heldout")}
+        for cell in study.cells():
+            self._check_inputs(cell)
         self.steerings = self._steerings()
 
     @property
@@ -492,7 +527,9 @@ class StudyPlan:
         """The plan of every step, in the order of work."""
         for images in self.images.values():
             yield from (ListPlan(step, images.n_images) for step in (images.step, images.labels_step))
-        yield from (*self.extracts, *self.trains, *self.evaluations, *self.scores)
+        first = {score.step.name for score in self.scores_for_training}
+        later = (score for score in self.scores if score.step.name not in first)
+        yield from (*self.extracts, *self.scores_for_training, *self.trains, *self.evaluations, *later)
         yield from (*self.concepts, *self.steerings, *self.namings, self.pictures)
 
     @property
@@ -502,8 +539,8 @@ class StudyPlan:
 
     @cached_property
     def extracts(self) -> list[ExtractPlan]:
-        """Sites on both image sets: what is trained on, evaluated and scored, the judge's embeddings, the scorer's, and
-        those that names are found with."""
+        """Sites on both image sets: what is trained on, evaluated and scored, the judge's embeddings (those of training
+        images where SAEs are trained with them), the scorer's, and those that names are found with."""
         train, heldout = self.images["train"], self.images["heldout"]
         wanted: dict[str, ExtractPlan] = {}
 
@@ -515,6 +552,8 @@ class StudyPlan:
             want(self._activations(heldout, cell.site))
             want(self._activations(heldout, cell.score_site))
             want(self._activations(self.images[self.study.scoring.pictures], cell.score_site))
+            if cell.cell.monosemanticity:
+                want(self._judged(train))
         want(self._embeddings)
         if self.naming_space is not None:
             want(self.naming_space)
@@ -525,6 +564,12 @@ class StudyPlan:
     @cached_property
     def trains(self) -> list[TrainPlan]:
         return [self._train(cell) for cell in self.study.cells()]
+
+    @cached_property
+    def scores_for_training(self) -> list[ScorePlan]:
+        """Those of raw neurons that SAEs are trained with, which are therefore computed before."""
+        read = (train.raw_scores for train in self.trains)
+        return list({score.step.name: score for score in read if score is not None}.values())
 
     @cached_property
     def evaluations(self) -> list[EvaluatePlan]:
@@ -580,7 +625,8 @@ class StudyPlan:
         steered = [
             train
             for train in self.trains
-            if train.grid_cell.site.layer == layer and train.grid_cell.site.tokens not in ("cls", "mean")
+            if (train.grid_cell.site.point, train.grid_cell.site.layer) == ("residual", layer)
+            and train.grid_cell.site.tokens not in ("cls", "mean")
         ]
         if not steered:
             raise UsageError(
@@ -656,9 +702,11 @@ class StudyPlan:
 
     @property
     def _embeddings(self) -> ExtractPlan:
-        heldout = self.images["heldout"]
-        judge = self.study.judge
-        return self._extract(heldout, "judge.model", judge, self.judge, self.judge_site, "embeddings-heldout")
+        return self._judged(self.images["heldout"])
+
+    def _judged(self, images: ImagePlan) -> ExtractPlan:
+        label = f"embeddings-{images.name}"
+        return self._extract(images, "judge.model", self.study.judge, self.judge, self.judge_site, label)
 
     def _extract(
         self,
@@ -686,16 +734,54 @@ class StudyPlan:
         activations = self._activations(self.images["train"], grid_cell.site)
         order = grid_cell.site.name + (f", seed {grid_cell.seed}" if grid_cell.seed else "")
         stream_seed = derived_seed(self.study.seed, order)
+        cell = grid_cell.cell
+        raw_scores = self._raw_scores(grid_cell.score_site) if cell.weights == "ms" else None
+        table = self.survey.inputs[cell.weights].digest if cell.weights not in SOURCES else None
+        embeddings = self._judged(activations.images) if cell.monosemanticity else None
+        init = cell.training.init
         config = {
             "activations": activations.step.name,
-            "cell": grid_cell.cell.identity(),
+            "cell": cell.identity(),
             "stream_seed": stream_seed,
             "shuffle_rows": self.study.shuffle_rows,
             **self._concepts_learnt(grid_cell, activations.images),
+            "weights": raw_scores.step.name if raw_scores else table,
+            "embeddings": embeddings.step.name if embeddings else None,
+            "init": self.survey.inputs[init].digest if init is not None else None,
         }
-        neutral = {"shuffle_rows": defaults(Study)["shuffle_rows"]}
+        neutral = {"shuffle_rows": defaults(Study)["shuffle_rows"], "weights": None, "embeddings": None, "init": None}
         step = Step(self.root, "train", f"sae-{grid_cell.name}", config, neutral)
-        return TrainPlan(grid_cell, activations, stream_seed, step)
+        return TrainPlan(grid_cell, activations, stream_seed, step, raw_scores, embeddings)
+
+    def _raw_scores(self, site: Site) -> ScorePlan:
+        activations = self._activations(self.images["heldout"], site)
+        return self._score(f"raw-{site.name}", None, activations, self._embeddings)
+
+    def _check_inputs(self, grid_cell: GridCell) -> None:
+        """Raises UsageError if the cell is given weights or a start that do not fit its widths or its architecture."""
+        cell, d_in = grid_cell.cell, site_width(self.encoder, grid_cell.site)
+        if (table := self.survey.inputs.get(cell.weights)) and table.d_in != d_in:
+            raise UsageError(
+                f"grid.weights = {cell.weights!r}: it has {table.d_in} dimensions, but the activations of "
+                f"{grid_cell.site.name} have {d_in}; give each site a [[grid]] with a table of its own"
+            )
+        init = cell.training.init
+        if init is not None:
+            has, needs = self.survey.inputs[init], (cell.architecture, d_in, cell.d_sae(d_in))
+            if (has.architecture, has.d_in, has.d_sae) != needs:
+                raise UsageError(
+                    f"training.init = {init!r}: it is a {has.architecture} SAE with d_in = {has.d_in}, d_sae = "
+                    f"{has.d_sae}, but {grid_cell.name} is a {needs[0]} SAE with d_in = {d_in}, d_sae = {needs[2]}; "
+                    "start from another SAE, or change grid.architectures, grid.sites or grid.expansions"
+                )
+        if cell.kind.starts_whitened(cell.settings):
+            rows = self._activations(self.images["train"], grid_cell.site).rows
+            if rows < ROWS_PER_DIMENSION * d_in:
+                raise UsageError(
+                    f'architectures.{cell.architecture}.init = "aip": {grid_cell.site.name} has {rows} training '
+                    f"activations, but the inverse of their second moment needs {ROWS_PER_DIMENSION * d_in}; add "
+                    "images or tokens"
+                )
 
     def _evaluate(self, train: TrainPlan) -> EvaluatePlan:
         activations = self._activations(self.images["heldout"], train.grid_cell.site)
@@ -740,6 +826,10 @@ class StudyPlan:
             "settings": {name: value for name, value in changed(settings).items() if name not in CONCEPT_FILES},
             "seed": self.study.seed,
         }
+        if settings.taxonomy is not None:
+            config["taxonomy"] = files.get("taxonomy", settings.taxonomy)
+        if settings.taxonomy is not None or "splicing" in settings.measures:  # by classes, whatever the concept file
+            config["classes"] = score.activations.images.labels_step.name
         step = Step(self.root, "concepts", f"concepts-{score.name}", config)
         return ConceptsPlan(score.name, settings, score.sae, score.activations, space, counterpart, step)
 
@@ -788,12 +878,14 @@ class StudyPlan:
             "labels": scores.activations.images.labels_step.name,
             "llava": _identity(llava.tower),
             "methods": list(methods),
+            "images": naming.images,
             "n_latents": naming.n_latents,
             "settings": {name: value for name, value in changed(steering).items() if name in used},
             "seed": self.study.seed,
         }
-        step = Step(self.root, "naming", f"naming-{train.grid_cell.name}", config)
-        return NamingPlan(steering, methods, naming.n_latents, scores, heldout.activations, step)
+        neutral = {"images": defaults(Naming)["images"]}
+        step = Step(self.root, "naming", f"naming-{train.grid_cell.name}", config, neutral)
+        return NamingPlan(steering, methods, naming.images, naming.n_latents, scores, heldout.activations, step)
 
     def _pictures(self, scores: list[ScorePlan], steerings: list[SteeringPlan]) -> PicturesPlan:
         config = {

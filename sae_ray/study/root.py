@@ -14,7 +14,15 @@ from sae_ray.store.steps import Step
 from sae_ray.store.tables import StoredTable
 from sae_ray.study.config import Images, Study
 from sae_ray.study.plan import StudyPlan
-from sae_ray.study.survey import Survey, concept_paths, survey_files, survey_images, survey_models
+from sae_ray.study.survey import (
+    Survey,
+    concept_paths,
+    named_inputs,
+    survey_files,
+    survey_images,
+    survey_inputs,
+    survey_models,
+)
 
 FILE = "study.json"
 LAYOUT = 3
@@ -68,7 +76,8 @@ def plan_study(
 
     Args:
         memory: what the root remembers (`recall`).
-        list_again: list the image folders, and read the files of concepts, even if the root remembers them.
+        list_again: list the image folders, and read the files of concepts and what training is given by a path, even if
+            the root remembers them.
         describe_again: describe the models even if the root remembers them, but for directories that have not changed.
 
     Raises:
@@ -83,7 +92,9 @@ def plan_study(
         models = survey_models(study, models)
     same_files = memory is not None and concept_paths(memory.study) == concept_paths(study)
     files = memory.survey.files if memory and same_files and not list_again else survey_files(study)
-    return StudyPlan(study, root, Survey(images, models, files))
+    same_inputs = memory is not None and named_inputs(memory.study) == named_inputs(study)
+    inputs = memory.survey.inputs if memory and same_inputs and not list_again else survey_inputs(study)
+    return StudyPlan(study, root, Survey(images, models, files, inputs))
 
 
 def recalled_plan(root: str) -> StudyPlan:

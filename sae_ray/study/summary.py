@@ -109,7 +109,8 @@ def _neighbours(rows: list[CellSummary], by: str) -> list[tuple[CellSummary, Cel
         if row.grid_cell is not None and row.grid_cell.cell.k is not None:
             cell = row.grid_cell.cell
             other = cell.expansion if by == "k" else cell.k
-            place = (row.grid_cell.site, row.site, cell.architecture, row.grid_cell.seed, other)
+            method = cell.architecture, cell.weights, cell.alpha, cell.monosemanticity
+            place = (row.grid_cell.site, row.site, row.grid_cell.seed, other, *method)
             groups[place].append((getattr(cell, by), row))
     ordered = (sorted(group, key=lambda pair: pair[0]) for group in groups.values())
     return [(a[1], b[1]) for group in ordered for a, b in pairwise(group)]

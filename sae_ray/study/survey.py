@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sae_ray.concepts.config import INATURALIST
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.sources import is_unchanged, named_by
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images.labels import text_of
 from sae_ray.images.manifest import ImageList, labels_digest, list_images, manifest_digest, select_split
 from sae_ray.sae.architectures.guided_topk import LABELS
+from sae_ray.sae.weighing import SOURCES, read_table
 from sae_ray.steering.info import LlavaInfo
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import digest
@@ -53,19 +55,35 @@ class SurveyedModels:
 
 
 @dataclass(frozen=True)
+class SurveyedInput:
+    """What training is given by its path: a table of weights, or the SAE to start from."""
+
+    digest: str
+    """Of its values, wherever and in whatever format they lie."""
+    d_in: int
+    d_sae: int | None = None
+    """None for a table, like the architecture."""
+    architecture: str | None = None
+
+
+@dataclass(frozen=True)
 class Survey:
     """The image sets, `train` and `heldout`, and the models of a study."""
 
     images: Mapping[str, SurveyedImages]
     models: SurveyedModels
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Digests of the files that `[concepts]` names, by its field: `file`, `vocabulary`; and of those that guided SAEs
-    learn, by `architectures.<name>.concepts`."""
+    """Digests of the files that `[concepts]` names, by its field: `file`, `vocabulary`, `taxonomy`; and of those that
+    guided SAEs learn, by `architectures.<name>.concepts`."""
+    inputs: Mapping[str, SurveyedInput] = dataclasses.field(default_factory=dict)
+    """By path."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, without the lists of images."""
         images = {name: vars(one) | {"found": None} for name, one in self.images.items()}
-        return {"images": images, "models": dataclasses.asdict(self.models), "files": dict(self.files)}
+        inputs = {path: vars(one) for path, one in self.inputs.items()}
+        models = dataclasses.asdict(self.models)
+        return {"images": images, "models": models, "files": dict(self.files), "inputs": inputs}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Survey:
@@ -75,7 +93,8 @@ class Survey:
         infos: dict[str, Any] = {name: EncoderInfo.from_dict(info) if info else None for name, info in models.items()}
         infos["llava"] = LlavaInfo.from_dict(llava) if llava else None
         images = {name: SurveyedImages(**one) for name, one in values["images"].items()}
-        return cls(images, SurveyedModels(**infos), values.get("files", {}))
+        inputs = {path: SurveyedInput(**one) for path, one in values.get("inputs", {}).items()}
+        return cls(images, SurveyedModels(**infos), values.get("files", {}), inputs)
 
 
 def survey_images(images: Images) -> dict[str, SurveyedImages]:
@@ -133,12 +152,12 @@ def survey_files(study: Study) -> dict[str, str]:
     Raises:
         UsageError: one cannot be read.
     """
-    from sae_ray.concepts import concept_files, vocabulary
+    from sae_ray.concepts import concept_files, taxonomy, vocabulary
 
     found = {}
     for field, path in concept_paths(study).items():
-        form = vocabulary.FORM if field == "vocabulary" else concept_files.FORMS
-        found[field] = digest(text_of(path, form, f"concepts.{field}" if field in ("file", "vocabulary") else field))
+        form = {"vocabulary": vocabulary.FORM, "taxonomy": taxonomy.FORM}.get(field, concept_files.FORMS)
+        found[field] = digest(text_of(path, form, field if "." in field else f"concepts.{field}"))
     return found
 
 
@@ -146,7 +165,9 @@ def concept_paths(study: Study) -> dict[str, str]:
     """The paths of the files that `Survey.files` tells of."""
     concepts, found = study.concepts, {}
     if concepts is not None:
-        found |= {"file": concepts.file, "vocabulary": concepts.vocabulary}
+        found |= {"file": concepts.file, "vocabulary": concepts.vocabulary, "taxonomy": concepts.taxonomy}
+        if concepts.taxonomy == INATURALIST:
+            del found["taxonomy"]
     for grid_cell in study.cells():
         settings = grid_cell.cell.settings
         if grid_cell.cell.guided and settings.concepts != LABELS:
@@ -163,9 +184,37 @@ def check_files(study: Study, known: Survey) -> None:
         )
 
 
+def named_inputs(study: Study) -> tuple[set[str], str | None]:
+    """The paths that training is given: of tables of weights, and of the SAE to start from."""
+    return {path for grid in study.grid for path in grid.weights if path not in SOURCES}, study.training.init
+
+
+def survey_inputs(study: Study) -> dict[str, SurveyedInput]:
+    """Reads tables of weights and the SAE to start from.
+
+    Raises:
+        UsageError: one cannot be read; the message names its field.
+        SaeRayError: the SAE is damaged.
+    """
+    tables, init = named_inputs(study)
+    found = {}
+    for path in sorted(tables):
+        with named_by("grid.weights", path):
+            s = read_table(path)
+        found[path] = SurveyedInput(digest(s.tolist()), len(s))
+    if init is not None:
+        from sae_ray.sae import load_sae
+        from sae_ray.sae.starting import weights_digest
+
+        with named_by("training.init", init):
+            sae = load_sae(init)
+        found[init] = SurveyedInput(weights_digest(sae), sae.d_in, sae.d_sae, sae.architecture)
+    return found
+
+
 def survey(study: Study) -> Survey:
-    """Lists the folders, describes the models and reads the files; errors are those of the three."""
-    return Survey(survey_images(study.images), survey_models(study), survey_files(study))
+    """Lists the folders, describes the models and reads the files; errors are those of the four."""
+    return Survey(survey_images(study.images), survey_models(study), survey_files(study), survey_inputs(study))
 
 
 def _named(field: str, describe: Any, model: str, revision: str | None, before: EncoderInfo | LlavaInfo | None) -> Any:

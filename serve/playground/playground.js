@@ -8,12 +8,19 @@ const WHITE = white();
 const FRESH = {
   image: WHITE, prompt: "What is shown in this image? Use exactly one word!", sae: null,
   features: [], error: "drop", isolate: false, temperature: 0, tokens: 32,
+  rectangles: [], // where to edit: [left, top, right, bottom] in fractions of the image
+  mask: "", // a picture as a data URL: what is painted in it is edited too
+  when: null, // { index, above }: edit only where this feature is above so many times its maximum
 };
+const MASK_SIDE = 96; // pixels of the longest side of a painted mask
+const BRUSH = 0.1; // its radius, as a share of that side
 let state = { ...FRESH };
 let known = {}; // features of the selected SAE, by index
 let running = null; // what stops the answer that is being written
 let latest = null; // the last request for features
 let seen = null; // the image as the encoder sees it, which heat maps lie on
+let painted = null; // a canvas with what is painted on the image
+let dragged = null; // where the pointer went down on the image
 const pictures = new Map(); // address -> object URL
 
 function white() {
@@ -63,6 +70,9 @@ function request(image) {
     return { index, strength, mode, unit: mode === "scale" ? "absolute" : "max" };
   });
   const steering = { sae: state.sae, features, error: state.error, isolate: state.isolate, types: ["DEFAULT", "STEERED"] };
+  if (state.rectangles.length) steering.region = { rectangles: state.rectangles };
+  if (state.mask) steering.region = { ...steering.region, mask: state.mask };
+  if (state.when) steering.when = { ...state.when, unit: "max" };
   const content = [{ type: "image_url", image_url: { url: image } }, { type: "text", text: state.prompt }];
   return {
     messages: [{ role: "user", content }], steering, stream: true,
@@ -136,6 +146,7 @@ async function showFound(answer, headline) {
   $("found-title").textContent = data.length ? title : `${title}: none`;
   $("found").replaceChildren(...data.map(card));
   showHeat(null);
+  showCondition();
 }
 
 function element(tag, properties = {}, ...children) {
@@ -212,6 +223,7 @@ function showHeat(heat) {
   const canvas = $("heat");
   canvas.hidden = heat === null;
   $("picture").src = heat === null ? state.image : seen;
+  drawRegion();
   if (heat === null) return;
   canvas.height = heat.length;
   canvas.width = heat[0].length;
@@ -221,6 +233,153 @@ function showHeat(heat) {
     context.fillStyle = `rgb(230 60 20 / ${Math.max(0, value) / most})`;
     context.fillRect(x, y, 1, 1);
   }));
+}
+
+// --- where to edit ------------------------------------------------------------------------------
+
+// The picture keeps its shape inside of the square frame.
+function placeOfPicture() {
+  const { naturalWidth, naturalHeight } = $("picture");
+  const frame = $("region").getBoundingClientRect();
+  const scale = Math.min(frame.width / naturalWidth, frame.height / naturalHeight);
+  const [width, height] = [naturalWidth * scale, naturalHeight * scale];
+  return { x: (frame.width - width) / 2, y: (frame.height - height) / 2, width, height, frame };
+}
+
+function pointed(event) {
+  const { x, y, width, height, frame } = placeOfPicture();
+  const share = (value) => Math.round(100 * Math.min(1, Math.max(0, value))) / 100;
+  return [share((event.clientX - frame.x - x) / width), share((event.clientY - frame.y - y) / height)];
+}
+
+const between = ([x0, y0], [x1, y1]) => [Math.min(x0, x1), Math.min(y0, y1), Math.max(x0, x1), Math.max(y0, y1)];
+const isRectangle = (one) =>
+  Array.isArray(one) && one.length === 4 && one.every((value) => value >= 0 && value <= 1) && one[0] < one[2] && one[1] < one[3];
+
+function drawRegion(rectangles = state.rectangles) {
+  const canvas = $("region");
+  const { x, y, width, height, frame } = placeOfPicture();
+  [canvas.width, canvas.height] = [frame.width, frame.height];
+  if (!$("heat").hidden || !width) return; // a heat map lies on what the encoder sees, which may be less
+  const context = canvas.getContext("2d");
+  const accent = getComputedStyle(document.documentElement).getPropertyValue("--accent");
+  context.fillStyle = context.strokeStyle = accent;
+  context.lineWidth = 2;
+  if (painted) {
+    context.drawImage(painted, x, y, width, height);
+    context.globalCompositeOperation = "source-in";
+    context.globalAlpha = 0.5;
+    context.fillRect(0, 0, canvas.width, canvas.height);
+    context.globalCompositeOperation = "source-over";
+  }
+  for (const [left, top, right, bottom] of rectangles) {
+    const box = [x + left * width, y + top * height, (right - left) * width, (bottom - top) * height];
+    context.globalAlpha = 0.2;
+    context.fillRect(...box);
+    context.globalAlpha = 1;
+    context.strokeRect(...box);
+  }
+}
+
+function newMask(width, height) {
+  const scale = MASK_SIDE / Math.max(width, height);
+  const [columns, rows] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
+  painted = element("canvas", { width: columns, height: rows });
+  return painted.getContext("2d");
+}
+
+function paint(from, to) {
+  const context = painted?.getContext("2d") ?? newMask($("picture").naturalWidth, $("picture").naturalHeight);
+  const [[x0, y0], [x, y]] = [from, to].map(([x, y]) => [x * painted.width, y * painted.height]);
+  context.fillStyle = context.strokeStyle = "#fff"; // what stays transparent is not edited
+  context.lineWidth = 2 * BRUSH * MASK_SIDE;
+  context.beginPath();
+  context.moveTo(x0, y0);
+  context.lineTo(x, y);
+  context.stroke();
+  context.beginPath();
+  context.arc(x, y, BRUSH * MASK_SIDE, 0, 2 * Math.PI);
+  context.fill();
+}
+
+async function restoreMask() {
+  painted = null;
+  if (!state.mask) return;
+  const image = element("img", { src: state.mask });
+  await image.decode().then(
+    () => newMask(image.naturalWidth, image.naturalHeight).drawImage(image, 0, 0, painted.width, painted.height),
+    () => (state.mask = ""),
+  );
+}
+
+const painting = () => $("brush").getAttribute("aria-pressed") === "true";
+
+function startDrag(event) {
+  if (!$("heat").hidden) return showHeat(null); // back to the whole picture
+  $("region").setPointerCapture(event.pointerId);
+  dragged = pointed(event);
+  drag(event);
+}
+
+function drag(event) {
+  if (!dragged) return;
+  const at = pointed(event);
+  if (!painting()) return drawRegion([...state.rectangles, between(dragged, at)]);
+  paint(dragged, at);
+  dragged = at;
+  drawRegion();
+}
+
+function finishDrag(event) {
+  if (!dragged) return;
+  const drawn = between(dragged, pointed(event));
+  dragged = null;
+  if (painting()) state.mask = painted.toDataURL("image/png");
+  else if (isRectangle(drawn)) state.rectangles = [...state.rectangles, drawn];
+  change();
+}
+
+function rectangleEditor(rectangle, place) {
+  const sides = ["Left", "Top", "Right", "Bottom"].map((side, at) => {
+    const input = element("input", { type: "number", min: 0, max: 100, value: Math.round(100 * rectangle[at]), required: true });
+    input.setAttribute("aria-label", `${side} of rectangle ${place + 1} in % of the image`);
+    input.oninput = () => {
+      const next = state.rectangles[place].with(at, Number(input.value) / 100);
+      input.setCustomValidity(isRectangle(next) ? "" : "Left must be less than right, and top less than bottom, from 0 to 100.");
+      if (!input.checkValidity()) return;
+      state.rectangles = state.rectangles.with(place, next);
+      drawRegion();
+      keep();
+    };
+    input.onchange = () => input.reportValidity();
+    return element("label", {}, `${side} %`, input);
+  });
+  const remove = element("button", { type: "button", textContent: "Remove" });
+  remove.setAttribute("aria-label", `Remove rectangle ${place + 1}`);
+  remove.onclick = () => { state.rectangles = state.rectangles.toSpliced(place, 1); change(); };
+  return element("li", {}, ...sides, remove);
+}
+
+function showCondition() {
+  const features = Object.values(known).sort((one, other) => titleOf(one).localeCompare(titleOf(other)) || one.index - other.index);
+  $("when").replaceChildren(new Option("(anywhere)", ""), ...features.map((one) => new Option(`${titleOf(one)} (#${one.index})`, one.index)));
+  $("when").value = state.when?.index ?? "";
+  $("above").value = state.when?.above ?? 0;
+  $("above-label").hidden = state.when === null;
+}
+
+function showWhere() {
+  $("rectangles").replaceChildren(...state.rectangles.map(rectangleEditor));
+  const rest = [state.rectangles.length ? "the rectangles" : "", state.mask ? "what is painted" : ""].filter(Boolean);
+  $("everywhere").textContent = rest.length ? `Only the part of the image in ${rest.join(" and ")}.` : "The whole image.";
+  $("clear").hidden = !rest.length;
+  showCondition();
+  drawRegion();
+}
+
+function forgetRegion() {
+  Object.assign(state, { rectangles: [], mask: "" });
+  painted = null;
 }
 
 // --- state --------------------------------------------------------------------------------------
@@ -237,6 +396,9 @@ function restore() {
     for (const name of Object.keys(FRESH)) if (typeof given[name] === typeof FRESH[name] || name === "sae") state[name] = given[name] ?? FRESH[name];
     if (!state.image.startsWith("data:image/")) state.image = WHITE;
     state.features = state.features.filter((one) => Number.isInteger(one?.index) && one.mode in MODES && Number.isFinite(one.strength));
+    state.rectangles = state.rectangles.filter(isRectangle);
+    if (!state.mask.startsWith("data:image/")) state.mask = "";
+    if (!Number.isInteger(state.when?.index) || !(state.when.above >= 0)) state.when = null;
   } catch {
     state = { ...FRESH };
   }
@@ -246,6 +408,7 @@ function change() {
   showSettings();
   $("chosen").replaceChildren(...state.features.map(editor));
   $("none").hidden = state.features.length > 0;
+  showWhere();
   keep();
 }
 
@@ -256,10 +419,11 @@ function showSettings() {
 }
 
 async function learnChosen() {
-  const missing = state.features.filter((one) => !(one.index in known));
+  const missing = [...state.features, ...(state.when ? [state.when] : [])].filter((one) => !(one.index in known));
   const found = await Promise.allSettled(missing.map((one) => json(ofSae(`/${one.index}`))));
   for (const one of found) if (one.status === "fulfilled") known[one.value.index] = { ...one.value, n_images: one.value.images.length };
   state.features = state.features.filter((one) => one.index in known);
+  if (!(state.when?.index in known)) state.when = null;
 }
 
 async function takeFile(file) {
@@ -276,6 +440,7 @@ async function takeFile(file) {
 
 function takeImage(image) {
   state.image = image;
+  forgetRegion();
   latest = null; // what was asked about the other image
   showHeat(null);
   change();
@@ -331,12 +496,33 @@ function listen() {
   $("python").onclick = () => tell(() => copy(asPython()));
   $("link").onclick = () => tell(() => { keep(); return copy(location.href); });
   $("key").onchange = () => tell(start);
-  $("sae").onchange = () => tell(() => { Object.assign(state, { sae: $("sae").value, features: [] }); known = {}; change(); return search(); });
+  $("sae").onchange = () => tell(() => { Object.assign(state, { sae: $("sae").value, features: [], when: null }); known = {}; change(); return search(); });
   $("prompt").oninput = () => { state.prompt = $("prompt").value; keep(); };
   $("prompt").onkeydown = (event) => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("ask").requestSubmit(); } };
   $("error").onchange = () => { state.error = $("error").value; keep(); };
   $("isolate").onchange = () => { state.isolate = $("isolate").checked; keep(); };
   for (const name of ["temperature", "tokens"]) $(name).oninput = () => { state[name] = Number($(name).value); keep(); };
+  const canvas = $("region");
+  canvas.onpointerdown = startDrag;
+  canvas.onpointermove = drag;
+  canvas.onpointerup = finishDrag;
+  canvas.onpointercancel = () => { dragged = null; drawRegion(); };
+  $("picture").onload = () => drawRegion();
+  new ResizeObserver(() => drawRegion()).observe(canvas);
+  $("add").onclick = () => {
+    state.rectangles = [...state.rectangles, [0.25, 0.25, 0.75, 0.75]];
+    change();
+    $("rectangles").lastElementChild.querySelector("input").focus();
+  };
+  $("brush").onclick = () => $("brush").setAttribute("aria-pressed", String(!painting()));
+  $("clear").onclick = () => { forgetRegion(); change(); };
+  $("when").onchange = () => {
+    const index = $("when").value;
+    state.when = index ? { index: Number(index), above: state.when?.above ?? 0 } : null;
+    showCondition();
+    keep();
+  };
+  $("above").oninput = () => { if ($("above").reportValidity()) { state.when.above = Number($("above").value); keep(); } };
   const drop = $("drop");
   drop.ondragover = (event) => { event.preventDefault(); drop.classList.add("over"); };
   drop.ondragleave = () => drop.classList.remove("over");
@@ -352,6 +538,7 @@ async function start() {
   showSettings();
   await loadSaes();
   await learnChosen();
+  await restoreMask();
   change();
   await search();
 }

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 from sklearn.metrics import average_precision_score
 
-from sae_ray.concepts import Labels, halves, label_correlation, label_entropy, uniqueness
+from sae_ray.concepts import (
+    Labels,
+    SecondMoment,
+    halves,
+    label_correlation,
+    label_entropy,
+    lca_depth,
+    q_star,
+    read_concepts,
+    uniqueness,
+)
 from sae_ray.concepts.config import Concepts, Patches
 from sae_ray.concepts.findings import Findings
 from sae_ray.concepts.measuring import measure
+from sae_ray.concepts.neuron_measures import Leading
 from sae_ray.concepts.ranking import average_precisions
 from sae_ray.concepts.tables import CONCEPTS_SCHEMA, NEURONS_SCHEMA, ConceptTables
 from sae_ray.concepts.word_names import Texts
 from sae_ray.errors import SaeRayError
 from sae_ray.sae import SAE
+from sae_ray.sae.second_moment import RIDGE
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 
@@ -174,6 +190,54 @@ def test_blocks_of_neurons_and_words_change_nothing(world: World, monkeypatch: p
     assert words.neurons["name"].tolist() == whole.neurons["name"].tolist()
 
 
+@given(
+    arrays.arrays(
+        "float64", st.tuples(st.integers(1, 12), st.integers(1, 3)), elements=st.sampled_from([-np.inf, 0, 1])
+    ),
+    st.integers(1, 14),
+    st.lists(st.integers(0, 12), max_size=3),
+)
+def test_the_first_neurons_of_a_concept_are_the_same_in_any_blocks(values: np.ndarray, n: int, cuts: list[int]):
+    """Most of the values are tied."""
+    bounds = [0, *sorted(cut for cut in cuts if cut < len(values)), len(values)]
+    blocks = [range(*pair) for pair in pairwise(bounds)]
+    found = Leading.merged([Leading.of(values[one.start : one.stop], n, one.start) for one in blocks], n)
+    for concept, column in enumerate(values.T):
+        order = [neuron for neuron in np.argsort(-column, kind="stable")[:n].tolist() if np.isfinite(column[neuron])]
+        assert found.neuron[concept][: len(order)].tolist() == order
+        assert (found.neuron[concept][len(order) :] == -1).all()
+        assert found.value[concept][: len(order)].tolist() == column[order].tolist()
+
+
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_all_that_is_measured_is_the_same_in_any_shards(data: st.DataObject, write_store, tmp_path_factory):
+    """Images in parts, and neurons in blocks, of any sizes. Activations are few sixteenths, so that many values are
+    tied and sums are exact."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 9)))
+    n, d = 90, 4
+    x = (rng.integers(0, 3, (n, d)) / 16).astype(np.float32)
+    labels = Labels.of((rng.random((n, 3)) < 0.4).astype(float), ["a", "b", "c"])
+    sae = SAE("relu", torch.eye(d, 7).roll(1, 1), torch.eye(7, d), torch.zeros(7), torch.zeros(d), None, None)
+    asked = Concepts(max_concepts=2)
+
+    def of_shards(cuts: list[int], block_bytes: int, block_entries: int) -> Findings:
+        parts = [part for part in np.split(np.arange(n), cuts) if len(part)]
+        store = write_store(
+            tmp_path_factory.mktemp("store"), [(part, np.full(len(part), -1), x[part]) for part in parts]
+        )
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("sae_ray.scores.statistics.BLOCK_BYTES", block_bytes)
+            patched.setattr("sae_ray.concepts.neuron_measures.BLOCK_ENTRIES", block_entries)
+            return measure(sae, store, labels, asked)
+
+    cuts = sorted(data.draw(st.lists(st.integers(1, n - 1), max_size=5)))
+    sharded = of_shards(
+        cuts, data.draw(st.sampled_from([24, 24 * 3, 2**20])), data.draw(st.sampled_from([1, 60, 2**20]))
+    )
+    assert equal(of_shards([], 2**26, 2**22), sharded)
+
+
 def test_raw_neurons_and_images_without_labels(world: World, tmp_path):
     found = measure(None, world.store, None, ALL, texts=world.texts)
     there = tables(found, tmp_path)
@@ -234,11 +298,92 @@ def test_many_classes_cost_no_matrix_and_only_some_are_drawn(world: World):
     assert (others.concepts["n_rows"] >= 0).tolist() != drawn.tolist()
 
 
+PATHS = {"apple": ("plant", "fruit", "apple"), "bird": ("animal", "bird", "bird"), "cat": ("animal", "mammal", "cat"),
+         "dog": ("animal", "mammal", "dog")}  # fmt: skip
+
+
+def test_classes_meet_at_the_bottom_of_a_taxonomy_and_other_latents_above(world: World, tmp_path):
+    paths = [PATHS[CLASSES[one]] for one in world.classes]
+    found = measure(sae_of(), world.store, None, Concepts(), paths=paths, group_sizes=[len(CLASSES), 12, 24])
+    there = tables(found, tmp_path).hierarchy
+    assert there is not None
+    assert (there.lca_mean[: len(CLASSES)] == 3).all()
+    assert (there.lca_mode[: len(CLASSES)] == 3).all()
+    codes = np.pad(world.x, ((0, 0), (0, N_LATENTS - D))).astype(float)
+    top = np.argsort(-codes, axis=0, kind="stable")[:16].T
+    np.testing.assert_array_equal(there.lca_mean[:D], lca_depth(top, paths)[:D])
+    assert np.isnan(there.lca_mean[D:]).all()
+    assert (there.lca_mode[D:] == -1).all()
+    assert there.group.tolist() == [0] * 4 + [1] * 12 + [2] * 24
+    assert found.counts["depths"] == [3.0, pytest.approx(there.lca_mean[4:16].mean()), None]
+    assert found.counts["depth"] == pytest.approx(there.lca_mean[:D].mean())
+    assert 0.5 < found.counts["depths"][1] < 2
+
+
+def test_images_without_a_path_have_no_depth(world: World, tmp_path):
+    paths = [None if CLASSES[one] == "dog" else PATHS[CLASSES[one]] for one in world.classes]
+    found = measure(None, world.store, None, Concepts(), paths=paths)
+    depth = found.hierarchy["lca_mean"]
+    assert np.isnan(depth).tolist() == [False] * 3 + [True] + [False] * 12
+    assert found.counts["depths"] == [pytest.approx(np.nanmean(depth))], "raw neurons have one level"
+    without = measure(None, world.store, None, Concepts())
+    assert tables(without, tmp_path).hierarchy is None
+    assert "depths" not in without.counts
+    assert np.isnan(tables(without, tmp_path).score("lca_mean")).all()
+
+
+def test_q_star_comes_with_that_of_other_ridges(world: World):
+    counts = measure(sae_of(), world.store, None, Concepts()).counts
+    l0 = (world.x > 0).sum(axis=1)
+    moment = SecondMoment(D)
+    moment.add(world.x)
+    for key, ridge in (
+        ("q_star_tenth_ridge", RIDGE / 10),
+        ("q_star_atom", RIDGE),
+        ("q_star_tenfold_ridge", RIDGE * 10),
+    ):
+        expected = q_star(np.eye(D), moment.matrix(), l0, ridge=ridge).atom
+        assert counts[key] == expected
+
+
 def test_names_rest_on_no_image_that_is_judged(world: World):
     found = measure(sae_of(), world.store, world.labels, Concepts(), texts=world.texts)
     split = halves(world.labels, 0)
     firing = (world.x[split.fitted, 0] > 0).sum()
     assert found.neurons["name_images"][0] == min(firing, 100)
+
+
+def test_a_concept_file_may_give_an_image_two_concepts(world: World, tmp_path):
+    ids = [f"{row:03}.png" for row in range(N)]
+    rows = [f"{name},{int(one == 0)},{int(one in (0, 1))}," for name, one in zip(ids, world.classes, strict=True)]
+    (tmp_path / "concepts.csv").write_text("\n".join(["image_id,apple,edible,unknown", *rows]))
+    labels = read_concepts(str(tmp_path / "concepts.csv"), Folder(tmp_path), ids)
+    found = measure(sae_of(), world.store, labels, Concepts())
+    assert list(found.concepts["concept"]) == ["apple", "edible"], "nothing is known of the third"
+    assert found.concepts["n_images"].tolist() == [(world.classes == 0).sum(), (world.classes < 2).sum()]
+    assert found.neurons["concept"][0] == "apple"
+    assert found.neurons["concept"][1] == "edible"
+    assert found.neurons["rho"][0] > 0.9 > found.neurons["rho"][1] > 0.3
+
+
+def test_ten_thousand_classes_are_measured_without_a_matrix_of_images_and_classes(write_store, tmp_path):
+    """Latent 0 is the last class; 100,000 images x 10,000 classes would take 8 GB."""
+    n, n_classes, d = 100_000, 10_000, 4
+    classes = np.arange(n) % n_classes
+    rng = np.random.default_rng(0)
+    x = np.where(rng.random((n, d)) < 0.01, rng.random((n, d)), 0).astype(np.float32)
+    x[:, 0] = classes == n_classes - 1
+    store = write_store(tmp_path, [(np.arange(n), np.full(n, -1), x)])
+    asked = Concepts(measures=("labels", "probes", "sparse_probing", "fms"), max_concepts=2)
+    found = measure(sae_of(d, d), store, Labels.of_classes([f"{one:05}" for one in classes]), asked)
+    assert len(found.concepts["concept"]) == n_classes
+    assert found.neurons["concept"][0] == f"{n_classes - 1:05}"
+    assert found.neurons["rho"][0] == pytest.approx(1)
+    assert found.concepts["neuron"][-1] == 0
+    assert found.concepts["rho"][-1] == pytest.approx(1)
+    assert found.neurons["entropy_balanced"][0] == pytest.approx(0, abs=1e-12)
+    assert found.counts["n_found_concepts"] == 1
+    assert (found.concepts["n_rows"] >= 0).sum() == 2
 
 
 def test_names_of_other_images_are_refused(world: World, write_store, tmp_path):

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sae_ray.concepts.atoms as module
-from sae_ray.concepts import coherence, k_unique, largest_k, q_star, rip_bound, welch_bound
+import sae_ray.concepts.recovery as recovery
+from sae_ray.concepts import coherence, k_unique, largest_k, q_star, q_star_of_ridge, rip_bound, welch_bound
+from sae_ray.concepts.atoms import largest_cosines
 from sae_ray.concepts.recovery import _quantile
 from sae_ray.errors import UsageError
 
@@ -128,6 +130,28 @@ def test_q_star_where_it_is_known(mu: list[float], l0: int, expected: float):
         assert found.pair == expected
     assert found.largest_k == d
     assert found.condition == pytest.approx(1)
+
+
+@pytest.mark.parametrize("block", [2048, 7])
+def test_some_atoms_have_the_coherence_that_they_have_among_all(block: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_BLOCK", block)
+    atoms = np.random.default_rng(0).normal(size=(40, 6))
+    atoms[11] = 0
+    chosen = np.array([39, 11, 0, 20, 21])
+    np.testing.assert_allclose(largest_cosines(atoms, chosen), coherence(atoms).coherence[chosen], rtol=1e-12)
+
+
+def test_q_star_of_another_ridge_is_q_star_and_nearly_so_for_a_sample_of_atoms(monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    atoms, x = rng.normal(size=(600, 32)), rng.normal(size=(2000, 32)) * np.geomspace(0.001, 1, 32)
+    moment, l0 = x.T @ x / len(x), rng.integers(0, 4, 500)
+    for ridge in (1e-7, 1e-2):
+        exact = q_star(atoms, moment, l0, ridge=ridge).atom
+        assert q_star_of_ridge(atoms, moment, l0, ridge) == exact
+    monkeypatch.setattr(recovery, "SAMPLED_ATOMS", 300)
+    assert q_star_of_ridge(atoms, moment, l0, 1e-2) == pytest.approx(exact, abs=0.05)
+    with pytest.raises(UsageError, match="differ in width"):
+        q_star_of_ridge(atoms, np.eye(3), l0, 1e-6)
 
 
 def test_q_star_of_pairs_and_of_mixed_samples():

@@ -69,6 +69,26 @@ def test_a_table_has_the_best_concepts_first_and_says_how_many_there_are(tmp_pat
     assert concept_lines(cell, tables(tmp_path / "none", 0)) == ["wide: 1 of 2 neurons fire"]
 
 
+def test_what_is_measured_of_the_whole_is_told_in_a_line_each(tmp_path):
+    counts = {
+        "n_live": 1, "neurons": 2, "depth": 1.25, "depths": [1.0, None, 2.0], "q_star_atom": 0.5, "reachable": 0.9,
+        "q_star_tenth_ridge": 0.4, "q_star_tenfold_ridge": 0.75, "spliced_by": "zero_shot", "spliced": 0.8,
+        "spliced_original": 0.9, "spliced_mean": 0.1, "spliced_zero": 0.05,
+    }  # fmt: skip
+    assert concept_lines(Cell("wide", "b", True, counts), tables(tmp_path, 0)) == [
+        "wide: 1 of 2 neurons fire",
+        "q*: 0.500 (0.400 with a tenth of the ridge, 0.750 with ten times as much); 0.900 of the samples are within "
+        "Welch's bound",
+        "depth in the taxonomy: 1.25, by Matryoshka level 1.00, –, 2.00",
+        "accuracy (zero-shot) with the reconstruction in place: 0.800; with the activations 0.900, with their mean "
+        "0.100, with zeros 0.050",
+    ]
+    flat = counts | {"depths": [1.25], "spliced": None, "q_star_atom": None}
+    assert concept_lines(Cell("wide", "b", True, flat), tables(tmp_path / "flat", 0))[1:] == [
+        "depth in the taxonomy: 1.25"
+    ]
+
+
 def test_what_is_missing_is_missing_when_it_is_read_again(tmp_path):
     read = tables(tmp_path, 2)
     assert read.concepts.neuron.tolist() == [-1, 1]

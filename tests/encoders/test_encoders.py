@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -32,6 +32,7 @@ from sae_ray.encoders import (
 )
 from sae_ray.encoders.part import encode_part
 from sae_ray.encoders.sites import Site
+from sae_ray.encoders.sources import directory_named
 from sae_ray.errors import UsageError
 from sae_ray.world.write import MODELS
 
@@ -79,6 +80,30 @@ OPEN_CLIP_VISION = {
     },
     "timm_registers": {"image_size": 64, "timm_model_name": "test_vit2", "timm_pool": "avg", "timm_proj": "linear"},
 }
+
+TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 7, "img_size": 28, "num_classes": 5}
+SQUASHED = {"crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bilinear"}
+BORDERED = {"crop_mode": "border", "crop_pct": 0.9, "interpolation": "bicubic"}
+CROPPED = {"crop_pct": 0.875, "interpolation": "bicubic", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+TIMM = {
+    "timm:vit": ("vit_tiny_patch16_224", TINY, CROPPED),
+    "timm:clip": ("vit_base_patch32_clip_224", TINY, CROPPED),
+    "timm:dinov2": ("vit_small_patch14_dinov2", TINY, CROPPED),
+    "timm:dinov2_registers": ("vit_small_patch14_reg4_dinov2", TINY, CROPPED),
+    "timm:dinov3": ("vit_small_patch16_dinov3", {**TINY, "num_reg_tokens": 3}, SQUASHED),
+    "timm:siglip2": ("vit_base_patch16_siglip_224", TINY, SQUASHED),
+    "timm:pe": ("vit_pe_core_tiny_patch16_384", {**TINY, "attn_pool_num_heads": 2}, SQUASHED),
+    "timm:eva02": ("eva02_tiny_patch14_224", TINY, BORDERED),
+    "timm:beit": ("beit_base_patch16_224", TINY, CROPPED),
+    "timm:relpos": ("vit_relpos_small_patch16_224", TINY, CROPPED),
+    "timm:deit": ("deit_tiny_distilled_patch16_224", TINY, CROPPED),
+    "timm:efficientnet": ("test_efficientnet", {"num_classes": 5}, {**CROPPED, "input_size": [3, 64, 64]}),
+    "timm:resnet": ("test_resnet", {"num_classes": 5}, {**CROPPED, "input_size": [3, 48, 64]}),
+}
+"""Kind -> architecture, its arguments, its preprocessing."""
+TIMM_REGISTERS = {"timm:dinov2_registers": 4, "timm:dinov3": 3, "timm:deit": 1}
+"""DeiT's distillation token is like a register."""
+TIMM_NO_CLS = ("timm:siglip2", "timm:relpos", "timm:efficientnet", "timm:resnet")
 
 
 class Reference(NamedTuple):
@@ -129,12 +154,15 @@ def transformers_reference(path: Path, name: str, images: list[Image.Image]) -> 
             tower, projection = model.vision_model, model(pixels).image_embeds
         case "LlavaForConditionalGeneration":
             tower, projection = model.model.vision_tower, None
+        case "ViTForImageClassification":
+            tower, projection = model.vit, None
         case _:
             tower, projection = model, None
     output = tower(pixels, output_hidden_states=True)
     registers = getattr(tower.config, "num_register_tokens", 0)
     streams = [torch.cat([h[:, :1], h[:, 1 + registers :]], 1) for h in output.hidden_states[1:]]
-    return Reference(streams, projection, output.pooler_output)
+    pooled = output.last_hidden_state[:, 0] if name.startswith("ViT") else output.pooler_output
+    return Reference(streams, projection, pooled)
 
 
 @torch.no_grad()
@@ -158,6 +186,56 @@ def open_clip_reference(path: Path, images: list[Image.Image]) -> Reference:
     return Reference(streams, projection, None)
 
 
+@torch.no_grad()
+def timm_reference(path: Path, kind: str, images: list[Image.Image]) -> Reference:
+    import timm
+
+    model = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).eval()
+    pixels = timm_pixels(path, images)
+    pooled = model(pixels)
+    if not hasattr(model, "num_prefix_tokens"):
+        return Reference([], None, pooled)
+    has_prefix, has_cls = model.num_prefix_tokens > 0, kind not in TIMM_NO_CLS
+    taken = model.forward_intermediates(
+        pixels, return_prefix_tokens=has_prefix, output_fmt="NLC", intermediates_only=True
+    )
+    if not has_prefix:
+        return Reference(taken, None, pooled)
+    return Reference([torch.cat([prefix[:, :has_cls], patches], 1) for patches, prefix in taken], None, pooled)
+
+
+def timm_pixels(path: Path, images: list[Image.Image]) -> torch.Tensor:
+    import timm
+
+    model = timm.create_model(f"local-dir:{path}", pretrained=True)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    return torch.stack([transform(image) for image in images])
+
+
+def save_timm(path: Path, kind: str) -> Model:
+    import timm
+
+    architecture, settings, preprocessing = TIMM[kind]
+    model = timm.create_model(architecture, **settings)
+    for weight in model.parameters():  # many are 0 at first, or nearly so
+        torch.nn.init.normal_(weight, std=0.2)
+    preprocessing = {"input_size": [3, 28, 28], **preprocessing}
+    timm.models.save_for_hf(
+        model,
+        str(path),
+        model_config={"pretrained_cfg": preprocessing},
+        data_config=preprocessing,
+        safe_serialization=True,
+    )
+    return Model(
+        f"timm:local-dir:{path}",
+        lambda images: timm_reference(path, kind, images),
+        "timm",
+        has_cls=kind not in TIMM_NO_CLS,
+        n_registers=TIMM_REGISTERS.get(kind, 0),
+    )
+
+
 def save_transformers(path: Path, kind: str) -> Model:
     import transformers as tf
 
@@ -175,6 +253,16 @@ def save_transformers(path: Path, kind: str) -> Model:
             name, model = "SiglipModel", tf.SiglipModel(tf.SiglipConfig(vision_config=VISION, text_config=TEXT))
         case "siglip_vision":
             name, model = "SiglipVisionModel", tf.SiglipVisionModel(tf.SiglipVisionConfig(**VISION))
+        case "siglip2":
+            config = tf.SiglipConfig(vision_config=VISION, text_config={**TEXT, "vocab_size": 120})
+            name, model = "SiglipModel", tf.SiglipModel(config)
+        case "vit":
+            name, model = "ViTForImageClassification", tf.ViTForImageClassification(tf.ViTConfig(**VISION))
+        case "vit_pooler":
+            name, model = "ViTModel", tf.ViTModel(tf.ViTConfig(**VISION))
+        case "dinov3_vit":
+            config = tf.DINOv3ViTConfig(**{**DINO, "intermediate_size": 64, "num_register_tokens": 3})
+            name, model = "DINOv3ViTModel", tf.DINOv3ViTModel(config)
         case "dinov2":
             name, model = "Dinov2Model", tf.Dinov2Model(tf.Dinov2Config(**DINO))
         case "dinov2_registers":
@@ -195,17 +283,23 @@ def save_transformers(path: Path, kind: str) -> Model:
     if "dinov2" in kind:
         # Cropped smaller than the configuration's image_size, as facebook/dinov2-base is.
         save_processor(path, "BitImageProcessor", size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
+    elif kind == "dinov3_vit":
+        save_processor(path, "DINOv3ViTImageProcessor", size={"height": 28, "width": 28})
+    elif kind.startswith("vit"):
+        save_processor(path, "ViTImageProcessor", size={"height": 28, "width": 28})
     elif "siglip" in kind:
-        save_processor(path, "SiglipImageProcessor", size={"height": 28, "width": 28})
+        resample = 2 if kind == "siglip2" else 3
+        save_processor(path, "SiglipImageProcessor", size={"height": 28, "width": 28}, resample=resample)
     else:
         save_processor(path, "CLIPImageProcessor", size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    family = {"dinov2_registers": "dinov2_with_registers"}.get(kind, kind.split("_")[0])
+    families = {"dinov2_registers": "dinov2_with_registers", "dinov3_vit": "dinov3_vit", "siglip2": "siglip"}
+    family = families.get(kind, kind.split("_")[0])
     return Model(
         str(path),
         lambda images: transformers_reference(path, name, images),
         family,
         has_cls="siglip" not in kind,
-        n_registers=3 if kind == "dinov2_registers" else 0,
+        n_registers=3 if kind in ("dinov2_registers", "dinov3_vit") else 0,
     )
 
 
@@ -241,6 +335,10 @@ TRANSFORMERS = [
     "siglip_vision",
     "dinov2",
     "dinov2_registers",
+    "dinov3_vit",
+    "vit",
+    "vit_pooler",
+    "siglip2",
     "llava",
     "llava_hub_layout",
 ]
@@ -253,13 +351,14 @@ def saved(tmp_path_factory) -> Callable[[str], Model]:
     def get(kind: str) -> Model:
         if kind not in models:
             torch.manual_seed(0)
-            models[kind] = (save_transformers if kind in TRANSFORMERS else save_open_clip)(root / kind, kind)
+            save = save_transformers if kind in TRANSFORMERS else save_timm if kind in TIMM else save_open_clip
+            models[kind] = save(root / kind.replace(":", "-"), kind)
         return models[kind]
 
     return get
 
 
-@pytest.fixture(params=[*TRANSFORMERS, *OPEN_CLIP_VISION])
+@pytest.fixture(params=[*TRANSFORMERS, *OPEN_CLIP_VISION, *TIMM])
 def kind(request) -> str:
     return request.param
 
@@ -287,6 +386,8 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
 def test_every_site_equals_the_models_own_output(kind, saved, loaded, device):
     model, encoder = saved(kind), loaded(kind, device)
     images = photos()
+    if kind == "dinov3_vit":  # its processor does not round what it resizes
+        images = [image.resize((28, 28)) for image in images]
     reference = model.reference(images)
     info = encoder.info
     layers = range(info.n_layers)
@@ -328,19 +429,50 @@ def test_every_site_equals_the_models_own_output(kind, saved, loaded, device):
         assert order == sorted(set(order))
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "dinov2_registers", "llava"])
+def test_a_site_of_an_mlp_is_what_it_adds_to_the_models_own_hidden_states(kind, saved, loaded):
+    """Without it the stream after a block is the one that the MLP read, so that it gives just that of it."""
+    model, encoder = saved(kind), loaded(kind)
+    images = photos()
+    sites = [Site("residual", 1, "all"), Site("mlp", 1, "all"), Site("mlp", 0, "random:3"), Site("mlp", 0, "all")]
+    tapped = encoder.tap(batch(model.spec, images), sites, ids(images), seed=7)
+    block: Any = encoder.tower.blocks[1]
+    norm = block.norm2 if hasattr(block, "norm2") else block.layer_norm2
+    scale = block.layer_scale2.lambda1 if hasattr(block, "layer_scale2") else 1
+    given = tapped[sites[1]].activation
+    stream = model.reference(images).streams[1].flatten(0, 1)
+    with torch.no_grad():
+        close(block.mlp(norm(stream - scale * given)), given)
+    assert site_width(encoder.info, sites[1]) == given.shape[1]
+    drawn, all_of_them = tapped[sites[2]], tapped[sites[3]].activation.view(len(images), encoder.info.n_tokens, -1)
+    close(drawn.activation, all_of_them[drawn.position, drawn.token.long()])
+    alone = encoder.tap(batch(model.spec, images), sites[1:2], ids(images), seed=7)
+    assert torch.equal(alone[sites[1]].activation, given)
+
+
+def test_towers_of_open_clip_have_no_sites_of_mlps(saved):
+    with pytest.raises(UsageError, match=r"point is 'mlp', which .* does not have; it has residual, projection"):
+        site_width(describe_encoder(saved("open_clip_vit").spec), Site("mlp", 0, "all"))
+
+
 def test_uint8_pixels_equal_the_models_own_preprocessing(kind, saved, loaded):
     model = saved(kind)
     images = photos()
     seen = loaded(kind)._normalise(batch(model.spec, images))
-    path = model.spec.removeprefix("open_clip:local-dir:")
-    if model.spec.startswith("open_clip:"):
+    path = directory_named(model.spec) or model.spec
+    tolerance = 1e-6
+    if model.spec.startswith("timm:"):
+        expected = timm_pixels(Path(path), images)
+    elif model.spec.startswith("open_clip:"):
         import open_clip
 
         _, transform = open_clip.create_model_from_pretrained(f"local-dir:{path}")
         expected = torch.stack([transform(image) for image in images])
     else:
         expected = pixel_values(Path(path), images)
-    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-6)
+        if kind == "dinov3_vit":  # its processor resizes numbers that are no bytes any more: half a grey level
+            tolerance = 0.5 / 255 / 0.224
+    torch.testing.assert_close(seen, expected, rtol=0, atol=tolerance * 1.001)
     assert seen.shape[2:] == loaded(kind).info.image_size
 
 
@@ -398,7 +530,20 @@ def test_the_patch_grid_has_the_shape_of_the_image(loaded, n_patches, image_size
         assert sized.patch_grid == grid
 
 
-@pytest.mark.parametrize("kind", ["clip", "dinov2_registers", "siglip", "open_clip_vit", "timm_cls"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "clip",
+        "dinov2_registers",
+        "dinov3_vit",
+        "siglip",
+        "vit",
+        "open_clip_vit",
+        "timm_cls",
+        "timm:dinov3",
+        "timm:beit",
+    ],
+)
 def test_the_forward_stops_at_the_deepest_residual_site(saved, kind):
     spec = saved(kind).spec
     encoder = load_encoder(spec)
@@ -453,6 +598,8 @@ def test_random_tokens_depend_on_the_image_and_the_seed_alone(saved, loaded):
         ("open_clip_vit", "bfloat16"),
         ("timm_cls", "bfloat16"),
         ("open_clip_resnet", "bfloat16"),
+        ("timm:dinov3", "bfloat16"),
+        ("timm:efficientnet", "bfloat16"),
     ],
 )
 def test_lower_precisions_stay_near_float32(saved, loaded, kind, dtype, device):
@@ -514,6 +661,7 @@ def test_llava_sites_read_what_the_language_model_reads(saved, loaded):
 
 def test_sites_that_do_not_exist_are_refused_with_what_there_is(loaded):
     clip, siglip, dino, resnet = (loaded(kind).info for kind in ("clip", "siglip", "dinov2", "open_clip_resnet"))
+    efficientnet, registers = (loaded(kind).info for kind in ("timm:efficientnet", "timm:dinov3"))
     check_site(clip, Site("residual", 2, "cls"))
     check_site(clip, Site("residual", 0, "random:17"))
     check_site(siglip, Site("residual", 0, "random:16"))
@@ -522,16 +670,19 @@ def test_sites_that_do_not_exist_are_refused_with_what_there_is(loaded):
         (clip, Site("residual", 0, "random:18"), "17 tokens"),
         (siglip, Site("residual", 0, "cls"), "mean, all or random:n"),
         (siglip, Site("residual", 0, "random:17"), "16 tokens"),
-        (dino, Site("projection"), "residual, pooled"),
+        (dino, Site("projection"), "residual, mlp, pooled"),
         (resnet, Site("residual", 0, "mean"), "it has projection"),
         (resnet, Site("pooled"), "it has projection"),
+        (efficientnet, Site("residual", 3, "mean"), "point is 'residual', which .* does not have; it has pooled"),
+        (efficientnet, Site("projection"), "it has pooled"),
+        (registers, Site("residual", 0, "random:18"), "17 tokens"),
     ]
     for info, site, words in refused:
         for refuse in (check_site, site_width, rows_per_image):
             with pytest.raises(UsageError, match=words):
                 refuse(info, site)
     encoder = loaded("dinov2")
-    with pytest.raises(UsageError, match="residual, pooled"):
+    with pytest.raises(UsageError, match="residual, mlp, pooled"):
         encoder.tap(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), [Site("projection")], ["a"], 0)
 
 
@@ -547,6 +698,9 @@ def test_sites_that_do_not_exist_are_refused_with_what_there_is(loaded):
         ("open_clip:ViT-B-32/no-such-tag", "laion2b_s34b_b79k"),
         ("open_clip:No-Such-Arch/openai", "open_clip:<architecture>/<pretrained tag>"),
         ("open_clip:ViT-B-32", "open_clip:<architecture>/<pretrained tag>"),
+        ("timm:local-dir:/no/such/directory", "there is no directory /no/such/directory"),
+        ("timm:hf-hub:nobody/no-such-model", r"no-such-model cannot be loaded: (.|\n)*fill the cache"),
+        ("timm:vit_small_patch14_dinov2.lvd142m", r"lvd142m cannot be loaded: (.|\n)*fill the cache"),
     ],
 )
 def test_unknown_encoders_are_refused(spec, words):
@@ -563,7 +717,7 @@ def test_settings_that_cannot_be_are_refused(saved):
 
 
 def copy_of(saved_model: Model, target: Path) -> Path:
-    source = Path(saved_model.spec.removeprefix("open_clip:local-dir:"))
+    source = Path(directory_named(saved_model.spec) or saved_model.spec)
     target.mkdir()
     for path in source.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
@@ -637,10 +791,19 @@ def test_pickled_weights_do_not_run_code(saved, tmp_path):
 
 
 def test_other_model_types_are_refused_by_name(tmp_path):
-    from transformers import ViTConfig
+    from transformers import SwinConfig
 
-    ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"model type vit; encoders are CLIP, SigLIP.*DINOv2.*LLaVA"):
+    SwinConfig().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"model type swin; encoders are CLIP, SigLIP.*DINOv2.*DINOv3.*ViT.*LLaVA"):
+        describe_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("config", ["Siglip2Config", "Siglip2VisionConfig"])
+def test_naflex_models_are_refused_with_what_to_take(tmp_path, config):
+    import transformers
+
+    getattr(transformers, config)().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"a NaFlex model.*fixed resolution, such as google/siglip2-base-patch16-224"):
         describe_encoder(str(tmp_path))
 
 
@@ -720,7 +883,12 @@ def test_the_home_directory_is_expanded(saved, tmp_path, monkeypatch, prefix):
 
 
 @pytest.mark.parametrize(
-    ("kind", "spec"), [("clip", "someone/tiny"), ("open_clip_vit", "open_clip:hf-hub:someone/tiny")]
+    ("kind", "spec"),
+    [
+        ("clip", "someone/tiny"),
+        ("open_clip_vit", "open_clip:hf-hub:someone/tiny"),
+        ("timm:vit", "timm:hf-hub:someone/tiny"),
+    ],
 )
 def test_a_model_on_the_hub_is_pinned_by_its_commit(saved, tmp_path, kind, spec):
     """In a process of its own, as the hub's cache folder is read at import."""

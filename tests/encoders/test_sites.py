@@ -20,6 +20,7 @@ from sae_ray.errors import UsageError
         ("layer0:all", Site("residual", 0, "all"), "layer0.all"),
         ("layer3:mean", Site("residual", 3, "mean"), "layer3.mean"),
         ("layer22:random:2", Site("residual", 22, "random:2"), "layer22.random-2"),
+        ("layer22.mlp:random:2", Site("mlp", 22, "random:2"), "layer22.mlp.random-2"),
         ("projection", Site("projection"), "projection"),
         ("pooled", Site("pooled"), "pooled"),
     ],
@@ -33,11 +34,13 @@ def test_a_site_is_written_named_and_rebuilt(text, site, name):
 @pytest.mark.parametrize(
     ("point", "layer", "tokens", "words"),
     [
-        ("logits", None, "image", "point is 'logits'; it must be residual, projection or pooled"),
+        ("logits", None, "image", "point is 'logits'; it must be residual, mlp, projection or pooled"),
         ("residual", None, "cls", "layer is None"),
         ("residual", -1, "cls", "layer is -1"),
         ("residual", True, "cls", "layer is True"),
         ("residual", "22", "cls", "layer is '22'"),
+        ("mlp", None, "all", "layer is None; a mlp site names its block"),
+        ("mlp", 1, "image", "tokens is 'image'; for a mlp site"),
         ("residual", 1, "image", "tokens is 'image'; .* cls, mean, all or random:n"),
         ("residual", 1, "random:0", "tokens is 'random:0'"),
         ("residual", 1, "random:02", "tokens is 'random:02'"),
@@ -51,7 +54,9 @@ def test_sites_that_make_no_sense_are_refused(point, layer, tokens, words):
         Site(point, layer, tokens)
 
 
-@pytest.mark.parametrize("text", ["layer22", "22:cls", "layer:cls", "layer-1:cls", "layer2.cls", "", "layer2:"])
+@pytest.mark.parametrize(
+    "text", ["layer22", "22:cls", "layer:cls", "layer-1:cls", "layer2.cls", "", "layer2:", "layer2.fc:all"]
+)
 def test_text_of_another_form_is_refused(text):
     with pytest.raises(UsageError, match="write layer<number>:<tokens>"):
         Site.parse(text)

@@ -14,8 +14,9 @@ from PIL import Image
 from sae_ray.jobs.cli import main
 
 from sae_ray.sae import SAE, load_sae, save_sae
-from sae_ray.steering import Intervention, LatentEdit, Llava, load_llava
+from sae_ray.steering import Box, Condition, Intervention, LatentEdit, Llava, Region, load_llava
 from sae_ray.store.files import Folder
+from tests.serve.conftest import stored
 
 D_SAE = 64
 MAX_TOKEN = torch.linspace(0, 6.3, D_SAE, dtype=torch.float64)
@@ -106,6 +107,8 @@ def test_json_tells_everything(call, llava, sae, tmp_path):
                     "error": "keep",
                     "isolate": True,
                     "tokens": [2, 16],
+                    "region": None,
+                    "when": None,
                 },
                 "answer": llava.answer(photo, "w5", chain, 6),
             }
@@ -186,6 +189,17 @@ def test_the_question_is_that_of_the_paper_unless_another_is_asked(call):
         (["--latent", "39", "--sweep", "1x,,2x"], ["--sweep", "'' is not a strength"]),
         (["--latent", "39", "--sweep", "1x,nan"], ["strength of latent 39 is nan"]),
         (["--intervention", "x.json", "--latent", "39=4"], ["--intervention", "leave out --latent"]),
+        (["--intervention", "x.json", "--region", "0,0,1,1"], ["--intervention", "--region"]),
+        (["--latent", "39=4", "--region", "left"], ["--region left", "0,0,0.5,0.5"]),
+        (["--latent", "39=4", "--region", "0,0,1"], ["rectangles of region", "[left, top, right, bottom]"]),
+        (["--latent", "39=4", "--region", "0,0,28,28"], ["[0, 0, 28, 28]", "fractions of the image"]),
+        (["--latent", "39=4", "--region", "0,0,0.1,1"], ["no patch", "4 × 4 patches"]),
+        (["--latent", "39=4", "--mask", "nowhere.png"], ["mask of region is nowhere.png"]),
+        (["--latent", "39=4", "--when", "star"], ["--when star", "7>20"]),
+        (["--latent", "39=4", "--when", "7>much"], ["--when 7>much", "'much' is not a strength"]),
+        (["--latent", "39=4", "--when", "64"], ["latent of when is 64", "0 to 63"]),
+        (["--latent", "39=4", "--when", "0>1x"], ["latent 0", "never fired"]),
+        (["--latent", "39=4", "--when", "7>-1"], ["above of when is -1"]),
         (["--latent", "39=4", "--dtype", "int8"], ["dtype is 'int8'", "bfloat16"]),
         (["--latent", "39=4", "--device", "cuda:99"], ["device is 'cuda:99'"]),
         ([], ["no latent", "--latent 39=40"]),
@@ -193,6 +207,61 @@ def test_the_question_is_that_of_the_paper_unless_another_is_asked(call):
 )
 def test_options_that_cannot_be_are_refused(call, options, words):
     refused(call("white", "w1", *options), *words)
+
+
+def test_only_a_region_is_edited_and_only_where_a_latent_fires(call, llava, sae, tmp_path):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    photo.save(tmp_path / "photo.png")
+    mask = np.zeros((20, 20), dtype=bool)
+    mask[12:, :9] = True
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    where = [
+        "--region",
+        "0.5,0,1,0.5",
+        "--region",
+        "0.2,0,0.5,0.3",
+        "--mask",
+        tmp_path / "mask.png",
+        "--when",
+        "7>0.1x",
+    ]
+    result = call(tmp_path / "photo.png", "w5", "--latent", "39=25", *where, "--json")
+    assert result.exit_code == 0, result.output
+    (steered,) = json.loads(result.stdout)["steered"]
+    region = Region((Box(0.5, 0, 1, 0.5), Box(0.2, 0, 0.5, 0.3)), mask)
+    condition = Condition(7, 0.1, "max")
+    edit = (LatentEdit(39, "set", 25.0),)
+    chain = [Intervention(load_sae(sae), edit, max_token=MAX_TOKEN, region=region, when=condition)]
+    assert steered["answer"] == llava.answer(photo, "w5", chain, 6)
+    assert steered["intervention"]["region"] == region.to_dict()
+    assert steered["intervention"]["when"] == {"latent": 7, "above": 0.1, "unit": "max"}
+    everywhere = llava.answer(photo, "w5", [Intervention(load_sae(sae), edit)], 6)
+    assert steered["answer"] != everywhere
+    (tmp_path / "same.json").write_text(json.dumps(steered["intervention"]))
+    result = call(tmp_path / "photo.png", "w5", "--intervention", tmp_path / "same.json")
+    assert "steered: latent 39 set to 25, in the region, where latent 7 is above 0.1 × max" in result.stdout
+    assert steered["answer"] in result.stdout
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_region_is_one_of_the_upright_image(call, tmp_path, orientation):
+    """By every EXIF orientation, of image and mask: the same answer, and not that of another region."""
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    mask = Image.new("L", (60, 40))
+    mask.paste(255, (10, 20, 30, 40))
+    (tmp_path / "photo.png").write_bytes(stored(upright, orientation, "PNG"))
+    (tmp_path / "mask.png").write_bytes(stored(mask, orientation, "PNG"))
+    upright.save(tmp_path / "upright.png")
+
+    def steered(image: str, *where) -> str:
+        result = call(tmp_path / image, "w5", "--latent", "39=25", *where, "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["steered"][0]["answer"]
+
+    expected = steered("upright.png", "--region", "0.16,0.5,0.5,1")
+    assert steered("photo.png", "--region", "0.16,0.5,0.5,1") == expected
+    assert steered("photo.png", "--mask", tmp_path / "mask.png") == expected
+    assert steered("photo.png", "--region", "0.5,0,0.84,0.5") != expected
 
 
 def test_an_image_that_is_no_image_is_refused(call, tmp_path):

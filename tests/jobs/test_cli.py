@@ -329,6 +329,22 @@ def test_a_changed_folder_is_reported_by_those_who_list_it(study_values, world, 
     assert call("status", "--root", root, "--json").stdout == before
 
 
+def test_models_of_timm_that_a_study_cannot_have_are_named_with_their_field(study_file, tmp_path):
+    import timm
+
+    convolutional = tmp_path / "efficientnet"
+    timm.models.save_for_hf(timm.create_model("test_efficientnet"), str(convolutional), safe_serialization=True)
+    root = tmp_path / "root"
+    for words, said in (
+        (["--judge", "timm:efficientnet_lite9"], ["judge.model = 'timm:efficientnet_lite9'", "efficientnet_lite0"]),
+        (
+            ["--encoder", f"timm:local-dir:{convolutional}", "--site", "layer3:mean"],
+            ["point is 'residual'", "it has pooled"],
+        ),
+    ):
+        refused(call("run", study_file, "--root", root, "--dry-run", *words), 2, *said)
+
+
 def test_a_judge_whose_weights_do_not_fit_fails_before_any_image_is_encoded(study_file, world, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -12,12 +12,13 @@ from click.testing import CliRunner
 from sae_ray.jobs import concepts
 from sae_ray.jobs.cli import main
 
-from sae_ray.concepts import label_correlation
+from sae_ray.concepts import Concepts, label_correlation
 from sae_ray.concepts.labels import Labels
 from sae_ray.concepts.tables import CONCEPTS, CORRELATIONS, NAMES, NEURONS, ConceptTables
 from sae_ray.errors import UsageError
 from sae_ray.sae import load_sae
 from sae_ray.store.activations import ActivationStore
+from sae_ray.world.render import SHAPES
 
 ASKED = {"concepts": {"min_images": 10, "ignore_labels": ["blank"]}}
 
@@ -98,9 +99,59 @@ def test_labels_may_come_from_a_file_and_names_from_a_vocabulary(ray_cluster, ro
         concepts.check(make_plan(root, **asked))
 
 
+def test_depths_and_accuracies_are_measured_if_asked_for(ray_cluster, root, make_plan, tmp_path):
+    taxonomy = tmp_path / "taxonomy.csv"
+    shapes = sorted(SHAPES)
+    taxonomy.write_text("\n".join(["label_name,path", *(f"{name},thing > {name[0]} > {name}" for name in shapes)]))
+    asked = {"concepts.ignore_labels": ["blank"], "concepts.measures": ["splicing"], "concepts.taxonomy": str(taxonomy)}
+    plan = make_plan(root, **asked)
+    concepts.check(plan)
+    concepts.run(plan)
+    raw, *saes = plan.concepts
+    assert "spliced" not in raw.step.record()["counts"]
+    for one in saes:
+        counts, hierarchy = one.step.record()["counts"], ConceptTables(one.step.folder).hierarchy
+        assert hierarchy is not None
+        assert len(counts["depths"]) == len(one.group_sizes) == hierarchy.group.max() + 1
+        assert (hierarchy.group == np.repeat(np.arange(len(one.group_sizes)), one.group_sizes)).all()
+        known = ~np.isnan(hierarchy.lca_mean)
+        assert known.any()
+        assert (hierarchy.lca_mean[known] >= 1).all()
+        assert counts["depth"] == pytest.approx(hierarchy.lca_mean[known].mean())
+        assert counts["spliced_by"] == "zero_shot"
+        assert counts["spliced_images"] == Labels.of_table(plan.images["heldout"].labels, ["blank"]).labelled.sum()
+        assert counts["spliced_original"] > 0.8 > 0.3 > counts["spliced_mean"]
+        lost = counts["spliced_original"] - counts["spliced_mean"]
+        assert counts["recovered"] == pytest.approx((counts["spliced"] - counts["spliced_mean"]) / lost)
+    texts = "\n".join(concepts.lines(plan))
+    assert "depth in the taxonomy: " in texts
+    assert "accuracy (zero-shot) with the reconstruction in place: " in texts
+    assert "share of the accuracy recovered" in texts
+    taxonomy.write_text(f"label_name,path\n{shapes[0]},thing\n")
+    with pytest.raises(UsageError, match=r"concepts\.taxonomy = .*: the taxonomy has no path for 15 labels"):
+        concepts.check(make_plan(root, **asked))
+
+
+def test_reconstructions_are_spliced_into_layers_whatever_runs_it(ray_cluster, steered, make_steered, tmp_path):
+    root = shutil.copytree(steered, tmp_path / "root")
+    found = []
+    for workers in (1, 2):
+        plan = make_steered(root, **{"concepts.measures": ["splicing"], "resources.concepts.workers": workers})
+        concepts.run(plan)
+        _, one = plan.concepts
+        assert one.readout is not None
+        found.append(one.step.record()["counts"])
+        one.step.folder.delete("step.json")
+    assert found[0] == found[1]
+    counts = found[0]
+    assert counts["spliced_original"] > 0.8 > 0.3 > counts["spliced_mean"]
+    assert counts["spliced"] > counts["spliced_mean"]
+
+
 def test_without_labels_and_texts_the_rest_is_measured(ray_cluster, root, make_plan, capfd):
     none = {"images.train.labels": "none", "images.heldout.labels": "none"}
-    plan = make_plan(root, concepts={}, **none)
+    asked = {"measures": [*Concepts().measures, "splicing"], "taxonomy": "inaturalist"}
+    plan = make_plan(root, concepts=asked, **none)
     plan.root.delete(plan.images["heldout"].labels_step.name)
     for images in plan.images.values():
         images.labels_step.folder.write_parquet("labels.parquet", images.labels)
@@ -109,6 +160,7 @@ def test_without_labels_and_texts_the_rest_is_measured(ray_cluster, root, make_p
     said = capfd.readouterr().err
     assert "0 concept(s) of held-out images, none with 10 images that show it" in said
     assert "there are no names of classes to choose among: give concepts.vocabulary" in said
+    assert "fewer than two classes of held-out images: no accuracy with reconstructions in place" in said
     concepts.run(plan)
     one = plan.concepts[1]
     tables, counts = ConceptTables(one.step.folder), one.step.record()["counts"]
@@ -116,6 +168,8 @@ def test_without_labels_and_texts_the_rest_is_measured(ray_cluster, root, make_p
     assert "rho" not in counts
     assert counts["overlap_pairs"] > 0
     assert counts["coherence"] > 0
+    assert counts["depth"] is None
+    assert "spliced" not in counts
 
 
 def test_a_study_is_measured_when_it_is_asked_for(ray_cluster, root, study_values):

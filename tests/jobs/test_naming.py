@@ -15,6 +15,7 @@ from sae_ray.jobs.progress import Progress
 
 from sae_ray.concepts import answered_names
 from sae_ray.concepts.image_codes import image_codes
+from sae_ray.concepts.naming_by_answers import plain
 from sae_ray.sae import load_sae
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering.latent_names import LATENT_NAMES_SCHEMA, NAMES
@@ -43,12 +44,14 @@ def test_names_are_counted_from_answers_and_these_are_kept(one):
     expected = answered_names(top, told)
     assert names["name"].to_pylist()[: len(latents)] == expected.name
     assert names["agreement"].to_pylist()[: len(latents)] == expected.agreement.tolist()
-    white = [row["answer"] for row in answers.to_pylist() if row["about"] == "white"]
+    white = [(row["latent"], row["answer"]) for row in answers.to_pylist() if row["about"] == "white"]
     steered = names["name"].to_pylist()[len(latents) :]
-    assert [name for name in steered if name is not None] == [said for said in white if said != "nothing"]
+    assert [latent for latent, _ in white] == [None, *latents]
+    unsteered = white[0][1]
+    assert steered == [None if said == unsteered else said for _, said in white[1:]]
 
     record = one.step.record()
-    assert record["counts"]["rows"] == answers.num_rows + 1  # and the white image itself
+    assert record["counts"]["rows"] == answers.num_rows
     assert sorted(record["files"]) == ["answers.parquet", NAMES]  # no parts are left
 
 
@@ -67,6 +70,32 @@ def test_a_name_by_the_llava_is_better_than_that_of_random_images(one):
     assert found["pure"] > 0
     assert found["right"] > 0.8 > found["control_right"]
     assert found["score"] > found["control_score"]
+
+
+def test_top_images_may_be_shown_in_grids(one, steered, make_steered, tmp_path):
+    """The world's LLaVA does not read grids: its names are recorded, whatever they are."""
+    root = tmp_path / "root"
+    shutil.copytree(steered, root, ignore=shutil.ignore_patterns("naming-*"))
+    plan = make_steered(root, **{"naming.images": "grid", "naming.methods": ["vlm"], "naming.n_latents": 5})
+    naming.run(plan)
+    [grids] = plan.namings
+    names, answers = (grids.step.folder.read_parquet(file).to_pylist() for file in (NAMES, "answers.parquet"))
+    latents = [row["neuron"] for row in names]
+    told = {about: [(row["latent"], row["answer"]) for row in answers if row["about"] == about]
+            for about in ("grid", "random grid", "heldout", "train", "white")}  # fmt: skip
+    assert [latent for latent, _ in told["grid"]] == [latent for latent, _ in told["random grid"]] == latents
+    assert told["train"] == told["white"] == []
+    assert [(row["name"], row["control"]) for row in names] == [
+        (plain(said) or None, plain(control) or None)
+        for (_, said), (_, control) in zip(told["grid"], told["random grid"], strict=True)
+    ]
+    assert all(row["agreement"] is None and row["n_images"] > 0 for row in names)
+    kept = one.step.folder.read_parquet("answers.parquet").to_pylist()
+    alone = {row["image_index"]: row["answer"] for row in kept if row["about"] == "heldout"}
+    tried = {row["image_index"]: row["answer"] for row in answers if row["about"] == "heldout"}
+    assert tried
+    assert {image: alone[image] for image in tried} == tried, "names are tried on single images"
+    assert grids.step.record()["counts"]["rows"] == len(answers)
 
 
 class Interrupted(Exception):

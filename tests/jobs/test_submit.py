@@ -429,14 +429,15 @@ def test_an_address_of_another_kind(study_file, monkeypatch):
 def test_what_only_this_machine_has_is_refused(study_file, closed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "clip").mkdir(parents=True)
-    relative = {
-        "images.train.path": "photos",
-        "images.train.labels": "../labels.csv",
-        "images.heldout.path": "./photos",
-        "encoder.model": "models/clip",
-        "judge.model": "open_clip:local-dir:models/judge",
-    }
-    for field, value in relative.items():
+    relative = [
+        ("images.train.path", "photos"),
+        ("images.train.labels", "../labels.csv"),
+        ("images.heldout.path", "./photos"),
+        ("encoder.model", "models/clip"),
+        ("judge.model", "open_clip:local-dir:models/judge"),
+        ("judge.model", "timm:local-dir:models/judge"),
+    ]
+    for field, value in relative:
         said = refused(2, study_file, "--root", "/root", "--address", closed, "--set", f"{field}={value}")
         assert said.startswith(f"Error: {field} = {value!r}: a relative path")
     said = refused(2, study_file, "--root", "runs/x", "--address", closed)
@@ -453,6 +454,7 @@ def test_what_only_this_machine_has_is_refused(study_file, closed, tmp_path, mon
         ["--images", "s3://key:secret@bucket/x?region=eu-west-1", "--labels", "/shared/labels.csv"],
         ["--images", "/no/such/folder", "--heldout", "~/photos", "--encoder", "openai/clip-vit-base-patch32"],
         ["--encoder", "/no/such/model", "--judge", "open_clip:ViT-B-32/openai"],
+        ["--encoder", "timm:local-dir:/no/such/model", "--judge", "timm:tf_efficientnet_lite0.in1k"],
     ],
 )
 def test_what_only_the_cluster_need_reach_is_looked_at_by_nobody_else(study_file, closed, words):

@@ -11,6 +11,7 @@ from sae_ray.jobs.placement import bundles
 from sae_ray.jobs.progress import Progress
 
 from sae_ray.sae import CellTrainer, load_sae, train_cells
+from sae_ray.scores.tables import ScoreTables
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.store.stream import TrainingStream
@@ -148,6 +149,24 @@ def test_a_cell_that_diverges_is_reported_and_the_others_go_on(ray_cluster, extr
     healthy = next(one for one in plan.trains if one.grid_cell.cell.architecture == "batch_topk")
     same = next(one for one in make_plan(finished).trains if one.step.name == healthy.step.name)
     assert torch.equal(weights(healthy.step.folder)["W_enc"], weights(same.step.folder)["W_enc"])
+
+
+def test_raw_neurons_are_scored_before_they_weigh_dimensions(
+    ray_cluster, extracted, make_plan, finished, tmp_path, capsys
+):
+    root = tmp_path / "root"
+    shutil.copytree(extracted, root)
+    plan = make_plan(root, **{"grid.architectures": ["batch_topk"], "grid.weights": ["uniform", "ms"]})
+    train.run(plan)
+    uniform, weighted = plan.trains
+    same = next(one for one in make_plan(finished).trains if one.step.name == uniform.step.name)
+    assert torch.equal(weights(uniform.step.folder)["W_enc"], weights(same.step.folder)["W_enc"])
+    [raw] = plan.scores_for_training
+    table = weighted.step.folder.read_parquet("weights.parquet")
+    assert table["s"].to_pylist() == ScoreTables(raw.step.folder).scores.ms.tolist()
+    ratio = weighted.step.record()["counts"]["gamma_ratio"]
+    assert ratio == max(table["gamma"].to_pylist()) / min(table["gamma"].to_pylist())
+    assert f"{weighted.grid_cell.name}: max γ / min γ = {ratio:.4g}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("by", ["workers", "shards"])

@@ -14,7 +14,7 @@ import pytest
 
 from sae_ray.concepts.agreeing import AGREEMENT, Pairs, agreement
 from sae_ray.concepts.summary import MEASURES
-from sae_ray.concepts.tables import NEURONS_SCHEMA, ConceptTables
+from sae_ray.concepts.tables import HIERARCHY_SCHEMA, NEURONS_SCHEMA, ConceptTables
 from sae_ray.report import write_report
 from sae_ray.report.meanings import MEASURED
 from sae_ray.report.neurons import Neurons, read_neurons
@@ -75,7 +75,8 @@ def _cell(attributes: str, content: str) -> str:
 
 
 def test_every_score_of_a_neuron_has_a_title():
-    scores = {field.name for field in NEURONS_SCHEMA if pa.types.is_floating(field.type)}
+    schemas = (*NEURONS_SCHEMA, *HIERARCHY_SCHEMA)
+    scores = {field.name for field in schemas if pa.types.is_floating(field.type)}
     assert sorted(one.key for one in MEASURED) == sorted(scores)
 
 
@@ -89,7 +90,7 @@ def test_scores_and_concepts_are_those_of_the_tables(
         concept_of = [page["names"][one] if one >= 0 else None for one in unpacked(page["of_neuron"], "<i4")]
         assert concept_of == neurons.concept[order].tolist()
         for one in MEASURED:
-            expected, file = getattr(neurons, one.key)[order], f"{name}/scores/{one.key}"
+            expected, file = found.score(one.key)[order], f"{name}/scores/{one.key}"
             there = (report / "data" / f"{file}.js").exists()
             assert there == (not np.isnan(expected).all())
             if there:
@@ -137,14 +138,16 @@ def test_names_come_with_what_speaks_for_them(
 def test_the_page_of_a_neuron_has_its_names_and_every_score(
     report: Path, cells: dict[str, Neurons], tables: dict[str, ConceptTables]
 ):
-    chunk, neurons = data(report, f"{MATRYOSHKA}/0"), tables[MATRYOSHKA].neurons
-    measured = [one for one in MEASURED if not np.isnan(getattr(neurons, one.key)[cells[MATRYOSHKA].order]).all()]
+    chunk, found = data(report, f"{MATRYOSHKA}/0"), tables[MATRYOSHKA]
+    neurons = found.neurons
+    measured = [one for one in MEASURED if not np.isnan(found.score(one.key)[cells[MATRYOSHKA].order]).all()]
     assert len(measured) > 10
+    assert "lca_mean" in [one.key for one in measured]
     for place, neuron in enumerate(cells[MATRYOSHKA].order):
         meaning = chunk["meaning"][place]
         assert meaning["concept"] == neurons.concept[neuron]
         shown = [np.nan if value is None else value for value in meaning["scores"]]
-        np.testing.assert_allclose(shown, [getattr(neurons, one.key)[neuron] for one in measured], rtol=1e-3)
+        np.testing.assert_allclose(shown, [found.score(one.key)[neuron] for one in measured], rtol=1e-3)
         methods = {method: name for method, name, _ in chunk["names"][place]}
         assert ("vlm" in methods) == (neuron in STEERED)
         assert methods.get("soft_wpmi") == neurons.name[neuron]
@@ -170,6 +173,19 @@ def test_which_sae_is_best_is_told_by_every_measure(report: Path, plan: StudyPla
     assert float(value) == rows[name].mean_ms == max(row.mean_ms for row in rows.values() if row.grid_cell)
     assert float(of_raw) == rows[f"raw-{site[name]}"].mean_ms
     assert [row[0] for row in rows_of(page, "all-table")[1:]] == list(rows)
+
+
+def test_depths_are_told_by_level(report: Path, plan: StudyPlan):
+    head, *rows = rows_of((report / "concepts.html").read_text(), "depth-table")
+    counts = {one.name: (one.step.record() or {})["counts"] for one in plan.concepts}
+    n_levels = len(counts[MATRYOSHKA]["depths"])
+    assert n_levels > 1
+    assert head == ["SAE", "all neurons", *(f"level {level}" for level in range(n_levels))]
+    found = {row[0]: row[1:] for row in rows}
+    assert set(found) == set(counts)
+    for name, values in found.items():
+        levels = counts[name]["depths"] if len(counts[name]["depths"]) > 1 else [None] * n_levels
+        assert [float(value) if value else None for value in values] == [counts[name]["depth"], *levels]
 
 
 def test_what_the_user_wrote_is_escaped(report: Path):

@@ -104,7 +104,7 @@ def test_a_trained_sae_survives_the_disk_and_sae_lens(saes: dict[str, SAE], name
             torch.testing.assert_close(sae.encode(x), sae_lens.SAE.load_from_disk(tmp_path).encode(x))
     summary = evaluate(opened, [x]).summary()
     assert summary.l0 == pytest.approx((sae.encode(x) > 0).sum(1).double().mean().item())
-    assert summary.r2 > 0.1
+    assert summary.r2 > 0.1 or name == "random"
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, NEW])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import torch
 import torch.distributed as dist
 
 from sae_ray.sae import (
+    SAE,
     BundleJob,
     Cell,
     CellJob,
     CellReport,
+    CellTrainer,
     TrainingConfig,
     evaluate_store,
     load_sae,
@@ -24,11 +27,15 @@ from sae_ray.sae import (
     metrics,
     train_cells,
 )
+from sae_ray.sae.architectures.guided_topk import GuidanceSettings
 from sae_ray.sae.ranks import Ranks, Split
+from sae_ray.sae.scaling import Scaling
 from sae_ray.steering import load_max_token
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
+from sae_ray.store.sample import Sample
 from sae_ray.store.steps import Step
+from sae_ray.store.stream import TrainingStream
 from tests.machine import processes_with_torch
 
 D_IN, STEPS, EVERY = 12, 36, 6
@@ -237,3 +244,102 @@ def test_a_cell_that_diverges_is_recorded_and_the_others_are_what_they_were(stor
     assert "loss" in (failed.step.failure or "")
     for job, reference in zip(healthy, whole.cells, strict=True):
         assert torch.equal(load_sae(job.step.folder).W_enc, load_sae(reference.step.folder).W_enc)
+
+
+# Centring
+
+
+def codes_and_reconstructions(sae: SAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = sae.encode(x)
+    return codes, sae.decode(codes)
+
+
+def alone(store: ActivationStore, cell: Cell) -> tuple[CellTrainer, Scaling]:
+    """A plain loop over what the stream gives, with rows that are scaled here."""
+    sample, trainer = Sample(store), CellTrainer(cell, store.d)
+    without = sample if cell.training.threshold == "calibrated" else None
+    scaling = Scaling.of(store, sample.location(), cell.training)
+    for _, rows in zip(range(STEPS), TrainingStream(store, 24, 5, 100, without=without).batches(), strict=False):
+        rows = rows.float()
+        if cell.training.centre:
+            rows = rows - torch.from_numpy(sample.location().mean).float()
+        trainer.step(rows / scaling.scale)
+    return trainer, scaling
+
+
+@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize("number", range(len(CELLS)))
+def test_an_exported_sae_computes_what_was_trained(store, tmp_path: Path, number: int, centre: bool):
+    """On activations as they are: the codes of the scaled ones, times the scale."""
+    cell = replace(CELLS[number], training=replace(TRAINING, centre=centre, threshold="average"))
+    bundle = bundle_of(store, tmp_path, (cell,))
+    train_cells(bundle)
+    sae = load_sae(bundle.cells[0].step.folder)
+    trainer, scaling = alone(store, cell)
+    x = torch.tensor(store.read(0)[2])
+    codes, x_hat = codes_and_reconstructions(sae, x)
+    expected = codes_and_reconstructions(trainer.export(1.0), scaling(x))
+    torch.testing.assert_close(codes, expected[0] * scaling.scale, rtol=1e-5, atol=1e-5)
+    centred = 0 if scaling.centre is None else scaling.centre
+    torch.testing.assert_close(x_hat, expected[1] * scaling.scale + centred, rtol=1e-5, atol=1e-5)
+    assert (scaling.centre is None) != centre
+    if not centre:
+        plain = trainer.export(store.root_mean_square_norm)
+        assert all(torch.equal(getattr(plain, name), getattr(sae, name)) for name in WEIGHTS)
+
+
+def test_centred_training_does_not_see_where_the_activations_lie(write_store, tmp_path: Path):
+    """Powers of two, so that shifted activations are exact in float32."""
+    x = np.random.default_rng(0).integers(-64, 64, (160, D_IN)).astype("f4") / 32
+    shift = 64.0 * np.random.default_rng(1).integers(-3, 4, D_IN).astype("f4")
+    cell = replace(CELLS[0], training=replace(TRAINING, centre=True))
+    saes = []
+    for label, values in (("plain", x), ("shifted", x + shift)):
+        store = write_store(tmp_path, [(np.arange(160), np.zeros(160), values)], label=label)
+        bundle = bundle_of(store, tmp_path / f"of-{label}", (cell,))
+        train_cells(bundle)
+        saes.append((load_sae(bundle.cells[0].step.folder), bundle.cells[0].step.record()))
+    (plain, counts), (shifted, others) = saes
+    for name in ("W_enc", "W_dec", "b_enc", "threshold"):
+        torch.testing.assert_close(getattr(plain, name), getattr(shifted, name), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(shifted.b_dec - plain.b_dec, torch.from_numpy(shift), rtol=0, atol=1e-2)
+    offsets = [record["counts"]["mean_over_spread"] for record in (counts, others)]
+    spread = np.sqrt(np.square(x - x.mean(0)).sum(1).mean())
+    assert offsets == pytest.approx([np.linalg.norm(each.mean(0)) / spread for each in (x, x + shift)], rel=1e-5)
+    assert offsets[0] < 1 < 50 < offsets[1]
+
+
+def test_an_sae_that_standardises_rows_takes_them_as_they_are(store, tmp_path: Path):
+    cells = [
+        Cell(
+            "guided_topk",
+            4,
+            k=3,
+            training=replace(TRAINING, centre=centre),
+            settings=GuidanceSettings(concept_weight=0),
+        )
+        for centre in (False, True)
+    ]
+    plain, centred = (bundle_of(store, tmp_path / str(n), (cell,)) for n, cell in enumerate(cells))
+    for bundle in (plain, centred):
+        train_cells(bundle)
+    found, expected = (load_sae(bundle.cells[0].step.folder) for bundle in (centred, plain))
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    assert cells[0].identity() == cells[1].identity()
+
+
+def test_sae_lens_gives_the_codes_of_a_centred_sae(write_store, tmp_path: Path):
+    import sae_lens
+
+    values = np.random.default_rng(0).normal(size=(160, D_IN)).astype("f4") + 9
+    store = write_store(tmp_path, [(np.arange(160), np.zeros(160), values)])
+    bundle = bundle_of(store, tmp_path / "steps", (replace(CELLS[0], training=replace(TRAINING, centre=True)),))
+    train_cells(bundle)
+    folder, x = bundle.cells[0].step.folder, torch.from_numpy(values)
+    theirs = sae_lens.SAE.load_from_disk(folder.path)
+    codes, x_hat = codes_and_reconstructions(load_sae(folder), x)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode(x), codes)
+        torch.testing.assert_close(theirs.decode(codes), x_hat)
+    assert 0 < (codes > 0).sum() < codes.numel()

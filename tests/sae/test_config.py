@@ -35,6 +35,7 @@ from sae_ray.study.fields import docstrings
         ("threshold_start_step", -1),
         ("sparsity_warmup_steps", -1),
         ("dtype", "float16"),
+        ("threshold", "median"),
     ],
 )
 def test_training_settings_out_of_range_name_field_value_and_remedy(field, value):
@@ -156,8 +157,9 @@ def renamed(**settings) -> set[str]:
 
 EVERY = set(ARCHITECTURES)
 GUIDED = {"guided_topk", "guided_batch_topk", "guided_matryoshka_batch_topk"}
-BY_BATCH = {"batch_topk", "matryoshka_batch_topk", "guided_batch_topk", "guided_matryoshka_batch_topk"}
-SELECTING = BY_BATCH | {"topk"}
+LEARNING = EVERY - {"random"}
+REVIVING = {"batch_topk", "matryoshka_batch_topk", "topk", "frozen_decoder"} | GUIDED - {"guided_topk"}
+BY_BATCH = REVIVING - {"topk"} | {"random"}
 
 
 @pytest.mark.parametrize(
@@ -165,14 +167,16 @@ SELECTING = BY_BATCH | {"topk"}
     [
         ({"batch_size": 512}, EVERY),
         ({"steps": 50_000}, EVERY),
-        ({"learning_rate": 1e-3}, EVERY),
-        ({"warmup_steps": 10}, EVERY),
-        ({"decay_start": 90_000}, EVERY),
-        ({"gradient_clip": 2.0}, EVERY),
+        ({"learning_rate": 1e-3}, LEARNING),
+        ({"warmup_steps": 10}, LEARNING),
+        ({"decay_start": 90_000}, LEARNING),
+        ({"gradient_clip": 2.0}, LEARNING),
         ({"dtype": "bfloat16"}, EVERY),
-        ({"auxk_weight": 0.1}, SELECTING),
-        ({"auxk_select": "pre"}, SELECTING),
-        ({"dead_after_samples": 9}, SELECTING),
+        ({"centre": not TrainingConfig().centre}, EVERY - {"guided_topk"}),  # which standardises every row
+        ({"threshold": "calibrated"}, EVERY),
+        ({"auxk_weight": 0.1}, REVIVING),
+        ({"auxk_select": "pre"}, REVIVING),
+        ({"dead_after_samples": 9}, REVIVING),
         ({"threshold_beta": 0.9}, BY_BATCH),
         ({"threshold_start_step": 5}, BY_BATCH),
         ({"sparsity_warmup_steps": 5}, {"relu", "jumprelu"}),

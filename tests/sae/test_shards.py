@@ -72,6 +72,7 @@ def train(cell: Cell, split: Split, stop: int = STEPS, start: Path | None = None
     data = list(zip(make_batches(), make_targets(), strict=True))[trainer.n_steps : stop]
     metrics = [trainer.step(batch[rows], targets[rows] if cell.guided else None) for batch, targets in data]
     own = {"metrics": torch.tensor(metrics, dtype=torch.float64), "own_b_dec": trainer.weights.b_dec.detach()}
+    own["deaths"] = torch.tensor(trainer.deaths())
     return own | trainer.state()[0]
 
 
@@ -164,7 +165,8 @@ def assert_same_sae(found: dict[str, torch.Tensor], name: str, steps: slice = sl
     for one in weights:
         # Over the whole weight: Adam makes a step of full size of a gradient that is nothing but rounding.
         assert (found[one] - expected[one]).norm() < 1e-6 * length, one
-    assert torch.equal(found["samples_since_fired"], expected["samples_since_fired"])
+    for one in ("samples_since_fired", "revivals", "ever_fired", "deaths"):
+        assert torch.equal(found[one], expected[one]), one
     torch.testing.assert_close(found["threshold_estimate"], expected["threshold_estimate"], equal_nan=True)
     metrics = expected["metrics"][steps]
     torch.testing.assert_close(found["metrics"], metrics, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -192,7 +194,7 @@ def test_the_number_of_shards_does_not_show(folder: Path, name: str, size: int):
     auxk_loss = first["metrics"][:, StepMetrics._fields.index("auxk_loss")]
     assert (auxk_loss.max() > 0) == CELLS[name].kind.revives, "AuxK took part"
     for other in others:
-        assert other.keys() == {"metrics", "own_b_dec"}, "the first rank gets the state"
+        assert other.keys() == {"metrics", "own_b_dec", "deaths"}, "the first rank gets the state"
         for one, value in other.items():
             assert torch.equal(value.nan_to_num(-1), first[one].nan_to_num(-1)), one
 

@@ -22,6 +22,7 @@ TRAINING = TrainingConfig(
     steps=60, batch_size=BATCH, learning_rate=3e-3, warmup_steps=5, decay_start=40, threshold_start_step=3,
     threshold_beta=0.9, dead_after_samples=96,
 )  # fmt: skip
+TRAINED = [name for name in ARCHITECTURES if name != "random"]
 OWN = {"jumprelu": JumpReLUSettings(bandwidth=0.1, initial_threshold=0.05)}
 
 
@@ -56,7 +57,7 @@ def assert_equal_states(left: CellTrainer, right: CellTrainer) -> None:
     assert facts["n_steps"] == other_facts["n_steps"]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_training_lowers_the_loss_and_keeps_decoder_rows_at_unit_norm(name: str):
     trainer = CellTrainer(make_cell(name), D_IN)
     metrics = run(trainer, make_batches(60))
@@ -78,6 +79,31 @@ def test_start_is_the_geometric_median_and_a_tied_encoder():
     trainer.step(outlier)  # the first step of a warm-up has learning rate 0
     torch.testing.assert_close(trainer.weights.b_dec.detach(), torch.ones(D_IN), atol=0.01, rtol=0)
     assert torch.equal(trainer.weights.b_dec, geometric_median(outlier))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in ARCHITECTURES.items() if kind.frozen])
+def test_frozen_weights_stay_as_they_were(name: str):
+    """But for `b_dec`, which starts from the first batch."""
+    trainer, start = (CellTrainer(make_cell(name), D_IN) for _ in range(2))
+    first, *batches = make_batches(60)
+    trainer.step(first)
+    start.weights.b_dec.data.copy_(geometric_median(first))
+    run(trainer, batches)
+    assert trainer.report() == []
+    for weight, value in trainer.weights.named().items():
+        assert torch.equal(value, start.weights.named()[weight]) == (weight in ARCHITECTURES[name].frozen), weight
+
+
+def test_an_untrained_sae_is_that_of_the_first_step():
+    """`random` differs from BatchTopK in that it stays there."""
+    batches = make_batches(30)
+    trainer, other = CellTrainer(make_cell("random"), D_IN), CellTrainer(make_cell("batch_topk"), D_IN)
+    assert [step.reconstruction_loss for step in run(trainer, batches[:1])] == [
+        step.reconstruction_loss for step in run(other, batches[:1])
+    ]
+    metrics = run(trainer, batches[1:])
+    assert all(step.gradient_norm == 0 and step.l0 == K for step in metrics)
+    assert trainer.export(1.0).threshold.min() > 0
 
 
 def test_initial_weights_follow_the_seed_alone():
@@ -145,6 +171,9 @@ def test_state_of_another_cell_is_refused():
     state = CellTrainer(make_cell("batch_topk"), D_IN).state()
     with pytest.raises(UsageError, match="another cell"):
         CellTrainer(make_cell("batch_topk", seed=1), D_IN).restore(*state)
+    older = {name: tensor for name, tensor in state[0].items() if name not in ("revivals", "ever_fired")}
+    with pytest.raises(UsageError, match="lacks ever_fired, revivals: an earlier sae-ray wrote it; delete it"):
+        CellTrainer(make_cell("batch_topk"), D_IN).restore(older, state[1])
     # What BatchTopK ignores does not make it another cell.
     CellTrainer(make_cell("batch_topk", replace(TRAINING, sparsity_warmup_steps=7)), D_IN).restore(*state)
 
@@ -243,6 +272,28 @@ def test_latents_that_are_negative_everywhere_are_revived_by_pre_only(select: st
     assert (trainer.weights.W_enc_t.detach() != before)[48:].any() == revives
 
 
+@pytest.mark.parametrize(("name", "select"), [("batch_topk", "post"), ("topk", "pre")])
+def test_it_is_known_why_latents_are_dead(name: str, select: str):
+    """Against a plain count, latent by latent."""
+    trainer = CellTrainer(make_cell(name, replace(TRAINING, auxk_select=select, learning_rate=1e-2), k=1), D_IN)
+    silent, ever, revivals = [0] * trainer.d_sae, [False] * trainer.d_sae, [0] * trainer.d_sae
+    for batch in make_batches(60):
+        if trainer.n_steps == 0:
+            trainer.weights.b_dec.data.copy_(geometric_median(batch))
+        fired = trainer.architecture.forward(trainer.weights, batch).fired.tolist()
+        for latent in range(trainer.d_sae):
+            revivals[latent] += fired[latent] and silent[latent] >= TRAINING.dead_after_samples
+            silent[latent] = 0 if fired[latent] else silent[latent] + BATCH
+            ever[latent] |= fired[latent]
+        n_dead = trainer.step(batch).n_dead
+    dead = [samples >= TRAINING.dead_after_samples for samples in silent]
+    never = sum(not one for one in ever)
+    revived = sum(count > 0 and not gone for count, gone in zip(revivals, dead, strict=True))
+    assert trainer.deaths() == (never, n_dead - never, revived, sum(revivals))
+    assert n_dead == sum(dead)
+    assert min(never, n_dead - never, revived) > 0, "all of it happened"
+
+
 def test_the_parallel_gradient_is_removed_before_clipping():
     training = replace(TRAINING, warmup_steps=0, gradient_clip=1e-3, auxk_weight=0)
     trainer = CellTrainer(make_cell("batch_topk", training), D_IN)
@@ -270,7 +321,8 @@ def test_bfloat16_keeps_float32_masters_and_moments(name: str):
     assert rough.loss != precise.loss
     assert rough.loss == pytest.approx(precise.loss, rel=0.1)
     tensors, _ = trainer.state()
-    assert {t.dtype for n, t in tensors.items() if n != "samples_since_fired"} == {torch.float32}
+    counted = ("samples_since_fired", "revivals", "ever_fired")
+    assert {t.dtype for n, t in tensors.items() if n not in counted} == {torch.float32}
     unrounded = trainer.weights.W_enc_t.detach()
     assert not torch.equal(unrounded, unrounded.bfloat16().float())
 

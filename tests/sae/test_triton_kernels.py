@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -167,7 +168,7 @@ CELLS = {
         for select in ("post", "pre")
     },
     **{(name, "post"): {"sparsity": 0.1} for name in ("relu", "jumprelu")},
-    **{(name, "post"): {"k": 2} for name in ("guided_topk", "guided_batch_topk")},
+    **{(name, "post"): {"k": 2} for name in ("guided_topk", "guided_batch_topk", "frozen_decoder", "random")},
 }
 
 
@@ -220,6 +221,46 @@ def test_whole_training(use_kernels, monkeypatch, name: str, select: str):
         for key in ("W_enc_t", "W_dec"):  # not the biases: Adam makes much of the rounding of a gradient near 0
             one, other = (found.weights.named()[key].detach() for found in (trainer, expected))
             assert (one - other).norm() < 1e-3 * other.norm()
+
+
+@pytest.mark.gpu
+def test_training_for_monosemanticity(use_kernels):
+    """No step waits for the device."""
+    cell, embeddings = replace(small_cell("batch_topk", "post"), monosemanticity=0.3), small_batches(1)[0] + 0.1
+    expected = CellTrainer(cell, 8, DEVICE)
+    *batches, before, last = small_batches(4)
+    seen = [expected.step(batch, embeddings=embeddings) for batch in batches]
+    assert seen[-1].monosemanticity != 0
+    use_kernels()
+    trainer = CellTrainer(cell, 8, DEVICE)
+    metrics = [trainer.step(batch, embeddings=embeddings) for batch in batches]
+    torch.testing.assert_close(torch.tensor(metrics), torch.tensor(seen), rtol=1e-3, atol=1e-5, equal_nan=True)
+    trainer._replayed = None
+    trainer.advance(before, embeddings=embeddings)
+    with Lint() as lint:
+        trainer.advance(last, embeddings=embeddings)
+    assert lint.found == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dense"), [("matryoshka_batch_topk", 32), ("batch_topk", 0), ("jumprelu", 32)])
+def test_training_with_weights_of_dimensions(use_kernels, monkeypatch, name: str, dense: int):
+    """Of which one counts for nothing. No step waits for the device."""
+    cell, gamma = replace(small_cell(name, "post"), weights="variance"), torch.linspace(0, 1.7, 8)
+    expected = CellTrainer(cell, 8, DEVICE, gamma=gamma)
+    *batches, before, last = small_batches(5)
+    seen = [expected.step(batch) for batch in batches]
+    use_kernels()
+    monkeypatch.setattr(auxk, "_DENSE", dense)
+    trainer, unweighted = CellTrainer(cell, 8, DEVICE, gamma=gamma), CellTrainer(small_cell(name, "post"), 8, DEVICE)
+    metrics = [trainer.step(batch) for batch in batches]
+    torch.testing.assert_close(torch.tensor(metrics), torch.tensor(seen), rtol=1e-3, atol=1e-5, equal_nan=True)
+    assert [unweighted.step(batch) for batch in batches][-1].loss != pytest.approx(metrics[-1].loss, rel=1e-2)
+    trainer._replayed = None
+    trainer.advance(before)
+    with Lint() as lint:
+        trainer.advance(last)
+    assert lint.found == []
 
 
 @pytest.fixture
@@ -296,7 +337,9 @@ def test_a_loss_that_is_not_finite_is_known_late_and_leaves_the_weights(use_kern
     assert facts["failed"].startswith("step 2:")
     wanted = expected.state()[0]
     for name, value in tensors.items():
-        assert name in ("samples_since_fired", "threshold_estimate") or torch.equal(value, wanted[name]), name
+        assert name in ("samples_since_fired", "revivals", "ever_fired", "threshold_estimate") or torch.equal(
+            value, wanted[name]
+        ), name
     with pytest.raises(NonFiniteLoss, match="step 2"):
         trainer.advance(batches[0])
 
@@ -335,7 +378,10 @@ def test_waits_are_noticed(use_kernels):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dense", [32, 0])
-@pytest.mark.parametrize("name", [*SELECTING, "relu", "jumprelu", "guided_topk", "guided_batch_topk"])
+@pytest.mark.parametrize(
+    "name",
+    [*SELECTING, "relu", "jumprelu", "guided_topk", "guided_batch_topk", "frozen_decoder", "random"],
+)
 def test_no_step_waits_for_the_device_between_reports(use_kernels, monkeypatch, name: str, dense: int):
     use_kernels()
     monkeypatch.setattr(auxk, "_DENSE", dense)

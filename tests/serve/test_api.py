@@ -11,12 +11,13 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sae_ray.encoders.loading import load_preprocess
 from sae_ray.images import decode_image
 from sae_ray.sae import load_sae
-from sae_ray.steering import Intervention, LatentEdit, Llava, load_llava, load_max_token
+from sae_ray.steering import Box, Condition, Intervention, LatentEdit, Llava, Region, load_llava, load_max_token
 from sae_ray.store.files import Folder
 from sae_ray.study.root import recalled_plan
 from tests.machine import PATIENCE_S, until
@@ -109,6 +110,65 @@ def test_answers_are_those_of_the_llava_itself(server, llava, sae_folder, shapes
 
     assert asyncio.run(all_at_once()) == expected
     assert len(set(expected)) > 5
+
+
+def test_a_part_of_each_image_is_edited(http, llava, sae_folder, star, shapes):
+    """Of a wide and a tall one at once, by rectangles, by a mask and where a feature fires; as the library does it."""
+    sae, max_token = load_sae(sae_folder), load_max_token(sae_folder)
+    images = [Image.new("RGB", size, "white") for size in ((84, 56), (56, 84))]
+    for image, shape in zip(images, shapes, strict=False):
+        image.paste(shape, (14, 0) if image.width > image.height else (0, 14))
+    drawn = np.zeros((20, 30), dtype=bool)
+    drawn[2:, 14:] = True
+    tokens: list[torch.Tensor] = []
+    plain = llava.image_embeddings(images, [[lambda x: tokens.append(x) or x]] * 2)
+    firing = (sae.encode(torch.cat(tokens)) > 0).double().mean(0)
+    feature = int((firing - 0.5).abs().argmin())  # on about half of the tokens
+    condition = {"index": feature, "above": 0.01, "unit": "max"}
+    boxes = [[0.2, 0.0, 0.45, 0.6], [0.0, 0.5, 1.0, 1.0]]
+    ways = {
+        "rectangles": ({"region": {"rectangles": boxes}}, {"region": Region(tuple(Box(*box) for box in boxes))}),
+        "mask": ({"region": {"mask": data_url(Image.fromarray(drawn))}}, {"region": Region(mask=drawn)}),
+        "when": ({"when": condition}, {"when": Condition(feature, 0.01, "max")}),
+        "all of them": (
+            {"region": {"rectangles": boxes[:1], "mask": data_url(Image.fromarray(drawn))}, "when": condition},
+            {"region": Region((Box(*boxes[0]),), drawn), "when": Condition(feature, 0.01, "max")},
+        ),
+    }
+    edits = (LatentEdit(star, "set", 4.0, "max"),)
+    everywhere = llava.image_embeddings(images, [[Intervention(sae, edits, max_token=max_token)]] * 2)
+    for name, (asked, where) in ways.items():
+        request = chat("Describe the image.", *images, max_tokens=12, steering=steered(star, **asked))
+        embeddings = llava.image_embeddings(images, [[Intervention(sae, edits, max_token=max_token, **where)]] * 2)
+        for other in (everywhere, plain):
+            assert not torch.equal(torch.stack(embeddings), torch.stack(other)), name
+        answer = http.post("/v1/chat/completions", json=request).json()
+        said = [choice["message"]["content"] for choice in answer["choices"]]
+        assert said == llava.generate([embeddings], ["Describe the image."], 12), name
+
+
+def test_a_region_is_one_of_the_upright_image(http, star):
+    """In a file of any EXIF orientation, and in a mask of any."""
+    upright = Image.new("RGB", (84, 56), "white")
+    upright.paste((215, 35, 40), (45, 5, 65, 25))
+    drawn = Image.new("L", (84, 56))
+    drawn.paste(255, (42, 0, 84, 42))
+
+    def answer(image: bytes, region: dict) -> str:
+        request = {"image": data_url(image), "prompt": "Describe the image.", **steered(star, region=region)}
+        done = http.post("/v1/steer", json=request)
+        assert done.status_code == 200, done.text
+        return done.json()["answers"][0]["text"]
+
+    box = {"rectangles": [[0.5, 0.0, 1.0, 0.75]]}
+    expected = answer(stored(upright, 1, "PNG"), box)
+    for orientation in range(1, 9):
+        assert answer(stored(upright, orientation, "PNG"), box) == expected
+        assert answer(stored(upright, 1, "PNG"), {"mask": data_url(stored(drawn, orientation, "PNG"))}) == expected
+        outside = {"rectangles": [[0.0, 0.0, 0.16, 1.0]]}
+        request = {"image": data_url(stored(upright, orientation, "PNG")), "prompt": "w", "region": outside}
+        refused = http.post("/v1/steer", json=request)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "steering.region")
 
 
 def test_a_conversation_goes_on(http):

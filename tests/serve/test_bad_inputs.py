@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from tests.machine import PATIENCE_S
 
@@ -27,6 +28,22 @@ def huge_png() -> bytes:
 def image(url: str) -> dict[str, Any]:
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "w"}]
     return {"messages": [{"role": "user", "content": parts}]}
+
+
+def wide() -> Image.Image:
+    """The model sees its middle."""
+    return Image.new("RGB", (84, 56), "white")
+
+
+def mask(*inside: int) -> str:
+    drawn = Image.new("L", (56, 56))
+    if inside:
+        drawn.paste(255, inside)
+    return data_url(drawn)
+
+
+def where(image: Image.Image | None = None, **rest: Any) -> dict[str, Any]:
+    return chat("w", image or white(), steering={"sae": STEERS, "features": [{"index": 1, "strength": 1.0}]} | rest)
 
 
 def feature(**rest: Any) -> dict[str, Any]:
@@ -78,6 +95,23 @@ BAD = {
     "a prompt too long": (chat("cat " * 400), 400, "room"),
     "a prompt far too long": (chat("cat " * 100_000), 400, "characters"),
     "an empty stop": (chat(stop=[""]), 400, "stop"),
+    "a region of nothing": (where(region={}), 400, "steering.region: must have rectangles or a mask"),
+    "a region of no table": (where(region=[0, 0, 1, 1]), 400, "steering.region"),
+    "a rectangle of three": (where(region={"rectangles": [[0, 0, 1]]}), 400, "steering.region.rectangles.0"),
+    "a rectangle of pixels": (where(region={"rectangles": [[0, 0, 56, 56]]}), 400, "steering.region.rectangles.0.2"),
+    "a rectangle upside down": (where(region={"rectangles": [[0, 1, 1, 0]]}), 400, "top < bottom"),
+    "too many rectangles": (where(region={"rectangles": [[0, 0, 1, 1]] * 101}), 400, "steering.region.rectangles"),
+    "a rectangle too small": (where(region={"rectangles": [[0, 0, 0.1, 0.1]]}), 400, "by half"),
+    "a rectangle outside of the crop": (where(wide(), region={"rectangles": [[0, 0, 0.1, 1]]}), 400, "crops images"),
+    "a mask that is no image": (where(region={"mask": data_url(b"hello")}), 400, "steering.region.mask"),
+    "a mask from elsewhere": (where(region={"mask": "http://example.com/mask.png"}), 400, "steering.region.mask"),
+    "an empty mask": (where(region={"mask": mask()}), 400, "the mask of region is empty"),
+    "a mask of a speck": (where(region={"mask": mask(3, 3, 5, 5)}), 400, "by half"),
+    "a mask bomb": (where(region={"mask": data_url(huge_png())}), 400, "30000x30000"),
+    "a condition without a feature": (where(when={"above": 1.0}), 400, "steering.when.index"),
+    "a condition on no feature": (where(when={"index": 128}), 400, "steering.when.index"),
+    "a condition below 0": (where(when={"index": 1, "above": -1}), 400, "steering.when.above"),
+    "a condition in metres": (where(when={"index": 1, "unit": "m"}), 400, "steering.when.unit"),
     "strength out of all bounds": (feature(strength=1e17), 400, "steering.features.0.strength"),
 }
 

@@ -22,8 +22,11 @@ from sae_ray.serve.service import Service
 from sae_ray.serve.transformers_engine import choose, penalised, score
 from starlette.testclient import TestClient
 
+from sae_ray.editing import load_patch, make_patch, save_patch
+from tests.editing.conftest import random_sae
+
 from .conftest import chat, data_url
-from .direct import direct_service
+from .direct import WORLD_LLAVA, direct_service
 
 DESCRIBE = "Describe the image."
 ORIGIN = "https://chat.example.org"
@@ -183,6 +186,15 @@ def test_the_model_by_its_id(http, service):
     assert http.get(f"/v1/models/{service.model}").json() == http.get("/v1/models").json()["data"][0]
     answer = http.get("/v1/models/somebody/else")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_model")
+
+
+def test_the_model_says_what_was_taken_out_of_it(service, http, tmp_path, monkeypatch):
+    assert http.get("/v1/models").json()["data"][0]["edit"] is None
+    file = str(tmp_path / "p.safetensors")
+    save_patch(make_patch(str(WORLD_LLAVA), random_sae(128), 5, sae_name="runs/demo/sae-layer3"), file)
+    monkeypatch.setattr(service, "edit", load_patch(file).facts)
+    told = {"sae": "sae-layer3", "feature": 5, "mode": "project", "scope": "reader"}
+    assert http.get(f"/v1/models/{service.model}").json()["edit"] == told
 
 
 @pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/docs", "/openapi.json", "/v1/models", "/v1/nothing"])

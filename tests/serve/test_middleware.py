@@ -84,7 +84,7 @@ def test_the_images_of_a_request_share_a_limit(service, monkeypatch):
     limits = Limits(image_megapixels=0.005)
     monkeypatch.setattr(service, "config", service.config.model_copy(update={"limits": limits}))
     one = data_url(white())
-    assert [image.shape for image in asyncio.run(service.images([one], ["first"]))] == [(3, 56, 56)]
+    assert [image.pixels.shape for image in asyncio.run(service.images([one], ["first"]))] == [(3, 56, 56)]
     with pytest.raises(HTTPException) as caught:
         asyncio.run(service.images([one, one], ["first", "second"]))
     assert "at most 0.0 megapixels" in caught.value.detail

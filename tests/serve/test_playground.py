@@ -110,6 +110,112 @@ def test_the_heat_map_lies_on_the_picture(page, http, orientation):
     assert page.locator("#heat").evaluate("one => [one.height, one.width]") == [4, 4]
 
 
+def asked(page) -> dict:
+    """The steering that would be asked for."""
+    return page.evaluate("request(state.image).steering")
+
+
+def drag(page, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """From one place on the picture to another, in fractions of it."""
+    frame = page.locator("#region").bounding_box()
+    width, height = page.locator("#picture").evaluate("one => [one.naturalWidth, one.naturalHeight]")
+    scale = min(frame["width"] / width, frame["height"] / height)
+    at = [
+        (
+            frame["x"] + (frame["width"] - width * scale) / 2 + x * width * scale,
+            frame["y"] + (frame["height"] - height * scale) / 2 + y * height * scale,
+        )
+        for x, y in (start, end)
+    ]
+    page.mouse.move(*at[0])
+    page.mouse.down()
+    page.mouse.move(*at[1], steps=4)
+    page.mouse.up()
+
+
+def test_a_rectangle_is_drawn_and_edits_a_part(page):
+    """In a wide picture, whose middle the model sees; then by its numbers, and back by the link."""
+    page.select_option("#sae", STEERS)
+    page.fill("#search", "star")
+    page.press("#search", "Enter")
+    page.locator("#found-title", has_text="star").wait_for()
+    page.locator("#found li button").first.press("Enter")
+    file = {"name": "wide.png", "mimeType": "image/png", "buffer": png(Image.new("RGB", (84, 56), "white"))}
+    page.set_input_files("#file", file)
+    page.wait_for_function("document.getElementById('picture').naturalWidth === 84")
+    page.locator("#everywhere", has_text="The whole image.").wait_for()
+    assert "region" not in asked(page)
+
+    page.locator("#region").scroll_into_view_if_needed()
+    drag(page, (0.75, 0.9), (0.25, 0.1))
+    page.locator("#rectangles li").wait_for()
+    [drawn] = asked(page)["region"]["rectangles"]
+    assert drawn == pytest.approx([0.25, 0.1, 0.75, 0.9], abs=0.011)
+    tinted = page.locator("#region").evaluate(
+        "one => one.getContext('2d').getImageData(one.width / 2, one.height / 2, 1, 1).data[3]"
+    )
+    assert tinted > 0
+    page.fill("#prompt", "Describe the image.")
+    page.click("#send")
+    page.locator("#stop").wait_for(state="hidden")
+    page.locator("#default", has_text="nothing").wait_for()
+
+    left = page.get_by_label("Left of rectangle 1")
+    left.fill("0")
+    page.get_by_label("Right of rectangle 1").fill("10")
+    assert asked(page)["region"]["rectangles"] == [[0, drawn[1], 0.1, drawn[3]]]
+    page.click("#send")
+    page.locator("#problem", has_text="crops images").wait_for()
+    left.fill("20")
+    assert asked(page)["region"]["rectangles"][0][0] == 0, "what is no rectangle is not taken"
+
+    page.get_by_role("button", name="Add a rectangle").press("Enter")
+    assert asked(page)["region"]["rectangles"][1] == [0.25, 0.25, 0.75, 0.75]
+    page.get_by_role("button", name="Remove rectangle 1").press("Enter")
+    index = asked(page)["features"][0]["index"]
+    page.select_option("#when", str(index))
+    page.get_by_label("Above").fill("0.25")
+    assert asked(page)["when"] == {"index": index, "above": 0.25, "unit": "max"}
+
+    address = page.url
+    page.goto("about:blank")
+    page.goto(address)
+    page.fill("#key", KEY)
+    page.press("#key", "Enter")
+    page.locator("#rectangles li").wait_for()
+    steering = asked(page)
+    assert steering["region"] == {"rectangles": [[0.25, 0.25, 0.75, 0.75]]}
+    assert steering["when"] == {"index": index, "above": 0.25, "unit": "max"}
+    assert page.locator("#when").input_value() == str(index)
+    page.click("#clear")
+    assert "region" not in asked(page)
+
+
+def test_a_mask_is_painted(page):
+    page.locator("#region").scroll_into_view_if_needed()
+    page.get_by_role("button", name="Paint").press("Enter")
+    drag(page, (0.2, 0.4), (0.8, 0.4))
+    page.locator("#everywhere", has_text="what is painted").wait_for()
+    url = asked(page)["region"]["mask"]
+    mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).getchannel("A")) > 127
+    rows, columns = (np.flatnonzero(mask.any(axis)) / mask.shape[1 - axis] for axis in (1, 0))
+    assert [rows[0], rows[-1]] == pytest.approx([0.3, 0.5], abs=0.03)
+    assert [columns[0], columns[-1]] == pytest.approx([0.1, 0.9], abs=0.03)
+    page.locator("#found li button").first.click()
+    page.click("#send")
+    page.locator("#stop").wait_for(state="hidden")
+    page.locator("#default", has_text="nothing").wait_for()
+    assert page.locator("#problem").is_hidden()
+    page.click("#blank")
+    assert "region" not in asked(page), "what is painted belongs to the picture"
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 def test_the_request_is_copied(page):
     page.locator("#found li button").first.click()
     page.click("#curl")

@@ -17,7 +17,7 @@ from sae_ray.serve.tower import Change, Tower
 
 from sae_ray.encoders.loading import load_preprocess
 from sae_ray.errors import UsageError
-from sae_ray.steering import Intervention, LatentEdit, load_llava
+from sae_ray.steering import Condition, Intervention, LatentEdit, load_llava
 from sae_ray.store.files import Folder
 from tests.jobs.test_ask import save_random_sae
 
@@ -89,7 +89,10 @@ def test_every_image_of_a_batch_gets_an_embedding_per_change(tower, tiny_llava, 
     folder.write_parquet("latents.parquet", pa.table({"latent": np.arange(sae.d_sae), "max_token": np.ones(sae.d_sae)}))
     change = Change(folder, (LatentEdit(3, "set", 5.0, "max"),), "drop", False)
     steered = tower._intervention(change)
-    ways = [[(), (steered,)], [(steered,)]]
+    condition = Condition(5, 0.2, "max")
+    partly = tower._intervention(Change(folder, change.edits, "keep", True, condition, (2, 3, 16)))
+    assert (partly.tokens, partly.when, partly.error, partly.isolate) == ((2, 3, 16), condition, "keep", True)
+    ways = [[(), (steered,)], [(steered,), (partly,)]]
     batch = Tower.func_or_class._embed_batch.__wrapped__
     found = asyncio.run(batch(tower, pixels, ways))
     llava = load_llava(tiny_llava)
@@ -97,3 +100,33 @@ def test_every_image_of_a_batch_gets_an_embedding_per_change(tower, tiny_llava, 
         for one, chain in zip(seen, chains, strict=True):
             [expected] = llava.image_embeddings([image], [chain])
             torch.testing.assert_close(unpacked(one), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def patch(tiny_llava, tmp_path_factory) -> str:
+    """Takes a latent out of the projector of the tiny LLaVA."""
+    from sae_ray.editing import make_patch, save_patch
+    from tests.editing.conftest import random_sae
+
+    file = str(tmp_path_factory.mktemp("patch") / "p.safetensors")
+    save_patch(make_patch(tiny_llava, random_sae(32), 5, sae_name="runs/sae-layer1"), file)
+    return file
+
+
+def test_an_edited_tower_embeds_as_the_edited_llava(tiny_llava, patch, pixels, sae):
+    from sae_ray.editing import load_edited
+
+    chains = [(), (Intervention(sae, (LatentEdit(3, "set", 5.0),)),)]
+    config = ServeConfig(root="nowhere", llava=tiny_llava, edit=patch)
+    sent = Tower.func_or_class(config)._forward([pixels[1]] * 2, chains)
+    expected = load_edited(tiny_llava, patch).image_embeddings([pixels[1]] * 2, chains)
+    plain = load_llava(tiny_llava).image_embeddings([pixels[1]] * 2, chains)
+    for one, edited, unedited in zip(sent, expected, plain, strict=True):
+        assert torch.equal(unpacked(one), edited)
+        assert not torch.allclose(edited, unedited, rtol=1e-2, atol=1e-2)
+
+
+def test_a_tower_of_other_weights_refuses_the_patch(make_llava, patch, tmp_path):
+    other = make_llava(tmp_path / "other", layer=-1)
+    with pytest.raises(UsageError, match=r"the patch was made for .* make it again"):
+        Tower.func_or_class(ServeConfig(root="nowhere", llava=other, edit=patch))

@@ -16,12 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from sae_ray.encoders.resizing import WHOLE
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE
 from sae_ray.sae.architectures import ARCHITECTURES
-from sae_ray.steering import Intervention, LatentEdit, load_max_token
+from sae_ray.steering import Box, Condition, Intervention, LatentEdit, Region, load_max_token
 from sae_ray.steering.interventions import edit_each
 from sae_ray.store.files import Folder
+from tests.steering.test_regions import TOWER
 
 D_IN, D_SAE, N = 6, 12, 5
 
@@ -68,11 +70,13 @@ def written_out(intervention: Intervention, x: torch.Tensor) -> torch.Tensor:
     spread, mean = (rows.std(1, keepdim=True), rows.mean(1, keepdim=True)) if sae.kind.standardises_rows else (1, 0)
     replaced, corrected = (edited @ W_dec + sae.b_dec) * spread + mean, rows + spread * ((edited - codes) @ W_dec)
     result = replaced if intervention.error == "drop" else corrected
-    if intervention.tokens is not None:
-        chosen = torch.zeros(len(x), 1, dtype=torch.bool)
-        chosen[list(intervention.tokens)] = True
-        result = torch.where(chosen, result, x.float())
-    return result.to(x.dtype)
+    chosen = torch.full((len(x), 1), intervention.tokens is None)
+    chosen[list(intervention.tokens or ())] = True
+    if intervention.when is not None:
+        when = intervention.when
+        above = when.above * (intervention.max_token[when.latent].item() if when.unit == "max" else 1)
+        chosen &= codes[:, [when.latent]] > above
+    return torch.where(chosen, result.to(x.dtype), x)
 
 
 @st.composite
@@ -91,7 +95,13 @@ def interventions(draw) -> Intervention:
         isolate=draw(st.booleans()),
         tokens=draw(st.none() | st.lists(st.integers(0, N - 1), unique=True, min_size=1).map(tuple)),
         max_token=torch.rand(D_SAE, generator=torch.Generator().manual_seed(seed)) + 0.1,
+        when=draw(st.none() | conditions()),
     )
+
+
+def conditions() -> st.SearchStrategy[Condition]:
+    above = st.just(0.0) | st.floats(0, 4, width=32)
+    return st.builds(Condition, st.integers(0, D_SAE - 1), above, st.sampled_from(["absolute", "max"]))
 
 
 @given(interventions(), st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
@@ -120,6 +130,37 @@ def test_images_edited_together_are_as_if_alone(data):
         torch.testing.assert_close(found, one(x), rtol=1e-5, atol=1e-5)
 
 
+@given(interventions(), conditions(), st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_where_the_condition_does_not_hold_every_bit_stays(intervention, when, seed, dtype):
+    x = tokens_of(seed, 40).to(dtype)
+    intervention = replace(intervention, when=when, tokens=None)
+    above = when.threshold(intervention.max_token)
+    holds = intervention.sae.encode(x.float())[:, when.latent] > above
+    result = intervention(x)
+    assert torch.equal(result[~holds], x[~holds])
+    everywhere = replace(intervention, when=None)(x)
+    torch.testing.assert_close(result[holds], everywhere[holds], rtol=1e-5, atol=1e-5)
+    if intervention.isolate and intervention.error == "drop":
+        assert not any(torch.equal(new, old) for new, old in zip(result[holds], x[holds], strict=True))
+
+
+def test_a_region_is_that_of_the_image():
+    """4 × 6 patches behind a CLS token, as in the tests of regions."""
+    sae, x = random_sae(), tokens_of(0, 25)
+    edit = Intervention(sae, (LatentEdit(3, "set", 7.0),), region=Region((Box(0, 0, 0.5, 0.5),)))
+    with pytest.raises(UsageError, match="region needs the image"):
+        edit(x)
+    found = edit.at(WHOLE, TOWER)
+    assert (found.region, found.tokens) == (None, (1, 2, 3, 7, 8, 9))
+    assert torch.equal(found(x)[[0, *range(10, 25)]], x[[0, *range(10, 25)]])
+    assert edit.at(Box(0, 0, 1, 0.5), TOWER).tokens == (1, 2, 3, 7, 8, 9, 13, 14, 15, 19, 20, 21)
+    assert replace(edit, tokens=(0, 12, 9, 1)).at(WHOLE, TOWER).tokens == (9, 1)
+    with pytest.raises(UsageError, match=r"none of tokens \[0, 12\] lies in region, which has \[1, 2"):
+        replace(edit, tokens=(0, 12)).at(WHOLE, TOWER)
+    plain = Intervention(sae, tokens=(3,))
+    assert plain.at(WHOLE, TOWER) is plain
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tower", ["cuda", "cpu"])
 @pytest.mark.parametrize("isolate", [False, True])
@@ -131,10 +172,10 @@ def test_an_intervention_on_a_gpu_is_the_formula(architecture, error, isolate, t
     top = torch.linspace(0.5, 6, D_SAE, dtype=torch.float64)  # stays where `load_max_token` puts it
     edits = (LatentEdit(0, "set", -3.0), LatentEdit(4, "set", 2.0, "max"), LatentEdit(5, "add", 0.5, "max"),
              LatentEdit(7, "scale", 3.0), LatentEdit(11, "ablate"))  # fmt: skip
-    for tokens in (None, (4, 1)):
+    for tokens, when in ((None, None), ((4, 1), None), ((4, 1, 2), Condition(1, 0.05, "max"))):
         for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
             x = tokens_of(1).to(dtype)
-            settings = {"error": error, "isolate": isolate, "tokens": tokens, "max_token": top}
+            settings = {"error": error, "isolate": isolate, "tokens": tokens, "max_token": top, "when": when}
             result = Intervention(sae.to("cuda"), edits, **settings)(x.to(tower))
             assert (result.device.type, result.dtype) == (tower, dtype)
             expected = written_out(Intervention(sae, edits, **settings), x)
@@ -201,6 +242,8 @@ def test_plain_values_there_and_back():
         "error": "keep",
         "isolate": True,
         "tokens": [0, 4],
+        "region": {"rectangles": [[0.0, 0.25, 0.5, 1.0]]},
+        "when": {"latent": 7, "above": 0.5, "unit": "max"},
     }
     intervention = Intervention.from_dict(values, random_sae(), torch.ones(D_SAE))
     assert intervention.edits == (LatentEdit(3, "set", 4.0, "max"), LatentEdit(5, "ablate"))
@@ -210,6 +253,8 @@ def test_plain_values_there_and_back():
         "error": "drop",
         "isolate": False,
         "tokens": None,
+        "region": None,
+        "when": None,
     }
 
 
@@ -264,7 +309,19 @@ def test_edits_that_cannot_be_are_refused(edit, words):
         ({"edits": {"latent": 1}}, "edits is .* must be a list"),
         ({"edits": [{"latent": 1}, {"latent": 1, "mode": "ablate"}]}, "latent 1 is edited twice"),
         ({"edits": [{"latent": 1, "strength": 2, "unit": "max"}]}, "max_token, which is unknown"),
-        ({"features": []}, "unknown key 'features'; known keys: edits, error, isolate, tokens"),
+        ({"features": []}, "unknown key 'features'; known keys: edits, error, isolate, tokens, region, when"),
+        ({"region": {}}, "region is empty"),
+        ({"when": 7}, "when is 7; it must be a table"),
+        ({"when": {}}, "when: latent is missing"),
+        ({"when": {"latent": D_SAE}}, "latent of when is 12; the SAE has latents 0 to 11"),
+        ({"when": {"latent": -1}}, "latent of when is -1"),
+        ({"when": {"latent": 1, "over": 2}}, "when has the unknown key 'over'"),
+        ({"when": {"latent": 1, "above": -0.5}}, "above of when is -0.5"),
+        ({"when": {"latent": 1, "above": math.nan}}, "above of when is nan"),
+        ({"when": {"latent": 1, "above": 10**400}}, "above of when is 1"),
+        ({"when": {"latent": 1, "above": "1x"}}, "above of when is '1x'"),
+        ({"when": {"latent": 1, "unit": "x"}}, "unit of when is 'x'"),
+        ({"when": {"latent": 1, "above": 1, "unit": "max"}}, "above of latent 1 .* max_token, which is unknown"),
         ([], "must be a table"),
     ],
 )

@@ -122,6 +122,25 @@ def test_a_latent_that_changes_nothing_has_no_name():
     assert name_rates(name_table([], shown, answers, ()), [], {}, 16, 0.75) == {}
 
 
+def test_a_grid_has_one_answer_and_every_answer_is_kept():
+    tried = Trials(np.arange(12).reshape(2, 6), np.arange(12, 24).reshape(2, 6))
+    shown = Shown(np.array([[0, 1, 2], [3, 4, -1]]), np.array([[5, 6], [7, 8]]), tried)
+    heldout = {image: "star" if image < 6 else "nothing" for image in range(24)}
+    answers = Answers({}, heldout, ["Star", "nothing"], "nothing", ["A star.", "!", "Moon", "moon"])
+    subjects = [Concept(8, "star", 1.0, 20, 0.1, 2.0), Concept(5, "blank", 1.0, 20, 0.1, 2.0)]
+    columns = ("neuron", "name", "agreement", "n_images", "control")
+    table = name_table(subjects, shown, answers, ("vlm",))
+    assert [tuple(row[name] for name in columns) for row in table.to_pylist()] == [
+        (8, "a star", None, 3, "moon"), (5, None, None, 2, "moon"),
+    ]  # fmt: skip
+    kept = [tuple(row.values()) for row in answers.table([8, 5]).to_pylist()]
+    assert kept[:4] == [
+        ("grid", None, 8, "A star."), ("grid", None, 5, "!"),
+        ("random grid", None, 8, "Moon"), ("random grid", None, 5, "moon"),
+    ]  # fmt: skip
+    assert kept[-3:] == [("white", None, None, "nothing"), ("white", None, 8, "Star"), ("white", None, 5, "nothing")]
+
+
 def test_images_are_asked_about_once():
     tried = Trials(np.array([[9, 3, -1], [3, 1, 0]]), np.array([[5, -1, -1], [5, 6, 7]]))
     shown = Shown(np.arange(40).reshape(2, 20), np.array([[0, 77], [77, 78]]), tried)
@@ -133,6 +152,11 @@ def test_the_latents_that_fire_most_are_named():
     concepts = [Concept(latent, None, 0.0, n, 0.1, 1.0) for latent, n in enumerate([9, 4, 30, 9])]
     assert [one.latent for one in nameable(concepts, 2)] == [2, 0]
     assert [one.latent for one in nameable(concepts, 9)] == [2, 0, 3]
+
+
+def test_grids_show_top_images():
+    with pytest.raises(UsageError, match=r"naming\.images = 'grid': only the method \"vlm\" shows top images"):
+        Naming(methods=("steering",), images="grid")
 
 
 @pytest.mark.parametrize("methods", [(), ("vlm", "vlm")])

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import sae_ray
 from sae_ray.errors import UsageError
 from sae_ray.sae import SAE
-from sae_ray.steering import ONE_WORD, Intervention, LatentEdit, Llava, load_llava
+from sae_ray.steering import ONE_WORD, Box, Condition, Intervention, LatentEdit, Llava, Region, load_llava
 from sae_ray.steering.llava import describe_llava
 from sae_ray.world.write import MODELS
 
@@ -378,6 +378,67 @@ def test_only_the_chosen_tokens_are_edited(loaded):
     torch.testing.assert_close(mixed[[1, 15]], everything[[1, 15]])
     others = [patch for patch in range(16) if patch not in (1, 15)]
     torch.testing.assert_close(mixed[others], plain[others])
+
+
+@torch.no_grad()
+def edited_layer(llava: Llava, images: Sequence, chains) -> torch.Tensor:
+    """What the edited block hands on, [images, tokens, d_in]."""
+    kept = []
+    keep = llava.model.model.vision_tower.encoder.layers[llava.layer].register_forward_hook(
+        lambda module, args, output: kept.append(output.clone())
+    )
+    try:
+        llava.image_embeddings(images, chains)
+    finally:
+        keep.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("error", ["drop", "keep"])
+def test_outside_of_the_region_every_bit_stays_at_the_edited_layer(variant, dtype, error, loaded, device):
+    """In images of four shapes at once, each with the patches that the rectangle has in it."""
+    llava, images = loaded(variant, dtype, device), photos()
+    edit = Intervention(sae_for(llava), (LatentEdit(3, "set", 25.0),), error, region=Region((Box(0.3, 0.4, 0.6, 1),)))
+    before = edited_layer(llava, images, [[]] * 4)
+    after = edited_layer(llava, images, [[edit]] * 4)
+    n_cls = int(llava.info.has_cls)
+    for image, old, new in zip(images, before, after, strict=True):
+        side = min(image.size)
+        left, top = ((length - side) / 2 for length in image.size)
+        centres = (np.arange(4) + 0.5) * side / 4
+        across, down = (left + centres) / image.width, (top + centres) / image.height
+        near = [np.abs(at - edge).min() < 1 / 20 for at, edge in ((across, 0.3), (across, 0.6), (down, 0.4))]
+        inside = np.outer((down > 0.4) & (down < 1), (across > 0.3) & (across < 0.6)).ravel()
+        changed = (old != new).any(1).cpu().numpy()
+        assert not changed[:n_cls].any()
+        assert changed.any()
+        if not any(near):
+            assert np.array_equal(changed[n_cls:], inside)
+    outside = Intervention(edit.sae, edit.edits, error, region=edit.region, when=Condition(5, 1e30))
+    assert torch.equal(edited_layer(llava, images, [[outside]] * 4), before)
+
+
+def test_a_region_of_the_whole_image_is_every_patch(loaded):
+    llava, images = loaded(), photos()
+    sae = sae_for(llava)
+    everywhere, patches = (
+        Intervention(sae, (LatentEdit(3, "set", 25.0),), **where)
+        for where in ({"region": Region((Box(0, 0, 1, 1),))}, {"tokens": tuple(range(1, 17))})
+    )
+    assert same(llava.image_embeddings(images, [[everywhere]] * 4), llava.image_embeddings(images, [[patches]] * 4))
+
+
+def test_of_pixels_that_are_cropped_already_a_region_is_one_of_these(loaded):
+    llava, [photo] = loaded(), photos(1)
+    wide = photo.resize((112, 56))
+    edits = (LatentEdit(3, "set", 25.0),)
+    seen, whole = Region((Box(0, 0, 0.5, 1),)), Region((Box(0.25, 0, 0.5, 1),))
+    of_seen, of_whole = (Intervention(sae_for(llava), edits, region=one) for one in (seen, whole))
+    pixels = llava._resize(wide)
+    assert same(llava.image_embeddings([pixels], [[of_seen]]), llava.image_embeddings([wide], [[of_whole]]))
+    with pytest.raises(UsageError, match=r"outside of what .* crops images"):
+        llava.answer(wide, "w1", [Intervention(of_seen.sae, edits, region=Region((Box(0, 0, 0.25, 1),)))])
 
 
 def hooks_during(llava: Llava, chains) -> int:

@@ -82,7 +82,7 @@ def test_a_lossless_sae_recovers_all_and_one_that_says_nothing_nothing(site, enc
 def test_zero_shot_accuracy_is_that_of_the_model_card(encoder, pixels, classes, by_name):
     found = count_spliced(outputs_at(encoder, pixels, RANDOM), lossless(128), torch.zeros(128), by_name, classes)
     assert found.accuracy[0] > 0.88  # .93 of all held-out images
-    assert found.accuracy[2] < 0.2  # without its image the CLIP says the same of all
+    assert max(found.accuracy[2:]) < 0.2  # without its image the CLIP says the same of all
 
 
 @pytest.mark.parametrize(("tokens", "edited"), [("cls", slice(1)), ("random:4", slice(None))])
@@ -133,8 +133,8 @@ def test_a_linear_probe_stands_in_for_texts(encoder, pixels, classes):
 
 
 def test_nothing_is_recovered_where_nothing_is_lost():
-    assert math.isnan(Spliced(10, 5, 5, 5).recovered)
-    assert math.isnan(Spliced(0, 0, 0, 0).accuracy[0])
+    assert math.isnan(Spliced(10, 5, 5, 5, 4).recovered)
+    assert math.isnan(Spliced(0, 0, 0, 0, 0).accuracy[0])
 
 
 @pytest.mark.parametrize("site", ["layer3:mean", "pooled"])

@@ -92,8 +92,8 @@ FAULTS = {
     "images: model type": (
         "images",
         "clip",
-        lambda directory: edit_json(directory / "config.json", model_type="vit"),
-        "model type vit; encoders are CLIP",
+        lambda directory: edit_json(directory / "config.json", model_type="swin"),
+        "model type swin; encoders are CLIP",
     ),
     "open_clip: no weights": ("images", "judge", remove("open_clip_model.safetensors"), "weights"),
     "open_clip: torn": ("images", "judge", tear, TORN),

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.sae import TrainingConfig
+from sae_ray.sae import SAE, TrainingConfig, save_sae
 from sae_ray.sae.architectures import ArchitectureSettings
 from sae_ray.steering.config import Steering
 from sae_ray.steering.info import LlavaInfo
@@ -21,9 +24,12 @@ from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.fields import field_help
 from sae_ray.study.guidance import targets_of
+from sae_ray.study.models import models_needed
 from sae_ray.study.plan import StudyPlan, images_per_part
 from sae_ray.study.root import skipped_lines
 from sae_ray.study.survey import Survey, survey_models
+from sae_ray.study.trained import cautions
+from sae_ray.study.weights import significance, weights_ratio
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
 MINIMAL = {
@@ -185,6 +191,15 @@ def test_all_problems_are_told_at_once():
         ({"grid.k": [4, 0]}, "cell.k = 0: make it at least 1 for batch_topk"),
         ({"grid.k": [2.5]}, "grid.0.k.0 = 2.5: Input should be a valid integer"),
         ({"grid.k": []}, "grid.k = []: batch_topk: name at least one"),
+        ({"grid.weights": []}, "grid.weights = []: name at least one"),
+        ({"grid.weights": "ms"}, "grid.0.weights = 'ms': Input should be a list"),
+        ({"grid.monosemanticity": [-1]}, "grid.0.monosemanticity.0 = -1: Input should be greater than or equal to 0"),
+        (
+            {"grid.architectures": ["relu"], "grid.sparsity": [0.1], "grid.monosemanticity": [1]},
+            "cell.monosemanticity = 1.0: make it 0 for relu, which does not select latents",
+        ),
+        ({"grid.alpha": -1}, "grid.0.alpha = -1: Input should be greater than or equal to 0"),
+        ({"architectures.jumprelu.init": "random"}, "architectures.jumprelu.init = 'random': Input should be"),
         ({"grid.architectures": ["topkk"]}, "grid.architectures = 'topkk': unknown architecture; did you mean 'topk'?"),
         ({"grid.architectures": ["gated"]}, "grid.architectures = 'gated': unknown architecture; known here: "),
         ({"grid.architectures": ["relu"]}, "grid.sparsity = []: relu: name at least one coefficient"),
@@ -319,8 +334,52 @@ def test_a_cells_seed_comes_from_its_name_alone():
     assert set(seeds([one], seed=1).values()).isdisjoint(seeds([one]).values())
 
 
+def test_baselines_stand_in_a_grid_beside_what_is_compared_with_them():
+    """With several seeds, each of which is another draw of their directions and another order of the data."""
+    kinds = ["batch_topk", "frozen_decoder", "random"]
+    cells = study(grid=[{"sites": ["projection"], "architectures": kinds, "k": [4], "seeds": [0, 1]}]).cells()
+    assert [cell.name for cell in cells] == [
+        f"projection-{kind}-x8-k4{seed}" for seed in ("", "-seed1") for kind in kinds
+    ]
+    assert len({cell.cell.seed for cell in cells}) == 6
+
+
+@pytest.mark.parametrize(
+    ("training", "cautious"),
+    [
+        ({"steps": 1000, "batch_size": 100}, True),
+        ({"steps": 1000, "batch_size": 100, "dead_after_samples": 10_000}, False),
+        ({"steps": 1000, "batch_size": 100, "auxk_weight": 0}, False),
+        ({}, False),
+    ],
+)
+def test_training_that_is_too_short_for_dead_latents_is_told(training: dict, cautious: bool):
+    found = cautions(study(training=training))
+    assert len(found) == cautious
+    for line in found:
+        assert "training.dead_after_samples = 10,000,000 is more than the 100,000 samples" in line
+    assert cautions(study(training=training, grid=[{"sites": ["projection"], "architectures": ["random"]}])) == []
+
+
+def test_weights_are_a_dimension_of_the_grid():
+    grid = {"sites": ["projection"], "weights": ["uniform", "ms", "inverse_variance", "/tables/ranks.parquet"]}
+    cells = {cell.name: cell.cell for cell in study(grid=[grid, grid | {"weights": ["ms"], "alpha": 1}]).cells()}
+    base = "projection-batch_topk-x8-k20"
+    assert list(cells) == [
+        base,
+        *(f"{base}-weights.{of}" for of in ("ms", "inverse_variance", "ranks", "ms.1")),
+    ]
+    [unweighted] = study(grid=[{"sites": ["projection"], "alpha": 2}]).cells()
+    assert unweighted.cell.identity() == cells[base].identity()
+    identities = [cell.identity()["weights"] for cell in list(cells.values())[1:]]
+    assert [one["source"] for one in identities] == ["ms", "inverse_variance", "table", "ms"]
+    assert [one["alpha"] for one in identities] == [0.5, 0.5, 0.5, 1.0]
+    tables = grid | {"weights": ["/a/ranks.parquet", "/b/ranks.parquet"]}
+    assert refusal(grid=[tables]).startswith(f"grid = '{base}-weights.ranks': two cells of this name differ")
+
+
 def test_help_is_the_docstring_of_the_field():
-    assert field_help("encoder.revision") == "Commit, tag or branch of a hub id."
+    assert field_help("encoder.revision") == "Commit, tag or branch of what is on the hub."
     assert field_help("images.heldout.path").startswith("The folder: a local path (`~` is your home)")
     assert field_help("grid.k") == "Average number of active latents per row, for the TopK family."
     assert field_help("training.steps") == "Optimiser steps."
@@ -410,9 +469,16 @@ def test_a_plan_lists_the_steps_in_the_order_of_work(make_plan: MakePlan, tmp_pa
     [
         ({"training.steps": 50_000}, TRAINED),
         ({"training.gradient_clip": 2.0}, TRAINED),
+        ({"training.threshold": "average"}, set()),
+        ({"training.threshold": "calibrated"}, TRAINED),
+        ({"training.centre": False}, set()),
+        ({"training.centre": True}, TRAINED),
         ({"training.warmup_steps": 1000}, set()),  # as it stands anyway
         ({"training.sparsity_warmup_steps": 5}, set()),
         ({"architectures.jumprelu.bandwidth": 0.1}, set()),
+        ({"architectures.jumprelu.init": "aip"}, set()),
+        ({"grid.weights": ["uniform"], "grid.alpha": 1.0}, set()),
+        ({"grid.monosemanticity": [0]}, set()),
         ({"shuffle_rows": 1000}, TRAINED),
         ({"seed": 1}, TRAINED | RANDOM | RAW_RANDOM),
         ({"encoder.dtype": "bfloat16"}, ACTIVATIONS | TRAINED | RAW_SCORES),
@@ -440,6 +506,104 @@ def test_small_sets_have_small_parts(n_images: int, expected: int):
     """At least 16 of them, in whole batches, where there are images enough."""
     assert images_per_part(512, n_images) == expected
     assert images_per_part(50, n_images) == min(50, expected)
+
+
+def test_weights_of_dimensions_add_steps_and_change_none(make_plan: MakePlan):
+    """But for the pictures. Raw neurons that weigh dimensions are scored before the SAEs are trained."""
+    before = names(make_plan())
+    del before["pictures"]
+    plan = make_plan({"grid.weights": ["uniform", "ms", "variance"]})
+    assert before.items() < names(plan).items()
+    steps = list(plan.steps)
+    [first, *_] = (place for place, step in enumerate(steps) if step.stage == "train")
+    assert {step.label for step in steps[:first] if step.stage == "score"} == RAW_SCORES
+    by_ms = [train for train in plan.trains if train.raw_scores]
+    assert [train.grid_cell.cell.weights for train in by_ms] == ["ms"] * 2
+    assert all(step in steps[: steps.index(train.step)] for train in plan.trains for step in train.inputs)
+    rejudged = names(make_plan({"grid.weights": ["uniform", "ms", "variance"], "judge.dtype": "bfloat16"}))
+    saes = {label for label in changed(names(plan), rejudged) if label.startswith("sae-")}
+    assert saes == {train.step.label for train in by_ms}, "their weights are other ones"
+
+
+def test_monosemanticity_as_a_goal_needs_the_judge_on_training_images(make_plan: MakePlan):
+    before = names(make_plan())
+    del before["pictures"]
+    plan = make_plan({"grid.monosemanticity": [0, 0.1]})
+    after = names(plan)
+    assert before.items() < after.items()
+    goals = {label + "-mono0.1" for label in SAES | FIDELITY | SAE_SCORES}
+    assert after.keys() - before.keys() == goals | {"embeddings-train"} | PICTURES
+    steps = list(plan.steps)
+    for train in plan.trains:
+        assert [step.label for step in train.inputs][1:] == ["embeddings-train"] * bool(
+            train.grid_cell.cell.monosemanticity
+        )
+        assert all(step in steps[: steps.index(train.step)] for step in train.inputs)
+    rejudged = names(make_plan({"grid.monosemanticity": [0, 0.1], "judge.dtype": "bfloat16"}))
+    retrained = {label for label in changed(after, rejudged) if label.startswith("sae-")}
+    assert retrained == {f"{label}-mono0.1" for label in SAES}
+
+
+def test_a_table_of_weights_counts_by_its_values(make_plan: MakePlan, tmp_path: Path):
+    def given(place: str, s: list[float]) -> dict[str, Any]:
+        path = tmp_path / place / "mine.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"dimension": range(len(s)), "s": s}), path)
+        return {"grid.sites": ["projection"], "grid.weights": [str(path)]}
+
+    ones = [1.0] * 16
+    before = names(make_plan(given("here", ones)))
+    assert names(make_plan(given("there", ones))) == before
+    weighted = {"sae-projection-batch_topk-x2-k4-weights.mine"}
+    assert weighted < changed(before, names(make_plan(given("here", [2.0, *ones[1:]]))))
+    with pytest.raises(
+        UsageError, match=r"grid\.weights = .*: it has 3 dimensions, but the activations of projection h"
+    ):
+        make_plan(given("here", [1.0, 2.0, 3.0]))
+    with pytest.raises(UsageError, match=r"grid\.weights = .*: has other values; give a parquet table"):
+        make_plan(given("here", [-1.0, *ones[1:]]))
+    plan = make_plan(given("here", [2.0, *ones[1:]]))
+    recalled = Survey.from_dict(json.loads(json.dumps(plan.survey.to_dict())))
+    assert names(StudyPlan(plan.study, plan.root, recalled)) == names(plan)
+    [train] = plan.trains
+    assert weights_ratio(train) == pytest.approx(2**0.5)
+    given("here", ones)
+    with pytest.raises(SaeRayError, match="the table has changed since the study was planned"):
+        significance(train)
+
+
+def test_an_sae_to_start_from_counts_by_its_weights(make_plan: MakePlan, tmp_path: Path):
+    def start(place: str, architecture: str = "relu", d_in: int = 16, value: float = 0.0) -> dict[str, Any]:
+        W_enc = torch.eye(d_in, 32) + value
+        sae = SAE(architecture, W_enc, W_enc.T.clone(), torch.zeros(32), torch.zeros(d_in), k=4)
+        save_sae(sae, Folder(tmp_path / place))
+        return {
+            "grid.sites": ["projection"], "grid.architectures": ["relu"], "grid.sparsity": [0.1],
+            "training.init": str(tmp_path / place),
+        }  # fmt: skip
+
+    overrides = start("here")
+    before, plan = names(make_plan(overrides)), make_plan(overrides)
+    assert names(make_plan(start("there"))) == before
+    assert "sae-projection-relu-x2-s0.1" in changed(before, names(make_plan(start("other", value=0.5))))
+    assert "sae-projection-relu-x2-s0.1" in changed(before, names(make_plan(overrides | {"training.init": None})))
+    recalled = Survey.from_dict(json.loads(json.dumps(plan.survey.to_dict())))
+    assert names(StudyPlan(plan.study, plan.root, recalled)) == before
+    for wrong in (start("topk", "topk"), start("wide", d_in=24), overrides | {"grid.expansions": [4]}):
+        with pytest.raises(
+            UsageError, match=r"training\.init = .*: it is a .* SAE with d_in = .*, but projection-relu-x"
+        ):
+            make_plan(wrong)
+    with pytest.raises(UsageError, match=r"training\.init = '/nowhere'"):
+        make_plan({"training.init": "/nowhere"})
+
+
+def test_a_second_moment_needs_rows(make_plan: MakePlan):
+    overrides = {"grid.architectures": ["jumprelu"], "grid.sparsity": [0.1], "architectures.jumprelu.init": "aip"}
+    with pytest.raises(
+        UsageError, match=r'jumprelu\.init = "aip": projection has \d+ training activations, but .* 320'
+    ):
+        make_plan(overrides)
 
 
 def test_what_is_skipped_changes_no_step_and_is_told(make_plan: MakePlan, tmp_path: Path):
@@ -622,6 +786,8 @@ def test_concepts_add_steps_and_change_none(make_plan: MakePlan):
         ({"concepts.max_concepts": 7}, CONCEPTS),
         ({"concepts.measures": ["fms"]}, CONCEPTS),
         ({"concepts.ignore_labels": ["blank"]}, CONCEPTS),
+        ({"concepts.taxonomy": "inaturalist"}, CONCEPTS),
+        ({"concepts.measures": ["fms", "splicing"]}, CONCEPTS),
         ({"resources.concepts.workers": 2}, set()),
         ({"training.steps": 50_000}, TRAINED | SAE_CONCEPTS),
         ({"judge.dtype": "bfloat16"}, EMBEDDINGS | SCORES),
@@ -632,7 +798,7 @@ def test_settings_of_concepts_change_its_own_steps(make_plan: MakePlan, override
     assert changed(names(make_plan({"concepts": {}})), names(make_plan({"concepts": {}, **overrides}))) == expected
 
 
-@pytest.mark.parametrize("field", ["file", "vocabulary"])
+@pytest.mark.parametrize("field", ["file", "vocabulary", "taxonomy"])
 def test_concepts_depend_on_what_is_in_their_files(make_plan: MakePlan, tmp_path: Path, field: str):
     file, other = tmp_path / "one.csv", tmp_path / "other.csv"
     file.write_text("image_id,fish\n00.png,1\n")
@@ -644,6 +810,46 @@ def test_concepts_depend_on_what_is_in_their_files(make_plan: MakePlan, tmp_path
     assert changed(before, names(make_plan({f"concepts.{field}": str(other)}))) == CONCEPTS
     with pytest.raises(UsageError, match=f"concepts.{field} .*cannot be read"):
         make_plan({f"concepts.{field}": str(tmp_path / "none.csv")})
+
+
+def test_depths_and_classes_are_those_of_the_labels_also_beside_a_concept_file(make_plan: MakePlan, tmp_path: Path):
+    file, labels = tmp_path / "concepts.csv", tmp_path / "labels.csv"
+    file.write_text("image_id,fish\n")
+    rows = [f"{number:02d}.png,{'cat' if number % 2 else 'dog'}" for number in range(40)]
+    labels.write_text("\n".join(["image_id,label", *rows]))
+    relabelled = {"images.train.labels": str(labels)}
+    for asked in ({"taxonomy": "inaturalist"}, {"measures": ["splicing"]}):
+        given = {"concepts": {"file": str(file), **asked}}
+        assert changed(names(make_plan(given)), names(make_plan({**given, **relabelled}))) >= CONCEPTS
+    given = {"concepts": {"file": str(file)}}
+    assert not changed(names(make_plan(given)), names(make_plan({**given, **relabelled}))) & CONCEPTS
+
+
+def test_reconstructions_are_put_where_an_output_is_computed_from(make_plan: MakePlan, tiny_llava: str):
+    asked = {
+        "concepts.measures": ["splicing"],
+        "grid.sites": ["projection", "layer1:random:2", "layer0:mean", "pooled"],
+    }
+    plan = make_plan(asked)
+    found = {one.name.split("-batch")[0]: one for one in plan.concepts if one.sae is not None}
+    read = {site: one.readout and one.readout.name for site, one in found.items()}
+    assert read == {
+        "projection": "projection",
+        "layer1.random-2": "projection",
+        "layer0.mean": None,
+        "pooled": "pooled",
+    }
+    assert [site for site, one in found.items() if one.is_zero_shot] == ["projection", "layer1.random-2"]
+    for one in found.values():
+        assert one.sae is not None
+        assert (one.sae.activations.step in one.inputs) == (one.readout is not None)
+    assert {one.readout for one in plan.concepts if one.sae is None} == {None}
+    assert {one.readout for one in make_plan({"concepts": {}}).concepts} == {None}
+    without_texts = make_plan({**asked, "encoder.model": tiny_llava, "grid.sites": ["layer1:cls"]}).concepts
+    assert not any(one.is_zero_shot for one in without_texts)
+    needed = [(use.field, use.kind) for use in models_needed([], plan.concepts)]
+    assert ("encoder.model", "texts") in needed
+    assert ("encoder.model", "images") in needed
 
 
 def test_names_are_found_with_a_model_that_embeds_texts(make_plan: MakePlan, tiny_llava: str):
@@ -869,6 +1075,7 @@ def test_the_llava_names_latents_of_every_sae_and_steers_those_of_its_layer(make
     [
         ({"naming.n_latents": 1000}, set()),  # as it stands anyway
         ({"naming.n_latents": 7}, NAMING),
+        ({"naming.images": "grid"}, NAMING),
         ({"steering.prompt": "What?"}, NAMING | STEERING | PICTURES),
         ({"steering.strength": 40}, BY_STEERING | STEERING | PICTURES),
         ({"steering.n_images": 7}, STEERING | PICTURES),

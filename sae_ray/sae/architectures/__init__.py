@@ -10,11 +10,13 @@ from sae_ray.config import STRICT
 from sae_ray.errors import check
 from sae_ray.sae.architectures.base import Architecture
 from sae_ray.sae.architectures.batch_topk import BatchTopK
+from sae_ray.sae.architectures.frozen_decoder import FrozenDecoder
 from sae_ray.sae.architectures.guided_batch_topk import GuidedBatchTopK
 from sae_ray.sae.architectures.guided_matryoshka_batch_topk import GuidedMatryoshkaBatchTopK
 from sae_ray.sae.architectures.guided_topk import GuidedTopK
 from sae_ray.sae.architectures.jumprelu import JumpReLU
 from sae_ray.sae.architectures.matryoshka_batch_topk import MatryoshkaBatchTopK
+from sae_ray.sae.architectures.random import Random
 from sae_ray.sae.architectures.relu import ReLU
 from sae_ray.sae.architectures.topk import TopK
 
@@ -29,6 +31,8 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
         GuidedTopK,
         GuidedBatchTopK,
         GuidedMatryoshkaBatchTopK,
+        FrozenDecoder,
+        Random,
     )
 }
 """The one list of them: name -> class."""

@@ -44,6 +44,8 @@ class Forward(NamedTuple):
     """Number of this rank's active entries."""
     smallest_active: Float[Tensor, ""]
     """Their smallest value, infinite when there is none."""
+    entries: tuple[Float[Tensor, " nnz"], Pattern] | None = None
+    """They themselves, with gradients; None for an architecture that trains densely."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,10 @@ class Architecture(ABC):
     tuned_by: ClassVar[Literal["k", "sparsity"]]
     """Which field of a cell sets its sparsity: the number of active latents, or the coefficient of a penalty."""
     uses: ClassVar[frozenset[str]] = frozenset(
-        {"batch_size", "steps", "learning_rate", "warmup_steps", "decay_start", "gradient_clip", "dtype"}
+        {
+            *("batch_size", "steps", "learning_rate", "warmup_steps", "decay_start", "gradient_clip", "dtype", "init"),
+            *("centre", "threshold"),  # of the data: what a batch is centred on, and which rows are never in one
+        }
     )
     """The fields of `TrainingConfig` that decide what is trained; the others are ignored. These are common to all."""
     Settings: ClassVar[type[OwnSettings]] = OwnSettings
@@ -74,9 +79,13 @@ class Architecture(ABC):
     has_threshold: ClassVar[bool] = False
     """Whether a trained SAE has a threshold per latent, which codes must exceed."""
     estimates_threshold: ClassVar[bool] = False
-    """Whether this threshold is the moving average of the smallest kept value."""
+    """Whether this threshold is the moving average of the smallest kept value, or calibrated."""
     revives: ClassVar[bool] = False
     """Whether AuxK revives dead latents."""
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    """Weights (`Weights.named`) that keep their first values."""
+    scores_batches: ClassVar[bool] = False
+    """Whether `forward` gives active entries, whose MonoSemanticity can then be a goal."""
     guided: ClassVar[bool] = False
     """Whether its first latents learn concepts (`sae_ray.sae.guidance`); its settings are then `GuidanceSettings`."""
     standardises_rows: ClassVar[bool] = False
@@ -103,11 +112,18 @@ class Architecture(ABC):
         """How many of this rank's latents each nested prefix has."""
         self._ends: Int[Tensor, " n_prefixes"] | None = None
         """They, on the device, since the first step there."""
+        self.gamma: Float[Tensor, " d_in"] | None = None
+        """Factors of the error in every dimension, inside the square; None for those that are all 1."""
 
     @property
     def learned_threshold(self) -> float | None:
         """Initial value of a threshold per latent that is trained like a weight; None without one."""
         return None
+
+    @classmethod
+    def starts_whitened(cls, settings: Any) -> bool:
+        """Whether the encoder starts with the second moment of the activations taken out (`start_whitened`)."""
+        return False
 
     @abstractmethod
     def forward(self, weights: Weights, x: Float[Tensor, "batch d_in"]) -> Forward: ...
@@ -126,6 +142,10 @@ class Architecture(ABC):
     def inputs(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """What the encoder reads."""
         return x
+
+    def weighed(self, error: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+        """An error as it counts in the loss."""
+        return error if self.gamma is None else error * self.gamma
 
     @classmethod
     def groups(cls, settings: Any, d_sae: int) -> list[int]:
@@ -186,7 +206,7 @@ class SelectingArchitecture(Architecture):
     """Architectures that select `k` latents per sample: all gradients follow the selected entries alone."""
 
     tuned_by = "k"
-    revives = True
+    revives = scores_batches = True
     uses = Architecture.uses | {"auxk_weight", "auxk_select", "dead_after_samples"}
 
     @abstractmethod
@@ -218,13 +238,14 @@ class SelectingArchitecture(Architecture):
         active = kept > 0  # all but the missing ones
         return Forward(
             # The reference averages over the prefixes twice; so do we, and losses stay comparable with its own.
-            reconstruction_loss=errors.square().sum(-1).mean() / n_prefixes,
+            reconstruction_loss=self.weighed(errors).square().sum(-1).mean() / n_prefixes,
             sparsity_penalty=x.new_zeros(()),
             residual=errors[-1].detach(),
             pre=pre,
             fired=pre.new_zeros(pre.shape[1] + 1, dtype=torch.bool).index_fill_(0, pattern.latents, True)[:-1],
             n_active=active.sum().to(x.dtype),
             smallest_active=torch.cat([kept.where(active, torch.inf), kept.new_full((1,), torch.inf)]).amin(),
+            entries=(values, pattern),
         )
 
     def _padded_selection(self, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,7 +313,7 @@ class PenalisedArchitecture(Architecture):
         kept = codes.detach()
         active = kept > 0
         return Forward(
-            reconstruction_loss=error.square().sum(-1).mean(),
+            reconstruction_loss=self.weighed(error).square().sum(-1).mean(),
             sparsity_penalty=joined(penalty),
             residual=error.detach(),
             pre=pre.detach(),

@@ -61,6 +61,7 @@ class GuidedTopK(Architecture):
 
     name = "guided_topk"
     tuned_by = "k"
+    uses = Architecture.uses - {"centre"}
     Settings = GuidanceSettings
     guided = True
     standardises_rows = True
@@ -97,7 +98,7 @@ class GuidedTopK(Architecture):
         power = x.square().mean(-1).clamp_min(torch.finfo(x.dtype).tiny)
         kept = values.detach()
         return Forward(
-            reconstruction_loss=(error.square().mean(-1) / power).mean(),
+            reconstruction_loss=(self.weighed(error).square().mean(-1) / power).mean(),
             sparsity_penalty=x.new_zeros(()),
             residual=error.detach(),
             pre=pre,
