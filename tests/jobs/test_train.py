@@ -70,7 +70,7 @@ def test_bundling_changes_nothing(ray_cluster, extracted, finished, make_plan, t
     assert_equal_weights(plan, make_plan(finished))
 
 
-def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
+def test_a_killed_driver_and_workers_that_are_killed_or_fail_resume_to_equal_weights(
     ray_cluster, extracted, make_plan, kill_driver_when, tmp_path, monkeypatch
 ):
     whole = tmp_path / "whole"
@@ -89,23 +89,29 @@ def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
     assert left, "a checkpoint survives"
     assert not any(one.step.finished for one in plan.trains)
 
-    board_of, mark = Progress.board, tmp_path / "killed"
-    monkeypatch.setattr(Progress, "board", lambda progress: DeadlyOnce(board_of(progress), mark, root, left))
+    board_of, marks = Progress.board, tmp_path / "marks"
+    marks.mkdir()
+    monkeypatch.setattr(Progress, "board", lambda progress: BoardWithFaults(board_of(progress), marks, root, left))
     train.run(plan)
-    assert mark.exists(), "no worker was killed"
+    assert {"killed", "failed"} <= {path.name for path in marks.iterdir()}, "a worker was not struck"
     assert_equal_weights(plan, reference)
 
 
-class DeadlyOnce:
-    """A board that kills the first worker who reports to it once there are newer checkpoints than those."""
+class BoardWithFaults:
+    """Once there are newer checkpoints than those, the first worker who reports is killed, and the next one finds that
+    its disk fails."""
 
-    def __init__(self, board: Any, mark: Path, root: Path, old: set[str]):
-        self.board, self.mark, self.root, self.old, self.set = board, mark, root, old, self
+    def __init__(self, board: Any, marks: Path, root: Path, old: set[str]):
+        self.board, self.marks, self.root, self.old, self.set = board, marks, root, old, self
 
     def remote(self, *told: Any) -> None:
         self.board.set.remote(*told)
-        if {path.stem for path in checkpoints(self.root)} - self.old and claim(self.mark):
+        if not {path.stem for path in checkpoints(self.root)} - self.old:
+            return
+        if claim(self.marks / "killed"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if claim(self.marks / "failed"):
+            raise OSError("Input/output error")
 
 
 def test_guided_cells_learn_the_classes_of_their_images(ray_cluster, extracted, finished, make_plan, tmp_path):
