@@ -163,7 +163,8 @@ def main() -> None:
                 again[name].append(measured(command(checkout, world, root), checkout))
                 shutil.rmtree(root)
                 show(turn, name, first[name][-1], again[name][-1])
-    facts = {"command": "python -m bench.start"}
+    against = " --against CHECKOUT" if arguments.against else ""
+    facts = {"command": f"python -m bench.start{against} --times {arguments.times}"}
     print(record("start", tables(first, again), facts))
 
 
