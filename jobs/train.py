@@ -37,7 +37,7 @@ REPORT_SECONDS = 1.0
 STEPS_PER_LOOK = 200
 """After which workers ask whether a node of theirs is about to be taken away: they wait for one another to ask."""
 WORTH_ANOTHER_TRY = [OSError, RuntimeError]
-"""What torch and disks raise that may not come again; what a user has to fix would."""
+"""What disks and devices raise, by torch, which may not come again; what a user has to fix would."""
 
 
 def run(plan: StudyPlan) -> None:

@@ -230,8 +230,9 @@ class TrainResources:
     checkpoint_every: Count = 2000
     """Steps between checkpoints."""
     max_failures: Annotated[int, Ge(0)] = 3
-    """How often a bundle is restarted after losing a worker. The loss of a node that was announced, as that of a spot
-    instance is, does not count: the bundle writes checkpoints before."""
+    """How often a bundle is begun again from its newest checkpoints after losing a worker, or after an error of a disk
+    or a device. The loss of a node that was announced, as that of a spot instance is, does not count: the bundle writes
+    checkpoints before."""
 
     def __post_init__(self):
         least, most = self.workers_span
