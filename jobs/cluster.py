@@ -50,6 +50,7 @@ def connect() -> None:
     # Ray Train polls its workers; at the default of two seconds short runs spend most of their time waiting.
     _set_defaults({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"})
     _set_defaults({"RAY_BACKEND_LOG_LEVEL": "fatal"})  # its warnings are not about anything a user can change
+    _set_defaults({"RAY_task_oom_retries": str(RETRIES)})  # by default for ever, which `max_retries` does not bound
     _set_defaults(KEEPALIVE)
     allow_slow_starts()
     import ray
