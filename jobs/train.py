@@ -73,8 +73,7 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets]
     least, most = (number * resources.shards for number in resources.workers_span)
     require("resources.train", least, resources.cpus, gpus)
     at_once = resources.bundles or max(1, int(slots(resources.cpus, gpus) / most))
-    device = "cuda" if gpus else "cpu"
-    waiting = bundles(plan, todo, at_once, device, targets)
+    waiting = bundles(plan, todo, at_once, "cuda" if gpus else "cpu", targets)
     running: dict[Any, BundleJob] = {}
     total = sum(bundle.steps * len(bundle.cells) for bundle in waiting)
     problems: list[Exception] = []
