@@ -231,8 +231,8 @@ class TrainResources:
     """Steps between checkpoints."""
     max_failures: Annotated[int, Ge(0)] = 3
     """How often a bundle is begun again from its newest checkpoints after losing a worker, or after an error of a disk
-    or a device. The loss of a node that was announced, as that of a spot instance is, does not count: the bundle writes
-    checkpoints before."""
+    or a device. Before the announced loss of a node, such as a spot instance, the bundle writes checkpoints; that loss
+    does not count where the bundle has one worker."""
 
     def __post_init__(self):
         least, most = self.workers_span

@@ -84,11 +84,12 @@ def trained(root: Path, study_values: dict, overrides: dict, announced: bool) ->
 ONE = {"grid.architectures": ["batch_topk"], "training.steps": 10_000}
 
 
-@pytest.mark.parametrize("workers", [1, [1, 2]])
+@pytest.mark.parametrize(("workers", "max_failures"), [(1, 0), ([1, 2], 3)])
 def test_a_node_that_is_taken_away_after_a_notice_costs_what_came_after_it(
-    extracted, make_plan, study_values, tmp_path, workers
+    extracted, make_plan, study_values, tmp_path, workers, max_failures
 ):
-    never = {"checkpoint_every": 10**6, "max_failures": 0, "workers": workers}
+    """Of several workers the one that is left fails, too, when it loses the other."""
+    never = {"checkpoint_every": 10**6, "max_failures": max_failures, "workers": workers}
     never = ONE | {f"resources.train.{name}": value for name, value in never.items()}
     shutil.copytree(extracted, tmp_path / "whole")
     reference = make_plan(tmp_path / "whole", **never)
