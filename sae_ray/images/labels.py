@@ -252,6 +252,8 @@ def csv_reader(text: str, columns: Iterable[Iterable[str]]) -> csv.DictReader:
 def _rows(file: str, rows: csv.DictReader, key: str, value: str) -> Iterator[tuple[str, str]]:
     seen = set()
     for row in rows:
+        if not any(cell.strip() for cell in row.values() if isinstance(cell, str)):  # spreadsheets leave such rows
+            continue
         if row[key] is None or row[value] is None:
             raise UsageError(f"{file}, row {rows.line_num}: {value} is missing; give every row all columns")
         if row[key] in seen:

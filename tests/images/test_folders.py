@@ -275,6 +275,8 @@ def test_a_local_walk_finds_what_a_store_lists(tmp_path):
         f"image_id,label\n/{NFC},drink\n cat/1.jpg ,cat\n",
         f"image_id,label\nimages/{NFC},drink\nimages/cat/1.jpg,cat\n",
         "image_id,label\nHERE/images/café.jpg,drink\nHERE/images/cat/1.jpg,cat\n",
+        "image_id,label\nfile://HERE/images/caf%C3%A9.jpg,drink\nfile:HERE/images/cat/1.jpg,cat\n",
+        "image_id;label;\ncafé.jpg;drink;\n;;\ncat/1.jpg;cat;\n;;\n ; ;\n",
         f"image_id;label\n{NFC};drink\ncat/1.jpg;cat\n",
         f"image_id\tlabel\n{NFC}\tdrink\ncat/1.jpg\tcat\n",
         f"label|image_id\ndrink|{NFC}\ncat|cat/1.jpg\n",
