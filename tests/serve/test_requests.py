@@ -172,6 +172,42 @@ def test_a_body_that_is_no_json_is_told_where(http):
     assert "character 14" in error["message"]
 
 
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (of_user(TEXT, {"type": "text", "text": f"a {HALF}"}), "messages.1.content.1.text"),
+        ({"messages": [{"role": "user", "content": f"{HALF} b"}]}, "messages.0.content"),
+        (of_user({"type": "image_url", "image_url": HALF}), "messages.1.content.0.image_url"),
+        ({"messages": [USER], "stop": HALF}, "stop"),
+        ({"messages": [USER], "stop": ["a", HALF]}, "stop"),
+        ({"messages": [USER], "model": HALF}, "model"),
+        ({"messages": [USER], "steering": {"sae": HALF}}, "steering.sae"),
+    ],
+)
+def test_half_of_a_character_is_refused_by_name(http, body, param):
+    """As clients send it that cut a text within an emoji."""
+    answer = http.post("/", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert "half of a character (U+D83D)" in error["message"]
+
+
+@pytest.mark.parametrize("body", [{"messages": [USER], HALF: 1}, of_user({"type": HALF})])
+def test_half_of_a_character_in_a_name_is_refused(http, body):
+    answer = http.post("/", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+
+
+@pytest.mark.parametrize("body", ['{"messages": "ü"}'.encode("latin-1"), b"\x1f\x8b\x08\0", b'{"a":' + b"[" * 5000])
+def test_a_body_that_cannot_be_read_is_told_what_is_expected(http, body):
+    answer = http.post("/", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert "JSON in UTF-8" in answer.json()["error"]["message"] or "not valid JSON" in answer.json()["error"]["message"]
+
+
 def said(*messages: tuple[str, Any]) -> list[tuple[str, str, int]]:
     return [tuple(turn) for turn in turns([Message(role=role, content=content) for role, content in messages])]
 
