@@ -77,11 +77,12 @@ def not_an_image(data: bytes) -> str:
     Args:
         data: not empty.
     """
-    kind = _kind(data)
+    kind = kind_of(data)
     return f"not an image: {kind}" if kind else "not an image"
 
 
-def _kind(data: bytes) -> str | None:
+def kind_of(data: bytes) -> str | None:
+    """What a file is by its content, as `a git-lfs pointer (…)`; None if it is nothing of this page."""
     head = data[:LOOKED_AT]
     for magic, kind in MAGIC.items():
         if head.startswith(magic):
