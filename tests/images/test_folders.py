@@ -235,23 +235,41 @@ except SaeRayError as error:
 def test_a_folder_that_cannot_be_read_is_one_clear_message():
     with tempfile.TemporaryDirectory() as scratch:  # pytest's own folders are closed to others
         Path(scratch).chmod(0o755)
-        fill(Path(scratch), "images/cat/1.jpg", "images/lost+found/2.jpg")
+        fill(Path(scratch), "images/n01440764/1.jpg", "images/lost+found/2.jpg", "images/words.txt")
         (Path(scratch) / "images" / "lost+found").chmod(0)
 
         def said() -> str:
             command = [sys.executable, "-c", LOCKED, f"{scratch}/images"]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+        def closed(name: str) -> str:
+            place = Path(scratch, name)
+            mode = place.stat().st_mode
+            place.chmod(0)
+            try:
+                return said()
+            finally:
+                place.chmod(mode)
+
         try:
-            assert said() == "['cat/1.jpg']", "what is skipped need not be readable"
-            (Path(scratch) / "images" / "cat").chmod(0)
-            assert said() == (
-                f"1 images.train: the folder {scratch}/images/cat cannot be read: no permission; make it readable, or "
-                f"move it out of {scratch}/images"
+            assert said() == "['n01440764/1.jpg']", "what is skipped need not be readable"
+            assert closed("images/n01440764") == (
+                f"1 images.train: the folder {scratch}/images/n01440764 cannot be read: no permission; make it "
+                f"readable, or move it out of {scratch}/images"
+            )
+            assert closed("images/words.txt") == (
+                f"1 images.train: {scratch}/images/words.txt, which names classes, cannot be read: no permission; make "
+                "it readable"
+            )
+            assert closed("images") == (
+                f"1 images.train: the folder {scratch}/images cannot be read: no permission; make it readable"
+            )
+            assert closed("") == (
+                f"1 images.train: the image folder {scratch}/images cannot be reached: no permission for a folder above "
+                "it"
             )
         finally:
-            for name in ("cat", "lost+found"):
-                (Path(scratch) / "images" / name).chmod(0o755)
+            (Path(scratch) / "images" / "lost+found").chmod(0o755)
 
 
 def test_a_local_walk_finds_what_a_store_lists(tmp_path):
