@@ -81,7 +81,7 @@ UNKNOWN = {
     "PSB": rb"8BPS\0\x02",
     "Radiance HDR": rb"#\?R",
     "XCF": rb"gimp xcf ",
-    "raw photograph of a camera": rb"....ftypcrx |FUJIFILMCCD-RAW|IIR[OS]|MMOR|IIU\0|II\x1a\0\0\0HEAPCCDR|FOVb|\0MRM",
+    "camera RAW": rb"....ftypcrx |FUJIFILMCCD-RAW|IIR[OS]|MMOR|IIU\0|II\x1a\0\0\0HEAPCCDR|FOVb|\0MRM",
 }
 """Formats that Pillow does not know -> how their files begin."""
 SUFFIXES = (

@@ -236,7 +236,7 @@ BEGINNINGS = {
     "PSB": b"8BPS\0\2" + bytes(20),
     "Radiance HDR": b"#?RADIANCE\n",
     "XCF": b"gimp xcf v011\0",
-    "raw photograph of a camera": b"\0\0\0\x18ftypcrx \0\0\0\1",
+    "camera RAW": b"\0\0\0\x18ftypcrx \0\0\0\1",
 }
 
 
