@@ -521,6 +521,8 @@ def test_other_projects_files_are_refused_by_name(tmp_path, saved, said):
     [
         ("sae.safetensors", "EleutherAI's sparsify; convert it to a SAELens 6 directory"),
         ("params.npz", "Gemma Scope"),
+        ("params.safetensors", "Gemma Scope"),
+        ("hyperparams.json", "Llama Scope"),
         ("sae.pt", "saev; convert it to a SAELens 6 directory"),
         ("weights.pt", "ViT-Prisma"),
     ],
