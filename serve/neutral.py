@@ -117,7 +117,12 @@ class RequestOfOthers(Schema):
     web_search_options: Annotated[Any, Only(because="the model searches nothing")] = None
     moderation: Annotated[Any, Only(because="answers are not moderated")] = None
 
-    # vLLM, SGLang, TGI
+    # vLLM, SGLang, TGI, TensorRT-LLM
+    stream_interval: Ignored = None
+    return_token_offsets: Ignored = None
+    return_mm_kwargs: Ignored = None
+    routed_experts_prompt_start: Ignored = None
+    ec_transfer_params: Ignored = None
     rid: Ignored = None
     kv_transfer_params: Ignored = None
     guided_decoding_backend: Ignored = None
@@ -147,6 +152,12 @@ class RequestOfOthers(Schema):
     guided_choice: Annotated[Any, Only(because=_CONSTRAINED)] = None
     guided_grammar: Annotated[Any, Only(because=_CONSTRAINED)] = None
     structured_outputs: Annotated[Any, Only(because=_CONSTRAINED)] = None
+    watermarking: Annotated[Any, Only(False, because=_SAMPLER)] = None
+    repetition_detection: Annotated[Any, Only(because=_SAMPLER)] = None
+    top_p_min: Annotated[Any, Only(0, because=_SAMPLER)] = None
+    prompt_ignore_length: Annotated[Any, Only(0, because="penalties are vLLM's")] = None
+    logprob_token_ids: Annotated[Any, Only(because="top_logprobs tells of the likeliest tokens")] = None
+    return_prompt_text: Annotated[Any, Only(False, because="the messages are not repeated")] = None
     structural_tag: Annotated[Any, Only(because=_CONSTRAINED)] = None
     regex: Annotated[Any, Only(because=_CONSTRAINED)] = None
     ebnf: Annotated[Any, Only(because=_CONSTRAINED)] = None
@@ -250,6 +261,7 @@ class PartOfOthers(Schema):
     cache_control: Ignored = None
     annotations: Ignored = None
     uuid: Ignored = None
+    prompt_cache_breakpoint: Ignored = None
     detail: Ignored = None
     min_pixels: Ignored = None
     max_pixels: Ignored = None

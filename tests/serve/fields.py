@@ -59,7 +59,8 @@ IGNORED = [
     *("guided_decoding_backend", "guided_whitespace_pattern", "separate_reasoning", "stream_reasoning"),
     *("thinking_token_budget", "thinking", "enable_thinking", "thinking_budget", "think", "reasoning_format"),
     *("reasoning_split", "ttl", "draft_model", "timings_per_token", "return_progress", "tool_stream", "cache_control"),
-    *("route", "trace"),
+    *("route", "trace", "stream_interval", "return_token_offsets", "return_mm_kwargs", "routed_experts_prompt_start"),
+    "ec_transfer_params",
 ]
 """Fields of which no value changes the answer."""
 
@@ -91,6 +92,12 @@ NEUTRAL = {
     "guided_choice": Values([], [["yes", "no"]]),
     "guided_grammar": Values([], ["root ::= 'a'"]),
     "structured_outputs": Values([], [{"choice": ["yes"]}]),
+    "watermarking": Values([False], [True]),
+    "repetition_detection": Values([], [{"max_pattern_size": 3}]),
+    "top_p_min": Values([0, 0.0], [0.1]),
+    "prompt_ignore_length": Values([0], [3]),
+    "logprob_token_ids": Values([], [[1, 2]]),
+    "return_prompt_text": Values([False], [True]),
     "structural_tag": Values([], ["{}"]),
     "regex": Values([], ["a+"]),
     "ebnf": Values([], ["root ::= 'a'"]),
@@ -150,7 +157,9 @@ MESSAGE_NEUTRAL = {
     "audio": Values([], [{"id": "1"}]),
     "images": Values([[]], [[{"type": "image_url"}]]),
 }
-PART_IGNORED = ["cache_control", "annotations", "uuid", "detail", "min_pixels", "max_pixels"]
+PART_IGNORED = [
+    *("cache_control", "annotations", "uuid", "prompt_cache_breakpoint", "detail", "min_pixels", "max_pixels"),
+]
 
 
 def tables() -> dict[str, str]:

@@ -13,7 +13,16 @@ from sae_ray.serve.conversation import turns
 from sae_ray.serve.images import _from_base64
 from sae_ray.serve.middleware import answer_errors
 from sae_ray.serve.neutral import MessageOfOthers, PartOfOthers
-from sae_ray.serve.schemas import ChatRequest, InspectRequest, Message, SteerRequest
+from sae_ray.serve.schemas import (
+    ChatRequest,
+    ImagePart,
+    ImageUrl,
+    InspectRequest,
+    Message,
+    SteerRequest,
+    StreamOptions,
+    TextPart,
+)
 from starlette.testclient import TestClient
 
 from . import fields
@@ -120,6 +129,31 @@ def test_every_field_is_in_the_tables_of_the_page():
     assert set(PartOfOthers.model_fields) == set(PART_IGNORED)
     page = PAGE.read_text(encoding="utf-8")
     assert fields.filled(page) == page, "run python -m tests.serve.fields"
+
+
+def test_every_field_of_the_official_client_is_known():
+    """A newer client may have more."""
+    from openai.types import chat as theirs
+    from openai.types.chat import chat_completion_content_part_image_param
+    from openai.types.chat import completion_create_params as requests
+
+    def names(*kinds: Any) -> set[str]:
+        return {name for kind in kinds for name in (*kind.__annotations__, *getattr(kind, "model_fields", ()))}
+
+    plain, streaming = requests.CompletionCreateParamsNonStreaming, requests.CompletionCreateParamsStreaming
+    assert names(requests.CompletionCreateParamsBase, plain, streaming) <= ChatRequest.model_fields.keys()
+    assert names(theirs.ChatCompletionStreamOptionsParam) <= StreamOptions.model_fields.keys()
+    messages = names(
+        theirs.ChatCompletionSystemMessageParam,
+        theirs.ChatCompletionDeveloperMessageParam,
+        theirs.ChatCompletionUserMessageParam,
+        theirs.ChatCompletionAssistantMessageParam,
+        theirs.ChatCompletionMessage,
+    )
+    assert messages <= Message.model_fields.keys()
+    assert names(theirs.ChatCompletionContentPartTextParam) <= TextPart.model_fields.keys()
+    assert names(theirs.ChatCompletionContentPartImageParam) <= ImagePart.model_fields.keys()
+    assert names(chat_completion_content_part_image_param.ImageURL) <= ImageUrl.model_fields.keys()
 
 
 def of_user(*parts: Any) -> dict[str, Any]:
