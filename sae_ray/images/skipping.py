@@ -43,7 +43,7 @@ NAMES = (
 FOLDERS = (
     "#recycle, #snapshot, $recycle.bin, @__thumb, @eadir, @recently-snapshot, @recycle, @sharebin, @tmp, __macosx, "
     "__pycache__, _gsdata_, _temporary, _vti_cnf, captureone, lost+found, lost.dir, network trash folder, "
-    "node_modules, recycled, recycler, site-packages, system volume information, temporary items, "
+    "node_modules, recycler, site-packages, system volume information, temporary items, "
     "thefindbycontentfolder, thevolumesettingsfolder, ~snapshot"
 )
 """In lower case: thumbnails, bins and snapshots of file servers, and what systems and programs leave."""
