@@ -34,7 +34,7 @@ _CLASSES: dict[str, type[Architecture]] = {
     "MatryoshkaBatchTopKSAE": MatryoshkaBatchTopK,
 }
 """Names of the classes in dictionary_learning."""
-_NUMPY = [
+_NUMPY: list[Any] = [
     np.ndarray,
     np.dtype,
     *{type(np.dtype(code)) for code in "?bBhHiIlLefd"},
