@@ -111,7 +111,7 @@ from sae_ray.jobs.cluster import connect
 connect()
 import ray
 
-print(ray.get(ray.remote(lambda: "it runs").remote()))
+print(ray.get(ray.remote(lambda given: "it runs").remote(ray.put(bytes(2**22)))))
 """
 
 
@@ -127,18 +127,28 @@ def test_agents_that_are_slow_to_start_are_waited_for(tmp_path):
 CAPABILITIES = "-dac_override,-dac_read_search,-fowner"
 UNPRIVILEGED = ["setpriv", f"--bounding-set={CAPABILITIES}", f"--inh-caps={CAPABILITIES}"] if os.geteuid() == 0 else []
 """Begins a command that may only write where its user may."""
+MAY_MOUNT = (
+    shutil.which("unshare") and not subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode
+)
+SMALL = (
+    ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
+    if MAY_MOUNT
+    else []
+)
+"""Begins a command that has little shared memory, as in a container."""
 
 
 @pytest.mark.ray
 def test_a_cluster_starts_on_a_machine_of_others():
-    """Ray's directory is another user's, HOME cannot be written, and a proxy that does not answer is to be used."""
+    """Ray's directory is another user's, HOME cannot be written, a proxy that does not answer is to be used, there is
+    little shared memory."""
     scratch = Path(tempfile.mkdtemp(prefix="sr", dir="/tmp"))  # Ray's sockets need a short path
     theirs = scratch / "ray"
     theirs.mkdir(0o555)
     environment = os.environ | DEAD_PROXY | {"TMPDIR": str(scratch), "HOME": "/proc/nowhere"}
     try:
         done = subprocess.run(
-            [*UNPRIVILEGED, sys.executable, "-c", START], env=environment, capture_output=True, text=True
+            [*SMALL, *UNPRIVILEGED, sys.executable, "-c", START], env=environment, capture_output=True, text=True
         )
         assert (done.stdout, done.stderr) == ("it runs\n", "")
         assert not list(theirs.iterdir())
