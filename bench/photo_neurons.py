@@ -78,12 +78,14 @@ def class_table(plan: StudyPlan, sae: Sae) -> Table:
 
 
 def contact_sheets(plan: StudyPlan, sae: Sae) -> list[Table]:
-    """The best neurons of an SAE, and those in the middle: the classes of their top images."""
+    """The best neurons of an SAE, and those in the middle, of those that respond to as many training images as a sheet
+    shows: the classes of these."""
     name, names = sae.cells[0].name, short_names(plan)
     [cell] = read_neurons(plan, [name])
     label_name = cell.pictures.labels["label_name"].to_pylist()
     found = ConceptTables(concepts_of(plan, name).step.folder).neurons
-    judged = [int(one) for one in cell.order if cell.columns.n_active[one] >= plan.study.scoring.min_images]
+    shown_ones = scored(cell, plan.study.scoring.min_images) & (cell.top_image >= 0).all(1)
+    judged = [int(one) for one in cell.order if shown_ones[one]]
     middle = len(judged) // 2 - N_SHOWN // 2
     tables = []
     for what, chosen in (("best", judged[:N_SHOWN]), ("middle", judged[middle : middle + N_SHOWN])):
@@ -96,7 +98,7 @@ def contact_sheets(plan: StudyPlan, sae: Sae) -> list[Table]:
             known = [None, None] if concept is None else [names[concept], shown(rho)]
             rows.append([sheet, str(neuron), shown(float(cell.columns.ms[neuron])), int(cell.columns.n_active[neuron]),
                          *known])  # fmt: skip
-        title = f"The {len(rows)} {what} of {len(judged):,} neurons of `{name}`"
+        title = f"The {len(rows)} {what} of {len(judged):,} neurons of `{name}` with 16 top training photographs"
         columns = ["top 16 training photographs", "neuron", "MS", "held-out photographs", "class by ρ", "ρ"]
         tables.append(Table(part="neurons", title=title, columns=columns, rows=rows))
     return tables

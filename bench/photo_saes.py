@@ -57,14 +57,22 @@ class Sae(NamedTuple):
         name = ARCHITECTURES[self.architecture]
         return f"{name} ×{self.expansion:g}, K {self.k}" if self.architecture else name
 
-    def mean(self, of: str) -> float | None:
-        """Over its cells, of a field of `CellSummary`."""
-        return mean(getattr(cell, of) for cell in self.cells)
+    def figure(self, of: str) -> float | None:
+        """The mean over its cells of a field of `CellSummary`; or one of `CONCEPTS`, or a property."""
+        if of in CellSummary.__dataclass_fields__:
+            return mean(getattr(cell, of) for cell in self.cells)
+        return self.concepts[of] if of in CONCEPTS else getattr(self, of)
 
     @property
     def top_chance(self) -> float | None:
         """Mean of the best neurons by chance."""
         return mean(float(curve[:BEST].mean()) for curve in self.chance)
+
+    @property
+    def above_chance(self) -> float | None:
+        """How much better its best neurons are than that."""
+        top, chance = self.figure("top_ms"), self.top_chance
+        return None if top is None or chance is None else top - chance
 
     def at_rank(self, rank: int) -> float | None:
         """MS of the neuron of that rank, which the mean over cells has if one of them has."""

@@ -56,10 +56,10 @@ def grids(saes: Sequence[Sae]) -> list[Table]:
         for sae in here:
             seeds = [cell.mean_ms for cell in sae.cells]
             apart = shown(max(seeds) - min(seeds)) if len(seeds) > 1 else None
-            mean_ms, top, best, r2 = (shown(sae.mean(of)) for of in ("mean_ms", "top_ms", "best_ms", "r2"))
-            n_scored = round(sae.mean("n_scored") or 0)
+            mean_ms, top, best, r2 = (shown(sae.figure(of)) for of in ("mean_ms", "top_ms", "best_ms", "r2"))
+            n_scored = round(sae.figure("n_scored") or 0)
             rows.append([sae.title, sae.cells[0].n_neurons, n_scored, mean_ms, top, shown(sae.top_chance), best, apart,
-                         shown(sae.mean("l0"), 1), r2, shown(sae.mean("dead_fraction"), 2)])  # fmt: skip
+                         shown(sae.figure("l0"), 1), r2, shown(sae.figure("dead_fraction"), 2)])  # fmt: skip
         n_seeds = max(len(sae.cells) for sae in here)
         title = f"{site}, means over {n_seeds} seeds" if n_seeds > 1 else site
         tables.append(Table(part="grid", title=title, columns=columns, rows=rows))
@@ -97,7 +97,7 @@ def activations(plan: StudyPlan) -> Table:
 def main() -> None:
     plan = recalled_plan(sys.argv[1])
     saes = read(plan)
-    best = max((sae for sae in saes if sae.architecture), key=lambda sae: sae.mean("top_ms") or 0)
+    best = max((sae for sae in saes if sae.architecture), key=lambda sae: sae.figure("top_ms") or 0)
     tables = [
         scale(plan),
         claims(saes),
