@@ -95,7 +95,7 @@ def marked(field: str, kind: object) -> str:
             return f"×{kind:g}"
         case "k":
             return f"K {kind}"
-    return ARCHITECTURES[kind]  # pyright: ignore[reportArgumentType]
+    return ARCHITECTURES.get(str(kind), str(kind))
 
 
 def short(value: float | None) -> str:

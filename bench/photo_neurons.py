@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bench.photo_saes import ARCHITECTURES, Sae, mean, shown, vectors
+from bench.photo_saes import Sae, mean, shown, title_of, vectors
 from bench.record import Table
 from sae_ray.concepts.naming import class_names, class_of, first_synonym
 from sae_ray.concepts.tables import ConceptTables
@@ -125,8 +125,9 @@ def name_table(plan: StudyPlan, saes: Sequence[Sae]) -> Table:
     rows = []
     for (architecture, expansion, k), found in kinds.items():
         judged, named, distinct, right = (mean(column) for column in zip(*found, strict=True))
-        title = f"{ARCHITECTURES[architecture]} ×{expansion:g}, K {k}" if architecture else ARCHITECTURES[None]
-        rows.append([title, shown(judged, 0), shown(named, 0), shown(distinct, 1), shown(right)])
+        rows.append(
+            [title_of(architecture, expansion, k), shown(judged, 0), shown(named, 0), shown(distinct, 1), shown(right)]
+        )
     columns = ["", "neurons with a ρ", "named", "different names", "right on held-out photographs"]
     return Table(
         part="names", title=f"Names by top training photographs, means over sites and seeds: a neuron is named if "

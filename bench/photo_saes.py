@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 RANKS = (1, 4, 16, 64, 256, 1024)
-ARCHITECTURES = {None: "raw neurons", "batch_topk": "BatchTopK", "matryoshka_batch_topk": "Matryoshka"}
+ARCHITECTURES = {"batch_topk": "BatchTopK", "matryoshka_batch_topk": "Matryoshka"}
 CONCEPTS = {
     "n_found_concepts": "classes found (ρ ≥ .5)", "rho": "ρ of a class's best neuron", "probe_r": "probe R",
     "average_precision": "mAP", "sparse_1": "1 neuron", "sparse_5": "5 neurons", "fms_1": "FMS@1", "purity": "purity",
@@ -54,8 +54,7 @@ class Sae(NamedTuple):
     @property
     def title(self) -> str:
         """Among those of its site."""
-        name = ARCHITECTURES[self.architecture]
-        return f"{name} ×{self.expansion:g}, K {self.k}" if self.architecture else name
+        return title_of(self.architecture, self.expansion, self.k)
 
     def figure(self, of: str) -> float | None:
         """The mean over its cells of a field of `CellSummary`; or one of `CONCEPTS`, or a property."""
@@ -77,6 +76,13 @@ class Sae(NamedTuple):
     def at_rank(self, rank: int) -> float | None:
         """MS of the neuron of that rank, which the mean over cells has if one of them has."""
         return mean(float(curve[rank - 1]) for curve in self.curves if rank <= len(curve))
+
+
+def title_of(architecture: str | None, expansion: float, k: int) -> str:
+    """What SAEs of one kind are called in tables."""
+    if architecture is None:
+        return "raw neurons"
+    return f"{ARCHITECTURES.get(architecture, architecture)} ×{expansion:g}, K {k}"
 
 
 def mean(values: Iterable[float | None]) -> float | None:
