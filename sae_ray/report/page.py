@@ -33,8 +33,8 @@ ASSETS = Path(__file__).parent / "assets"
 REJECTS_SHOWN = 200
 MANY_PLOTS = 12
 """From more on the reader opens those of a site."""
-MANY_COMPARISONS = 30
-"""From more on the reader opens those that hold."""
+MANY_ROWS = 30
+"""From more on the reader opens how each SAE was trained, and the comparisons that hold."""
 SETS = {"train": "training images", "heldout": "held-out images"}
 
 
@@ -91,7 +91,7 @@ def render(
         best=BEST,
         min_images=min_images,
         comparisons=comparisons,
-        many=MANY_COMPARISONS,
+        many=MANY_ROWS,
         n_seeds=len({row.grid_cell.seed for row in rows if row.grid_cell is not None}),
         n_holding=sum(one.holds for one in comparisons),
         facts=facts,
