@@ -930,18 +930,22 @@ def test_a_model_on_the_hub_is_pinned_by_its_commit(saved, tmp_path, kind, spec)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("load", "model"),
-    [
-        ("sae_ray.encoders.load_encoder", f"{MODELS}/clip"),
-        ("sae_ray.encoders.load_preprocess", f"{MODELS}/clip"),
-        ("sae_ray.encoders.text.load_text_encoder", f"{MODELS}/clip"),
-        ("sae_ray.encoders.load_encoder", f"open_clip:local-dir:{MODELS}/judge"),
-        ("sae_ray.steering.load_llava", f"{MODELS}/llava"),
-    ],
-)
-def test_models_load_without_scikit_learn(load, model):
-    room, _, name = load.rpartition(".")
-    code = f"import sys\nfrom {room} import {name}\n{name}({model!r})\nprint('sklearn' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+def test_models_load_without_scikit_learn():
+    program = (
+        "import sys\n"
+        "from sae_ray.encoders import load_encoder, load_preprocess\n"
+        "from sae_ray.encoders.text import load_text_encoder\n"
+        "from sae_ray.steering import load_llava\n"
+        "for load, model in (\n"
+        f"    (load_encoder, {f'{MODELS}/clip'!r}),\n"
+        f"    (load_preprocess, {f'{MODELS}/clip'!r}),\n"
+        f"    (load_text_encoder, {f'{MODELS}/clip'!r}),\n"
+        f"    (load_encoder, {f'open_clip:local-dir:{MODELS}/judge'!r}),\n"
+        f"    (load_llava, {f'{MODELS}/llava'!r}),\n"
+        "):\n"
+        "    load(model)\n"
+        "    print(load.__name__, 'sklearn' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaders = ("load_encoder", "load_preprocess", "load_text_encoder", "load_encoder", "load_llava")
+    assert done.stdout.splitlines() == [f"{name} False" for name in loaders]
