@@ -1,0 +1,248 @@
+"""MonoSemanticity against R² of the methods: `python -m bench.frontier ROOT [JUDGE]`, ROOT being that of a finished
+`studies/frontier.toml`.
+
+Some methods have seen what they are scored by: the judge, or labels. So every SAE is scored by other judges, too: by
+what images were drawn with, and by JUDGE, an encoder that knows nothing of the world. Writes
+`bench/results/frontier.json` and the figure, `docs/frontier.svg`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from bench.frontier_figure import figure
+from bench.methods import purities_of, spread
+from bench.record import RESULTS, Table, record
+from sae_ray.concepts.labelling import image_classes
+from sae_ray.encoders import Site, load_encoder, load_preprocess
+from sae_ray.encoders.sources import model_name
+from sae_ray.images.decode import decode_image
+from sae_ray.sae import Cell, load_sae
+from sae_ray.scores.scoring import score_store
+from sae_ray.scores.tables import score_table
+from sae_ray.store.activations import ActivationStore, finish_store, write_part
+from sae_ray.store.casting import stored_rows
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step
+from sae_ray.study.plan import ImagePlan, StudyPlan
+from sae_ray.study.root import recalled_plan
+from sae_ray.study.summary import BEST, CellSummary, summarise
+from sae_ray.world.render import attributes
+
+FIGURE = Path(__file__).parents[1] / "docs" / "frontier.svg"
+PAPER = ("BatchTopK", "Matryoshka")
+"""The architectures of the paper, by the names in `NAMES`."""
+NAMES = {
+    "batch_topk": "BatchTopK", "matryoshka_batch_topk": "Matryoshka", "topk": "TopK", "jumprelu": "JumpReLU",
+    "guided_batch_topk": "guided BatchTopK", "guided_matryoshka_batch_topk": "guided Matryoshka",
+    "guided_topk": "guided TopK", "frozen_decoder": "frozen decoder", "random": "random",
+}  # fmt: skip
+STUDYS, DRAWN = "the judge", "what was drawn"
+STATISTICS = {"mean": "mean MS", "best": f"best {BEST}"}
+BATCH = 32
+
+
+class Measured(NamedTuple):
+    """One SAE on held-out images."""
+
+    recipe: str
+    method: str
+    l0: float
+    r2: float
+    scored: int
+    dead: float
+    purity: float
+    mean: dict[str, float]
+    """Judge -> mean MS of the latents that are active on enough images."""
+    best: dict[str, float]
+    """The same of the 32 best."""
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    plan = recalled_plan(sys.argv[1])
+    stranger = sys.argv[2] if len(sys.argv) > 2 else None
+    cells = measured_cells(plan, stranger)
+    facts = {
+        "command": "python -m bench.frontier",
+        "stranger": model_name(stranger) if stranger else None,
+        "seconds_of_training": round(sum((one.step.record() or {})["seconds"] for one in plan.trains)),
+        "cells": [one._asdict() for of_recipe in cells.values() for one in of_recipe],
+    }
+    path = record("frontier", [verdicts(cells), everything(cells, plan.study.scoring.min_images)], facts)
+    FIGURE.write_text(drawn_figure(), encoding="utf-8")
+    for table in json.loads(path.read_text(encoding="utf-8"))["tables"]:
+        print(table["title"], table["columns"], *table["rows"], sep="\n")
+
+
+def drawn_figure(results: Path = RESULTS) -> str:
+    """The figure of what is recorded."""
+    facts = json.loads((results / "frontier.json").read_text(encoding="utf-8"))["facts"]
+    return figure(facts["cells"], PAPER)
+
+
+# Measuring
+
+
+def measured_cells(plan: StudyPlan, stranger: str | None) -> dict[str, list[Measured]]:
+    """The SAEs of every recipe, one per seed."""
+    scores = {score.name: score for score in plan.scores if score.embeddings and score.sae}
+    trains = {train.grid_cell.name: train for train in plan.trains}
+    heldout, min_images = plan.images["heldout"], plan.study.scoring.min_images
+    classes, names = image_classes(heldout.labels, ("blank",)), heldout.manifest["image_id"].to_pylist()
+    [site] = {score.activations.step.name: score.activations for score in scores.values()}.values()
+    activations = ActivationStore(site.step.folder)
+    found: dict[str, list[Measured]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as scratch:
+        others = {DRAWN: stored(Folder(scratch), DRAWN, activations, one_hot(names))}
+        if stranger:
+            others[model_name(stranger)] = stored(Folder(scratch), "stranger", activations, embedded(heldout, stranger))
+        for row in summarise(plan):
+            if row.grid_cell is None:
+                continue
+            sae = load_sae(trains[row.name].step.folder)
+            means, bests = {STUDYS: row.mean_ms}, {STUDYS: row.top_ms}
+            for name, judge in others.items():
+                table = score_table(score_store(sae, activations, judge, 1))
+                ms = table["ms"].to_numpy()[table["n_active"].to_numpy() >= min_images]
+                ms = np.sort(ms[~np.isnan(ms)])
+                means[name], bests[name] = float(ms.mean()), float(ms[-BEST:].mean())
+            purity = float(np.mean(purities_of(scores[row.name], classes, min_images)))
+            found[row.grid_cell.recipe].append(measured(row, purity, means, bests))
+    return found
+
+
+def measured(row: CellSummary, purity: float, means: dict[str, float], bests: dict[str, float]) -> Measured:
+    assert row.grid_cell is not None
+    l0, r2, dead = (float(value or 0) for value in (row.l0, row.r2, row.dead_fraction))
+    rounded = ({name: round(value, 4) for name, value in of.items()} for of in (means, bests))
+    return Measured(
+        row.grid_cell.recipe, method_of(row.grid_cell.cell), round(l0, 2), round(r2, 4), row.n_scored, round(dead, 3),
+        round(purity, 4), *rounded,
+    )  # fmt: skip
+
+
+def method_of(cell: Cell) -> str:
+    """All that is chosen but the number of active latents."""
+    weights = f", {cell.weights.replace('_', ' ')}" if cell.weighted else ""
+    goal = f", MS goal {cell.monosemanticity:g}" if cell.monosemanticity else ""
+    return NAMES[cell.architecture] + weights + goal
+
+
+def one_hot(image_ids: Sequence[str]) -> np.ndarray:
+    """Shape, colour and background of images of the world: the cosine of two rows is the share of these that they have
+    in common."""
+    shown = [attributes(int(Path(name).stem)) for name in image_ids]
+    columns = []
+    for values in zip(*shown, strict=True):
+        known = sorted({str(value) for value in values})
+        columns.append(np.eye(len(known), dtype="float32")[[known.index(str(value)) for value in values]])
+    return np.concatenate(columns, axis=1)
+
+
+def embedded(images: ImagePlan, model: str) -> np.ndarray:
+    """The pooled output of an encoder for each image."""
+    encoder, preprocess, site = load_encoder(model), load_preprocess(model), Site.parse("pooled")
+    names, rows = images.manifest["image_id"].to_pylist(), []
+    for start in range(0, len(names), BATCH):
+        some = names[start : start + BATCH]
+        pixels = [preprocess(decode_image(images.folder.read_bytes(name), rendering=images.rendering)) for name in some]
+        rows.append(encoder.tap(torch.from_numpy(np.stack(pixels)), [site], some, 0)[site].activation.numpy())
+    return np.concatenate(rows)
+
+
+def stored(root: Folder, label: str, like: ActivationStore, vectors: np.ndarray) -> ActivationStore:
+    """Vectors of images by `image_index`, in the parts of another store."""
+    per_part = like.config["images_per_part"]
+    step = Step(root, "extract", label.replace(" ", "-"), {"store_dtype": "float32", "images_per_part": per_part})
+    parts = []
+    for number in like.parts:
+        image = np.unique(like.read(number)[0])
+        rows = stored_rows(image, np.full(len(image), -1), vectors[image], "float32")
+        parts.append(write_part(step.folder, number, rows, []))
+    finish_store(step, parts, vectors.shape[1], 0.0)
+    return ActivationStore(step.folder)
+
+
+# Comparing
+
+
+def margin(
+    cells: Mapping[str, Sequence[Measured]], one: Sequence[Measured], statistic: str, judge: str
+) -> float | None:
+    """How far its worst seed is above the best seeds of both of the paper's architectures at the same R².
+
+    Between two values of k, theirs is on the line between both. Where one of them does not come as low in R², or as
+    high, it is left out; None where neither does.
+    """
+
+    def score(sae: Measured) -> float:
+        return getattr(sae, statistic)[judge]
+
+    r2, best = mean(sae.r2 for sae in one), []
+    for method in PAPER:
+        of_method = [seeds for seeds in cells.values() if seeds[0].method == method]
+        points = sorted((mean(sae.r2 for sae in seeds), max(map(score, seeds))) for seeds in of_method)
+        x, y = zip(*points, strict=True)
+        if x[0] <= r2 <= x[-1]:
+            best.append(float(np.interp(r2, x, y)))
+    return min(map(score, one)) - max(best) if best else None
+
+
+def verdicts(cells: Mapping[str, Sequence[Measured]]) -> Table:
+    """For every method and judge, how many of its cells lie above both of the paper's architectures."""
+    judges = list(next(iter(cells.values()))[0].mean)
+    methods = dict.fromkeys(seeds[0].method for seeds in cells.values())
+    rows = []
+    for method in methods:
+        if method in PAPER:
+            continue
+        of_method = [seeds for seeds in cells.values() if seeds[0].method == method]
+        row = [method]
+        for statistic in STATISTICS:
+            for judge in judges:
+                margins = [margin(cells, seeds, statistic, judge) for seeds in of_method]
+                known = [one for one in margins if one is not None]
+                text = f"{sum(one > 0 for one in known)} of {len(known)}"
+                row.append(f"{text} ({min(known):+.3f} to {max(known):+.3f})" if known else "–")
+        rows.append(row)
+    columns = [f"{statistic}, {judge}" for statistic in STATISTICS.values() for judge in judges]
+    return Table(
+        title="In how many of its cells the worst seed of a method is above the best seeds of both of the paper's "
+        "architectures at equal R², and by how much, least to most",
+        columns=["method", *columns],
+        rows=rows,
+    )
+
+
+def everything(cells: Mapping[str, Sequence[Measured]], min_images: int) -> Table:
+    judges = list(next(iter(cells.values()))[0].mean)
+    rows = []
+    for recipe, seeds in cells.items():
+        fields = {"l0": 1, "r2": 3, "scored": 0, "dead": 2, "purity": 3}
+        row = [recipe, *(spread([getattr(one, name) for one in seeds], digits) for name, digits in fields.items())]
+        row += [
+            spread([getattr(one, statistic)[judge] for one in seeds], 3) for statistic in STATISTICS for judge in judges
+        ]
+        rows.append(row)
+    return Table(
+        title="Every cell, mean of two seeds, in brackets half of their difference: latents active on "
+        f"{min_images} held-out images or more; purity is the share of the commonest shape among 16 top images",
+        columns=["SAE", "L0", "R²", "latents", "dead", "purity"]
+        + [f"{statistic}, {judge}" for statistic in STATISTICS.values() for judge in judges],
+        rows=rows,
+    )
+
+
+if __name__ == "__main__":
+    main()
