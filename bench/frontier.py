@@ -2,8 +2,8 @@
 `studies/frontier.toml`.
 
 Some methods have seen what they are scored by: the judge, or labels. So every SAE is scored by other judges, too: by
-what images were drawn with, and by JUDGE, an encoder that knows nothing of the world. Writes
-`bench/results/frontier.json` and the figure, `docs/frontier.svg`.
+what images were drawn with, and by JUDGE, an encoder that knows nothing of the world; and these see no blank images,
+which are easy to be alike on. Writes `bench/results/frontier.json` and the figure, `docs/frontier.svg`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from sae_ray.encoders import Site, load_encoder, load_preprocess
 from sae_ray.encoders.sources import model_name
 from sae_ray.images.decode import decode_image
 from sae_ray.sae import Cell, load_sae
+from sae_ray.sae.monosemanticity import embeddings_by_image
 from sae_ray.scores.scoring import score_store
 from sae_ray.scores.tables import score_table
 from sae_ray.store.activations import ActivationStore, finish_store, write_part
@@ -47,20 +48,22 @@ NAMES = {
     "guided_batch_topk": "guided BatchTopK", "guided_matryoshka_batch_topk": "guided Matryoshka",
     "guided_topk": "guided TopK", "frozen_decoder": "frozen decoder", "random": "random",
 }  # fmt: skip
-STUDYS, DRAWN = "the judge", "what was drawn"
+STUDYS, SHAPES, DRAWN = "the judge", "the judge, no blanks", "what was drawn, no blanks"
 STATISTICS = {"mean": "mean MS", "best": f"best {BEST}"}
-BATCH = 32
+BLANK, RAW = "blank", "raw neurons"
+PARTS, BATCH = 16, 32
 
 
 class Measured(NamedTuple):
-    """One SAE on held-out images."""
+    """One SAE on held-out images, or the raw neurons."""
 
     recipe: str
     method: str
-    l0: float
-    r2: float
+    l0: float | None
+    r2: float | None
+    """Raw neurons have neither."""
     scored: int
-    dead: float
+    dead: float | None
     purity: float
     mean: dict[str, float]
     """Judge -> mean MS of the latents that are active on enough images."""
@@ -76,7 +79,6 @@ def main() -> None:
     facts = {
         "command": "python -m bench.frontier",
         "stranger": model_name(stranger) if stranger else None,
-        "seconds_of_training": round(sum((one.step.record() or {})["seconds"] for one in plan.trains)),
         "cells": [one._asdict() for of_recipe in cells.values() for one in of_recipe],
     }
     path = record("frontier", [verdicts(cells), everything(cells, plan.study.scoring.min_images)], facts)
@@ -96,40 +98,49 @@ def drawn_figure(results: Path = RESULTS) -> str:
 
 def measured_cells(plan: StudyPlan, stranger: str | None) -> dict[str, list[Measured]]:
     """The SAEs of every recipe, one per seed."""
-    scores = {score.name: score for score in plan.scores if score.embeddings and score.sae}
+    scores = {score.name: score for score in plan.scores if score.embeddings}
     trains = {train.grid_cell.name: train for train in plan.trains}
     heldout, min_images = plan.images["heldout"], plan.study.scoring.min_images
-    classes, names = image_classes(heldout.labels, ("blank",)), heldout.manifest["image_id"].to_pylist()
-    [site] = {score.activations.step.name: score.activations for score in scores.values()}.values()
-    activations = ActivationStore(site.step.folder)
+    names, classes = heldout.manifest["image_id"].to_pylist(), image_classes(heldout.labels, (BLANK,))
+    [stores] = {(one.activations.step.folder, one.embeddings.step.folder) for one in scores.values() if one.embeddings}
+    activations, judge = map(ActivationStore, stores)
+    judges = {SHAPES: embeddings_by_image(judge, activations).numpy(), DRAWN: one_hot(names)}
+    if stranger:
+        judges[f"{model_name(stranger)}, no blanks"] = embedded(heldout, stranger)
+    kept = np.array([image for image, label in enumerate(classes) if label is not None])
     found: dict[str, list[Measured]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
-        others = {DRAWN: stored(Folder(scratch), DRAWN, activations, one_hot(names))}
-        if stranger:
-            others[model_name(stranger)] = stored(Folder(scratch), "stranger", activations, embedded(heldout, stranger))
+        x = stored(Folder(scratch), "x", kept, embeddings_by_image(activations, activations).numpy())
+        others = {name: stored(Folder(scratch), name, kept, vectors) for name, vectors in judges.items()}
         for row in summarise(plan):
-            if row.grid_cell is None:
-                continue
-            sae = load_sae(trains[row.name].step.folder)
+            sae = load_sae(trains[row.name].step.folder) if row.grid_cell else None
             means, bests = {STUDYS: row.mean_ms}, {STUDYS: row.top_ms}
-            for name, judge in others.items():
-                table = score_table(score_store(sae, activations, judge, 1))
+            for name, embeddings in others.items():
+                table = score_table(score_store(sae, x, embeddings, 1))
                 ms = table["ms"].to_numpy()[table["n_active"].to_numpy() >= min_images]
                 ms = np.sort(ms[~np.isnan(ms)])
                 means[name], bests[name] = float(ms.mean()), float(ms[-BEST:].mean())
             purity = float(np.mean(purities_of(scores[row.name], classes, min_images)))
-            found[row.grid_cell.recipe].append(measured(row, purity, means, bests))
+            one = measured(row, purity, means, bests)
+            found[one.recipe].append(one)
     return found
 
 
 def measured(row: CellSummary, purity: float, means: dict[str, float], bests: dict[str, float]) -> Measured:
-    assert row.grid_cell is not None
-    l0, r2, dead = (float(value or 0) for value in (row.l0, row.r2, row.dead_fraction))
-    rounded = ({name: round(value, 4) for name, value in of.items()} for of in (means, bests))
+    def rounded(value: float | None, digits: int = 4) -> float | None:
+        return None if value is None else round(value, digits)
+
     return Measured(
-        row.grid_cell.recipe, method_of(row.grid_cell.cell), round(l0, 2), round(r2, 4), row.n_scored, round(dead, 3),
-        round(purity, 4), *rounded,
-    )  # fmt: skip
+        recipe=row.grid_cell.recipe if row.grid_cell else row.name,
+        method=method_of(row.grid_cell.cell) if row.grid_cell else RAW,
+        l0=rounded(row.l0, 2),
+        r2=rounded(row.r2),
+        scored=row.n_scored,
+        dead=rounded(row.dead_fraction),
+        purity=round(purity, 4),
+        mean={name: round(value, 4) for name, value in means.items()},
+        best={name: round(value, 4) for name, value in bests.items()},
+    )
 
 
 def method_of(cell: Cell) -> str:
@@ -161,14 +172,14 @@ def embedded(images: ImagePlan, model: str) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def stored(root: Folder, label: str, like: ActivationStore, vectors: np.ndarray) -> ActivationStore:
-    """Vectors of images by `image_index`, in the parts of another store."""
-    per_part = like.config["images_per_part"]
-    step = Step(root, "extract", label.replace(" ", "-"), {"store_dtype": "float32", "images_per_part": per_part})
+def stored(root: Folder, label: str, image: np.ndarray, vectors: np.ndarray) -> ActivationStore:
+    """Some images, whose vectors stand at their `image_index`, as a store."""
+    pieces = np.array_split(image, PARTS)
+    config = {"store_dtype": "float32", "images_per_part": len(pieces[0]), "label": label}
+    step = Step(root, "extract", "vectors", config)
     parts = []
-    for number in like.parts:
-        image = np.unique(like.read(number)[0])
-        rows = stored_rows(image, np.full(len(image), -1), vectors[image], "float32")
+    for number, piece in enumerate(pieces):
+        rows = stored_rows(piece, np.full(len(piece), -1), vectors[piece].astype("float32"), "float32")
         parts.append(write_part(step.folder, number, rows, []))
     finish_store(step, parts, vectors.shape[1], 0.0)
     return ActivationStore(step.folder)
@@ -189,14 +200,18 @@ def margin(
     def score(sae: Measured) -> float:
         return getattr(sae, statistic)[judge]
 
-    r2, best = mean(sae.r2 for sae in one), []
+    r2, best = mean_r2(one), []
     for method in PAPER:
         of_method = [seeds for seeds in cells.values() if seeds[0].method == method]
-        points = sorted((mean(sae.r2 for sae in seeds), max(map(score, seeds))) for seeds in of_method)
+        points = sorted((mean_r2(seeds), max(map(score, seeds))) for seeds in of_method)
         x, y = zip(*points, strict=True)
         if x[0] <= r2 <= x[-1]:
             best.append(float(np.interp(r2, x, y)))
     return min(map(score, one)) - max(best) if best else None
+
+
+def mean_r2(seeds: Sequence[Measured]) -> float:
+    return mean(one.r2 for one in seeds if one.r2 is not None)
 
 
 def verdicts(cells: Mapping[str, Sequence[Measured]]) -> Table:
@@ -205,7 +220,7 @@ def verdicts(cells: Mapping[str, Sequence[Measured]]) -> Table:
     methods = dict.fromkeys(seeds[0].method for seeds in cells.values())
     rows = []
     for method in methods:
-        if method in PAPER:
+        if method in (*PAPER, RAW):
             continue
         of_method = [seeds for seeds in cells.values() if seeds[0].method == method]
         row = [method]
@@ -231,15 +246,11 @@ def everything(cells: Mapping[str, Sequence[Measured]], min_images: int) -> Tabl
     for recipe, seeds in cells.items():
         fields = {"l0": 1, "r2": 3, "scored": 0, "dead": 2, "purity": 3}
         row = [recipe, *(spread([getattr(one, name) for one in seeds], digits) for name, digits in fields.items())]
-        row += [
-            spread([getattr(one, statistic)[judge] for one in seeds], 3) for statistic in STATISTICS for judge in judges
-        ]
-        rows.append(row)
+        rows.append([*row, *(spread([one.mean[judge] for one in seeds], 3) for judge in judges)])
     return Table(
         title="Every cell, mean of two seeds, in brackets half of their difference: latents active on "
         f"{min_images} held-out images or more; purity is the share of the commonest shape among 16 top images",
-        columns=["SAE", "L0", "R²", "latents", "dead", "purity"]
-        + [f"{statistic}, {judge}" for statistic in STATISTICS.values() for judge in judges],
+        columns=["SAE", "L0", "R²", "latents", "dead", "purity", *(f"MS, {judge}" for judge in judges)],
         rows=rows,
     )
 

@@ -38,7 +38,7 @@ def figure(cells: Sequence[Mapping[str, Any]], paper: Sequence[str]) -> str:
         cells: `method`, `r2`, `l0` and `mean`, the mean MS by each judge, of every SAE.
         paper: the methods that are joined by lines through the means of their seeds.
     """
-    shown = [cell for cell in cells if cell["r2"] >= LEAST_R2]
+    shown = [cell for cell in cells if (cell["r2"] or 0) >= LEAST_R2]
     judges = list(shown[0]["mean"])
     methods = list(dict.fromkeys(cell["method"] for cell in shown))
     others = [method for method in methods if method not in paper]
