@@ -9,26 +9,29 @@ from typing import Any, NamedTuple
 
 from sae_ray.report.plots import COLOURS
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 320, 280, 44, 26, 40, 18
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 430, 300, 44, 30, 44, 18
+PANELS = 2
+"""Side by side."""
 LEGEND_LINE, LEGEND_COLUMNS = 18, 4
 INK, PAPER_INK = "#444", "#000"
+GOAL = "goal"
+"""In the names of methods that are trained for the score; they are diamonds."""
 LEAST_R2 = 0.9
 """Cells below it are left out: the baselines, which would take most of the width."""
-SHAPES = ("circle", "square", "diamond")
-"""The colours are used once with each."""
 
 
 class Axes(NamedTuple):
     """Where a panel has its values."""
 
     left: float
+    top: float
     x: tuple[float, float]
     y: tuple[float, float]
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return self.left + across * (WIDTH - LEFT - GAP), TOP + (1 - up) * (HEIGHT - TOP - BOTTOM)
+        return self.left + across * (WIDTH - LEFT - GAP), self.top + (1 - up) * (HEIGHT - TOP - BOTTOM)
 
 
 def figure(cells: Sequence[Mapping[str, Any]], paper: Sequence[str]) -> str:
@@ -42,11 +45,13 @@ def figure(cells: Sequence[Mapping[str, Any]], paper: Sequence[str]) -> str:
     judges = list(shown[0]["mean"])
     methods = list(dict.fromkeys(cell["method"] for cell in shown))
     others = [method for method in methods if method not in paper]
-    looks = {method: (PAPER_INK, SHAPES[place]) for place, method in enumerate(paper)}
-    for place, method in enumerate(others):
-        looks[method] = (COLOURS[place % len(COLOURS)], SHAPES[place // len(COLOURS)])
-    rows = -(-len(methods) // LEGEND_COLUMNS)
-    width, height = WIDTH * len(judges), HEIGHT + rows * LEGEND_LINE + 8
+    looks = dict(zip(paper, ((PAPER_INK, "circle"), (PAPER_INK, "square")), strict=True))
+    for shape, of_shape in (("circle", [one for one in others if GOAL not in one]),
+                            ("diamond", [one for one in others if GOAL in one])):  # fmt: skip
+        looks |= {method: (COLOURS[place % len(COLOURS)], shape) for place, method in enumerate(of_shape)}
+    bottom = HEIGHT * -(-len(judges) // PANELS)
+    width = WIDTH * PANELS
+    height = bottom + LEGEND_LINE * -(-len(methods) // LEGEND_COLUMNS) + 8
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         f'font-size="11" fill="{INK}">',
@@ -56,7 +61,8 @@ def figure(cells: Sequence[Mapping[str, Any]], paper: Sequence[str]) -> str:
     r2s = [cell["r2"] for cell in shown]
     for place, judge in enumerate(judges):
         most = max(cell["mean"][judge] for cell in shown)
-        axes = Axes(place * WIDTH + LEFT, (min(r2s) - 0.003, max(r2s) + 0.003), (0.0, 1.08 * most))
+        left, top = place % PANELS * WIDTH + LEFT, place // PANELS * HEIGHT + TOP
+        axes = Axes(left, top, (min(r2s) - 0.003, max(r2s) + 0.003), (0.0, 1.08 * most))
         lines += frame(axes, f"MS by {judge}")
         for method in others:
             lines += points(axes, shown, judge, method, *looks[method])
@@ -65,7 +71,7 @@ def figure(cells: Sequence[Mapping[str, Any]], paper: Sequence[str]) -> str:
             lines += points(axes, shown, judge, method, *looks[method])
     for place, method in enumerate([*paper, *others]):
         x = LEFT + (place % LEGEND_COLUMNS) * (width - LEFT) / LEGEND_COLUMNS
-        y = HEIGHT + (place // LEGEND_COLUMNS) * LEGEND_LINE
+        y = bottom + (place // LEGEND_COLUMNS) * LEGEND_LINE
         lines += [mark(x, y, *looks[method]), f'<text x="{x + 9:.1f}" y="{y + 4}">{method}</text>']
     return "\n".join([*lines, "</svg>"]) + "\n"
 
@@ -73,7 +79,7 @@ def figure(cells: Sequence[Mapping[str, Any]], paper: Sequence[str]) -> str:
 def frame(axes: Axes, title: str) -> list[str]:
     (x0, y0), (x1, y1) = axes.at(axes.x[0], axes.y[0]), axes.at(axes.x[1], axes.y[1])
     lines = [
-        f'<text x="{x0:.1f}" y="{TOP - 10}" font-weight="bold">{title}</text>',
+        f'<text x="{x0:.1f}" y="{y1 - 12:.1f}" font-weight="bold">{title}</text>',
         f'<path d="M{x0:.1f} {y1:.1f}V{y0:.1f}H{x1:.1f}" fill="none" stroke="{INK}"/>',
         f'<text x="{(x0 + x1) / 2:.1f}" y="{y0 + 32:.1f}" text-anchor="middle">R²</text>',
     ]
