@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -81,9 +81,10 @@ def main() -> None:
         "stranger": model_name(stranger) if stranger else None,
         "cells": [one._asdict() for of_recipe in cells.values() for one in of_recipe],
     }
-    path = record("frontier", [verdicts(cells), everything(cells, plan.study.scoring.min_images)], facts)
+    tables = [farthest(cells), verdicts(cells), everything(cells, plan.study.scoring.min_images)]
+    print(record("frontier", tables, facts))
     FIGURE.write_text(drawn_figure(), encoding="utf-8")
-    for table in json.loads(path.read_text(encoding="utf-8"))["tables"]:
+    for table in tables:
         print(table["title"], table["columns"], *table["rows"], sep="\n")
 
 
@@ -191,32 +192,57 @@ def stored(root: Folder, label: str, image: np.ndarray, vectors: np.ndarray) -> 
 def margin(
     cells: Mapping[str, Sequence[Measured]], one: Sequence[Measured], statistic: str, judge: str
 ) -> float | None:
-    """How far its worst seed is above the best seeds of both of the paper's architectures at the same R².
+    """How far its worst seed is above the best seeds of both of the paper's architectures at the same R²; one that does
+    not come as low in R², or as high, is left out. None where neither does."""
 
-    Between two values of k, theirs is on the line between both. Where one of them does not come as low in R², or as
-    high, it is left out; None where neither does.
-    """
+    def scores(seeds: Sequence[Measured]) -> list[float]:
+        return [getattr(sae, statistic)[judge] for sae in seeds]
 
-    def score(sae: Measured) -> float:
-        return getattr(sae, statistic)[judge]
+    papers = [at_r2(cells, method, mean_r2(one), lambda seeds: max(scores(seeds))) for method in PAPER]
+    known = [score for score in papers if score is not None]
+    return min(scores(one)) - max(known) if known else None
 
-    r2, best = mean_r2(one), []
-    for method in PAPER:
-        of_method = [seeds for seeds in cells.values() if seeds[0].method == method]
-        points = sorted((mean_r2(seeds), max(map(score, seeds))) for seeds in of_method)
-        x, y = zip(*points, strict=True)
-        if x[0] <= r2 <= x[-1]:
-            best.append(float(np.interp(r2, x, y)))
-    return min(map(score, one)) - max(best) if best else None
+
+def at_r2(
+    cells: Mapping[str, Sequence[Measured]], method: str, r2: float, score: Callable[[Sequence[Measured]], float]
+) -> float | None:
+    """What a method would score at this R², which is on the line between two values of k; None beyond all of them."""
+    of_method = [seeds for seeds in cells.values() if seeds[0].method == method]
+    x, y = zip(*sorted((mean_r2(seeds), score(seeds)) for seeds in of_method), strict=True)
+    return float(np.interp(r2, x, y)) if x[0] <= r2 <= x[-1] else None
 
 
 def mean_r2(seeds: Sequence[Measured]) -> float:
     return mean(one.r2 for one in seeds if one.r2 is not None)
 
 
+def farthest(cells: Mapping[str, Sequence[Measured]]) -> Table:
+    """The cell whose mean MS is farthest above both, by the last judge, beside what the paper's have at its R²."""
+    judges = judges_of(cells)
+    saes = {name: seeds for name, seeds in cells.items() if seeds[0].r2 is not None}
+    margins = {name: margin(cells, seeds, "mean", judges[-1]) for name, seeds in saes.items()}
+    name = max((name for name in saes if saes[name][0].method not in PAPER), key=lambda name: margins[name] or -1)
+    [raw] = next(seeds for seeds in cells.values() if seeds[0].method == RAW)
+    r2, rows = mean_r2(saes[name]), []
+    for judge in judges:
+        papers = [at_r2(cells, one, r2, lambda seeds, judge=judge: mean(sae.mean[judge] for sae in seeds))
+                  for one in PAPER]  # fmt: skip
+        figures = [raw.mean[judge], *papers, mean(sae.mean[judge] for sae in saes[name])]
+        rows.append([judge, *(None if one is None else f"{one:.3f}" for one in figures)])
+    return Table(
+        title=f"Mean MS of {name}, which is farthest above both by {judges[-1]}, and of others at its R² of {r2:.3f}",
+        columns=["judge", RAW, *PAPER, "this one"],
+        rows=rows,
+    )
+
+
+def judges_of(cells: Mapping[str, Sequence[Measured]]) -> list[str]:
+    return list(next(iter(cells.values()))[0].mean)
+
+
 def verdicts(cells: Mapping[str, Sequence[Measured]]) -> Table:
     """For every method and judge, how many of its cells lie above both of the paper's architectures."""
-    judges = list(next(iter(cells.values()))[0].mean)
+    judges = judges_of(cells)
     methods = dict.fromkeys(seeds[0].method for seeds in cells.values())
     rows = []
     for method in methods:
@@ -241,7 +267,7 @@ def verdicts(cells: Mapping[str, Sequence[Measured]]) -> Table:
 
 
 def everything(cells: Mapping[str, Sequence[Measured]], min_images: int) -> Table:
-    judges = list(next(iter(cells.values()))[0].mean)
+    judges = judges_of(cells)
     rows = []
     for recipe, seeds in cells.items():
         fields = {"l0": 1, "r2": 3, "scored": 0, "dead": 2, "purity": 3}

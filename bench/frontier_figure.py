@@ -38,7 +38,8 @@ def figure(cells: Sequence[Mapping[str, Any]], paper: Sequence[str]) -> str:
     """The figure.
 
     Args:
-        cells: `method`, `r2`, `l0` and `mean`, the mean MS by each judge, of every SAE.
+        cells: `recipe`, `method`, `r2`, `l0` and `mean`, the mean MS by each judge, of every SAE; and of the raw
+            neurons, which have no R², and at whose MS the axes begin.
         paper: the methods that are joined by lines through the means of their seeds.
     """
     shown = [cell for cell in cells if (cell["r2"] or 0) >= LEAST_R2]
@@ -61,8 +62,9 @@ def figure(cells: Sequence[Mapping[str, Any]], paper: Sequence[str]) -> str:
     r2s = [cell["r2"] for cell in shown]
     for place, judge in enumerate(judges):
         most = max(cell["mean"][judge] for cell in shown)
+        [raw] = [cell["mean"][judge] for cell in cells if cell["r2"] is None]
         left, top = place % PANELS * WIDTH + LEFT, place // PANELS * HEIGHT + TOP
-        axes = Axes(left, top, (min(r2s) - 0.003, max(r2s) + 0.003), (0.0, 1.08 * most))
+        axes = Axes(left, top, (min(r2s) - 0.003, max(r2s) + 0.003), (raw, most + 0.08 * (most - raw)))
         lines += frame(axes, f"MS by {judge}")
         for method in others:
             lines += points(axes, shown, judge, method, *looks[method])
