@@ -53,6 +53,7 @@ def connect() -> None:
     # Ray Train polls its workers; at the default of two seconds short runs spend most of their time waiting.
     _set_defaults({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"})
     _set_defaults({"RAY_BACKEND_LOG_LEVEL": "fatal"})  # its warnings are not about anything a user can change
+    _set_defaults({"RAY_task_oom_retries": str(RETRIES)})  # by default for ever, which `max_retries` does not bound
     _set_defaults(KEEPALIVE)
     allow_slow_starts()
     import ray
@@ -66,6 +67,7 @@ def connect() -> None:
     else:
         # Without one, Ray would write a token to ~/.ray, and every later `ray start` of this user would ask for it.
         _set_defaults({"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        _start_less()
         with _held_back_stderr():
             # Logical CPUs: readers and actors that mostly wait need more than two of them to run at once.
             ray.init(
@@ -158,6 +160,24 @@ def allow_slow_starts() -> None:
     Node.start_ray_processes = start_with_ports  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _start_less() -> None:
+    """Keeps this process from starting what serves Ray's dashboard and shows the output of workers in the driver's.
+
+    Ray 2.60 starts, and waits for, the dashboard's process also where there is to be none.
+    """
+    from ray._private import ray_constants
+    from ray._private.node import Node
+
+    def start_none(node: Node, **options: Any) -> None:
+        # Where there is no address, agents look for one every second and complain in their logs.
+        of_none = b"127.0.0.1:9"
+        kv = ray_constants.KV_NAMESPACE_DASHBOARD
+        node.get_gcs_client().internal_kv_put(ray_constants.DASHBOARD_ADDRESS.encode(), of_none, True, kv)
+
+    Node.start_api_server = start_none  # pyright: ignore[reportAttributeAccessIssue]
+    Node.start_log_monitor = lambda node: None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def free_port() -> int:
     """One that nobody listens on, below those that Linux and above those that Ray give to whoever asks for any."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
@@ -198,6 +218,22 @@ def _held_back_stderr() -> Iterator[None]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+
+
+def is_taken_away() -> bool:
+    """Whether the node of this worker is about to be taken away, as a spot instance is, after a notice."""
+    import ray
+    from ray._private.state import state
+
+    return ray.get_runtime_context().get_node_id() in state.get_draining_nodes()
+
+
+def take_threads() -> None:
+    """Has torch use as many threads as this task has CPUs: Ray says how many in the environment, which torch reads only
+    once in a process, and the process may have served others."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def beside_driver() -> Any:
@@ -274,7 +310,12 @@ def share(field: str, resources: Any) -> tuple[float, int]:
     """
     gpus = gpus_or_default(resources.gpus)
     require(field, 1, resources.cpus, gpus)
-    return gpus, resources.workers or max(1, room(max(resources.cpus, 1) if not gpus else resources.cpus, gpus))
+    if resources.workers or gpus:
+        return gpus, resources.workers or max(1, room(resources.cpus, gpus))
+    cpus = max(resources.cpus, 1)
+    # More processes than cores would only take longer to start.
+    most = room(cpus, 0) if os.environ.get("RAY_ADDRESS") else min(room(cpus, 0), int(usable_cpus() / cpus))
+    return gpus, max(1, most)
 
 
 def require(field: str, workers: int, cpus: float, gpus: float, beside: float = 0) -> None:

@@ -88,6 +88,17 @@ def is_digest(revision: str | None) -> bool:
     return revision is not None and len(revision) == 64
 
 
+def is_unchanged(model: str, revision: str | None) -> bool:
+    """Whether a model is a directory which still is of the revision that was found there (`directory_digest`).
+
+    Raises as `local_directory`.
+    """
+    if not is_digest(revision):
+        return False
+    directory = local_directory(directory_named(model) or model, None, FORMS)
+    return directory is not None and directory_digest(directory) == revision
+
+
 def directory_digest(directory: Path) -> str:
     """SHA-256, in hexadecimal, over the names and bytes of the configuration, preprocessing and weight files.
 

@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from sae_ray.jobs.cluster import SHARES, directory_for_ray, loss, quota_of, require, usable_cpus, user_error
+from sae_ray.jobs.cluster import SHARES, directory_for_ray, loss, quota_of, require, share, usable_cpus, user_error
 from sae_ray.jobs.stage import at_work
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
+from sae_ray.study.config import ScoreResources
 from tests.machine import DEAD_PROXY, PATIENCE_S
 
 
@@ -207,6 +208,17 @@ def test_cpus_are_those_of_every_control_group_around(tmp_path, limits, expected
     assert quota_of("1:cpu:/x\n0::/user.slice/job.scope\n", tmp_path) == expected
 
 
+def test_there_are_as_many_tasks_that_compute_as_cores(ray_cluster, monkeypatch):
+    """Of this machine, whose four logical CPUs may be more; on a cluster of others, as many as it says it has."""
+    at_once = {cpus: share("resources.score", ScoreResources(cpus=cpus))[1] for cpus in (0.5, 1, 2)}
+    assert at_once == {0.5: min(4, usable_cpus()), 1: min(4, usable_cpus()), 2: max(1, min(4, usable_cpus()) // 2)}
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert share("resources.score", ScoreResources())[1] == 1
+    assert share("resources.score", ScoreResources(workers=3))[1] == 3
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert share("resources.score", ScoreResources())[1] == 4
+
+
 MESSAGES = """
 import time
 from sae_ray.jobs.cluster import connect
@@ -238,3 +250,34 @@ def test_messages_of_ray_go_to_standard_error():
         output, _ = process.communicate()
     assert shown == ["Ray: a node is lost\n", "Ray: the end\n"]
     assert output == ""
+
+
+TOO_LITTLE_MEMORY = """
+import os, sys, time
+
+os.environ |= {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+from sae_ray.jobs import cluster
+
+cluster.RETRIES = 1
+cluster.connect()
+import ray
+
+@ray.remote(max_retries=cluster.RETRIES)
+def begins(path):
+    os.write(os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY), b"x")
+    time.sleep(1e6)
+
+try:
+    ray.get(begins.remote(sys.argv[1]))
+except ray.exceptions.OutOfMemoryError as error:
+    print(cluster.reason(error))
+"""
+
+
+@pytest.mark.ray
+def test_work_that_has_not_enough_memory_is_not_begun_for_ever(tmp_path):
+    """Here Ray finds that of all memory more than a hundredth is used, and ends whatever works."""
+    command = [sys.executable, "-c", TOO_LITTLE_MEMORY, str(tmp_path / "begun")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert "OutOfMemoryError" in done.stdout, done.stderr
+    assert (tmp_path / "begun").read_text() == "xx"
