@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
@@ -23,6 +23,8 @@ class Table(TypedDict):
     columns: list[str]
     rows: list[list[Any]]
     """As many cells per row as there are columns: strings and numbers."""
+    part: NotRequired[str]
+    """Where it stands on the page, if not with the others: at `<!-- bench: NAME, PART -->`."""
 
 
 def record(name: str, tables: Sequence[Table], facts: dict[str, Any] | None = None) -> Path:

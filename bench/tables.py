@@ -14,16 +14,21 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FAULTS = DOCS / "faults"
 """One file per test: what it showed. `pytest --record-faults` rewrites them."""
-PLACE = re.compile(r"<!-- bench: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+PLACE = re.compile(r"<!-- bench: (\w+)(?:, (\w+))? -->\n.*?<!-- end -->", re.DOTALL)
 FAULTS_PLACE = re.compile(r"<!-- faults -->\n.*?<!-- /faults -->", re.DOTALL)
 
 MACHINE = ("gpu", "cpu", "vectors", "cores", "threads", "load_average", "python", "torch", "date")
 
 
 def with_tables(page: str, results: Path = RESULTS) -> str:
-    """The page with what lies between `<!-- bench: NAME -->` and `<!-- end -->` made from `NAME.json`, and what lies
-    between `<!-- faults -->` and `<!-- /faults -->` from the tests of faults."""
-    page = PLACE.sub(lambda place: f"<!-- bench: {place[1]} -->\n{section(results, place[1])}\n<!-- end -->", page)
+    """The page with what lies between `<!-- bench: NAME -->` or `<!-- bench: NAME, PART -->` and `<!-- end -->` made
+    from `NAME.json`, and what lies between `<!-- faults -->` and `<!-- /faults -->` from the tests of faults."""
+
+    def filled(place: re.Match) -> str:
+        first, _, _ = place[0].partition("\n")
+        return f"{first}\n{section(results, place[1], place[2])}\n<!-- end -->"
+
+    page = PLACE.sub(filled, page)
     return FAULTS_PLACE.sub(lambda _: f"<!-- faults -->\n{faults_table(shown_faults())}\n<!-- /faults -->", page)
 
 
@@ -42,14 +47,17 @@ def faults_table(shown: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def section(results: Path, name: str) -> str:
-    """All tables of one benchmark and the machine they are from."""
+def section(results: Path, name: str, part: str | None = None) -> str:
+    """The tables of one part of a benchmark; without a part those that are in none, and the machine they are from."""
     file = results / f"{name}.json"
     command = f"python -m bench.{name.replace('_', ' ')}"
     if not file.exists():
         return table([f"`{command}`", ""], [["unmeasured", ""]])
     result = json.loads(file.read_text(encoding="utf-8"))
-    tables = [f"**{one['title']}**\n\n{table(one['columns'], one['rows'])}" for one in result["tables"]]
+    of_part = [one for one in result["tables"] if one.get("part") == part]
+    tables = [f"**{one['title']}**\n\n{table(one['columns'], one['rows'])}" for one in of_part]
+    if part is not None:
+        return "\n\n".join(tables)
     facts = result["facts"]
     command = facts.get("command", command)
     machine = ", ".join(f"{fact.replace('_', ' ')} {facts[fact]}" for fact in MACHINE if fact in facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import secrets
@@ -38,6 +39,8 @@ on machines that come and go; without a bound, work that ends its own process wo
 
 LONGEST_DIRECTORY = 40
 """Characters of the path of Ray's directory: it adds about 65, and the path of a socket has 107 at most."""
+SHARES = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NCPUS", "NSLOTS", "LSB_DJOB_NUMPROC")
+"""CPUs that a scheduler has given to a job: at most these are to be used on its node."""
 PROCESS_BYTES = 2**29
 """Memory of a worker that has loaded torch and holds nothing yet."""
 
@@ -85,11 +88,32 @@ def _set_defaults(variables: Mapping[str, str]) -> None:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: not those outside its affinity, its container's quota or its share in Slurm."""
+    """CPUs that this process may use: not those outside its affinity, its control groups' quotas (containers, systemd)
+    or its share in a scheduler (Slurm, PBS, Grid Engine, LSF)."""
     import joblib
 
-    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(joblib.cpu_count(), int(given) if given.isdigit() else sys.maxsize)
+    limits = [joblib.cpu_count()]
+    limits += [int(given) for name in SHARES if (given := os.environ.get(name, "")).isdigit() and int(given)]
+    groups = Path("/proc/self/cgroup")
+    if groups.exists() and (quota := quota_of(groups.read_text(), Path("/sys/fs/cgroup"))):
+        limits.append(quota)
+    return min(limits)
+
+
+def quota_of(groups: str, mounted: Path) -> int | None:
+    """The smallest quota of a process's control group and those around it, in CPUs; joblib sees the outermost alone.
+
+    Args:
+        groups: what `/proc/<pid>/cgroup` says.
+        mounted: where control groups of version 2 are.
+    """
+    own = next((line.removeprefix("0::/") for line in groups.splitlines() if line.startswith("0::/")), "")
+    around = [mounted / own, *(mounted / own).parents]
+    files = [folder / "cpu.max" for folder in around if folder.is_relative_to(mounted)]
+    quotas = [file.read_text().split() for file in files if file.is_file()]
+    return min(
+        (max(1, math.ceil(int(quota) / int(period))) for quota, period in quotas if quota != "max"), default=None
+    )
 
 
 def directory_for_ray() -> str:

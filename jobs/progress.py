@@ -19,6 +19,8 @@ from .metrics import show_cell, show_stage
 
 LINE_SECONDS = 10.0
 POLL_SECONDS = 1.0
+SETTLING_SECONDS = 30.0
+"""In which workers start, so that the pace so far says little of what is left."""
 
 
 class Progress:
@@ -99,6 +101,8 @@ class Progress:
         self._shown = shown
         seconds = time.monotonic() - self._started
         pace = {"of": "stage"} | pace_of(shown, self.total, self.unit, shown - self._resumed_at, seconds)
+        if seconds < SETTLING_SECONDS:
+            pace["eta_seconds"] = None
         if self.steps:
             show_stage(self.steps[0], pace)
         for step in self.steps:
@@ -153,7 +157,8 @@ def pace_texts(pace: dict[str, Any], running: bool = True) -> list[str]:
     if running and pace["per_second"]:
         rate = pace["per_second"]
         texts += [f"{rate:,.0f} {pace['unit']}/s" if rate >= 10 else f"{rate:.2g} {pace['unit']}/s"]
-        texts += [f"ETA {duration(pace['eta_seconds'])}"]
+        if pace["eta_seconds"] is not None:
+            texts += [f"ETA {duration(pace['eta_seconds'])}"]
     return texts
 
 

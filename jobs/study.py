@@ -22,6 +22,9 @@ from . import concepts, evaluate, extract, naming, pictures, score, steering, tr
 from .progress import say
 from .stage import readable
 
+MANY = 30
+"""From more comparisons, or folders of a kind, on not each of them is told."""
+
 
 def run(plan: StudyPlan) -> dict:
     """Runs the unfinished steps of a study and returns its summary, computed from the files.
@@ -96,9 +99,7 @@ def _row(row) -> dict:
 def summary_text(plan: StudyPlan, summary: dict) -> str:
     """The summary as text."""
     lines = [f"Study {summary['study']}: MonoSemanticity on held-out images", "", *summary["table"], ""]
-    comparisons = summary["comparisons"]
-    lines += [f"{'yes' if one['holds'] else 'NO '}  {one['statement']}" for one in comparisons]
-    lines += [f"{sum(one['holds'] for one in comparisons)} of {len(comparisons)} comparisons hold", ""]
+    lines += [*_comparisons(summary["comparisons"]), ""]
     if summary["mean_over_spread"]:
         sites = ", ".join(f"{site} {offset:.2f}" for site, offset in summary["mean_over_spread"].items())
         lines += [f"|mean| of the activations, in units of their spread: {sites}", ""]
@@ -110,15 +111,36 @@ def summary_text(plan: StudyPlan, summary: dict) -> str:
         lines += ["Names that the LLaVA gives to latents, and in brackets those of controls", ""]
         lines += [*name_lines(summary["naming"]), ""]
     lines += [f"FAILED  {name}: {reason}" for name, reason in summary["failed"].items()]
-    lines += ["Files:"]
+    return "\n".join([*lines, *_files(plan)])
+
+
+def _comparisons(comparisons: list[dict]) -> list[str]:
+    """One line each; of many only those that do not hold."""
+    failing = [one for one in comparisons if not one["holds"]]
+    told = comparisons if len(comparisons) <= MANY else failing
+    rest = ", all but those above" if failing and told is failing else ""
+    return [
+        *(f"{'yes' if one['holds'] else 'NO '}  {one['statement']}" for one in told),
+        f"{len(comparisons) - len(failing)} of {len(comparisons)} comparisons hold{rest}",
+    ]
+
+
+def _files(plan: StudyPlan) -> list[str]:
+    """Where everything lies; many folders of one kind in one line."""
+    kinds: dict[str, list[tuple[Folder, int]]] = {}
     for step in plan.steps:
         record = step.record()
         if record is not None:
-            lines.append(f"  {readable(sum(record['files'].values())):>8}  {step.folder}")
+            kinds.setdefault(step.name.partition("-")[0], []).append((step.folder, sum(record["files"].values())))
+    lines = ["Files:"]
+    for kind, folders in kinds.items():
+        if len(folders) > MANY:
+            folders = [(f"{len(folders)} folders {plan.root / kind}-…", sum(size for _, size in folders))]
+        lines += [f"  {readable(size):>8}  {folder}" for folder, size in folders]
     lines.append(f"  summary   {plan.root / 'summary.json'}")
     if (plan.root / REPORT).exists("index.html"):
         lines.append(f"  report    {plan.root / REPORT / 'index.html'}")
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

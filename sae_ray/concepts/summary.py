@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sae_ray.concepts.naming import label_title
 from sae_ray.concepts.tables import ConceptTables
 from sae_ray.text_table import number, table_lines
 
@@ -105,7 +106,12 @@ def concept_lines(cell: Cell, tables: ConceptTables) -> list[str]:
             concepts.rho, concepts.shuffled_rho, concepts.average_precision, concepts.sparse_1, concepts.sparse_5,
             concepts.fms_1, concepts.shuffled_fms_1,
         )  # fmt: skip
-        texts = [str(concepts.concept[place]), f"{concepts.n_images[place]:,}", str(neuron), names[neuron] or "–"]
+        texts = [
+            label_title(str(concepts.concept[place])),
+            f"{concepts.n_images[place]:,}",
+            str(neuron),
+            names[neuron] or "–",
+        ]
         table.append([*texts, *(number(float(column[place]), 2) for column in scores)])
     title = f"{cell.name}: {cell.counts['n_live']:,} of {cell.counts['neurons']:,} neurons fire"
     notes = list(filter(None, [_q_star(cell.counts), _depths(cell.counts), _spliced(cell.counts)]))

@@ -19,6 +19,7 @@ FORMS = (
     "open_clip: or timm: followed by local-dir:<directory> or hf-hub:<model id>"
 )
 
+GIT_LFS = b"version https://git-lfs.github.com/spec/"
 _LOCAL_DIRS = ("open_clip:local-dir:", "timm:local-dir:")
 
 _MODEL_CONFIGS = ("config.json", "open_clip_config.json")
@@ -99,7 +100,10 @@ def is_unchanged(model: str, revision: str | None) -> bool:
 
 
 def directory_digest(directory: Path) -> str:
-    """SHA-256, in hexadecimal, over the names and bytes of the configuration, preprocessing and weight files."""
+    """SHA-256, in hexadecimal, over the names and bytes of the configuration, preprocessing and weight files.
+
+    Raises UsageError if one of them is a git-lfs pointer.
+    """
     files = [
         path
         for path in sorted(directory.iterdir())
@@ -114,6 +118,9 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     total = hashlib.sha256()
     for path, _, _ in files:
         with path.open("rb") as stream:
+            if stream.read(len(GIT_LFS)) == GIT_LFS:
+                raise UsageError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
+            stream.seek(0)
             total.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
 

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent / "assets"
 REJECTS_SHOWN = 200
+MANY_PLOTS = 12
+"""From more on the reader opens those of a site."""
+MANY_ROWS = 30
+"""From more on the reader opens how each SAE was trained, and the comparisons that hold."""
 SETS = {"train": "training images", "heldout": "held-out images"}
 
 
@@ -87,6 +91,8 @@ def render(
         best=BEST,
         min_images=min_images,
         comparisons=comparisons,
+        many=MANY_ROWS,
+        n_seeds=len({row.grid_cell.seed for row in rows if row.grid_cell is not None}),
         n_holding=sum(one.holds for one in comparisons),
         facts=facts,
         steering=[show(result, by_name[result.plan.name], album) for result in steering],
@@ -96,8 +102,16 @@ def render(
         rejects=rejects,
         rejects_shown=rejects[:REJECTS_SHOWN],
         skipped=skipped_lines(plan),
-        **{name: [plots.figure(plot) for plot in group] for name, group in drawn.items()},
+        **{name: _grouped(group) for name, group in drawn.items()},
     )
+
+
+def _grouped(drawn: Sequence[plots.Plot]) -> list[dict[str, Any]]:
+    """The plots as the template needs them, many of them under titles."""
+    groups: dict[str, list[dict[str, str]]] = {}
+    for plot in drawn:
+        groups.setdefault(plot.group if len(drawn) > MANY_PLOTS else "", []).append(plots.figure(plot))
+    return [{"title": title, "plots": found} for title, found in groups.items()]
 
 
 def template(name: str) -> jinja2.Template:

@@ -14,6 +14,7 @@ import numpy as np
 
 from sae_ray.report.neurons import Neurons
 from sae_ray.sae.config import Cell
+from sae_ray.sae.weighing import label_of
 from sae_ray.study.config import GridCell
 from sae_ray.study.summary import BEST, CellSummary
 
@@ -38,9 +39,10 @@ SETTINGS: dict[str, Callable[[GridCell], str]] = {
     "amount": lambda grid_cell: (
         f"K\u00a0=\u00a0{grid_cell.cell.k}" if grid_cell.cell.k is not None else f"sparsity {grid_cell.cell.sparsity:g}"
     ),
-    "seed": lambda grid_cell: f"seed {grid_cell.seed}",
+    "weights": lambda grid_cell: label_of(grid_cell.cell.weights, grid_cell.cell.alpha, Cell.alpha),
+    "monosemanticity": lambda grid_cell: f"MS goal {grid_cell.cell.monosemanticity:g}",
 }
-"""The settings by which the cells of a grid differ, as text."""
+"""The settings by which the cells of a grid differ, their seeds apart, as text."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Plot:
     """`linear`, `log2` (with ticks at the points) or `log10`."""
     markers: bool = True
     y_from_0: bool = True
+    group: str = ""
+    """Of which plots it is one, where a page has many: a site, or a site and a seed."""
 
     @property
     def height(self) -> float:
@@ -144,7 +148,11 @@ class Bars:
 
 
 def grid_plots(rows: Sequence[CellSummary]) -> list[Plot]:
-    """The effect of width and sparsity: a plot per measure over the expansion factor, a line per family of cells."""
+    """The effect of width and sparsity: a plot per measure over the expansion factor, a line per family of cells.
+
+    SAEs that differ in their seeds alone are one line through their mean, with a band from the lowest to the highest.
+    Where these are more lines than colours, every site has plots of its own.
+    """
     measures: list[tuple[str, Callable[[CellSummary], float | None]]] = [
         ("mean MS", lambda row: row.mean_ms),
         (f"mean MS of the {BEST} best", lambda row: row.top_ms),
@@ -153,36 +161,48 @@ def grid_plots(rows: Sequence[CellSummary]) -> list[Plot]:
         ("L0", lambda row: row.l0),
         ("dead latents", lambda row: row.dead_fraction),
     ]
-    saes = [row for row in rows if row.grid_cell is not None]
     plots = []
-    for label, measure in measures:
-        plot = Plot(label, "expansion factor", label, x_scale="log2")
-        for name, family in _grouped(saes, lambda row: _family(row, rows, "expansion")):
-            points = sorted((row.grid_cell.cell.expansion, measure(row)) for row in family if _known(measure(row)))
-            _append(plot, str(name), points)
+    for site, saes in _legible(rows, "expansion"):
+        for label, measure in measures:
+            plot = Plot(_titled(label, site), "expansion factor", label, x_scale="log2", group=site)
+            for name, family in _grouped(saes, lambda row, saes=saes: _family(row, saes, "expansion")):
+                points = defaultdict(list)
+                for row in family:
+                    if _known(value := measure(row)):
+                        points[row.grid_cell.cell.expansion].append(value)
+                _append_seeds(plot, str(name), dict(sorted(points.items())))
+            if plot.lines:
+                plots.append(plot)
+    return plots
+
+
+def fidelity_plots(rows: Sequence[CellSummary]) -> list[Plot]:
+    """R² against L0, with a line per family of cells that differ only in sparsity; means over seeds.
+
+    Where these are more lines than colours, every site has a plot of its own.
+    """
+    plots = []
+    for site, saes in _legible(rows, "amount"):
+        title = _titled("R² against L0", site)
+        plot = Plot(title, "L0 (active latents per activation)", "R²", x_scale="log10", y_from_0=False, group=site)
+        measured = [row for row in saes if _known(row.l0) and _known(row.r2)]
+        for name, family in _grouped(measured, lambda row, saes=saes: _family(row, saes, "amount")):
+            seeds = [group for _, group in _grouped(family, lambda row: SETTINGS["amount"](row.grid_cell))]
+            means = [(np.mean([row.l0 for row in group]), np.mean([row.r2 for row in group])) for group in seeds]
+            _append(plot, str(name), sorted((float(l0), float(r2)) for l0, r2 in means))
         if plot.lines:
             plots.append(plot)
     return plots
 
 
-def fidelity_plots(rows: Sequence[CellSummary]) -> list[Plot]:
-    """R² against L0, with a line per family of cells that differ only in sparsity."""
-    x_label = "L0 (active latents per activation)"
-    plot = Plot("R² against L0", x_label, "R²", x_scale="log10", y_from_0=False)
-    saes = [row for row in rows if row.grid_cell is not None and _known(row.l0) and _known(row.r2)]
-    for name, family in _grouped(saes, lambda row: _family(row, rows, "amount")):
-        _append(plot, str(name), sorted((row.l0, row.r2) for row in family))
-    return [plot] if plot.lines else []
-
-
 def curve_plots(cells: Sequence[Neurons], min_images: int) -> list[Plot]:
     """MS of each cell's neurons from best to worst, per expansion and per sparsity, with the raw neurons dashed.
 
-    SAEs of different seeds are on plots of their own.
+    SAEs of different seeds are on plots of their own, those of the first seed first.
     """
     raw = {cell.score.activations.site.name: cell for cell in cells if cell.score.sae is None}
     saes = [(cell.score.sae.grid_cell, cell) for cell in cells if cell.score.sae is not None]
-    plots = []
+    plots: list[tuple[int, Plot]] = []
     for varies, fixed in (("expansion", "amount"), ("amount", "expansion")):
 
         def shared(pair: tuple[GridCell, Neurons], fixed: str = fixed) -> tuple[str, str, str, int]:
@@ -192,15 +212,16 @@ def curve_plots(cells: Sequence[Neurons], min_images: int) -> list[Plot]:
         for (site, architecture, setting, seed), group in _grouped(saes, shared):
             if varies == "amount" and len(group) < 2:
                 continue  # already part of the plots over the expansion factor
-            title = f"{architecture} on {site}, {setting}" + (f", seed {seed}" if seed else "")
-            plot = Plot(title, "neurons, best first (share)", "MS", markers=False)
+            of_seed = f", seed {seed}" if seed else ""
+            title = f"{architecture} on {site}, {setting}{of_seed}"
+            plot = Plot(title, "neurons, best first (share)", "MS", markers=False, group=site + of_seed)
             for grid_cell, cell in sorted(group, key=lambda pair: _size(pair[0].cell)):
                 _append_curve(plot, SETTINGS[varies](grid_cell), cell, min_images)
             if site in raw:
                 _append_curve(plot, "raw neurons", raw[site], min_images, dashed=True)
             if plot.lines:
-                plots.append(plot)
-    return plots
+                plots.append((seed, plot))
+    return [plot for _, plot in sorted(plots, key=lambda found: found[0])]
 
 
 def ms_curve(ms: Float[np.ndarray, " neurons"]) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
@@ -250,6 +271,16 @@ def _append(plot: Plot, name: str, points: Sequence[tuple[Any, Any]]) -> None:
         plot.lines.append(Line(name, [x for x, _ in points], [y for _, y in points]))
 
 
+def _append_seeds(plot: Plot, name: str, points: Mapping[float, Sequence[float]]) -> None:
+    """A line through the means of what was measured at each x, and where there are several values their range."""
+    if points:
+        values = points.values()
+        band = ([min(one) for one in values], [max(one) for one in values])
+        has_band = any(len(one) > 1 for one in values)
+        means = [float(np.mean(one)) for one in values]
+        plot.lines.append(Line(name, list(points), means, band=band if has_band else None))
+
+
 def _append_curve(plot: Plot, name: str, cell: Neurons, min_images: int, dashed: bool = False) -> None:
     ms = cell.columns.ms
     ms = ms[(cell.columns.n_active >= min_images) & ~np.isnan(ms)]
@@ -267,8 +298,20 @@ def _size(cell: Cell) -> tuple[float, float]:
     return cell.expansion, cell.k if cell.k is not None else -(cell.sparsity or 0.0)
 
 
+def _legible(rows: Sequence[CellSummary], varies: str) -> list[tuple[str, list[CellSummary]]]:
+    """The SAEs that share plots: all of them, or those of each site if their families are more than colours."""
+    saes = [row for row in rows if row.grid_cell is not None]
+    if len({_family(row, saes, varies) for row in saes}) <= len(COLOURS):
+        return [("", saes)]
+    return list(_grouped(saes, lambda row: row.site))
+
+
+def _titled(label: str, site: str) -> str:
+    return f"{label} on {site}" if site else label
+
+
 def _family(row: CellSummary, rows: Sequence[CellSummary], varies: str) -> str:
-    """The settings that a family of cells shares, leaving out those that are the same in the whole study."""
+    """The settings that a family of cells shares, leaving out seeds and those that are the same in all rows."""
     assert row.grid_cell is not None
     saes = [one.grid_cell for one in rows if one.grid_cell is not None]
     others = [of for name, of in SETTINGS.items() if name != varies]

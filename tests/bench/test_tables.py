@@ -18,9 +18,12 @@ def test_the_pages_show_the_results_as_they_are(page: Path):
     assert with_tables(text) == text, "run python -m bench.tables"
 
 
-def test_every_result_has_its_place_on_a_page():
-    places = {place[1] for page in PAGES for place in PLACE.finditer(page.read_text(encoding="utf-8"))}
-    assert {file.stem for file in RESULTS.glob("*.json")} <= places
+def test_every_table_has_its_place_on_a_page():
+    places = {place.groups() for page in PAGES for place in PLACE.finditer(page.read_text(encoding="utf-8"))}
+    results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in RESULTS.glob("*.json")}
+    assert {(name, None) for name in results} <= places
+    parts = {(name, one["part"]) for name, result in results.items() for one in result["tables"] if "part" in one}
+    assert parts == {(name, part) for name, part in places if part is not None and name in results}
 
 
 def test_what_the_table_of_faults_shows_is_tested():
@@ -62,6 +65,12 @@ def test_tables_follow_the_results(tmp_path: Path):
     ]
     assert "by `python -m bench.steps`: cores 2, load average 0.5." in first
     assert with_tables(first, tmp_path) == first
+
+    result["tables"].append({"title": "Apart", "columns": ["a"], "rows": [[1]], "part": "later"})
+    (tmp_path / "steps.json").write_text(json.dumps(result))
+    assert with_tables(first, tmp_path) == first
+    apart = with_tables("<!-- bench: steps, later -->\n<!-- end -->\n", tmp_path)
+    assert apart == "<!-- bench: steps, later -->\n**Apart**\n\n| a |\n| --- |\n| 1 |\n<!-- end -->\n"
 
     result["tables"][0]["rows"][0][1] = 1.25
     (tmp_path / "steps.json").write_text(json.dumps(result))

@@ -42,12 +42,12 @@ def test_the_comparison_is_a_table_of_what_there_is():
     assert comparison_lines([one for one in cells() if not one.is_sae]) == []
 
 
-def tables(folder, n_concepts: int) -> ConceptTables:
+def tables(folder, n_concepts: int, stem: str = "concept ") -> ConceptTables:
     found = Findings(2)
     found.neurons |= {"name": ["cat", None]}
     places = range(n_concepts)
     found.concepts |= {
-        "concept": [f"concept {place}" for place in places],
+        "concept": [f"{stem}{place}" for place in places],
         "n_images": [20] * n_concepts,
         "neuron": [place % 2 if place else -1 for place in places],  # none for the first
         "rho": [place / 100 for place in places],
@@ -67,6 +67,12 @@ def test_a_table_has_the_best_concepts_first_and_says_how_many_there_are(tmp_pat
     assert rows[1].split()[3:6] == ["0", "cat", "0.12"]
     assert lines[-1] == "and 3 more concepts"
     assert concept_lines(cell, tables(tmp_path / "none", 0)) == ["wide: 1 of 2 neurons fire"]
+
+
+def test_a_concept_that_is_a_synset_is_told_in_words(tmp_path):
+    cell = Cell("wide", "b", True, {"n_live": 1, "neurons": 2})
+    [_, _, _, first, *_] = concept_lines(cell, tables(tmp_path, 5, stem="n0144076"))
+    assert first.startswith("tench, Tinca tinca (n01440764) ")
 
 
 def test_what_is_measured_of_the_whole_is_told_in_a_line_each(tmp_path):

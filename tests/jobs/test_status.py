@@ -144,6 +144,23 @@ def test_work_that_has_not_moved_has_no_end():
     assert pace_texts(pace_of(5, 10, "images", 0, 3.0) | {"of": "stage"}) == ["5 of 10 images"]
 
 
+def test_work_that_has_just_begun_has_no_end(monkeypatch, capsys):
+    """Workers start, and by the pace so far a study of minutes would take an hour."""
+    monkeypatch.setattr(progress, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+
+    def line(settling: float) -> str:
+        monkeypatch.setattr(progress, "SETTLING_SECONDS", settling)
+        shown = [""]
+        with progress.Progress("train", 100, "steps") as work:
+            work.advance(10)
+            until(lambda: shown.append(capsys.readouterr().err) or "10 of 100 steps, " in shown[-1])
+        return shown[-1]
+
+    assert "ETA" not in line(settling=600.0)
+    assert "ETA" in line(settling=0.0)
+
+
 def test_reasons_are_one_line_without_keys(ray_cluster):
     @ray.remote(max_retries=0)
     def fails(error: Exception):

@@ -41,6 +41,22 @@ def test_the_summary_shows_where_everything_lies(finished, make_plan):
     assert str(finished / "report" / "index.html") in text
 
 
+def test_of_many_comparisons_and_folders_the_summary_tells_what_matters(finished, make_plan, monkeypatch):
+    plan = make_plan(finished)
+    summary = study.write_summary(plan)
+    [first, *others] = summary["comparisons"]
+    summary["comparisons"] = [{"statement": first["statement"], "holds": False}, *others]
+    told = study.summary_text(plan, summary)
+    monkeypatch.setattr(study, "MANY", 1)
+    short = study.summary_text(plan, summary)
+    assert [line for line in told.splitlines() if line.startswith(("yes", "NO"))][1:]
+    assert [line for line in short.splitlines() if line.startswith(("yes", "NO"))] == [f"NO   {first['statement']}"]
+    assert f"{len(others)} of {len(others) + 1} comparisons hold, all but those above\n" in short
+    assert f"2 folders {finished}/sae-…" in short
+    assert str(plan.trains[0].step.folder) not in short
+    assert str(plan.pictures.step.folder) in short
+
+
 @pytest.mark.ray
 def test_a_study_is_submitted_by_the_script_that_users_have(ran, tmp_path):
     """`ray start --head` and `ray job submit` for real. A proxy does not answer, HOME cannot be written.

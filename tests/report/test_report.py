@@ -8,6 +8,7 @@ import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -308,19 +309,25 @@ def test_plots_hold_the_numbers_of_the_summary(plan: StudyPlan, cells: dict[str,
     assert [line.name for line in by_sparsity.lines] == ["K\u00a0=\u00a02", "K\u00a0=\u00a04", "raw neurons"]
 
 
-def test_seeds_are_told_apart(plan: StudyPlan, cells: dict[str, Neurons]):
+def test_seeds_are_one_line_or_curves_of_their_own(plan: StudyPlan, cells: dict[str, Neurons]):
     saes = {row.name: row for row in summarise(plan) if row.grid_cell is not None}
     again = {name: replace(row, grid_cell=replace(row.grid_cell, seed=1), r2=0.5) for name, row in saes.items()}
     rows = [*saes.values(), *again.values()]
-    lines = {line.name: (line.x, line.y) for line in grid_plots(rows)[0].lines}
-    for seed in (0, 1):
-        measured = [saes[f"layer1.all-matryoshka_batch_topk-x{expansion}-k4"].mean_ms for expansion in (2, 4)]
-        family = f"layer1.all, matryoshka_batch_topk, K\u00a0=\u00a04, seed {seed}"
-        assert lines[family] == ([2.0, 4.0], measured)
+    family = "layer1.all, matryoshka_batch_topk, K\u00a0=\u00a04"
+    mean_ms, r2 = (
+        next(line for plot in grid_plots(rows) if plot.title == title for line in plot.lines if line.name == family)
+        for title in ("mean MS", "R²")
+    )
+    members = [saes[f"layer1.all-matryoshka_batch_topk-x{expansion}-k4"] for expansion in (2, 4)]
+    assert (mean_ms.x, mean_ms.y) == ([2.0, 4.0], [row.mean_ms for row in members])
+    assert mean_ms.band == (mean_ms.y, mean_ms.y)
+    assert r2.y == pytest.approx([(row.r2 + 0.5) / 2 for row in members])
+    assert r2.band == ([min(row.r2, 0.5) for row in members], [max(row.r2, 0.5) for row in members])
+    assert all(line.band is None for plot in grid_plots(list(saes.values())) for line in plot.lines)
     [fidelity] = fidelity_plots(rows)
-    pooled = {line.name: line.y for line in fidelity.lines if line.name.startswith("pooled")}
-    assert pooled["pooled, batch_topk, ×2, seed 1"] == [0.5, 0.5]
-    assert not [line.name for plot in grid_plots(list(saes.values())) for line in plot.lines if "seed" in line.name]
+    [pooled] = [line for line in fidelity.lines if line.name.startswith("pooled")]
+    halves = {(row.l0 + row.l0) / 2: (row.r2 + 0.5) / 2 for name, row in saes.items() if name.startswith("pooled")}
+    assert dict(zip(pooled.x, pooled.y, strict=True)) == pytest.approx(halves)
 
     def of_seed_1(cell: Neurons) -> Neurons:
         train = cell.score.sae
@@ -333,6 +340,23 @@ def test_seeds_are_told_apart(plan: StudyPlan, cells: dict[str, Neurons]):
         (plot.title, plot.lines) for plot in one
     ]
     assert {plot.title for plot in both} == {f"{plot.title}{seed}" for plot in one for seed in ("", ", seed 1")}
+
+
+def test_families_that_are_more_than_colours_have_plots_of_their_site(plan: StudyPlan):
+    rows = [row for row in summarise(plan) if row.grid_cell is not None]
+    many = []
+    for goal, row in product((0.0, 0.1, 0.2, 0.3, 0.4), rows):
+        cell = replace(row.grid_cell.cell, monosemanticity=goal)
+        many.append(replace(row, grid_cell=replace(row.grid_cell, cell=cell)))
+    sites = list(dict.fromkeys(row.site for row in rows))
+    for plots, label in ((grid_plots(many), "mean MS"), (fidelity_plots(many), "R² against L0")):
+        assert {plot.group for plot in plots} == set(sites)
+        shown = {plot.title for plot in plots if plot.title.startswith(f"{label} on")}
+        assert shown == {f"{label} on {site}" for site in sites}
+        names = {line.name for plot in plots for line in plot.lines}
+        assert not any(site in name for name in names for site in sites), "the title says it"
+        assert any("MS goal 0.3" in name for name in names)
+    assert {plot.group for plot in grid_plots(rows)} == {""}
 
 
 def test_where_no_neuron_is_scored_there_is_no_curve(cells: dict[str, Neurons]):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,18 @@ def test_the_demo_is_read():
     assert (demo.steering.strength, demo.steering.unit, demo.scoring.pictures) == (4, "max", "train")
     assert demo.training.steps == 1500
     assert (demo.resources.extract.workers, demo.resources.train.checkpoint_every) == (2, 500)
+
+
+def test_the_frontier_has_seeds_and_the_papers_two_over_a_wider_range():
+    cells = Study.load(STUDIES / "frontier.toml").cells()
+    assert set(Counter(cell.recipe for cell in cells).values()) == {2}
+    assert {cell.cell.expansion for cell in cells} == {4}
+    of_method = defaultdict(set)
+    for one in (cell.cell for cell in cells if cell.cell.k is not None):
+        of_method[one.architecture, one.weights, one.monosemanticity].add(one.k)
+    paper = [of_method.pop((kind, "uniform", 0)) for kind in ("batch_topk", "matryoshka_batch_topk")]
+    for ks in of_method.values():
+        assert all(min(one) < min(ks) and max(ks) < max(one) for one in paper)
 
 
 @pytest.mark.parametrize("name", [path.name for path in STUDIES.glob("*.toml")])
