@@ -263,7 +263,7 @@ cluster.connect()
 import ray
 
 try:
-    ray.get(ray.remote(max_retries=cluster.RETRIES)(time.sleep).remote(1e6))
+    ray.get(ray.remote(max_retries=cluster.RETRIES)(lambda: time.sleep(1e6)).remote())
 except ray.exceptions.OutOfMemoryError as error:
     print(cluster.reason(error))
 """
