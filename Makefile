@@ -59,6 +59,7 @@ cluster-test: .venv/.test
 	$$([ "$$(id -u)" != 0 ] || echo unshare $(APART)) $(BIN)/pytest -m cluster tests/cluster
 
 bench: .venv/.test
+	$(BIN)/python -m bench.start
 	$(BIN)/python -m bench.train
 	$(BIN)/python -m bench.exchange
 	$(BIN)/python -m bench.scoring

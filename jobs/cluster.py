@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import secrets
@@ -38,6 +39,8 @@ on machines that come and go; without a bound, work that ends its own process wo
 
 LONGEST_DIRECTORY = 40
 """Characters of the path of Ray's directory: it adds about 65, and the path of a socket has 107 at most."""
+SHARES = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NCPUS", "NSLOTS", "LSB_DJOB_NUMPROC")
+"""CPUs that a scheduler has given to a job: at most these are to be used on its node."""
 PROCESS_BYTES = 2**29
 """Memory of a worker that has loaded torch and holds nothing yet."""
 
@@ -50,6 +53,7 @@ def connect() -> None:
     # Ray Train polls its workers; at the default of two seconds short runs spend most of their time waiting.
     _set_defaults({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"})
     _set_defaults({"RAY_BACKEND_LOG_LEVEL": "fatal"})  # its warnings are not about anything a user can change
+    _set_defaults({"RAY_task_oom_retries": str(RETRIES)})  # by default for ever, which `max_retries` does not bound
     _set_defaults(KEEPALIVE)
     allow_slow_starts()
     import ray
@@ -63,6 +67,7 @@ def connect() -> None:
     else:
         # Without one, Ray would write a token to ~/.ray, and every later `ray start` of this user would ask for it.
         _set_defaults({"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        _start_less()
         with _held_back_stderr():
             # Logical CPUs: readers and actors that mostly wait need more than two of them to run at once.
             ray.init(
@@ -83,11 +88,32 @@ def _set_defaults(variables: Mapping[str, str]) -> None:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: not those outside its affinity, its container's quota or its share in Slurm."""
+    """CPUs that this process may use: not those outside its affinity, its control groups' quotas (containers, systemd)
+    or its share in a scheduler (Slurm, PBS, Grid Engine, LSF)."""
     import joblib
 
-    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(joblib.cpu_count(), int(given) if given.isdigit() else sys.maxsize)
+    limits = [joblib.cpu_count()]
+    limits += [int(given) for name in SHARES if (given := os.environ.get(name, "")).isdigit() and int(given)]
+    groups = Path("/proc/self/cgroup")
+    if groups.exists() and (quota := quota_of(groups.read_text(), Path("/sys/fs/cgroup"))):
+        limits.append(quota)
+    return min(limits)
+
+
+def quota_of(groups: str, mounted: Path) -> int | None:
+    """The smallest quota of a process's control group and those around it, in CPUs; joblib sees the outermost alone.
+
+    Args:
+        groups: what `/proc/<pid>/cgroup` says.
+        mounted: where control groups of version 2 are.
+    """
+    own = next((line.removeprefix("0::/") for line in groups.splitlines() if line.startswith("0::/")), "")
+    around = [mounted / own, *(mounted / own).parents]
+    files = [folder / "cpu.max" for folder in around if folder.is_relative_to(mounted)]
+    quotas = [file.read_text().split() for file in files if file.is_file()]
+    return min(
+        (max(1, math.ceil(int(quota) / int(period))) for quota, period in quotas if quota != "max"), default=None
+    )
 
 
 def directory_for_ray() -> str:
@@ -134,6 +160,24 @@ def allow_slow_starts() -> None:
     Node.start_ray_processes = start_with_ports  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _start_less() -> None:
+    """Keeps this process from starting what serves Ray's dashboard and shows the output of workers in the driver's.
+
+    Ray 2.60 starts, and waits for, the dashboard's process also where there is to be none.
+    """
+    from ray._private import ray_constants
+    from ray._private.node import Node
+
+    def start_none(node: Node, **options: Any) -> None:
+        # Where there is no address, agents look for one every second and complain in their logs.
+        of_none = b"127.0.0.1:9"
+        kv = ray_constants.KV_NAMESPACE_DASHBOARD
+        node.get_gcs_client().internal_kv_put(ray_constants.DASHBOARD_ADDRESS.encode(), of_none, True, kv)
+
+    Node.start_api_server = start_none  # pyright: ignore[reportAttributeAccessIssue]
+    Node.start_log_monitor = lambda node: None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def free_port() -> int:
     """One that nobody listens on, below those that Linux and above those that Ray give to whoever asks for any."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
@@ -174,6 +218,22 @@ def _held_back_stderr() -> Iterator[None]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+
+
+def is_taken_away() -> bool:
+    """Whether the node of this worker is about to be taken away, as a spot instance is, after a notice."""
+    import ray
+    from ray._private.state import state
+
+    return ray.get_runtime_context().get_node_id() in state.get_draining_nodes()
+
+
+def take_threads() -> None:
+    """Has torch use as many threads as this task has CPUs: Ray says how many in the environment, which torch reads only
+    once in a process, and the process may have served others."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def beside_driver() -> Any:
@@ -250,7 +310,12 @@ def share(field: str, resources: Any) -> tuple[float, int]:
     """
     gpus = gpus_or_default(resources.gpus)
     require(field, 1, resources.cpus, gpus)
-    return gpus, resources.workers or max(1, room(max(resources.cpus, 1) if not gpus else resources.cpus, gpus))
+    if resources.workers or gpus:
+        return gpus, resources.workers or max(1, room(resources.cpus, gpus))
+    cpus = max(resources.cpus, 1)
+    # More processes than cores would only take longer to start.
+    most = room(cpus, 0) if os.environ.get("RAY_ADDRESS") else min(room(cpus, 0), int(usable_cpus() / cpus))
+    return gpus, max(1, most)
 
 
 def require(field: str, workers: int, cpus: float, gpus: float, beside: float = 0) -> None:

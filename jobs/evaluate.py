@@ -10,7 +10,7 @@ from sae_ray.store.steps import Step, check_shared
 from sae_ray.study.guidance import targets_of
 from sae_ray.study.plan import EvaluatePlan, StudyPlan
 
-from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share
+from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share, take_threads
 from .progress import Progress
 from .stage import at_work, unfinished
 
@@ -69,6 +69,7 @@ def evaluated(sae: Folder, activations: Folder, targets: Targets | None, step: S
 
     started = time.monotonic()
     check_shared(step.folder)
+    take_threads()
     opened = load_sae(sae).to(device)
     concepts = ConceptSums(opened, targets) if targets is not None else None
     with shared_activations(activations) as place:

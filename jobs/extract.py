@@ -42,6 +42,12 @@ RUNS_PER_ACTOR = 8
 """At least, where there are as many parts: so that all actors are busy until shortly before the end."""
 ENCODER_BYTES = 3 * 2**29
 """Memory of an actor besides its parts: torch, and an encoder of the size of ViT-L in float32."""
+START_SECONDS = 10.0
+"""What starting an actor takes of a core: less work is not worth another one."""
+IMAGE_SECONDS = 2e-3
+"""What decoding and resizing an image takes of a core, at least for photographs."""
+CORE_FLOPS = 5e10
+"""In a second, in the encoder."""
 
 
 def run(plan: StudyPlan) -> None:
@@ -95,6 +101,13 @@ class PartsOf:
 
     def n_images(self, number: int) -> int:
         return min(self.per_part, self.images.n_images - number * self.per_part)
+
+    @property
+    def seconds(self) -> float:
+        """What is missing takes of a core, approximately."""
+        encoders = {extract.info.model: extract.info for extract in self.todo}.values()
+        flops = sum(24 * info.n_layers * (info.residual_width or 0) ** 2 * info.n_tokens for info in encoders)
+        return sum(map(self.n_images, self.missing)) * (IMAGE_SECONDS + flops / CORE_FLOPS)
 
     @property
     def source(self) -> ImageSource:
@@ -178,7 +191,7 @@ def _encoded(
     resources = plan.study.resources.extract
     part = max(_bytes_of_a_part(parts) for parts in sets)
     memory = ENCODER_BYTES + 2 * part
-    workers, gpus, decoders = _shares(resources, memory, part)
+    workers, gpus, decoders = shares(resources, memory, part, sum(parts.seconds for parts in sets))
     length = run_length(sum(len(parts.missing) for parts in sets), workers)
     runs = [run for parts in sets for run in parts.runs(length)]
     workers = min(workers, len(runs))
@@ -232,16 +245,19 @@ def _bytes_of_a_part(parts: PartsOf) -> int:
     return int(parts.per_part * sum(sizes.values()) + share * sum(extract.bytes for extract in parts.todo))
 
 
-def _shares(resources: ExtractResources, memory: float, part: float) -> tuple[int, float, int | None]:
+def shares(resources: ExtractResources, memory: float, part: float, seconds: float) -> tuple[int, float, int | None]:
     """Encoder actors, GPUs of each, decode tasks at once; None if actors decode.
 
     Args:
         resources: what the study asks for.
         memory: bytes of an actor.
         part: bytes of a decoded part, which waits for its actor in Ray's object stores.
+        seconds: that all work takes of a core.
     """
     gpus = gpus_or_default(resources.gpus)
     at_most = int(slots(resources.cpus, gpus))
+    if not gpus:
+        at_most = min(at_most, math.ceil(seconds / START_SECONDS))
     workers = resources.workers or max(1, min(at_most, room(resources.cpus, gpus, memory)))
     decoders = resources.decoders
     if gpus and not decoders:

@@ -82,7 +82,7 @@ def open_plan(
 
     Args:
         list_again: list the image folders even if the root remembers them; report changes and what is skipped.
-        describe_again: describe the models even if the root remembers them.
+        describe_again: describe the models even if the root remembers them, but for directories that have not changed.
 
     Raises:
         UsageError: there is no study, something in it is invalid, or the root cannot be read or would be lost.

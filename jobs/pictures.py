@@ -11,7 +11,7 @@ from sae_ray.store.steps import check_shared
 from sae_ray.study.config import PicturesResources
 from sae_ray.study.plan import PicturesPlan, StudyPlan
 
-from .cluster import RETRIES, share
+from .cluster import RETRIES, share, take_threads
 from .progress import Progress
 from .stage import at_work, unfinished
 
@@ -63,6 +63,7 @@ def made(job: PicturesJob, sprite: Sprite, device: str, board: Any) -> None:
     """The task."""
     piece = str(sprite.number)
     check_shared(job.step)
+    take_threads()
     make_sprite(job, sprite, device, lambda done: board.set.remote(piece, done))
     board.set.remote(piece, 0)  # the driver counts it now
 

@@ -23,11 +23,12 @@ class Pace(NamedTuple):
     step: float
     """In the time that a step takes besides its products."""
     worker: float
-    """In about ten seconds, as starting a worker takes: less work is not worth one of its own."""
+    """In the time that starting a worker takes: less work is not worth one of its own."""
 
 
-PACES = {"cpu": Pace(step=4e7, worker=1e11), "cuda": Pace(step=1e11, worker=2e14)}
-"""From steps of small and of large widths, on a core and on an H200 (`docs/speed.md`)."""
+PACES = {"cpu": Pace(step=4e7, worker=2e10), "cuda": Pace(step=1e11, worker=2e14)}
+"""From steps of small and of large widths, on a core and on an H200 (`docs/speed.md`). A worker takes two seconds to
+start, and where it has a GPU about ten."""
 
 
 def bundles(
@@ -40,8 +41,9 @@ def bundles(
     """Cells that read the same activations in the same order, packed so that the bundles keep `slots` busy; the most
     work comes first.
 
-    A bundle holds at most `resources.train.cells_per_bundle` cells, and several cells only if their work is at most a
-    fair share of all work, and not more than that of one cell which hides the reading.
+    A bundle holds at most `resources.train.cells_per_bundle` cells, and several cells only if their work is at most
+    half a fair share of all work, so that the last bundles end at about the same time though work is only estimated;
+    and not more than that of one cell which hides the reading.
 
     Args:
         slots: how many bundles are trained at once.
@@ -49,7 +51,8 @@ def bundles(
         targets: of `targets_of`, for guided cells.
     """
     resources, pace = plan.study.resources.train, PACES[device]
-    share = max(sum(work(train, pace) for train in todo) / slots, pace.worker)
+    parts = 2 * slots if slots > 1 else 1
+    share = max(sum(work(train, pace) for train in todo) / parts, pace.worker)
     packed: list[tuple[float, list[TrainPlan]]] = []
     # The sort is stable: cells of equal work stay in the order of the study.
     for train in sorted(todo, key=lambda train: work(train, pace), reverse=True):

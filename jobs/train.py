@@ -1,26 +1,29 @@
-"""The training stage: Ray Train fits the grid.
+"""The training stage: Ray tasks, or Ray Train, fit the grid.
 
-Cells that read the same activations are packed into bundles (`placement.py`). A bundle is one `TorchTrainer`, whose
-workers read the data once and step every cell on it (`sae_ray.sae.bundle`).
+Cells that read the same activations are packed into bundles (`placement.py`). The worker of a bundle reads the data
+once and steps every cell on it (`sae_ray.sae.bundle`). A bundle of one worker is a task, which begins within a second
+or two in a process that Ray has at hand. One of several workers is a `TorchTrainer`, which lets them find one another
+and starts them together, in processes of their own.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sae_ray.sae import BundleJob, CellReport, train_cells
 from sae_ray.sae.weighing import told
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
+from sae_ray.study.config import TrainResources
 from sae_ray.study.guidance import targets_of
 from sae_ray.study.plan import StudyPlan, TrainPlan
 from sae_ray.study.trained import cautions
 from sae_ray.study.weights import weights_ratio
 
 from . import score
-from .cluster import beside_driver, gpus_or_default, require, slots, user_error
+from .cluster import beside_driver, gpus_or_default, is_taken_away, require, slots, take_threads, user_error
 from .metrics import count_failure
 from .placement import bundles
 from .progress import Progress, pace_of, say
@@ -33,6 +36,8 @@ REPORT_SECONDS = 1.0
 """Between what workers tell of their cells."""
 STEPS_PER_LOOK = 200
 """After which workers ask whether a node of theirs is about to be taken away: they wait for one another to ask."""
+WORTH_ANOTHER_TRY = [OSError, RuntimeError]
+"""What disks and devices raise, by torch, which may not come again; what a user has to fix would."""
 
 
 def run(plan: StudyPlan) -> None:
@@ -68,17 +73,6 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets]
     least, most = (number * resources.shards for number in resources.workers_span)
     require("resources.train", least, resources.cpus, gpus)
     at_once = resources.bundles or max(1, int(slots(resources.cpus, gpus) / most))
-    scaling = {
-        "workers": (least, most) if least < most else most,
-        "sharded": resources.shards > 1,
-        "cpus": resources.cpus,
-        "gpus": gpus,
-        "max_failures": resources.max_failures,
-    }
-    # The trainer blocks its caller: one task per bundle keeps this process free to be interrupted. It restarts workers
-    # that are lost with their node, so it must not be lost itself.
-    fit = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=beside_driver())(fit_bundle)
-
     waiting = bundles(plan, todo, at_once, "cuda" if gpus else "cpu", targets)
     running: dict[Any, BundleJob] = {}
     total = sum(bundle.steps * len(bundle.cells) for bundle in waiting)
@@ -86,14 +80,16 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets]
     told_early = {train.step.name for train in todo if tell_weights(train)}
     with Progress(f"train {len(todo)} SAEs", total, "steps", steps=[train.step for train in todo]) as progress:
         board = progress.board()
+        fit = _by_task(resources, gpus, board) if most == 1 else _by_ray_train(plan, (least, most), gpus, board)
         while waiting or running:
             while waiting and len(running) < at_once:
                 bundle = waiting.pop(0)
-                running[fit.remote(bundle, scaling, plan.root, board)] = bundle
+                running[fit(bundle)] = bundle
             [finished], _ = ray.wait(list(running), num_returns=1)
             bundle = running.pop(finished)
             try:
-                ray.get(finished)
+                if not ray.get(finished):
+                    waiting.insert(0, bundle)
             except Exception as error:  # the other bundles go on
                 problems.append(error)
                 failures.note([job.step for job in bundle.cells], error)
@@ -117,30 +113,87 @@ def tell_weights(train: TrainPlan) -> bool:
     return ratio is not None
 
 
-def fit_bundle(bundle: BundleJob, scaling: dict[str, Any], root: Folder, board: Any) -> None:
+def _by_task(resources: TrainResources, gpus: float, board: Any) -> Callable[[BundleJob], Any]:
+    """Begins a bundle of one worker; what it returns resolves to whether the bundle is done."""
+    import ray
+
+    task = ray.remote(
+        num_cpus=resources.cpus,
+        num_gpus=gpus,
+        max_retries=resources.max_failures,
+        retry_exceptions=WORTH_ANOTHER_TRY,
+    )(fit_bundle)
+    return lambda bundle: task.remote(bundle, "cuda" if gpus else "cpu", board)
+
+
+def fit_bundle(bundle: BundleJob, device: str, board: Any) -> bool:
+    """The task: returns whether the bundle is done. It is not if the node is about to be taken away: another one is to
+    go on from the checkpoints that were just written. Begun again, it resumes from the newest checkpoints.
+    """
+    check_shared(bundle.cells[0].step.folder)
+    take_threads()
+    teller = Teller(bundle, board)
+    leaving = False
+
+    def after_step(done: int, reports: dict[str, CellReport]) -> bool:
+        nonlocal leaving
+        if leaving:
+            raise _Leaves
+        teller.step(done, reports)
+        leaving = done % STEPS_PER_LOOK == 0 and is_taken_away()
+        return leaving
+
+    try:
+        train_cells(bundle, device, after_step=after_step)
+    except _Leaves:
+        return False
+    teller.end()
+    return True
+
+
+class _Leaves(Exception):
+    """Ends the training of a bundle whose checkpoints have just been written."""
+
+
+def _by_ray_train(plan: StudyPlan, workers: tuple[int, int], gpus: float, board: Any) -> Callable[[BundleJob], Any]:
+    """As `_by_task`, with at least and at most so many workers."""
+    import ray
+
+    # The trainer blocks its caller: one task per bundle keeps this process free to be interrupted. It restarts workers
+    # that are lost with their node, so it must not be lost itself.
+    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=beside_driver())(fit_together)
+    return lambda bundle: task.remote(bundle, plan.study.resources.train, workers, gpus, plan.root, board)
+
+
+def fit_together(
+    bundle: BundleJob, resources: TrainResources, workers: tuple[int, int], gpus: float, root: Folder, board: Any
+) -> bool:
     """Runs one bundle as a `TorchTrainer`; it resumes from the newest checkpoints when a worker is lost."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    resources = {"CPU": scaling["cpus"], "GPU": scaling["gpus"]}
+    least, most = workers
     trainer = TorchTrainer(
         train_bundle,
-        train_loop_config={"bundle": bundle, "sharded": scaling["sharded"], "board": board},
+        train_loop_config={"bundle": bundle, "sharded": resources.shards > 1, "board": board},
         scaling_config=ScalingConfig(
-            num_workers=scaling["workers"], use_gpu=scaling["gpus"] > 0, resources_per_worker=resources
+            num_workers=workers if least < most else most,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": resources.cpus, "GPU": gpus},
         ),
         run_config=RunConfig(
             name=bundle.name,
             storage_path=(root / ".ray-train").uri,
-            failure_config=FailureConfig(max_failures=scaling["max_failures"]),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
-        torch_config=TorchConfig(backend="nccl" if scaling["gpus"] else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
     )
     trainer.fit()
+    return True
 
 
 def train_bundle(config: dict[str, Any]) -> None:
-    """What every worker of a bundle runs."""
+    """What every worker of a `TorchTrainer` runs."""
     import torch
     from ray import train as ray_train
     from ray.train.torch import get_device
@@ -159,30 +212,47 @@ def train_bundle(config: dict[str, Any]) -> None:
     ranks = Ranks(group if used > 1 else None)
     split = Split(latents=ranks) if config["sharded"] else Split(rows=ranks)
 
-    began = told = time.monotonic()
-    first: int | None = None
+    teller = Teller(bundle, config["board"])
     warned = False
 
-    def tell(done: int, cells: dict[str, dict[str, Any]]) -> None:
-        if rank == 0:
-            config["board"].set.remote(bundle.name, done * len(bundle.cells), cells)
-
     def after_step(done: int, reports: dict[str, CellReport]) -> bool:
-        nonlocal began, first, told, warned
-        now = time.monotonic()
-        if first is None:  # the first step is slower than others
-            began, first = now, done
-        if reports and (now - told >= REPORT_SECONDS or done == bundle.steps):
-            told = now
-            pace = pace_of(done, bundle.steps, "steps", done - first, now - began)
-            tell(done, {name: pace | cell_figures(report) for name, report in reports.items()})
+        nonlocal warned
+        if rank == 0:
+            teller.step(done, reports)
         if warned or used < world or done % STEPS_PER_LOOK:
             return False
         warned = ray_train.get_preemption_info() is not None
         return warned
 
     train_cells(bundle, get_device(), split, after_step)
-    tell(bundle.steps, {})  # however many cells failed, or were finished before
+    if rank == 0:
+        teller.end()
+
+
+class Teller:
+    """Tells the board of the cells of a bundle, now and then."""
+
+    def __init__(self, bundle: BundleJob, board: Any):
+        self.bundle = bundle
+        self.board = board
+        self.last = time.monotonic()
+        self.began: tuple[int, float] | None = None
+        """Steps done, and when: the first step is slower than others."""
+
+    def step(self, done: int, reports: dict[str, CellReport]) -> None:
+        now, steps = time.monotonic(), self.bundle.steps
+        self.began = first, began = self.began or (done, now)
+        if reports and (now - self.last >= REPORT_SECONDS or done == steps):
+            self.last = now
+            pace = pace_of(done, steps, "steps", done - first, now - began)
+            self._set(done, {name: pace | cell_figures(report) for name, report in reports.items()})
+
+    def end(self) -> None:
+        """However many cells failed, or were finished before."""
+        self._set(self.bundle.steps, {})
+
+    def _set(self, done: int, cells: dict[str, dict[str, Any]]) -> None:
+        self.board.set.remote(self.bundle.name, done * len(self.bundle.cells), cells)
 
 
 def most_that_divide(batch_size: int, workers: int) -> int:

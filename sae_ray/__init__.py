@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 from sae_ray.lazy import exports
 
 if TYPE_CHECKING:
+    from sae_ray.sae import evaluate as evaluate
     from sae_ray.sae import load_sae as load_sae
+    from sae_ray.sae import train_sae as train_sae
     from sae_ray.scores import monosemanticity as monosemanticity
     from sae_ray.steering import Intervention as Intervention
     from sae_ray.steering import load_llava as load_llava
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 __getattr__ = exports(
     __name__,
     {
-        "sae": ["load_sae"],
+        "sae": ["evaluate", "load_sae", "train_sae"],
         "scores": ["monosemanticity"],
         "steering": ["Intervention", "load_llava"],
         "study": ["Study"],

@@ -26,9 +26,9 @@ class ApiError(HTTPException):
     def __init__(
         self, status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
     ):
-        super().__init__(status, message, dict(headers or {}))
+        super().__init__(status, _whole(message), dict(headers or {}))
         self.code = code
-        self.param = param
+        self.param = param and _whole(param)
 
     def body(self) -> dict[str, Any]:
         """The error in the format of OpenAI's API, with the request id that appears in the logs."""
@@ -38,6 +38,11 @@ class ApiError(HTTPException):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status_code, self.headers)
+
+
+def _whole(text: str) -> str:
+    """A text that repeats what a client sent: half of a character, which UTF-8 does not have, is spelled out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def overloaded(message: str) -> ApiError:

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
     from PIL import Image
 
-_DATA_URL = re.compile(r"\s*data:[^,]{0,200};\s*base64\s*,", re.IGNORECASE)
-"""With any media type and parameters: the bytes tell what the image is."""
+_DATA_URL = re.compile(r"\s*data:(.*?;)?\s*base64\s*,", re.IGNORECASE | re.DOTALL)
+"""With any media type and parameters, such as a file's name: the bytes tell what the image is."""
+LONGEST_PREFIX = 2000
 _URL_SAFE = str.maketrans("-_", "+/")
 FETCH_SECONDS = 10.0
 
@@ -40,7 +41,7 @@ async def read_image(
 
     Raises ApiError if it is not a usable image, is too large, or cannot be fetched.
     """
-    prefix = _DATA_URL.match(url[:300])
+    prefix = _DATA_URL.match(url[:LONGEST_PREFIX])
     if prefix is not None:
         data = await asyncio.to_thread(_from_base64, url[prefix.end() :])
     elif url[:8].lower().startswith(("http://", "https://")):

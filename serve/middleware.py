@@ -138,6 +138,8 @@ def answer_errors(app: FastAPI) -> None:
             return error.response()
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
         message = str(error.detail)
+        if error.status_code == 400:  # FastAPI could not parse it, and does not say why
+            message = "the body cannot be read; send JSON in UTF-8, without compression"
         if error.status_code in (404, 405):
             message = f"there is no {request.method} {request.url.path[:100]} here; /docs lists what there is"
         return ApiError(error.status_code, code, message, headers=error.headers).response()

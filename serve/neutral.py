@@ -11,20 +11,42 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 class Schema(BaseModel):
-    """`null` counts as left out. Otherwise values are not converted, and unknown fields are an error."""
+    """`null` counts as left out. Otherwise values are not converted, and unknown fields are an error, as is half of a
+    character."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            return {name: value for name, value in values.items() if value is not None}
-        return values
+        if not isinstance(values, dict):
+            return values
+        for name, value in values.items():
+            if isinstance(value, str):
+                check_whole(value, name)
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def check_whole(text: str, field: str | None = None) -> None:
+    """Refuses a text with half of a character, which clients send that cut texts between two units of UTF-16.
+
+    Args:
+        field: it, if the validator sees several.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise wrong(field, f"contains half of a character ({half}); cut texts between characters") from error
+
+
+def wrong(field: str | None, message: str) -> PydanticCustomError:
+    """An error about one field, for validators that see several."""
+    return PydanticCustomError("wrong", "{message}", {"message": message} | ({"field": field} if field else {}))
 
 
 @dataclass(frozen=True, init=False, eq=False)  # else `Annotated` would take Only(0) for Only(False)
@@ -66,6 +88,7 @@ _AUDIO = "the model reads text and images and writes text"
 _SAMPLER = "the engines do not have this sampler"
 _TEMPLATE = "the chat template is the model's own"
 _TOKENS = "tokens are decoded in one way"
+_ONE_SIZE = "images are read as the model was trained"
 
 
 class RequestOfOthers(Schema):
@@ -94,7 +117,19 @@ class RequestOfOthers(Schema):
     web_search_options: Annotated[Any, Only(because="the model searches nothing")] = None
     moderation: Annotated[Any, Only(because="answers are not moderated")] = None
 
-    # vLLM, SGLang, TGI
+    # vLLM, SGLang, TGI, TensorRT-LLM
+    stream_interval: Ignored = None
+    return_token_offsets: Ignored = None
+    return_mm_kwargs: Ignored = None
+    routed_experts_prompt_start: Ignored = None
+    ec_transfer_params: Ignored = None
+    rid: Ignored = None
+    kv_transfer_params: Ignored = None
+    guided_decoding_backend: Ignored = None
+    guided_whitespace_pattern: Ignored = None
+    separate_reasoning: Ignored = None
+    stream_reasoning: Ignored = None
+    thinking_token_budget: Ignored = None
     request_id: Ignored = None
     session_id: Ignored = None
     priority: Ignored = None
@@ -117,6 +152,21 @@ class RequestOfOthers(Schema):
     guided_choice: Annotated[Any, Only(because=_CONSTRAINED)] = None
     guided_grammar: Annotated[Any, Only(because=_CONSTRAINED)] = None
     structured_outputs: Annotated[Any, Only(because=_CONSTRAINED)] = None
+    watermarking: Annotated[Any, Only(False, because=_SAMPLER)] = None
+    repetition_detection: Annotated[Any, Only(because=_SAMPLER)] = None
+    top_p_min: Annotated[Any, Only(0, because=_SAMPLER)] = None
+    prompt_ignore_length: Annotated[Any, Only(0, because="penalties are vLLM's")] = None
+    logprob_token_ids: Annotated[Any, Only(because="top_logprobs tells of the likeliest tokens")] = None
+    return_prompt_text: Annotated[Any, Only(False, because="the messages are not repeated")] = None
+    structural_tag: Annotated[Any, Only(because=_CONSTRAINED)] = None
+    regex: Annotated[Any, Only(because=_CONSTRAINED)] = None
+    ebnf: Annotated[Any, Only(because=_CONSTRAINED)] = None
+    logits_processors: Annotated[Any, Only([], because=_SAMPLER)] = None
+    vllm_xargs: Annotated[Any, Only({}, because=_SAMPLER)] = None
+    lora_path: Annotated[Any, Only(because="there is one model")] = None
+    documents: Annotated[Any, Only([], because=_TEMPLATE)] = None
+    return_hidden_states: Annotated[Any, Only(False, because="answers are text")] = None
+    no_stop_trim: Annotated[Any, Only(False, because="answers end before a stop string")] = None
     include_stop_str_in_output: Annotated[Any, Only(False, because="answers end before a stop string")] = None
     skip_special_tokens: Annotated[Any, Only(True, because=_TOKENS)] = None
     spaces_between_special_tokens: Annotated[Any, Only(True, because=_TOKENS)] = None
@@ -128,10 +178,24 @@ class RequestOfOthers(Schema):
     add_special_tokens: Annotated[Any, Only(False, because=_TEMPLATE)] = None
     chat_template: Annotated[Any, Only(because=_TEMPLATE)] = None
     chat_template_kwargs: Annotated[Any, Only({}, because=_TEMPLATE)] = None
-    mm_processor_kwargs: Annotated[Any, Only({}, because="images are read as the model was trained")] = None
-    media_io_kwargs: Annotated[Any, Only({}, because="images are read as the model was trained")] = None
+    mm_processor_kwargs: Annotated[Any, Only({}, because=_ONE_SIZE)] = None
+    media_io_kwargs: Annotated[Any, Only({}, because=_ONE_SIZE)] = None
 
-    # llama.cpp, Ollama, LM Studio, OpenRouter
+    # llama.cpp, Ollama, LM Studio, OpenRouter, and the models of others behind this API
+    thinking: Ignored = None
+    enable_thinking: Ignored = None
+    thinking_budget: Ignored = None
+    think: Ignored = None
+    reasoning_format: Ignored = None
+    reasoning_split: Ignored = None
+    ttl: Ignored = None
+    draft_model: Ignored = None
+    timings_per_token: Ignored = None
+    return_progress: Ignored = None
+    tool_stream: Ignored = None
+    cache_control: Ignored = None
+    route: Ignored = None
+    trace: Ignored = None
     cache_prompt: Ignored = None
     id_slot: Ignored = None
     keep_alive: Ignored = None
@@ -144,6 +208,18 @@ class RequestOfOthers(Schema):
     top_a: Annotated[Any, Only(0, because=_SAMPLER)] = None
     mirostat: Annotated[Any, Only(0, because=_SAMPLER)] = None
     grammar: Annotated[Any, Only("", because=_CONSTRAINED)] = None
+    json_schema: Annotated[Any, Only(because=_CONSTRAINED)] = None
+    format: Annotated[Any, Only("", because=_FORMAT)] = None
+    options: Annotated[Any, Only({}, because="what it contains must be sent as fields of the request")] = None
+    n_predict: Annotated[Any, Only(-1, because="its name here is max_tokens")] = None
+    n_probs: Annotated[Any, Only(0, because="its name here is top_logprobs")] = None
+    dry_multiplier: Annotated[Any, Only(0, because=_SAMPLER)] = None
+    xtc_probability: Annotated[Any, Only(0, because=_SAMPLER)] = None
+    dynatemp_range: Annotated[Any, Only(0, because=_SAMPLER)] = None
+    safe_prompt: Annotated[Any, Only(False, because="no prompt is added")] = None
+    random_seed: Annotated[Any, Only(because="its name here is seed")] = None
+    enable_search: Annotated[Any, Only(False, because="the model searches nothing")] = None
+    search_parameters: Annotated[Any, Only({"mode": "off"}, because="the model searches nothing")] = None
     models: Annotated[Any, Only([], because="there is one model")] = None
     plugins: Annotated[Any, Only([], because=_TOOLS)] = None
     transforms: Annotated[Any, Only([], because="prompts are not cut")] = None
@@ -161,6 +237,10 @@ class MessageOfOthers(Schema):
     opts: Ignored = None
     annotations: Ignored = None
     prefix: Ignored = None
+    partial: Ignored = None
+    metadata: Ignored = None
+    timestamp: Ignored = None
+    thinking: Ignored = None
     reasoning: Ignored = None
     reasoning_content: Ignored = None
     reasoning_details: Ignored = None
@@ -172,6 +252,7 @@ class MessageOfOthers(Schema):
     function_call: Annotated[Any, Only(because=_TOOLS)] = None
     tool_call_id: Annotated[Any, Only(because=_TOOLS)] = None
     audio: Annotated[Any, Only(because=_AUDIO)] = None
+    images: Annotated[Any, Only([], because="images are parts of the content")] = None
 
 
 class PartOfOthers(Schema):
@@ -180,3 +261,7 @@ class PartOfOthers(Schema):
     cache_control: Ignored = None
     annotations: Ignored = None
     uuid: Ignored = None
+    prompt_cache_breakpoint: Ignored = None
+    detail: Ignored = None
+    min_pixels: Ignored = None
+    max_pixels: Ignored = None

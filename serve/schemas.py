@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from sae_ray.steering.interventions import ALIASES, Condition, LatentEdit, Mode
 
-from .neutral import Ignored, MessageOfOthers, Only, PartOfOthers, RequestOfOthers, Schema
+from .neutral import Ignored, MessageOfOthers, Only, PartOfOthers, RequestOfOthers, Schema, check_whole, wrong
 
 SteeringType = Literal["STEERED", "DEFAULT"]
 Finish = Literal["stop", "length"]
@@ -136,11 +135,6 @@ class Steering(Edits):
         return self
 
 
-def wrong(field: str, message: str) -> PydanticCustomError:
-    """An error about one field, for validators that see several."""
-    return PydanticCustomError("wrong", "{message}", {"message": message, "field": field})
-
-
 class TextPart(PartOfOthers):
     type: Literal["text"]
     text: str
@@ -254,6 +248,8 @@ class ChatRequest(RequestOfOthers):
     @classmethod
     def _some_strings(cls, stop: str | list[str] | None) -> str | list[str] | None:
         strings = [stop] if isinstance(stop, str) else stop or []
+        for one in strings:
+            check_whole(one)
         if len(strings) > 16 or not all(strings):
             raise ValueError("must be up to 16 strings, none of them empty")
         return stop

@@ -111,18 +111,22 @@ SAES = [
     Case("SAELens before 6", "refused: save it again with SAELens 6",
          sae_lens(metadata={"sae_lens_version": "5.11.0"}), "older than 6"),
     Case("`cfg.json` without `d_in` or `d_sae`", "refused: write them there", sae_lens(d_in=...), "d_in = None"),
-    Case("names that begin with `module.` or `_orig_mod.`", "opens",
+    Case("names with `module.`, `_orig_mod.`, `_fsdp_wrapped_module.` or `_checkpoint_wrapped_module.`", "opens",
          changed_weights(lambda saved: {f"module._orig_mod.{name}": one for name, one in saved.items()})),
+    Case("a git-lfs pointer, an HTML page or another file in the place of its weights", "refused: fetch it again",
+         files(ae__pt=b"version https://git-lfs.github.com/spec/v1\noid"), "a git-lfs pointer .run `git lfs pull`."),
     Case("weights or thresholds that are not finite", "refused: take an earlier checkpoint",
          changed_weights(lambda saved: saved | {"threshold": saved["threshold"] / 0}), "24 of the 24 values of thresh"),
     Case("other tensors than `docs/formats.md` lists", "refused: the names are shown",
          changed_weights(lambda saved: saved | {"b_mag": saved["b_enc"].clone()}), "must hold exactly"),
     Case("`ae.pt` of the reference code, BatchTopK", "opens as `batch_topk`", ae(config=BATCH_TOPK)),
     Case("`ae.pt` of the reference code, Matryoshka", "opens as `matryoshka_batch_topk`", ae("matryoshka")),
-    Case("… with lists, numbers or vectors for tensors", "opens",
+    Case("… with lists, numbers, vectors or arrays of numpy for tensors", "opens",
          ae("matryoshka", change=lambda saved: {name: value.tolist() for name, value in saved.items()})),
     Case("… saved before its threshold was set", "refused: train longer",
          ae("matryoshka", change=lambda saved: saved | {"threshold": -1.0}), "never set"),
+    Case("… with other tensors besides", "refused: convert it",
+         ae(change=lambda saved: saved | {"input_mean": saved["b_dec"]}), r"also holds \['input_mean'\]"),
     Case("`ae.pt` of dictionary_learning, TopK, beside its `config.json`", "opens as `topk`",
          ae(config={"dict_class": "AutoEncoderTopK", "k": 3})),
     Case("… without `config.json`", "opens as `batch_topk`, with a warning: TopK has the same tensors", ae()),
@@ -134,12 +138,14 @@ SAES = [
     Case("ViT-Prisma (`weights.pt`)", "refused: convert it", files(weights__pt=b""), "ViT-Prisma; convert it"),
     Case("OpenAI's sparse_autoencoder", "refused: convert it",
          ae(change=lambda saved: {"pre_bias": saved["b_dec"], "latent_bias": saved["encoder.bias"]}), "OpenAI's"),
-    Case("Gemma Scope (`params.npz`)", "refused: save it with SAELens", files(params__npz=b""), "Gemma Scope"),
+    Case("Gemma Scope (`params.npz`, `params.safetensors`)", "refused: save it with SAELens", files(params__npz=b""),
+         "Gemma Scope"),
+    Case("Llama Scope (`hyperparams.json`)", "refused: convert it", files(hyperparams__json=b"{}"), "Llama Scope"),
     Case("a checkpoint of a training run", "refused: convert it", ae(change=lambda saved: {"state_dict": saved}),
          "a training checkpoint"),
     Case("the folder of several SAEs", "refused: name one of those that are listed", several, "the folder of 2: a, b"),
-    Case("`owner/name` or `owner/name/folder` on the Hugging Face hub, neither cached nor reachable",
-         "refused: fill the cache where there is a connection", lambda folder: "nobody/no-sae/layer22",
+    Case("`owner/name`, `owner/name/folder` or `hf://owner/name` on the Hugging Face hub, neither cached nor reachable",
+         "refused: fill the cache where there is a connection", lambda folder: "hf://nobody/no-sae/layer22",
          "fill the cache where there is a connection"),
     Case("pickled code", "refused: it is never run", ae(change=lambda saved: saved | {"k": Path("x")}), "safely"),
 ]  # fmt: skip
@@ -163,6 +169,12 @@ def llava(tower: str = "clip", strategy: str = "default", layer: Any = -2, **con
     return make
 
 
+def pointer(folder: Path, make_llava: Callable[..., str]) -> str:
+    path = make_llava(folder / "llava")
+    (Path(path) / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    return path
+
+
 LLAVAS = [
     Case("a CLIP tower, `vision_feature_select_strategy` `default`", "opens: block 1 of 3, 16 places per image",
          llava()),
@@ -180,8 +192,11 @@ LLAVAS = [
          llava(layer=0), "named 1 to 3 or -3 to -1"),
     Case("another `vision_feature_select_strategy`", "refused: the two that there are",
          llava(vision_feature_select_strategy="cls"), "'default', 'full'"),
+    Case("`vision_feature_layer` []", "refused: steering takes a LLaVA that reads one layer", llava(layer=[]),
+         "no layer"),
     Case("a processor configuration without `patch_size`", "opens: block 1 of 3, 16 places per image",
          llava(patch_size=..., num_additional_image_tokens=...)),
+    Case("weights that are git-lfs pointers", "refused: run `git lfs pull`", pointer, "model.safetensors is a git-lfs"),
     Case("another model type", "refused: encoders and LLaVAs are listed", llava(model_type="mllama"),
          "cannot be loaded|not llava"),
 ]  # fmt: skip

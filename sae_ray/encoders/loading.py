@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from sae_ray.encoders.base import Encoder, placement
 from sae_ray.encoders.info import EncoderInfo
+from sae_ray.encoders.lean import uncollected
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +39,7 @@ def _backend(model: str):
     return backend
 
 
+@uncollected()
 def describe_encoder(model: str, revision: str | None = None) -> EncoderInfo:
     """What an encoder is, from its configuration alone; no weights are loaded, though those of a directory are hashed.
 
@@ -47,6 +49,7 @@ def describe_encoder(model: str, revision: str | None = None) -> EncoderInfo:
     return _backend(model).describe(model, revision)
 
 
+@uncollected()
 def load_preprocess(
     model: str, revision: str | None = None, fast: bool = False
 ) -> Callable[[Image.Image], UInt8[np.ndarray, "3 h w"]]:
@@ -61,6 +64,7 @@ def load_preprocess(
     return _backend(model).preprocess(model, revision, fast)
 
 
+@uncollected()
 def load_encoder(model: str, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> Encoder:
     """Loads an encoder's vision tower.
 

@@ -19,6 +19,7 @@ FORMS = (
     "open_clip: or timm: followed by local-dir:<directory> or hf-hub:<model id>"
 )
 
+GIT_LFS = b"version https://git-lfs.github.com/spec/"
 _LOCAL_DIRS = ("open_clip:local-dir:", "timm:local-dir:")
 
 _MODEL_CONFIGS = ("config.json", "open_clip_config.json")
@@ -87,8 +88,22 @@ def is_digest(revision: str | None) -> bool:
     return revision is not None and len(revision) == 64
 
 
+def is_unchanged(model: str, revision: str | None) -> bool:
+    """Whether a model is a directory which still is of the revision that was found there (`directory_digest`).
+
+    Raises as `local_directory`.
+    """
+    if not is_digest(revision):
+        return False
+    directory = local_directory(directory_named(model) or model, None, FORMS)
+    return directory is not None and directory_digest(directory) == revision
+
+
 def directory_digest(directory: Path) -> str:
-    """SHA-256, in hexadecimal, over the names and bytes of the configuration, preprocessing and weight files."""
+    """SHA-256, in hexadecimal, over the names and bytes of the configuration, preprocessing and weight files.
+
+    Raises UsageError if one of them is a git-lfs pointer.
+    """
     files = [
         path
         for path in sorted(directory.iterdir())
@@ -103,6 +118,9 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     total = hashlib.sha256()
     for path, _, _ in files:
         with path.open("rb") as stream:
+            if stream.read(len(GIT_LFS)) == GIT_LFS:
+                raise UsageError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
+            stream.seek(0)
             total.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
 

@@ -88,7 +88,10 @@ def _decoded(data: bytes, max_pixels: int, at_least: int | None, rendering: Rend
 
 
 def _turn_upright(image: Image.Image) -> None:
+    """By its EXIF data alone, as browsers do: Pillow would also look into XMP data and texts."""
     from PIL import ImageOps
 
+    for elsewhere in ("xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+        image.info.pop(elsewhere, None)
     with suppress(Exception):  # broken metadata does not spoil the picture
         ImageOps.exif_transpose(image, in_place=True)

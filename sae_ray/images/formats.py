@@ -67,6 +67,23 @@ REFUSED = {
     "WMF": "drawing commands, which Pillow can only have Windows run",
 }
 """Pillow's name of a format -> why it is not read."""
+UNKNOWN = {
+    "BPG": rb"BPG\xfb",
+    "DICOM": rb".{128}DICM",
+    "DjVu": rb"AT&TFORM",
+    "FLIF": rb"FLIF",
+    "JPEG-LS": rb"\xff\xd8\xff\xf7",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL \r\n",
+    "JPEG XR": rb"II\xbc",
+    "KTX": rb"\xabKTX ",
+    "NIfTI": rb".{344}n[+i]1\0",
+    "OpenEXR": rb"v/1\x01",
+    "PSB": rb"8BPS\0\x02",
+    "Radiance HDR": rb"#\?R",
+    "XCF": rb"gimp xcf ",
+    "camera RAW": rb"....ftypcrx |FUJIFILMCCD-RAW|IIR[OS]|MMOR|IIU\0|II\x1a\0\0\0HEAPCCDR|FOVb|\0MRM",
+}
+"""Formats that Pillow does not know -> how their files begin."""
 SUFFIXES = (
     "jpg jpeg jpe jfif png apng webp avif bmp gif heic heif ico jp2 j2k jpx pbm pgm ppm pnm pcx psd qoi tga tif tiff"
 )
@@ -112,8 +129,9 @@ def open_image(data: bytes, check: Callable[[Size], None]) -> Image.Image:
             raise BadImage(f"pixel bomb: {error}") from error
         except Exception as error:  # a damaged file can make a reader raise anything
             if signed and refusal is None:
-                # A truncated header leaves the reader at the end of the file.
-                refusal = BadImage("truncated" if stream.tell() >= len(data) else reason_of(error))
+                # A truncated header leaves the reader at the end of the file, as does the directory of a TIFF there.
+                cut = stream.tell() >= len(data) and "unknown pixel mode" not in str(error)
+                refusal = BadImage("truncated" if cut else reason_of(error))
     unsupported = _unsupported(data)
     raise BadImage(unsupported) if unsupported else refusal or BadImage(not_an_image(data))
 
@@ -171,8 +189,9 @@ def _unsupported(data: bytes) -> str | None:
 
     if HEIF.match(data) and b"avif" not in data[:64] and "HEIF" not in Image.OPEN:
         return "unsupported format: HEIF; pip install 'sae-ray[heif]'"
-    named = (name for name in REFUSED if name in Image.OPEN and _signed(name, data))
-    return next((f"unsupported format: {name}" for name in named), None)
+    named = [name for name in REFUSED if name in Image.OPEN and _signed(name, data)]
+    named += [name for name, begins in UNKNOWN.items() if re.match(begins, data[:400], re.DOTALL)]
+    return f"unsupported format: {named[0]}" if named else None
 
 
 def _icon(stream: BytesIO, filename: str, check: Callable[[Size], None]) -> Image.Image:

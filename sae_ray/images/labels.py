@@ -38,7 +38,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sae_ray.errors import UsageError
+from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images.formats import SUFFIXES
 from sae_ray.images.meeting import meetings, nearest, prefixes
 from sae_ray.images.wordnet import TABLES, read_words, with_words
@@ -164,7 +164,7 @@ def _words_beside(folder: Folder, shared: list[str]) -> dict[str, str]:
             return words
     if "/" in folder.path.strip("/") or folder.is_local:
         parent, _ = parent_and_name(folder.uri)
-        with suppress(OSError):  # which need not be readable
+        with suppress(OSError, SaeRayError):  # which need not be readable
             for name in TABLES:
                 if words := read_words(parent, name):
                     return words
@@ -252,6 +252,8 @@ def csv_reader(text: str, columns: Iterable[Iterable[str]]) -> csv.DictReader:
 def _rows(file: str, rows: csv.DictReader, key: str, value: str) -> Iterator[tuple[str, str]]:
     seen = set()
     for row in rows:
+        if not any(cell.strip() for cell in row.values() if isinstance(cell, str)):  # spreadsheets leave such rows
+            continue
         if row[key] is None or row[value] is None:
             raise UsageError(f"{file}, row {rows.line_num}: {value} is missing; give every row all columns")
         if row[key] in seen:

@@ -73,9 +73,16 @@ def list_images(folder: Folder, labels: str = "auto") -> ImageList:
 
     Raises:
         UsageError: There is no such folder, or the labels do not fit its images.
-        SaeRayError: The folder contains no image, an image whose name is not UTF-8, or a folder that cannot be read.
+        SaeRayError: The folder contains no image, an image whose name is not UTF-8, or a folder that cannot be read; or
+            it is in one.
     """
-    if folder.filesystem.get_file_info(folder.path).type != fs.FileType.Directory:
+    try:
+        kind = folder.filesystem.get_file_info(folder.path).type
+    except PermissionError as error:
+        raise SaeRayError(
+            f"the image folder {folder} cannot be reached: no permission for a folder above it"
+        ) from error
+    if kind != fs.FileType.Directory:
         raise UsageError(f"there is no image folder {folder}; give a folder of images")
     skipped: Counter[str] = Counter()
     try:
@@ -83,8 +90,8 @@ def list_images(folder: Folder, labels: str = "auto") -> ImageList:
     except UnicodeDecodeError as error:
         raise SaeRayError(f"{folder} contains a file whose name is not UTF-8: {error.object!r}; rename it") from error
     except PermissionError as error:
-        remedy = f"make it readable, or move it out of {folder}"
         path = str(error.filename or folder).rstrip("/")
+        remedy = "make it readable" + (f", or move it out of {folder}" if path != str(folder) else "")
         raise SaeRayError(f"the folder {path} cannot be read: no permission; {remedy}") from error
     if not manifest.num_rows:
         what = f"no images, only what is skipped for its name ({skipped_line(skipped)})" if skipped else "no files"

@@ -6,6 +6,7 @@ import posixpath
 import unicodedata
 from collections.abc import Iterable
 from pathlib import PurePosixPath
+from urllib.parse import unquote
 
 from sae_ray.errors import UsageError
 from sae_ray.store.files import Folder
@@ -29,7 +30,9 @@ def meetings(file: str, names: dict[str, str | None], keys: Iterable[str], befor
 
 
 def _spelled(path: str) -> str:
-    """A path in one of its spellings: NFC, no backslashes, no `.`, no needless slashes or spaces."""
+    """A path in one of its spellings: NFC, no backslashes, no `.`, no needless slashes or spaces, no `file:` URI."""
+    if path.strip().lower().startswith("file:/"):
+        path = unquote(path.strip()[len("file:") :])
     path = unicodedata.normalize("NFC", path.strip()).replace("\\", "/")
     return posixpath.normpath(f"/{path}").lstrip("/")
 

@@ -6,42 +6,61 @@ manifests of folders that have such files. All other names are tried, and what c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from sae_ray.store.walking import Found
 
 SUFFIXES = {
-    "text and tables": "csv htm html json jsonl log md ndjson parquet rst rtf tex tsv txt xml yaml yml",
-    "annotations, beside images or apart": "aae ann geojson jgw lif pgw pp3 prj srt tfw vtt wld xmp",
-    "documents": "doc docx odp ods odt pdf ppt pptx xls xlsx",
-    "video and sound": "3gp aac avi flac flv m4a m4v mkv mov mp3 mp4 mpeg mpg ogg ogv wav webm wma wmv",
-    "archives": "7z bz2 dmg gz iso rar tar tbz tgz xz zip zst",
-    "arrays and weights": "arrow ckpt feather h5 hdf5 mat npy npz onnx pickle pkl pt pth safetensors tfrecord",
-    "settings and databases": "cfg conf db db-journal db-shm db-wal ini lmdb mdb sqlite sqlite3 toml",
-    "check sums": "crc md5 sfv sha1 sha256 sha512",
-    "programs": "bat cmd dll exe ipynb js py pyc sh so",
-    "links and downloads": "desktop lnk torrent url webloc",
-    "what has been begun": "aria2 crdownload download lock part partial swp tmp",
+    "text and tables": "csv htm html json json5 jsonl log md ndjson nfo orc parquet properties rst rtf tab tex "
+    "tsv txt xhtml xml xsd xsl yaml yml",
+    "annotations, beside images or apart": "aae ann dop geojson gpx jgw kml kmz lif lrcat lrprev names pbtxt pgw "
+    "pp3 prj pts srt tfw vtt wld xmp",
+    "the other files of maps": "bpw cpg dbf gfw j2w jpgw pngw shp shx tifw",
+    "documents": "bib doc docx epub key numbers odp ods odt pages pdf ppt pptx xls xlsm xlsx",
+    "video and sound": "3g2 3gp aac aif aiff amr avi f4v flac flv lrv m2ts m2v m4a m4v mid mkv mov mp3 mp4 mpeg "
+    "mpg mts mxf ogg ogv opus vob wav webm wma wmv",
+    "archives": "7z bz2 cab deb dmg gz iso jar lz4 lzma rar rpm tar tbz tbz2 tgz txz tzst whl xz zip zst",
+    "arrays and weights": "arrow avro beton bin ckpt feather gguf h5 h5ad hdf5 idx joblib keras lst mat msgpack "
+    "npy npz onnx pb pck pickle pkl pt pth rec safetensors tfrecord tflite",
+    "three dimensions": "fbx glb gltf las laz mtl obj ply stl",
+    "settings and databases": "cfg conf db db-journal db-shm db-wal dbx dvc env ini lmdb mdb plist sql sqlite "
+    "sqlite3 toml",
+    "check sums and signatures": "asc crc gpg md5 md5sum sfv sha1 sha256 sha256sum sha512 sig",
+    "programs": "bat cmd cpp css cu dll dylib exe go hpp ipynb java jl js jsx mjs msi pl ps1 py pyc rb rmd rs sh "
+    "so ts tsx wasm",
+    "links, mail and downloads": "desktop eml ics lnk torrent url vcf webloc",
+    "what has been begun": "!qb !ut aria2 bc! crdownload download filepart incomplete lock opdownload part "
+    "partial swo swp temp tmp unfinished ytdl",
     "where a file came from, kept beside it by Windows": "identifier",
 }
-NAMES = {"_success", "authors", "changelog", "checksums", "citation", "contributors", "copying", "icon\r", "license"}
-NAMES |= {"licence", "makefile", "manifest", "md5sums", "notice", "readme", "sha1sums", "sha256sums", "todo", "version"}
-"""Of files without a suffix, in lower case: notes, check sums, what Spark and the Finder leave."""
-FOLDERS = {"#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle", "@sharebin", "@tmp"}
-FOLDERS |= {"@__thumb", "__macosx", "__pycache__", "found.000", "lost+found", "network trash folder", "recycler"}
-FOLDERS |= {"system volume information", "temporary items", "thevolumesettingsfolder"}
-"""In lower case: thumbnails, bins and snapshots of file servers, and what systems and archives leave."""
-ENDINGS = ("_$folder$", ":encryptable", "@synoeastream", "@synoresource")
-"""Of whole names, in lower case: markers of folders in object stores, what Windows and Synology keep beside a file."""
+NAMES = (
+    "_common_metadata _metadata _success authors changelog changes checksums citation contributors copying copyright "
+    "dockerfile history install licence license makefile manifest md5sum md5sums news notice readme sha1sums sha256sum "
+    "sha256sums sha512sums thanks todo unlicense version"
+)
+"""Of files without a suffix, in lower case: notes, check sums, what Spark leaves."""
+FOLDERS = (
+    "#recycle, #snapshot, $recycle.bin, @__thumb, @eadir, @recently-snapshot, @recycle, @sharebin, @tmp, __macosx, "
+    "__pycache__, _gsdata_, _temporary, _vti_cnf, captureone, lost+found, lost.dir, network trash folder, "
+    "node_modules, recycler, site-packages, system volume information, temporary items, "
+    "thefindbycontentfolder, thevolumesettingsfolder, ~snapshot"
+)
+"""In lower case: thumbnails, bins and snapshots of file servers, and what systems and programs leave."""
 TOLD = 8
 """Kinds that a line tells of."""
 
 _SUFFIXES = frozenset(" ".join(SUFFIXES.values()).split())
+_NAMES = frozenset((*NAMES.split(), "icon\r"))
+_FOLDERS = frozenset(FOLDERS.split(", "))
+_ODD_FOLDER = re.compile(r"found\.\d{3}|.*\.lrdata")
+_ODD_NAME = re.compile(r"^(_committed_|_started_)\d|(_\$folder\$|:encryptable|:afp_\w+|:com\.apple\.\w+|@syno\w+)$")
+"""In lower case: what Spark and object stores leave, and what Windows, macOS and Synology keep beside a file."""
 
 
 def is_skipped_folder(name: str) -> bool:
     """Whether a folder of this name is left out, with all that is below it."""
-    return name.lower() in FOLDERS
+    return name.lower() in _FOLDERS or _ODD_FOLDER.fullmatch(name.lower()) is not None
 
 
 def skipped_as(found: Found) -> str | None:
@@ -52,11 +71,11 @@ def skipped_as(found: Found) -> str | None:
         return found.name + "/"
     if found.kind == "special file":
         return found.kind
-    name = found.name.lower()
-    if name in NAMES:
+    name = found.name.lower().rstrip("~")  # which editors add to what they have changed
+    if name in _NAMES:
         return found.name.strip()
-    if name.endswith(ENDINGS):
-        return next(ending for ending in ENDINGS if name.endswith(ending))
+    if odd := _ODD_NAME.search(name):
+        return odd[1] or odd[2]
     stem, _, suffix = name.rpartition(".")
     return f".{suffix}" if stem and suffix in _SUFFIXES else None
 

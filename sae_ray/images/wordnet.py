@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pyarrow import fs
 
+from sae_ray.errors import SaeRayError
 from sae_ray.store.files import Folder
 
 TABLES = ("LOC_synset_mapping.txt", "words.txt", "synset_words.txt")
@@ -31,10 +32,18 @@ def with_words(label_name: str, table: Callable[[], Mapping[str, str]]) -> str:
 
 
 def read_words(folder: Folder, name: str) -> dict[str, str]:
-    """Id -> words, from a file with one of each per line; empty if it does not exist."""
+    """Id -> words, from a file with one of each per line; empty if it does not exist.
+
+    Raises SaeRayError if it may not be read.
+    """
     if folder.filesystem.get_file_info(folder.path_of(name)).type != fs.FileType.File:
         return {}
-    return _words(folder.read_bytes(name).decode("utf-8-sig", errors="replace"))
+    try:
+        return _words(folder.read_bytes(name).decode("utf-8-sig", errors="replace"))
+    except PermissionError as error:
+        raise SaeRayError(
+            f"{folder / name}, which names classes, cannot be read: no permission; make it readable"
+        ) from error
 
 
 @cache

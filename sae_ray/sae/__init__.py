@@ -1,7 +1,7 @@
 """Sparse autoencoders: their architectures, training, use, and what they look like on disk.
 
 `CellTrainer` trains one SAE of a grid, `train_cells` a bundle of them on one stream. `SAE` is a trained one, `load_sae`
-opens one, and `evaluate` measures how faithful it is."""
+opens one, and `evaluate` measures how faithful it is. `train_sae` trains one on vectors from anywhere."""
 
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from sae_ray.sae.bundle import train_cells as train_cells
     from sae_ray.sae.config import Cell as Cell
     from sae_ray.sae.config import TrainingConfig as TrainingConfig
+    from sae_ray.sae.fitting import TrainedSAE as TrainedSAE
+    from sae_ray.sae.fitting import train_sae as train_sae
     from sae_ray.sae.formats import load_sae as load_sae
     from sae_ray.sae.formats import save_latents as save_latents
     from sae_ray.sae.formats import save_sae as save_sae
@@ -34,6 +36,7 @@ __getattr__ = exports(
     {
         "bundle": ["BundleJob", "CellJob", "CellReport", "train_cells"],
         "config": ["Cell", "TrainingConfig"],
+        "fitting": ["TrainedSAE", "train_sae"],
         "formats": ["load_sae", "save_latents", "save_sae"],
         "metrics": ["Fidelity", "FidelitySummary", "LatentStatistics", "evaluate", "evaluate_store", "measure_latents"],
         "model": ["SAE"],

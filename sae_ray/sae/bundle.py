@@ -18,6 +18,7 @@ import torch
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae.calibration import calibrated
 from sae_ray.sae.formats import load_sae, save_latents, save_sae
+from sae_ray.sae.history import HISTORY_FILE, History
 from sae_ray.sae.metrics import measure_latents
 from sae_ray.sae.monosemanticity import embeddings_by_image
 from sae_ray.sae.ranks import ALONE
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from sae_ray.store.steps import Step
 
 CHECKPOINTS = "checkpoints"
+_HISTORY = "history"
+"""Beside the trainer's tensors in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class CellReport(NamedTuple):
 
     metrics: StepMetrics
     d_sae: int
+    kept: list[StepMetrics]
+    """Those that its history kept since the last report."""
 
 
 class _Run(NamedTuple):
@@ -107,6 +112,7 @@ class _Run(NamedTuple):
     """None where all dimensions count alike."""
     embeddings: Float[Tensor, "images d"] | None
     """The judge's, by `image_index`, on the device; None where they are of no use."""
+    history: History
 
 
 def train_cells(
@@ -118,8 +124,9 @@ def train_cells(
     """Trains the cells of a bundle that are not finished and writes each one's step.
 
     A step holds the SAE, `latents.parquet` (statistics of its latents on the training activations, see
-    `measure_latents`), why latents are dead, and a record of the attempts that led to it. A cell whose loss stops being
-    finite is recorded as failed; the others continue. All cells fail if there are no activations, or all are 0.
+    `measure_latents`), `metrics.parquet` (see `History`), why latents are dead, and a record of the attempts that led
+    to it. A cell whose loss stops being finite is recorded as failed; the others continue. All cells fail if there are
+    no activations, or all are 0.
 
     Args:
         split: every rank of it makes this call, the first one writes. Another attempt may have another.
@@ -186,7 +193,7 @@ def _train(
                 _fail(run, _explained(error, store), time.monotonic() - started)
                 continue
             if metrics:
-                reports[run.job.step.name] = CellReport(metrics[-1], run.trainer.d_sae)
+                reports[run.job.step.name] = CellReport(metrics[-1], run.trainer.d_sae, run.history.add(metrics))
         if (after_step(done, reports) or save) and workers.rank == 0:
             for run in running:
                 _save(run)
@@ -232,9 +239,11 @@ def _resumed(job: CellJob, given: _Given, device: torch.device, split: Split) ->
     gamma = weighing and split.ranks.smallest(torch.from_numpy(weighing.gamma).to(device, torch.float32))
     trainer = CellTrainer(job.cell, store.d, device, split, concepts, gamma)
     earlier: list[dict[str, Any]] = []
+    past = None
     checkpoint = newest_checkpoint(job.step.folder / CHECKPOINTS)
     if checkpoint is not None:
         tensors, facts = checkpoint
+        past = tensors.pop(_HISTORY, None)
         trainer.restore(tensors, facts)
         earlier = facts["attempts"]
     elif job.cell.training.init is not None:
@@ -244,7 +253,9 @@ def _resumed(job: CellJob, given: _Given, device: torch.device, split: Split) ->
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     this = {"first_step": trainer.n_steps, "workers": split.rows.size, "shards": split.latents.size, "device": kind}
     targets = job.targets.to(device) if job.targets else None
-    return _Run(job, trainer, [*earlier, this], targets, weighing, job.embeddings and given.embeddings(job.embeddings))
+    history = History(job.cell.training.steps, job.cell.training.batch_size, past)
+    embeddings = job.embeddings and given.embeddings(job.embeddings)
+    return _Run(job, trainer, [*earlier, this], targets, weighing, embeddings, history)
 
 
 def _weighing(job: CellJob, given: _Given) -> Weighing:
@@ -275,6 +286,7 @@ def _save(run: _Run) -> None:
     job, trainer, attempts, *_ = run
     tensors, facts = trainer.state()
     if tensors:
+        tensors[_HISTORY] = run.history.tensor()
         save_checkpoint(job.step.folder / CHECKPOINTS, trainer.n_steps, tensors, facts | {"attempts": attempts})
 
 
@@ -282,6 +294,7 @@ def _fail(run: _Run, reason: str, seconds: float) -> None:
     """On all ranks; the first writes."""
     if run.trainer.split.ranks.rank == 0:
         ran = {"attempts": run.attempts}
+        run.job.step.folder.write_parquet(HISTORY_FILE, run.history.table())
         run.job.step.finish(seconds, {"steps": run.trainer.n_steps}, "failed", reason, ran)
 
 
@@ -327,9 +340,10 @@ def _write(running: list[_Run], given: _Given, started: float, waited: float) ->
         if sae is not None:
             if sae.kind.estimates_threshold and len(kept_out):
                 sae = calibrated(sae, kept_out)
-            saes.append((run.job.step, run.attempts, run.weighing, dead, sae))
+            saes.append((run.job.step, run.attempts, run.history, run.weighing, dead, sae))
     measured = measure_latents([sae for *_, sae in saes], given.store)
-    for (step, attempts, weighing, dead, sae), latents in zip(saes, measured, strict=True):
+    for (step, attempts, history, weighing, dead, sae), latents in zip(saes, measured, strict=True):
+        step.folder.write_parquet(HISTORY_FILE, history.table())
         save_sae(sae, step.folder)
         save_latents(latents, step.folder, sae.concepts)
         counts = {

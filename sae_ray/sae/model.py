@@ -14,8 +14,11 @@ from sae_ray.sae.architectures import architecture
 from sae_ray.sae.rows import standardised
 from sae_ray.sae.screening import pays, screening
 from sae_ray.sae.sparse import Pattern, SparseCodes
+from sae_ray.store.files import Folder
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jaxtyping import Float
     from torch import Tensor
 
@@ -87,6 +90,12 @@ class SAE:
         weights = {name: getattr(self, name).to(device, dtype) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
         threshold = None if self.threshold is None else self.threshold.to(device)
         return dataclasses.replace(self, **weights, threshold=threshold)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes it, in float32, as a directory that `load_sae` and SAELens open; a local path or a URI."""
+        from sae_ray.sae.formats import save_sae
+
+        save_sae(self, Folder(directory))
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """Dense codes. Raises UsageError when x has another width than `d_in`."""

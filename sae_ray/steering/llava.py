@@ -88,8 +88,8 @@ def _block_read(model: str, feature_layer: int | list[int], n_layers: int) -> in
     layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
     if len(layers) != 1:
         raise UsageError(
-            f"vision_feature_layer of {model} is {layers}: its language model reads several layers; "
-            "steering takes a LLaVA that reads one"
+            f"vision_feature_layer of {model} is {layers}: its language model reads "
+            f"{'several layers' if layers else 'no layer'}; steering takes a LLaVA that reads one"
         )
     [layer] = layers
     block = layer - 1 if layer >= 0 else n_layers + layer

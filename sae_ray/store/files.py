@@ -122,7 +122,8 @@ class Folder:
         try:
             return json.loads(self.read_bytes(name))
         except ValueError as error:
-            raise SaeRayError(f"{self / name} is not JSON ({error}); delete its folder and run again") from error
+            remedy = "copy it again, or delete its folder and run again if sae-ray made it"
+            raise SaeRayError(f"{self / name} is not JSON ({error}); {remedy}") from error
 
     @contextmanager
     def _appearing(self, name: str) -> Iterator[str]:

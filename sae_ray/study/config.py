@@ -190,7 +190,8 @@ class ExtractResources:
 
     workers: Count | None = None
     """Number of encoder actors. Default: one per GPU, or one per two CPUs if there is no GPU, where decoding takes most
-    of the time. With a large encoder and no GPU, take as many as there are cores: each computes on `cpus` threads."""
+    of the time, as far as there is work for them. With a large encoder and no GPU, take as many as there are cores:
+    each computes on `cpus` threads."""
     cpus: Amount = 1
     """CPUs per encoder actor."""
     gpus: Amount | None = None
@@ -229,8 +230,9 @@ class TrainResources:
     checkpoint_every: Count = 2000
     """Steps between checkpoints."""
     max_failures: Annotated[int, Ge(0)] = 3
-    """How often a bundle is restarted after losing a worker. The loss of a node that was announced, as that of a spot
-    instance is, does not count: the bundle writes checkpoints before."""
+    """How often a bundle is begun again from its newest checkpoints after losing a worker, or after an error of a disk
+    or a device. Before the announced loss of a node, such as a spot instance, the bundle writes checkpoints; that loss
+    does not count where the bundle has one worker."""
 
     def __post_init__(self):
         least, most = self.workers_span

@@ -78,7 +78,7 @@ def plan_study(
         memory: what the root remembers (`recall`).
         list_again: list the image folders, and read the files of concepts and what training is given by a path, even if
             the root remembers them.
-        describe_again: describe the models even if the root remembers them.
+        describe_again: describe the models even if the root remembers them, but for directories that have not changed.
 
     Raises:
         UsageError: a folder, file, model, site or cell is invalid.
@@ -87,7 +87,9 @@ def plan_study(
     same_images = memory is not None and _images(memory.study) == _images(study)
     same_models = memory is not None and _models(memory.study) == _models(study)
     images = memory.survey.images if memory and same_images and not list_again else survey_images(study.images)
-    models = memory.survey.models if memory and same_models and not describe_again else survey_models(study)
+    models = memory.survey.models if memory and same_models else None
+    if models is None or describe_again:
+        models = survey_models(study, models)
     same_files = memory is not None and concept_paths(memory.study) == concept_paths(study)
     files = memory.survey.files if memory and same_files and not list_again else survey_files(study)
     same_inputs = memory is not None and named_inputs(memory.study) == named_inputs(study)

@@ -13,7 +13,7 @@ from typing import Any
 
 from sae_ray.concepts.config import INATURALIST
 from sae_ray.encoders.info import EncoderInfo
-from sae_ray.encoders.sources import named_by
+from sae_ray.encoders.sources import is_unchanged, named_by
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images.labels import text_of
 from sae_ray.images.manifest import ImageList, labels_digest, list_images, manifest_digest, select_split
@@ -120,8 +120,12 @@ def survey_images(images: Images) -> dict[str, SurveyedImages]:
     return {name: SurveyedImages.of(one) for name, one in found.items()}
 
 
-def survey_models(study: Study) -> SurveyedModels:
+def survey_models(study: Study, before: SurveyedModels | None = None) -> SurveyedModels:
     """Describes the models of a study, without loading their weights.
+
+    Args:
+        before: of the same models, perhaps as they were earlier. Directories whose files have not changed since are not
+            described anew, which would need their libraries.
 
     Raises:
         UsageError: a model is unknown, cannot be reached or is not supported; the message names its field.
@@ -130,16 +134,16 @@ def survey_models(study: Study) -> SurveyedModels:
     from sae_ray.steering.llava import describe_llava
 
     steering = study.steering
-    encoder = _named("encoder.model", describe_encoder, study.encoder.model, study.encoder.revision)
-    judge = _named("judge.model", describe_encoder, study.judge.model, study.judge.revision)
+    encoder, judge, scorer, llava = (
+        (before.encoder, before.judge, before.scorer, before.llava) if before else (None, None, None, None)
+    )
+    encoder = _named("encoder.model", describe_encoder, study.encoder.model, study.encoder.revision, encoder)
+    judge = _named("judge.model", describe_encoder, study.judge.model, study.judge.revision, judge)
     if steering is None:
         return SurveyedModels(encoder, judge)
-    return SurveyedModels(
-        encoder,
-        judge,
-        _named("steering.scorer", describe_encoder, steering.scorer, steering.scorer_revision),
-        _named("steering.llava", describe_llava, steering.llava, steering.revision),
-    )
+    scorer = _named("steering.scorer", describe_encoder, steering.scorer, steering.scorer_revision, scorer)
+    llava = _named("steering.llava", describe_llava, steering.llava, steering.revision, llava)
+    return SurveyedModels(encoder, judge, scorer, llava)
 
 
 def survey_files(study: Study) -> dict[str, str]:
@@ -213,9 +217,10 @@ def survey(study: Study) -> Survey:
     return Survey(survey_images(study.images), survey_models(study), survey_files(study), survey_inputs(study))
 
 
-def _named(field: str, describe: Any, model: str, revision: str | None) -> Any:
+def _named(field: str, describe: Any, model: str, revision: str | None, before: EncoderInfo | LlavaInfo | None) -> Any:
+    known = before.tower if isinstance(before, LlavaInfo) else before
     with named_by(field, model):
-        return describe(model, revision)
+        return before if known and is_unchanged(model, known.revision) else describe(model, revision)
 
 
 def _list(field: str, images: ImageSet) -> ImageList:

@@ -2,7 +2,7 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const MODES = { set: "set to", add: "add", scale: "times", ablate: "ablate" };
+const MODES = { set: "set to", add: "add", scale: "times", ablate: "ablate", balanced: "push by" };
 const LINKED_IMAGE = 24000; // images with more characters are left out of links
 const WHITE = white();
 const FRESH = {
@@ -67,7 +67,7 @@ async function tell(work) {
 function request(image) {
   const features = state.features.map(({ index, strength, mode }) => {
     if (mode === "ablate") return { index, mode };
-    return { index, strength, mode, unit: mode === "scale" ? "absolute" : "max" };
+    return { index, strength, mode, unit: mode === "scale" || mode === "balanced" ? "absolute" : "max" };
   });
   const steering = { sae: state.sae, features, error: state.error, isolate: state.isolate, types: ["DEFAULT", "STEERED"] };
   if (state.rectangles.length) steering.region = { rectangles: state.rectangles };
@@ -206,10 +206,18 @@ function editor(one) {
   const shown = element("output");
   const show = () => {
     slider.hidden = shown.hidden = one.mode === "ablate";
-    shown.textContent = one.mode === "scale" ? `× ${one.strength}` : `${one.strength} × max`;
+    shown.textContent = { scale: `× ${one.strength}`, balanced: `${one.strength} × token` }[one.mode] ?? `${one.strength} × max`;
   };
   slider.oninput = () => { one.strength = Number(slider.value); show(); keep(); };
-  mode.onchange = () => { one.mode = mode.value; show(); keep(); };
+  mode.onchange = () => {
+    one.mode = mode.value;
+    if (one.mode === "balanced") { // of the token itself, whose length is far more than the feature's maximum
+      [one.strength, state.error] = [1, "keep"];
+      [slider.value, $("error").value] = [one.strength, state.error];
+    }
+    show();
+    keep();
+  };
   const remove = element("button", { type: "button", textContent: "Remove" });
   remove.setAttribute("aria-label", `Remove ${titleOf(feature)}`);
   remove.onclick = () => { state.features = state.features.filter((other) => other !== one); change(); };

@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 import unicodedata
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,105 @@ def test_the_line_tells_of_the_most_frequent_kinds():
 
 
 # Links and special files
+
+
+def above(folder: Path) -> None:
+    (folder / "up").symlink_to(folder)
+
+
+def pipe(folder: Path) -> None:
+    os.mkfifo(folder / "b.png")
+
+
+def closed_file(folder: Path) -> None:
+    (folder / "b.png").touch(0)
+
+
+def closed_folder(folder: Path) -> None:
+    (folder / "b").mkdir(0)
+
+
+def not_utf8(folder: Path) -> None:
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).touch()
+
+
+def link(*targets: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        (folder.parent / "far").mkdir()
+        (folder.parent / "far" / "1.png").write_bytes((folder / "a.png").read_bytes())
+        for name, target in zip("bc", targets, strict=False):
+            (folder / name).symlink_to(target)
+
+    return make
+
+
+LOCAL = [
+    ("a link to a file", "the file", link("a.png"), "['a.png', 'b'] {}"),
+    (
+        "a link to a folder",
+        "its images, unless the folder is listed already: a real folder is listed once, where it really is if that is "
+        "below the image folder. The link is skipped",
+        link("../far", "../far"),
+        "['a.png', 'b/1.png'] {'link to a folder above it or listed already': 1}",
+    ),
+    (
+        "a link to a folder above itself",
+        "skipped",
+        above,
+        "['a.png'] {'link to a folder above it or listed already': 1}",
+    ),
+    ("a link to nothing or to itself", "a reject: `a link to nothing`", link("gone", "c"), "['a.png', 'b', 'c'] {}"),
+    ("a pipe, a socket, a device", "skipped", pipe, "['a.png'] {'special file': 1}"),
+    ("a file without read permission", "a reject: `no permission to read it`", closed_file, "['a.png', 'b.png'] {}"),
+    ("a folder without read permission", "refused, with its path", closed_folder, "images/b cannot be read: no perm"),
+    ("an image whose name is not UTF-8", "refused, with its name", not_utf8, r"not UTF-8: b'caf\xe9.png'; rename it"),
+]
+"""What is in a local folder beside `a.png`, as the page says it; what becomes of it; how to make it; what is found."""
+
+
+@pytest.mark.parametrize(("given", "fate", "make", "found"), LOCAL, ids=[one[0] for one in LOCAL])
+def test_the_page_says_what_becomes_of_links_and_closed_files(given, fate, make, found):
+    with tempfile.TemporaryDirectory() as scratch:  # pytest's own folders are closed to others
+        Path(scratch).chmod(0o755)
+        folder = Path(scratch, "images")
+        folder.mkdir()
+        Image.new("RGB", (4, 4)).save(folder / "a.png")
+        make(folder)
+        said = subprocess.run(
+            [sys.executable, "-c", LISTED, str(folder)], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+    assert found in said[0]
+    rejected = re.fullmatch("a reject: `(.*)`", fate)
+    assert set(said[1:]) == ({rejected[1]} if rejected else set())
+
+
+LISTED = """
+import os, sys
+import numpy as np
+from sae_ray.errors import SaeRayError
+from sae_ray.images import decode_image, list_images, part
+from sae_ray.store.files import Folder
+
+decode_image(open(sys.argv[1] + "/a.png", "rb").read())  # loads what another user may not read
+if os.geteuid() == 0:
+    os.setuid(65534)  # root may read everything
+folder = Folder(sys.argv[1])
+try:
+    images = list_images(folder)
+except SaeRayError as error:
+    print(error)
+else:
+    ids = images.manifest["image_id"].to_pylist()
+    print(ids, dict(images.skipped))
+    keep = part.Preparation(lambda image: np.asarray(image).transpose(2, 0, 1))
+    for _, reason in part.decode_part(folder, ids, [keep]).rejects:
+        print(reason)
+"""
+
+
+def test_the_page_shows_these_links_and_closed_files():
+    table = SECTION.partition("| in a local folder | what becomes of it |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert table.splitlines() == [f"| {given} | {fate} |" for given, fate, *_ in LOCAL]
 
 
 def test_a_link_above_itself_ends(tmp_path):
@@ -235,23 +335,38 @@ except SaeRayError as error:
 def test_a_folder_that_cannot_be_read_is_one_clear_message():
     with tempfile.TemporaryDirectory() as scratch:  # pytest's own folders are closed to others
         Path(scratch).chmod(0o755)
-        fill(Path(scratch), "images/cat/1.jpg", "images/lost+found/2.jpg")
+        fill(Path(scratch), "images/n01440764/1.jpg", "images/lost+found/2.jpg", "images/words.txt")
         (Path(scratch) / "images" / "lost+found").chmod(0)
 
         def said() -> str:
             command = [sys.executable, "-c", LOCKED, f"{scratch}/images"]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+        def closed(name: str) -> str:
+            place = Path(scratch, name)
+            mode = place.stat().st_mode
+            place.chmod(0)
+            try:
+                return said()
+            finally:
+                place.chmod(mode)
+
         try:
-            assert said() == "['cat/1.jpg']", "what is skipped need not be readable"
-            (Path(scratch) / "images" / "cat").chmod(0)
-            assert said() == (
-                f"1 images.train: the folder {scratch}/images/cat cannot be read: no permission; make it readable, or "
-                f"move it out of {scratch}/images"
+            assert said() == "['n01440764/1.jpg']", "what is skipped need not be readable"
+            images, none = f"{scratch}/images", "no permission"
+            assert closed("images/n01440764") == (
+                f"1 images.train: the folder {images}/n01440764 cannot be read: {none}; make it readable, or move it "
+                f"out of {images}"
+            )
+            assert closed("images/words.txt") == (
+                f"1 images.train: {images}/words.txt, which names classes, cannot be read: {none}; make it readable"
+            )
+            assert closed("images") == f"1 images.train: the folder {images} cannot be read: {none}; make it readable"
+            assert closed("") == (
+                f"1 images.train: the image folder {images} cannot be reached: {none} for a folder above it"
             )
         finally:
-            for name in ("cat", "lost+found"):
-                (Path(scratch) / "images" / name).chmod(0o755)
+            (Path(scratch) / "images" / "lost+found").chmod(0o755)
 
 
 def test_a_local_walk_finds_what_a_store_lists(tmp_path):
@@ -275,6 +390,8 @@ def test_a_local_walk_finds_what_a_store_lists(tmp_path):
         f"image_id,label\n/{NFC},drink\n cat/1.jpg ,cat\n",
         f"image_id,label\nimages/{NFC},drink\nimages/cat/1.jpg,cat\n",
         "image_id,label\nHERE/images/café.jpg,drink\nHERE/images/cat/1.jpg,cat\n",
+        "image_id,label\nfile://HERE/images/caf%C3%A9.jpg,drink\nfile:HERE/images/cat/1.jpg,cat\n",
+        "image_id;label;\ncafé.jpg;drink;\n;;\ncat/1.jpg;cat;\n;;\n ; ;\n",
         f"image_id;label\n{NFC};drink\ncat/1.jpg;cat\n",
         f"image_id\tlabel\n{NFC}\tdrink\ncat/1.jpg\tcat\n",
         f"label|image_id\ndrink|{NFC}\ncat|cat/1.jpg\n",
@@ -409,42 +526,65 @@ DENIED = (
 )
 
 
-@pytest.mark.parametrize(
-    ("data", "kind"),
-    [
-        (b"\0" * 5000, "zeros only"),
-        (LFS, "a git-lfs pointer (run `git lfs pull`)"),
-        (b"/annex/objects/SHA256E-s3--abc.jpg\n", "a git-annex pointer (run `git annex get`)"),
-        (b"../.git/annex/objects/Xq/7j/SHA256E-s3--abc.jpg", "a git-annex pointer (run `git annex get`)"),
-        (b"<html><body>404</body></html>", "an HTML page"),
-        (b"\n\n<!DOCTYPE html>\n<!-- x --><html lang=en>" + b"x" * 9000, "an HTML page"),
-        (b'\xef\xbb\xbf<?xml version="1.0"?><!DOCTYPE html PUBLIC "-//W3C"><html>', "an HTML page"),
-        (b"<HEAD><TITLE>Forbidden</TITLE></HEAD>", "an HTML page"),
-        ("<html>gone</html>".encode("utf-16"), "an HTML page"),
-        (DENIED, "an object store's error: AccessDenied"),
-        (DENIED.replace(b"AccessDenied", b"BlobNotFound"), "an object store's error: BlobNotFound"),
-        (b'{"message": "Not found"}', "a JSON document"),
-        (b'[{"image_id": 1}]', "a JSON document"),
-        (b"<annotation><folder>x</folder></annotation>", "an XML document"),
-        (b'<?xml version="1.0"?><!-- made by x --><svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing"),
-        (b"data:image/png;base64,iVBORw0KGgo=", "a data URL"),
-        (b"hello, world", "text"),
-        ("ä".encode() * 4096, "text"),
-        (b"x" + "ä".encode() * 4096, "text"),
-        (b"%PDF-1.7\n", "a PDF"),
-        (zipped(), "a ZIP archive"),
-        (tarred(), "a tar archive"),
-        (b"\x1f\x8b\x08\0", "a gzip file"),
-        (b"\0\0\0\x20ftypisom\0\0\2\0", "a video"),
-        (b"RIFF\x10\0\0\0AVI LIST", "a video"),
-        (b"RIFF\x10\0\0\0WAVEfmt ", "sound"),
-        (array(), "a NumPy array"),
-        (b"SQLite format 3\0", "a database"),
-        (b"hello, \xff\xfe world", None),
-        (b"\x01\x02\x03", None),
-        (np.random.default_rng(0).bytes(9000), None),
-    ],
-)
+IMPOSTERS: list[tuple[bytes, str | None]] = [
+    (b"\0" * 5000, "zeros only"),
+    (LFS, "a git-lfs pointer (run `git lfs pull`)"),
+    (b"/annex/objects/SHA256E-s3--abc.jpg\n", "a git-annex pointer (run `git annex get`)"),
+    (b"../.git/annex/objects/Xq/7j/SHA256E-s3--abc.jpg", "a git-annex pointer (run `git annex get`)"),
+    (b"<html><body>404</body></html>", "an HTML page"),
+    (b"\n\n<!DOCTYPE html>\n<!-- x --><html lang=en>" + b"x" * 9000, "an HTML page"),
+    (b'\xef\xbb\xbf<?xml version="1.0"?><!DOCTYPE html PUBLIC "-//W3C"><html>', "an HTML page"),
+    (b"<HEAD><TITLE>Forbidden</TITLE></HEAD>", "an HTML page"),
+    ("<html>gone</html>".encode("utf-16"), "an HTML page"),
+    ("<!DOCTYPE html><title>エラー</title>".encode("shift_jis"), "an HTML page"),
+    ("<html><title>Zurück</title>".encode("cp1252"), "an HTML page"),
+    (b"<br />\n<b>Fatal error</b>: Uncaught Error", "an HTML page"),
+    (b"<pre>Cannot GET /a.jpg</pre>", "an HTML page"),
+    (b"<a href='/login'>Found</a>.", "an HTML page"),
+    (DENIED, "an object store's error: AccessDenied"),
+    (DENIED.replace(b"<Error>", b"<Error xmlns='x'>"), "an object store's error: AccessDenied"),
+    (b"<ErrorResponse xmlns='x'>" + DENIED[39:] + b"</ErrorResponse>", "an object store's error: AccessDenied"),
+    (DENIED.replace(b"AccessDenied", b"BlobNotFound"), "an object store's error: BlobNotFound"),
+    (b'{"message": "Not found"}', "a JSON document"),
+    (b'[{"image_id": 1}]', "a JSON document"),
+    (b"[null, 1]", "a JSON document"),
+    (b"null\n", "a JSON document"),
+    ('{"message": "zurück"}'.encode("latin-1"), "a JSON document"),
+    (b"<annotation><folder>x</folder></annotation>", "an XML document"),
+    (b'<?xml version="1.0"?><!-- made by x --><svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing"),
+    (b"data:image/png;base64,iVBORw0KGgo=", "a data URL"),
+    (b"/9j/4AAQSkZJRgABAQAAAQABAAD", "base64"),
+    (b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJ", "base64"),
+    (b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n\xff\xd8\xff", "a server's answer with its header"),
+    (b"hello, world", "text"),
+    ("ä".encode() * 4096, "text"),
+    (b"x" + "ä".encode() * 4096, "text"),
+    (b"%PDF-1.7\n", "a PDF"),
+    (zipped(), "a ZIP archive"),
+    (tarred(), "a tar archive"),
+    (b"\x1f\x8b\x08\0", "a gzip file"),
+    (b"\0\0\0\x20ftypisom\0\0\2\0", "a video"),
+    (b"\0\0\0\x18ftyp3gp4", "a video"),
+    (b"\0\0\0\x08wide\0\0\0\0mdat", "a video"),
+    (b"\0\0\x10\0moov\0\0\0\x6cmvhd", "a video"),
+    (b"FLV\1\5\0\0\0\x09", "a video"),
+    (b"\0\x05\x16\x07\0\2\0\0", "what macOS keeps beside a file"),
+    (b"FORM\0\0\0\x10AIFFCOMM", "sound"),
+    (b"RIFF\x10\0\0\0AVI LIST", "a video"),
+    (b"RIFF\x10\0\0\0WAVEfmt ", "sound"),
+    (array(), "a NumPy array"),
+    (b"SQLite format 3\0", "a database"),
+    (b"\x7fELF\2\1\1" + bytes(50), "a program"),
+    (bytes.fromhex("d0cf11e0a1b11ae1") + bytes(600), "an old Office document"),
+    (bytes.fromhex("4c0000000114020000000000c000000000000046"), "a shortcut of Windows"),
+    (b"hello, \xff\xfe world", None),
+    (b"<\0h\0t\0m\0l\0>\0", None),
+    (b"\x01\x02\x03", None),
+    (np.random.default_rng(0).bytes(9000), None),
+]
+
+
+@pytest.mark.parametrize(("data", "kind"), IMPOSTERS)
 def test_what_is_saved_as_an_image_is_named_as_what_it_is(data, kind):
     with pytest.raises(BadImage) as refusal:
         decode_image(data)
@@ -452,6 +592,14 @@ def test_what_is_saved_as_an_image_is_named_as_what_it_is(data, kind):
     assert len(refusal.value.reason) < 80
     if kind:
         assert kind.replace("BlobNotFound", "AccessDenied") in SECTION
+
+
+def test_every_reason_of_the_page_is_given():
+    table = SECTION.partition("| content | reason |")[2].partition("\n\n")[0]
+    shown = {reason.strip("` ") for reason in re.findall(r"\| (`.*?`)(?=;|,| \|)", table)}
+    assert shown == {"zero bytes", "not an image"} | {
+        f"not an image: {kind}" for _, kind in IMPOSTERS if kind and f"not an image: {kind}" in shown
+    }
 
 
 @pytest.mark.parametrize("kind", sorted({*imposters.MAGIC.values(), *imposters.CONTAINERS.values()}))

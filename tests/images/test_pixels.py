@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from sae_ray.images import BadImage, decode_image
 from sae_ray.images.decode import BYTE_LIMIT
-from sae_ray.images.formats import ACCEPTED, REFUSED
+from sae_ray.images.formats import ACCEPTED, REFUSED, UNKNOWN
 from sae_ray.images.part import Preparation, decode_part
 from sae_ray.images.rendering import DIM, ON_WHITE, Rendering, rendered
 from sae_ray.store.files import Folder
@@ -221,6 +222,31 @@ def test_every_refused_format_is_refused(name: str):
         assert reason({"IMT": imt, "IPTC": iptc}.get(name, olefile)).startswith(("not an image", "unsupported format"))
 
 
+BEGINNINGS = {
+    "BPG": b"BPG\xfb",
+    "DICOM": bytes(128) + b"DICM\2\0",
+    "DjVu": b"AT&TFORM\0\0\0\0DJVU",
+    "FLIF": b"FLIF1",
+    "JPEG-LS": b"\xff\xd8\xff\xf7\0\x0b\x08",
+    "JPEG XL": b"\xff\x0a\xfa\x1f",
+    "JPEG XR": b"II\xbc\1\x20",
+    "KTX": b"\xabKTX 11\xbb\r\n\x1a\n",
+    "NIfTI": struct.pack("<I340s4s", 348, b"", b"n+1\0"),
+    "OpenEXR": b"v/1\1\2",
+    "PSB": b"8BPS\0\2" + bytes(20),
+    "Radiance HDR": b"#?RADIANCE\n",
+    "XCF": b"gimp xcf v011\0",
+    "camera RAW": b"\0\0\0\x18ftypcrx \0\0\0\1",
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_formats_that_pillow_does_not_know_are_refused_by_name(name: str):
+    assert reason(BEGINNINGS[name]) == f"unsupported format: {name}"
+    if name == "JPEG XL":
+        assert reason(b"\0\0\0\x0cJXL \r\n\x87\n") == "unsupported format: JPEG XL"
+
+
 def test_every_format_of_pillow_is_accepted_or_refused():
     """A new Pillow may read more."""
     Image.init()
@@ -235,6 +261,7 @@ def test_the_documentation_lists_the_formats():
     for table in (ACCEPTED, REFUSED):
         rows = "\n".join(f"| {name} | {text} |" for name, text in table.items())
         assert rows in page, f"docs/inputs.md is stale; its rows must be\n{rows}"
+    assert f"by name: {', '.join(UNKNOWN)}." in page.replace("\n", " ")
 
 
 def test_text_is_no_image_of_a_format_without_signature():
@@ -447,6 +474,36 @@ def test_an_avif_with_damaged_exif_data_is_decoded(place: int):
     start = data.index(b"hello") - 30
     data[start + place : start + place + 3] = b"\xff\xff\xff"
     assert decode_image(bytes(data)).size == SIZE
+
+
+XMP = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+PROFILE = "\nexif\n 34\n" + (b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6" + bytes(7)).hex() + "\n"
+TURNED_ELSEWHERE = {
+    "a JPEG by XMP data": lambda: encoded(noise(), "JPEG", xmp=XMP),
+    "a WebP by XMP data": lambda: encoded(noise(), "WEBP", xmp=XMP),
+    "a PNG by XMP data": lambda: png_with_text("XML:com.adobe.xmp", XMP.decode()),
+    "a PNG by a text of ImageMagick": lambda: png_with_text("Raw profile type exif", PROFILE),
+}
+
+
+def png_with_text(key: str, text: str) -> bytes:
+    texts = PngInfo()
+    texts.add_itxt(key, text)
+    return encoded(noise(), pnginfo=texts)
+
+
+@pytest.mark.parametrize("what", TURNED_ELSEWHERE)
+def test_only_exif_data_turn_an_image_as_in_browsers(what: str):
+    data = TURNED_ELSEWHERE[what]()
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.getexif()[0x0112] == 6, "Pillow would turn it"
+    assert decode_image(data).size == noise().size
+
+
+@pytest.mark.parametrize("bits", [10, 14, 24])
+def test_a_tiff_of_unusual_depth_is_not_called_truncated(bits: int):
+    data = tiff_of_twelve_bits().replace(struct.pack("<HHII", 258, 4, 1, 12), struct.pack("<HHII", 258, 4, 1, bits))
+    assert reason(data) == "unreadable: unknown pixel mode"
 
 
 @pytest.mark.parametrize("missing", [2, 10, 300])

@@ -226,6 +226,20 @@ def test_a_root_remembers_its_study(finished, make_plan, tmp_path):
     assert json.loads(result.stdout)["study"] == "small"
 
 
+def test_a_run_with_nothing_left_to_do_loads_no_model_and_starts_no_cluster(finished, make_plan, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(finished, root)
+    remember(make_plan(root))
+    code = (
+        "import sys; from sae_ray.jobs.cli import main; main(sys.argv[1:], standalone_mode=False); "
+        "print([name for name in ('transformers', 'open_clip', 'ray') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, "run", "--root", str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "nothing left to do" in done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.ray
 def test_a_healthy_run_prints_only_its_own_lines(ran):
     ours = re.compile(

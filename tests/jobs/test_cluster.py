@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from sae_ray.jobs.cluster import directory_for_ray, loss, require, usable_cpus, user_error
+from sae_ray.jobs.cluster import SHARES, directory_for_ray, loss, quota_of, require, share, usable_cpus, user_error
 from sae_ray.jobs.stage import at_work
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
+from sae_ray.study.config import ScoreResources
 from tests.machine import DEAD_PROXY, PATIENCE_S
 
 
@@ -111,7 +112,7 @@ from sae_ray.jobs.cluster import connect
 connect()
 import ray
 
-print(ray.get(ray.remote(lambda: "it runs").remote()))
+print(ray.get(ray.remote(lambda given: "it runs").remote(ray.put(bytes(2**22)))))
 """
 
 
@@ -127,18 +128,28 @@ def test_agents_that_are_slow_to_start_are_waited_for(tmp_path):
 CAPABILITIES = "-dac_override,-dac_read_search,-fowner"
 UNPRIVILEGED = ["setpriv", f"--bounding-set={CAPABILITIES}", f"--inh-caps={CAPABILITIES}"] if os.geteuid() == 0 else []
 """Begins a command that may only write where its user may."""
+MAY_MOUNT = (
+    shutil.which("unshare") and not subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode
+)
+SMALL = (
+    ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
+    if MAY_MOUNT
+    else []
+)
+"""Begins a command that has little shared memory, as in a container."""
 
 
 @pytest.mark.ray
 def test_a_cluster_starts_on_a_machine_of_others():
-    """Ray's directory is another user's, HOME cannot be written, and a proxy that does not answer is to be used."""
+    """Ray's directory is another user's, HOME cannot be written, a proxy that does not answer is to be used, there is
+    little shared memory."""
     scratch = Path(tempfile.mkdtemp(prefix="sr", dir="/tmp"))  # Ray's sockets need a short path
     theirs = scratch / "ray"
     theirs.mkdir(0o555)
     environment = os.environ | DEAD_PROXY | {"TMPDIR": str(scratch), "HOME": "/proc/nowhere"}
     try:
         done = subprocess.run(
-            [*UNPRIVILEGED, sys.executable, "-c", START], env=environment, capture_output=True, text=True
+            [*SMALL, *UNPRIVILEGED, sys.executable, "-c", START], env=environment, capture_output=True, text=True
         )
         assert (done.stdout, done.stderr) == ("it runs\n", "")
         assert not list(theirs.iterdir())
@@ -157,18 +168,55 @@ def test_no_place_for_ray_is_said(monkeypatch):
 
 
 def test_cpus_are_those_that_may_be_used(monkeypatch):
+    for name in SHARES:
+        monkeypatch.delenv(name, raising=False)
     before = os.sched_getaffinity(0)
     assert usable_cpus() <= len(before)
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
-    assert usable_cpus() == 1
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "100000")
-    assert usable_cpus() <= len(before)
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
     os.sched_setaffinity(0, {min(before)})
     try:
         assert usable_cpus() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_cpus_are_those_that_a_scheduler_has_given(monkeypatch, name):
+    for other in SHARES:
+        monkeypatch.delenv(other, raising=False)
+    free = usable_cpus()
+    for given, expected in (("1", 1), ("100000", free), ("0", free), ("", free), ("2(x3)", free)):
+        monkeypatch.setenv(name, given)
+        assert usable_cpus() == expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"": "max 100000"}, None),
+        ({}, None),
+        ({"user.slice/job.scope": "200000 100000"}, 2),
+        ({"user.slice": "350000 100000", "user.slice/job.scope": "max 100000"}, 4),
+        ({"user.slice": "100000 100000", "user.slice/job.scope": "800000 100000"}, 1),
+        ({"": "50000 100000"}, 1),
+        ({"other.slice": "100000 100000"}, None),
+    ],
+)
+def test_cpus_are_those_of_every_control_group_around(tmp_path, limits, expected):
+    for group, limit in limits.items():
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / group / "cpu.max").write_text(f"{limit}\n")
+    assert quota_of("1:cpu:/x\n0::/user.slice/job.scope\n", tmp_path) == expected
+
+
+def test_there_are_as_many_tasks_that_compute_as_cores(ray_cluster, monkeypatch):
+    """Of this machine, whose four logical CPUs may be more; on a cluster of others, as many as it says it has."""
+    at_once = {cpus: share("resources.score", ScoreResources(cpus=cpus))[1] for cpus in (0.5, 1, 2)}
+    assert at_once == {0.5: min(4, usable_cpus()), 1: min(4, usable_cpus()), 2: max(1, min(4, usable_cpus()) // 2)}
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert share("resources.score", ScoreResources())[1] == 1
+    assert share("resources.score", ScoreResources(workers=3))[1] == 3
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert share("resources.score", ScoreResources())[1] == 4
 
 
 MESSAGES = """
@@ -202,3 +250,34 @@ def test_messages_of_ray_go_to_standard_error():
         output, _ = process.communicate()
     assert shown == ["Ray: a node is lost\n", "Ray: the end\n"]
     assert output == ""
+
+
+TOO_LITTLE_MEMORY = """
+import os, sys, time
+
+os.environ |= {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+from sae_ray.jobs import cluster
+
+cluster.RETRIES = 1
+cluster.connect()
+import ray
+
+@ray.remote(max_retries=cluster.RETRIES)
+def begins(path):
+    os.write(os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY), b"x")
+    time.sleep(1e6)
+
+try:
+    ray.get(begins.remote(sys.argv[1]))
+except ray.exceptions.OutOfMemoryError as error:
+    print(cluster.reason(error))
+"""
+
+
+@pytest.mark.ray
+def test_work_that_has_not_enough_memory_is_not_begun_for_ever(tmp_path):
+    """Here Ray finds that of all memory more than a hundredth is used, and ends whatever works."""
+    command = [sys.executable, "-c", TOO_LITTLE_MEMORY, str(tmp_path / "begun")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert "OutOfMemoryError" in done.stdout, done.stderr
+    assert (tmp_path / "begun").read_text() == "xx"

@@ -25,7 +25,7 @@ STAGES = {
 }
 """Stage -> its module and its steps."""
 QUICK = ("extract", "evaluate")
-"""By Ray Data, by Ray Train, and by tasks, as the others."""
+"""By Ray Data, and by tasks, as the others."""
 SLOW = [name for name in STAGES if name not in QUICK]
 
 

@@ -22,7 +22,7 @@ import json, os, sys, threading, time
 
 os.environ |= {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
 import ray
-from ray._private.state import state
+from ray._private.state import available_resources_per_node
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
@@ -48,8 +48,8 @@ def steps():
     return [int(name[5:14]) for name in folder.files() if name.endswith(".json")]
 
 def workers():
-    actors = state.actor_table(None, actor_state_name="ALIVE").values()
-    return [actor["Address"]["NodeID"] for actor in actors if actor["ActorClassName"] == "RayTrainWorker"]
+    free = available_resources_per_node()
+    return [node_id for node_id in nodes if free.get(node_id, {}).get("CPU", 0) < 1]
 
 def lose():
     while not (at_work := workers()) or not (announced or steps()):
@@ -84,10 +84,13 @@ def trained(root: Path, study_values: dict, overrides: dict, announced: bool) ->
 ONE = {"grid.architectures": ["batch_topk"], "training.steps": 10_000}
 
 
+@pytest.mark.parametrize(("workers", "max_failures"), [(1, 0), ([1, 2], 3)])
 def test_a_node_that_is_taken_away_after_a_notice_costs_what_came_after_it(
-    extracted, make_plan, study_values, tmp_path
+    extracted, make_plan, study_values, tmp_path, workers, max_failures
 ):
-    never = ONE | {"resources.train.checkpoint_every": 10**6, "resources.train.max_failures": 0}
+    """Of several workers the one that is left fails, too, when it loses the other."""
+    never = {"checkpoint_every": 10**6, "max_failures": max_failures, "workers": workers}
+    never = ONE | {f"resources.train.{name}": value for name, value in never.items()}
     shutil.copytree(extracted, tmp_path / "whole")
     reference = make_plan(tmp_path / "whole", **never)
     torch.set_num_threads(1)
@@ -104,7 +107,8 @@ def test_a_node_that_is_taken_away_after_a_notice_costs_what_came_after_it(
     assert second["first_step"] == saved, "it resumed from the checkpoint that the notice made"
     assert saved % 200 == 0
     assert 0 < saved < ONE["training.steps"]
-    assert_equal_weights(plan, reference)
+    if workers == 1:  # sums over two round differently
+        assert_equal_weights(plan, reference)
 
 
 def test_a_bundle_goes_on_with_the_workers_that_are_left(extracted, make_plan, study_values, tmp_path):

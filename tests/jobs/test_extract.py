@@ -27,6 +27,7 @@ from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared, hold
 from sae_ray.store.tables import spooled
+from sae_ray.study.config import ExtractResources
 
 
 def rows(folder: Folder) -> list[tuple[int, int, bytes]]:
@@ -327,6 +328,13 @@ def test_actors_that_would_wait_for_ever_are_refused(ray_cluster, make_plan, tmp
     asked = {f"resources.extract.{name}": value for name, value in asked.items()}
     with pytest.raises(UsageError, match=r"resources\.extract: .* do not fit in the cluster of 4 CPUs"):
         extract.run(make_plan(tmp_path / "root", **asked))
+
+
+def test_little_work_starts_one_actor(ray_cluster):
+    """An actor takes ten seconds of a core to start; two of them have room."""
+    asked = [extract.shares(ExtractResources(), 1.0, 1.0, seconds)[0] for seconds in (0.1, 9, 11, 1e6)]
+    assert asked == [1, 1, 2, 2]
+    assert extract.shares(ExtractResources(workers=3), 1.0, 1.0, 0.1)[0] == 3
 
 
 def test_overflow_names_the_remedy(ray_cluster, make_plan, world, tmp_path):

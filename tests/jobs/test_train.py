@@ -1,14 +1,14 @@
 import os
 import shutil
 import signal
-import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from sae_ray.jobs import study, train
 from sae_ray.jobs.placement import bundles
+from sae_ray.jobs.progress import Progress
 
 from sae_ray.sae import CellTrainer, load_sae, train_cells
 from sae_ray.scores.tables import ScoreTables
@@ -16,7 +16,7 @@ from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.store.stream import TrainingStream
 from sae_ray.study.root import remember
-from tests.machine import actors
+from tests.jobs.struck import claim
 
 SLOW = {"training.steps": 600, "resources.train.checkpoint_every": 25}
 """Long enough to be killed in the middle."""
@@ -70,8 +70,8 @@ def test_bundling_changes_nothing(ray_cluster, extracted, finished, make_plan, t
     assert_equal_weights(plan, make_plan(finished))
 
 
-def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
-    ray_cluster, extracted, make_plan, kill_driver_when, tmp_path
+def test_a_killed_driver_and_workers_that_are_killed_or_fail_resume_to_equal_weights(
+    ray_cluster, extracted, make_plan, kill_driver_when, tmp_path, monkeypatch
 ):
     whole = tmp_path / "whole"
     shutil.copytree(extracted, whole)
@@ -89,22 +89,29 @@ def test_a_killed_driver_and_a_killed_worker_resume_to_equal_weights(
     assert left, "a checkpoint survives"
     assert not any(one.step.finished for one in plan.trains)
 
-    killed = []
-
-    def kill_a_worker() -> None:
-        while not killed:
-            newer = {path.stem for path in checkpoints(root)} - left
-            for actor in actors() if newer else []:
-                if actor.of == "RayTrainWorker":
-                    os.kill(actor.pid, signal.SIGKILL)
-                    killed.append(actor.pid)
-            time.sleep(0.05)
-
-    killer = threading.Thread(target=kill_a_worker, daemon=True)
-    killer.start()
+    board_of, marks = Progress.board, tmp_path / "marks"
+    marks.mkdir()
+    monkeypatch.setattr(Progress, "board", lambda progress: BoardWithFaults(board_of(progress), marks, root, left))
     train.run(plan)
-    assert killed, "no worker was there to be killed"
+    assert {"killed", "failed"} <= {path.name for path in marks.iterdir()}, "a worker was not struck"
     assert_equal_weights(plan, reference)
+
+
+class BoardWithFaults:
+    """Once there are newer checkpoints than those, the first worker who reports is killed, and the next one finds that
+    its disk fails."""
+
+    def __init__(self, board: Any, marks: Path, root: Path, old: set[str]):
+        self.board, self.marks, self.root, self.old, self.set = board, marks, root, old, self
+
+    def remote(self, *told: Any) -> None:
+        self.board.set.remote(*told)
+        if not {path.stem for path in checkpoints(self.root)} - self.old:
+            return
+        if claim(self.marks / "killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if claim(self.marks / "failed"):
+            raise OSError("Input/output error")
 
 
 def test_guided_cells_learn_the_classes_of_their_images(ray_cluster, extracted, finished, make_plan, tmp_path):

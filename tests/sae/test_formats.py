@@ -258,6 +258,24 @@ def test_reference_checkpoint_without_a_threshold_is_refused(tmp_path, kind):
         load_sae(tmp_path / "other.pt")
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a git-lfs pointer"),
+        (b"<!DOCTYPE html><html>", "is an HTML page, not a file of tensors; fetch it again"),
+        (b"", "is empty"),
+    ],
+)
+def test_what_is_in_the_place_of_weights_is_named(tmp_path, data, said):
+    (tmp_path / "ae.pt").write_bytes(data)
+    with pytest.raises(SaeRayError, match=said):
+        load_sae(tmp_path)
+    save_sae(make_sae("relu"), Folder(tmp_path))
+    (tmp_path / "sae_weights.safetensors").write_bytes(data)
+    with pytest.raises(SaeRayError, match=said):
+        load_sae(tmp_path / "cfg.json")
+
+
 def test_pickled_code_is_never_run(tmp_path):
     torch.save({"threshold": math.sqrt, "W_enc": Path("x")}, tmp_path / "code.pt")
     with pytest.raises(SaeRayError, match="safely"):
@@ -381,7 +399,10 @@ def test_values_that_are_not_finite_are_refused(tmp_path, tensor, value):
         load_sae(tmp_path)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module.", "module._checkpoint_wrapped_module."],
+)
 def test_names_of_wrapped_modules_are_unwrapped(tmp_path, prefix):
     sae = make_sae("topk")
     save_sae(sae, Folder(tmp_path))
@@ -392,18 +413,23 @@ def test_names_of_wrapped_modules_are_unwrapped(tmp_path, prefix):
         saved = torch.load(GOLDEN / f"{kind}.ae.pt", weights_only=True)
         torch.save({prefix + name: value for name, value in saved.items()}, tmp_path / "wrapped.pt")
         assert same_codes(load_sae(tmp_path / "wrapped.pt"), load_sae(GOLDEN / f"{kind}.ae.pt"))
+    linear = torch.load(GOLDEN / "batch_top_k.ae.pt", weights_only=True)
+    inside = {name.replace("coder.", f"coder.{prefix}"): value for name, value in linear.items()}
+    torch.save(inside, tmp_path / "inside.pt")
+    assert same_codes(load_sae(tmp_path / "inside.pt"), load_sae(GOLDEN / "batch_top_k.ae.pt"))
     torch.save(saved | {f"{prefix}b_dec": saved["b_dec"]}, tmp_path / "twice.pt")
     with pytest.raises(UsageError, match="holds 'b_dec' twice"):
         load_sae(tmp_path / "twice.pt")
 
 
 @pytest.mark.parametrize("kind", ["batch_top_k", "matryoshka"])
-@pytest.mark.parametrize("change", ["lists", "floats", "vectors", "parameters", "half"])
+@pytest.mark.parametrize("change", ["lists", "arrays", "floats", "vectors", "parameters", "half"])
 def test_reference_checkpoints_may_hold_lists_floats_and_vectors(tmp_path, kind, change):
     saved = torch.load(GOLDEN / f"{kind}.ae.pt", weights_only=True)
     n_latents = len(saved.get("b_enc", saved.get("encoder.bias")))
     changed = {
         "lists": lambda: {name: value.tolist() for name, value in saved.items()},
+        "arrays": lambda: {name: value.numpy() if value.ndim else value.numpy()[()] for name, value in saved.items()},
         "floats": lambda: saved | {"threshold": saved["threshold"].item(), "k": float(saved["k"])},
         "vectors": lambda: saved | {"threshold": saved["threshold"].expand(n_latents).clone(), "k": saved["k"].view(1)},
         "parameters": lambda: {
@@ -429,6 +455,10 @@ def test_reference_checkpoints_may_hold_lists_floats_and_vectors(tmp_path, kind,
         ({"threshold": "0.5"}, "threshold is a str, not a tensor"),
         ({"threshold": [0.5, 0.5]}, r"threshold has shape \(2,\)"),
         ({"b_dec": None}, "b_dec is a NoneType"),
+        ({"b_enc": torch.zeros(3, dtype=torch.complex64)}, "b_enc is a Tensor, .*it is complex"),
+        ({"b_enc": torch.zeros(3, device="meta")}, "b_enc is a Tensor, .*it has no values"),
+        ({"group_sizes": [-1, 129]}, r"group_sizes = \[-1, 129\]"),
+        ({"scale": torch.ones(3)}, r"also holds \['scale'\]"),
         ({"group_sizes": [1, 1]}, r"group_sizes = \[1, 1\]: they must sum to the number of latents"),
     ],
     ids=str,
@@ -491,6 +521,8 @@ def test_other_projects_files_are_refused_by_name(tmp_path, saved, said):
     [
         ("sae.safetensors", "EleutherAI's sparsify; convert it to a SAELens 6 directory"),
         ("params.npz", "Gemma Scope"),
+        ("params.safetensors", "Gemma Scope"),
+        ("hyperparams.json", "Llama Scope"),
         ("sae.pt", "saev; convert it to a SAELens 6 directory"),
         ("weights.pt", "ViT-Prisma"),
     ],

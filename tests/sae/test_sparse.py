@@ -134,6 +134,22 @@ def test_auxk_has_the_dense_gradients(select):
     assert_same(gradients(ours, weights), gradients(loss, weights))
 
 
+@pytest.mark.parametrize("select", ["post", "pre"])
+def test_auxk_takes_as_many_latents_where_some_are_equally_strong(select):
+    weights, x, forward = make("batch_topk")
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[::2] = True
+    weights.W_dec.data[dead] = weights.W_dec.data[0].clone()  # so that it does not matter which of the equal ones
+    pre = forward.pre.round()
+    k_aux = D_IN // 2
+    mask = keep(pre.masked_fill(~dead, -torch.inf), k_aux, 1)
+    assert (pre[:, dead].sort(1).values.diff(dim=1)[:, -k_aux] == 0).any(), "there is a choice"
+    codes = (pre.relu() if select == "post" else pre) * mask
+    variance = (forward.residual - forward.residual.mean(0)).square().sum(1).mean()
+    loss = (forward.residual - codes @ weights.W_dec).square().sum(1).mean() / variance
+    torch.testing.assert_close(auxk_loss(weights, x, forward._replace(pre=pre), dead, select, ALONE), loss)
+
+
 matrices = st.tuples(st.integers(1, 9), st.integers(1, 200), st.integers(0, 2**31), st.floats(-2, 2)).map(
     lambda a: torch.randn(a[0], a[1], generator=torch.Generator().manual_seed(a[2])) + a[3]
 )

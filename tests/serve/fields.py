@@ -55,7 +55,12 @@ IGNORED = [
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "parallel_tool_calls"),
     *("request_id", "session_id", "priority", "cache_salt", "include_reasoning", "truncation_side"),
     *("add_generation_prompt", "continue_final_message", "cache_prompt", "id_slot", "keep_alive", "repeat_last_n"),
-    *("mirostat_tau", "mirostat_eta", "provider", "reasoning", "usage"),
+    *("mirostat_tau", "mirostat_eta", "provider", "reasoning", "usage", "rid", "kv_transfer_params"),
+    *("guided_decoding_backend", "guided_whitespace_pattern", "separate_reasoning", "stream_reasoning"),
+    *("thinking_token_budget", "thinking", "enable_thinking", "thinking_budget", "think", "reasoning_format"),
+    *("reasoning_split", "ttl", "draft_model", "timings_per_token", "return_progress", "tool_stream", "cache_control"),
+    *("route", "trace", "stream_interval", "return_token_offsets", "return_mm_kwargs", "routed_experts_prompt_start"),
+    "ec_transfer_params",
 ]
 """Fields of which no value changes the answer."""
 
@@ -87,6 +92,21 @@ NEUTRAL = {
     "guided_choice": Values([], [["yes", "no"]]),
     "guided_grammar": Values([], ["root ::= 'a'"]),
     "structured_outputs": Values([], [{"choice": ["yes"]}]),
+    "watermarking": Values([False], [True]),
+    "repetition_detection": Values([], [{"max_pattern_size": 3}]),
+    "top_p_min": Values([0, 0.0], [0.1]),
+    "prompt_ignore_length": Values([0], [3]),
+    "logprob_token_ids": Values([], [[1, 2]]),
+    "return_prompt_text": Values([False], [True]),
+    "structural_tag": Values([], ["{}"]),
+    "regex": Values([], ["a+"]),
+    "ebnf": Values([], ["root ::= 'a'"]),
+    "logits_processors": Values([[]], [["x"]]),
+    "vllm_xargs": Values([{}], [{"a": 1}]),
+    "lora_path": Values([], ["x"]),
+    "documents": Values([[]], [[{"text": "x"}]]),
+    "return_hidden_states": Values([False], [True]),
+    "no_stop_trim": Values([False], [True]),
     "include_stop_str_in_output": Values([False], [True]),
     "skip_special_tokens": Values([True], [False]),
     "spaces_between_special_tokens": Values([True], [False]),
@@ -106,6 +126,18 @@ NEUTRAL = {
     "top_a": Values([0], [0.1]),
     "mirostat": Values([0], [2]),
     "grammar": Values([""], ["root ::= 'a'"]),
+    "json_schema": Values([], [{"type": "object"}]),
+    "format": Values([""], ["json"]),
+    "options": Values([{}], [{"temperature": 0}]),
+    "n_predict": Values([-1], [64]),
+    "n_probs": Values([0], [3]),
+    "dry_multiplier": Values([0, 0.0], [0.8]),
+    "xtc_probability": Values([0, 0.0], [0.5]),
+    "dynatemp_range": Values([0, 0.0], [0.5]),
+    "safe_prompt": Values([False], [True]),
+    "random_seed": Values([], [3]),
+    "enable_search": Values([False], [True]),
+    "search_parameters": Values([{"mode": "off"}], [{"mode": "auto"}]),
     "models": Values([[]], [["other"]]),
     "plugins": Values([[]], [[{"id": "web"}]]),
     "transforms": Values([[]], [["middle-out"]]),
@@ -114,8 +146,8 @@ NEUTRAL = {
 """Fields that could change the answer and are not supported: what has no effect passes, the rest is refused."""
 
 MESSAGE_IGNORED = [
-    *("name", "id", "opts", "annotations", "prefix", "reasoning", "reasoning_content", "reasoning_details"),
-    *("thinking_blocks", "provider_specific_fields", "cache_control"),
+    *("name", "id", "opts", "annotations", "prefix", "partial", "metadata", "timestamp", "thinking", "reasoning"),
+    *("reasoning_content", "reasoning_details", "thinking_blocks", "provider_specific_fields", "cache_control"),
 ]
 MESSAGE_NEUTRAL = {
     "refusal": Values([], ["I cannot"]),
@@ -123,8 +155,11 @@ MESSAGE_NEUTRAL = {
     "function_call": Values([], [{"name": "look", "arguments": "{}"}]),
     "tool_call_id": Values([], ["1"]),
     "audio": Values([], [{"id": "1"}]),
+    "images": Values([[]], [[{"type": "image_url"}]]),
 }
-PART_IGNORED = ["cache_control", "annotations", "uuid"]
+PART_IGNORED = [
+    *("cache_control", "annotations", "uuid", "prompt_cache_breakpoint", "detail", "min_pixels", "max_pixels"),
+]
 
 
 def tables() -> dict[str, str]:

@@ -88,7 +88,8 @@ def test_the_detail_of_an_image_changes_nothing(http, detail):
     "prefix",
     [
         *("data:;base64,", "data:application/octet-stream;base64,", "data:image/jpg;charset=utf-8;base64,"),
-        *("DATA:image/PNG;BASE64,", " data:image/*;base64, ", "data:text/plain; base64,"),
+        *("DATA:image/PNG;BASE64,", " data:image/*;base64, ", "data:text/plain; base64,", "data:base64,"),
+        *('data:image/png;name="a, b.png";base64,', f"data:image/png;name={'%E5%9B%BE' * 80}.png;base64,"),
     ],
 )
 def test_the_bytes_decide_what_an_image_is(http, prefix):

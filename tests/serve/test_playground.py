@@ -64,6 +64,25 @@ def test_a_feature_is_searched_for_and_steers(page):
     assert page.locator("#chosen input[type=range]").input_value() == "0"
 
 
+def test_a_feature_is_pushed_by_a_share_of_the_token(page):
+    page.select_option("#sae", STEERS)
+    page.fill("#search", "star")
+    page.press("#search", "Enter")
+    page.locator("#found-title", has_text="star").wait_for()
+    page.locator("#found li button").first.press("Enter")
+    page.select_option("#chosen select", "balanced")
+    steering = asked(page)
+    assert steering["error"] == page.locator("#error").input_value() == "keep"
+    [edit] = steering["features"]
+    assert edit == {"index": edit["index"], "strength": 1, "mode": "balanced", "unit": "absolute"}
+    page.locator("#chosen output", has_text="1 × token").wait_for()
+    page.locator("#chosen input[type=range]").fill("2")
+    page.click("#send")
+    page.locator("#steered", has_text="star").wait_for()
+    page.locator("#default", has_text="nothing").wait_for()
+    assert page.locator("#problem").is_hidden()
+
+
 def test_the_image_itself_has_features(page):
     page.click("#inspect")
     page.locator("#found-title", has_text="Active on this image").wait_for()

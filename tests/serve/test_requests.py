@@ -13,7 +13,16 @@ from sae_ray.serve.conversation import turns
 from sae_ray.serve.images import _from_base64
 from sae_ray.serve.middleware import answer_errors
 from sae_ray.serve.neutral import MessageOfOthers, PartOfOthers
-from sae_ray.serve.schemas import ChatRequest, InspectRequest, Message, SteerRequest
+from sae_ray.serve.schemas import (
+    ChatRequest,
+    ImagePart,
+    ImageUrl,
+    InspectRequest,
+    Message,
+    SteerRequest,
+    StreamOptions,
+    TextPart,
+)
 from starlette.testclient import TestClient
 
 from . import fields
@@ -122,6 +131,31 @@ def test_every_field_is_in_the_tables_of_the_page():
     assert fields.filled(page) == page, "run python -m tests.serve.fields"
 
 
+def test_every_field_of_the_official_client_is_known():
+    """A newer client may have more."""
+    from openai.types import chat as theirs
+    from openai.types.chat import chat_completion_content_part_image_param
+    from openai.types.chat import completion_create_params as requests
+
+    def names(*kinds: Any) -> set[str]:
+        return {name for kind in kinds for name in (*kind.__annotations__, *getattr(kind, "model_fields", ()))}
+
+    plain, streaming = requests.CompletionCreateParamsNonStreaming, requests.CompletionCreateParamsStreaming
+    assert names(requests.CompletionCreateParamsBase, plain, streaming) <= ChatRequest.model_fields.keys()
+    assert names(theirs.ChatCompletionStreamOptionsParam) <= StreamOptions.model_fields.keys()
+    messages = names(
+        theirs.ChatCompletionSystemMessageParam,
+        theirs.ChatCompletionDeveloperMessageParam,
+        theirs.ChatCompletionUserMessageParam,
+        theirs.ChatCompletionAssistantMessageParam,
+        theirs.ChatCompletionMessage,
+    )
+    assert messages <= Message.model_fields.keys()
+    assert names(theirs.ChatCompletionContentPartTextParam) <= TextPart.model_fields.keys()
+    assert names(theirs.ChatCompletionContentPartImageParam) <= ImagePart.model_fields.keys()
+    assert names(chat_completion_content_part_image_param.ImageURL) <= ImageUrl.model_fields.keys()
+
+
 def of_user(*parts: Any) -> dict[str, Any]:
     return {"messages": [SAID, {"role": "user", "content": list(parts)}]}
 
@@ -170,6 +204,42 @@ def test_a_body_that_is_no_json_is_told_where(http):
     error = http.post("/", content=b'{"messages": [}', headers={"Content-Type": "application/json"}).json()["error"]
     assert "not valid JSON" in error["message"]
     assert "character 14" in error["message"]
+
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (of_user(TEXT, {"type": "text", "text": f"a {HALF}"}), "messages.1.content.1.text"),
+        ({"messages": [{"role": "user", "content": f"{HALF} b"}]}, "messages.0.content"),
+        (of_user({"type": "image_url", "image_url": HALF}), "messages.1.content.0.image_url"),
+        ({"messages": [USER], "stop": HALF}, "stop"),
+        ({"messages": [USER], "stop": ["a", HALF]}, "stop"),
+        ({"messages": [USER], "model": HALF}, "model"),
+        ({"messages": [USER], "steering": {"sae": HALF}}, "steering.sae"),
+    ],
+)
+def test_half_of_a_character_is_refused_by_name(http, body, param):
+    """As clients send it that cut a text within an emoji."""
+    answer = http.post("/", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert "half of a character (U+D83D)" in error["message"]
+
+
+@pytest.mark.parametrize("body", [{"messages": [USER], HALF: 1}, of_user({"type": HALF})])
+def test_half_of_a_character_in_a_name_is_refused(http, body):
+    answer = http.post("/", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+
+
+@pytest.mark.parametrize("body", ['{"messages": "ü"}'.encode("latin-1"), b"\x1f\x8b\x08\0", b'{"a":' + b"[" * 5000])
+def test_a_body_that_cannot_be_read_is_told_what_is_expected(http, body):
+    answer = http.post("/", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert "JSON in UTF-8" in answer.json()["error"]["message"] or "not valid JSON" in answer.json()["error"]["message"]
 
 
 def said(*messages: tuple[str, Any]) -> list[tuple[str, str, int]]:

@@ -141,7 +141,7 @@ def test_a_uri_of_no_filesystem_is_refused(uri: str):
 
 def test_a_torn_json_file_is_named(tmp_path: Path):
     (tmp_path / "step.json").write_text('{"a": ')
-    with pytest.raises(SaeRayError, match=r"step\.json is not JSON .* delete its folder and run again"):
+    with pytest.raises(SaeRayError, match=r"step\.json is not JSON .* or delete its folder and run again"):
         Folder(tmp_path).read_json("step.json")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE, TrainingConfig, save_sae
 from sae_ray.sae.architectures import ArchitectureSettings
 from sae_ray.steering.config import Steering
+from sae_ray.steering.info import LlavaInfo
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.fields import field_help
@@ -26,7 +28,7 @@ from sae_ray.study.guidance import targets_of
 from sae_ray.study.models import models_needed
 from sae_ray.study.plan import StudyPlan, images_per_part
 from sae_ray.study.root import skipped_lines
-from sae_ray.study.survey import Survey
+from sae_ray.study.survey import Survey, survey_models
 from sae_ray.study.trained import cautions
 from sae_ray.study.weights import significance, weights_ratio
 
@@ -83,6 +85,18 @@ def test_the_demo_is_read():
     assert (demo.steering.strength, demo.steering.unit, demo.scoring.pictures) == (4, "max", "train")
     assert demo.training.steps == 1500
     assert (demo.resources.extract.workers, demo.resources.train.checkpoint_every) == (2, 500)
+
+
+def test_the_frontier_has_seeds_and_the_papers_two_over_a_wider_range():
+    cells = Study.load(STUDIES / "frontier.toml").cells()
+    assert set(Counter(cell.recipe for cell in cells).values()) == {2}
+    assert {cell.cell.expansion for cell in cells} == {4}
+    of_method = defaultdict(set)
+    for one in (cell.cell for cell in cells if cell.cell.k is not None):
+        of_method[one.architecture, one.weights, one.monosemanticity].add(one.k)
+    paper = [of_method.pop((kind, "uniform", 0)) for kind in ("batch_topk", "matryoshka_batch_topk")]
+    for ks in of_method.values():
+        assert all(min(one) < min(ks) and max(ks) < max(one) for one in paper)
 
 
 @pytest.mark.parametrize("name", [path.name for path in STUDIES.glob("*.toml")])
@@ -986,6 +1000,35 @@ def make_steered(make_plan: MakePlan, tiny_llava: str, tiny_clip: str) -> MakePl
         return make_plan(values | (overrides or {}))
 
     return make
+
+
+def test_a_model_in_a_directory_is_described_anew_once_its_files_change(
+    make_steered: MakePlan, tiny_clip: str, tiny_llava: str, tmp_path: Path
+):
+    named = {"encoder.model": "encoder", "judge.model": "judge", "steering.scorer": "scorer", "steering.llava": "llava"}
+    places = {of: tmp_path / of for of in named.values()}
+    for of, place in places.items():
+        shutil.copytree(tiny_llava if of in ("encoder", "llava") else tiny_clip, place)
+    study = make_steered({field: str(places[of]) for field, of in named.items()}).study
+    first = survey_models(study)
+    assert survey_models(study, first) == first
+
+    def marked(info: Any) -> Any:
+        return dataclasses.replace(info, **({"layer": 99} if isinstance(info, LlavaInfo) else {"family": "remembered"}))
+
+    before = dataclasses.replace(first, **{of: marked(getattr(first, of)) for of in places})
+    for of, place in places.items():
+        assert survey_models(study, before) == before, "nothing was read but the files' bytes"
+        (place / "config.json").write_text((place / "config.json").read_text() + "\n")
+        found = getattr(survey_models(study, before), of)
+        tower, first_tower = (getattr(info, "tower", info) for info in (found, getattr(first, of)))
+        assert found != getattr(before, of)
+        assert tower == dataclasses.replace(first_tower, revision=tower.revision)
+        assert tower.revision != first_tower.revision
+        before = dataclasses.replace(before, **{of: found})
+    shutil.rmtree(places["judge"])
+    with pytest.raises(UsageError, match=r"judge\.model = .*there is no directory"):
+        survey_models(study, before)
 
 
 def test_the_saes_of_the_layer_that_the_llava_reads_are_steered(make_steered: MakePlan):

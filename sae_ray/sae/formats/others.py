@@ -11,10 +11,15 @@ CONVERT = (
     "convert it to a SAELens 6 directory first: docs/formats.md says under `sae-*` which tensors it holds and what is "
     "computed with them"
 )
+GEMMA = (
+    "an SAE of Gemma Scope; SAELens opens it with SAE.from_pretrained(release, sae_id), and its save_model writes what "
+    "sae-ray opens"
+)
 BY_FILE = {
     "sae.safetensors": f"an SAE of EleutherAI's sparsify; {CONVERT}",
-    "params.npz": "an SAE of Gemma Scope; SAELens opens it with SAE.from_pretrained(release, sae_id), and its "
-    "save_model writes what sae-ray opens",
+    "params.npz": GEMMA,
+    "params.safetensors": GEMMA,
+    "hyperparams.json": f"an SAE of Llama Scope, whose activations are normalised; {CONVERT}",
     "sae.pt": f"an SAE of saev; {CONVERT}",
     "weights.pt": f"an SAE of ViT-Prisma; {CONVERT}",
 }

@@ -46,6 +46,8 @@ def place_of(path: str | Path | Folder) -> Place:
     Raises:
         UsageError: there is nothing, no SAE or more than one; or the hub cannot be reached and its cache lacks the SAE.
     """
+    if isinstance(path, str) and path.startswith("hf://"):
+        return place_of(_downloaded(path.removeprefix("hf://")))
     folder = path if isinstance(path, Folder) else Folder(path)
     kind = folder.filesystem.get_file_info(folder.path).type
     if kind == fs.FileType.NotFound:

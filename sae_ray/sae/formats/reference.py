@@ -10,13 +10,14 @@ import pickle
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from sae_ray.errors import SaeRayError, UsageError, check
+from sae_ray.errors import UsageError, check
 from sae_ray.sae.architectures import BatchTopK, MatryoshkaBatchTopK, TopK
 from sae_ray.sae.formats.others import CONVERT, refuse_by_tensors
 from sae_ray.sae.formats.places import AE_CONFIG_FILE, Place
-from sae_ray.sae.formats.tensors import unwrapped
+from sae_ray.sae.formats.tensors import not_tensors, unwrapped
 from sae_ray.sae.model import SAE
 from sae_ray.store.files import parent_and_name
 
@@ -33,6 +34,14 @@ _CLASSES: dict[str, type[Architecture]] = {
     "MatryoshkaBatchTopKSAE": MatryoshkaBatchTopK,
 }
 """Names of the classes in dictionary_learning."""
+_NUMPY: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bBhHiIlLefd"},
+    np.float64(0).__reduce__()[0],  # rebuilds a number
+    np.zeros(0).__reduce__()[0],  # rebuilds an array
+]
+"""What arrays and numbers of numpy are made of: they hold no code."""
 
 
 def recognises(place: Place) -> bool:
@@ -49,7 +58,8 @@ def read(place: Place) -> SAE:
     if kind is MatryoshkaBatchTopK:
         W_enc, b_enc, W_dec = (_tensor(saved, name, where) for name in ("W_enc", "b_enc", "W_dec"))
         facts["group_sizes"] = [int(size) for size in _tensor(saved, "group_sizes", where).flatten()]
-        check(sum(facts["group_sizes"]) == len(b_enc), f"{where}: group_sizes", facts["group_sizes"],
+        sizes = facts["group_sizes"]
+        check(min(sizes) > 0 and sum(sizes) == len(b_enc), f"{where}: group_sizes", facts["group_sizes"],
               f"they must sum to the number of latents, {len(b_enc)}")  # fmt: skip
     else:
         names = ("encoder.weight", "encoder.bias", "decoder.weight")
@@ -73,9 +83,14 @@ def _opened(place: Place) -> dict[str, Any]:
     if data.startswith(b"{"):
         raise UsageError(f"{place} begins with a line of JSON, as an SAE of saev does; {CONVERT}")
     try:
-        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY):
+            saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise SaeRayError(f"{place} is not a file of tensors that can be opened safely: {error}") from error
+        otherwise = (
+            "is not a file of tensors that can be opened safely: it is damaged, or holds objects whose code would have "
+            "to be run, which is never done; copy it again, or save its state_dict()"
+        )
+        raise not_tensors(data, str(place), otherwise) from error
     if not isinstance(saved, dict):
         raise UsageError(f"{place} holds a {type(saved).__name__}, not the named tensors of an SAE; {CONVERT}")
     return unwrapped(saved, str(place))
@@ -109,6 +124,10 @@ def _kind(saved: dict[str, Any], trainer: dict[str, Any], where: str) -> type[Ar
             f"{where} holds {sorted(saved)}, which does not make {f'a {named}' if named else 'an SAE'}; a reference "
             f"checkpoint holds {sorted(_LINEAR | {'k', 'threshold'})} (BatchTopK) or {sorted(_PLAIN)} (Matryoshka)"
         )
+    if further := saved.keys() - (_PLAIN if kind is MatryoshkaBatchTopK else _LINEAR | {"k", "threshold"}):
+        raise UsageError(
+            f"{where} also holds {sorted(further)}, which no {kind.name} SAE of the reference does; {CONVERT}"
+        )
     if kind is BatchTopK and named is None:
         warnings.warn(
             f"{where} is taken for BatchTopK, as the reference code trains it. TopK of dictionary_learning has the "
@@ -119,10 +138,13 @@ def _kind(saved: dict[str, Any], trainer: dict[str, Any], where: str) -> type[Ar
 
 
 def _tensor(saved: dict[str, Any], name: str, where: str) -> Tensor:
-    """In float32; lists and numbers are tensors too."""
+    """In float32; lists, arrays and numbers are tensors too."""
     value = saved[name]
     try:
-        return torch.as_tensor(value).detach().float()
+        tensor = torch.as_tensor(value).detach()
+        if tensor.is_complex() or tensor.is_meta:
+            raise TypeError("it is complex" if tensor.is_complex() else "it has no values")
+        return tensor.to_dense().float()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{where}: {name} is a {type(value).__name__}, not a tensor or numbers ({error})") from error
 

@@ -17,7 +17,7 @@ import safetensors.torch
 from sae_ray.errors import SaeRayError, UsageError, check
 from sae_ray.sae.architectures import ARCHITECTURES, architecture
 from sae_ray.sae.formats.places import CONFIG_FILE, LATENTS_FILE, WEIGHTS_FILE, Place
-from sae_ray.sae.formats.tensors import unwrapped
+from sae_ray.sae.formats.tensors import not_tensors, unwrapped
 from sae_ray.sae.model import SAE
 
 if TYPE_CHECKING:
@@ -190,10 +190,11 @@ def _read_weights(place: Place, names: list[str]) -> dict[str, Tensor]:
     where = str(place.folder / WEIGHTS_FILE)
     if WEIGHTS_FILE not in place.files:
         raise SaeRayError(f"{place} has no {WEIGHTS_FILE}; copy it again")
+    data = place.folder.read_bytes(WEIGHTS_FILE)
     try:
-        tensors = unwrapped(safetensors.torch.load(place.folder.read_bytes(WEIGHTS_FILE)), where)
+        tensors = unwrapped(safetensors.torch.load(data), where)
     except safetensors.SafetensorError as error:
-        raise SaeRayError(f"{where} is damaged ({error}); copy it again") from error
+        raise not_tensors(data, where, f"is damaged ({error}); copy it again") from error
     if set(tensors) != set(names):
         raise UsageError(f"{where} holds the tensors {sorted(tensors)}, but must hold exactly {names}")
     for name, tensor in tensors.items():

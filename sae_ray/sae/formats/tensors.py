@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.images.imposters import kind_of
 
 if TYPE_CHECKING:
     from sae_ray.sae.model import SAE
 
-_WRAPPERS = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before the names of the module that they wrap."""
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put before the names of the module, or
+part of one, that they wrap."""
 
 
 def unwrapped(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -21,13 +23,23 @@ def unwrapped(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in values.items():
-        own = str(name)
-        while own.startswith(_WRAPPERS):
-            own = own.partition(".")[2]
+        own = ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
         if own in found:
             raise UsageError(f"{where} holds {own!r} twice, once wrapped ({name!r}); save the unwrapped module")
         found[own] = value
     return found
+
+
+def not_tensors(data: bytes, where: str, otherwise: str) -> SaeRayError:
+    """The error for a file that cannot be opened, which names what it is: a git-lfs pointer, an HTML page.
+
+    Args:
+        otherwise: what is said of one that may once have been a file of tensors.
+    """
+    kind = kind_of(data) if data else "empty"
+    if kind in (None, "a ZIP archive", "a pickle"):
+        return SaeRayError(f"{where} {otherwise}")
+    return SaeRayError(f"{where} is {kind}, not a file of tensors; fetch it again")
 
 
 def check_finite(sae: SAE, where: str) -> None:

@@ -1,0 +1,182 @@
+"""Vectors from elsewhere: tensors, arrays, files and datasets, read in blocks and written as an activation store."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.store.activations import Part, finish_store, write_part
+from sae_ray.store.casting import stored_rows
+from sae_ray.store.files import Folder
+from sae_ray.store.steps import Step, hold
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+ROWS_PER_PART = 4096
+FORMS = "a tensor, an array, a .npy, .parquet or .safetensors file, a table or a Hugging Face dataset"
+
+
+class Vectors:
+    """`n` vectors of width `d`, read a block at a time.
+
+    Args:
+        source: a [n, d] torch tensor or numpy array; the path of a `.npy`, `.parquet` or `.safetensors` file; a pyarrow
+            table; a Hugging Face dataset or a column of one; or anything else of length n whose slices numpy makes
+            [rows, d] of, such as a dataset of h5py or zarr.
+        column: the column of a table or dataset, or the tensor of a `.safetensors` file; needed where there are
+            several.
+
+    Raises:
+        UsageError: it is none of these, not [n, d] with n and d of at least 1, or not of real numbers; there is no such
+            column.
+    """
+
+    def __init__(self, source: Any, column: str | None = None):
+        self.name = str(source) if isinstance(source, str | Path) else type(source).__name__
+        self._read, self.n = self._reader(source, column)
+        if self.n == 0:
+            raise UsageError(f"{self.name} has no rows; give vectors of shape [n, d]")
+        first = self._read(slice(0, 1))
+        if first.ndim != 2 or first.shape[1] == 0:
+            shape = [self.n, *first.shape[1:]]
+            raise UsageError(f"{self.name} has shape {shape}; give [n, d], for example x.reshape(-1, x.shape[-1])")
+        if first.dtype.kind not in "fiu":
+            raise UsageError(f"{self.name} holds {first.dtype}; give real numbers")
+        self.d = first.shape[1]
+        self.dtype = "float16" if first.dtype == np.float16 else "float32"
+        """That they are stored in: as they are, or rounded from float64."""
+
+    def blocks(self, rows: int = ROWS_PER_PART) -> Iterator[Float[np.ndarray, "rows d"]]:
+        """All vectors in order, in `dtype`.
+
+        Raises SaeRayError naming the first row with a value that is not finite, or that does not fit.
+        """
+        for start in range(0, self.n, rows):
+            block = self._read(slice(start, min(start + rows, self.n)))
+            if block.ndim != 2 or block.shape[1] != self.d:
+                raise SaeRayError(f"{self.name}: rows from {start} on are not {self.d} wide as the first is")
+            with np.errstate(over="ignore"):
+                block = np.ascontiguousarray(block, dtype=self.dtype)
+            bad = ~np.isfinite(block).all(1)
+            if bad.any():
+                row = start + int(bad.argmax())
+                raise SaeRayError(f"{self.name}: row {row} is not finite as {self.dtype}; leave it out")
+            yield block
+
+    def _reader(self, source: Any, column: str | None) -> tuple[Callable[[slice], np.ndarray], int]:
+        if isinstance(source, str | Path):
+            source = _opened(Path(source), column)
+            if isinstance(source, torch.Tensor | np.ndarray):
+                column = None
+        if _has_columns(source):
+            name = _column(self.name, list(source.column_names), column)
+            if hasattr(source, "with_format"):  # a Hugging Face dataset
+                source, rows = source.with_format("numpy", columns=[name]), len(source)
+                return lambda some: np.asarray(source[some][name]), rows
+            source = source[name]
+        elif column is not None:
+            raise UsageError(f"column = {column!r}, but {self.name} has no columns; leave column out")
+        if isinstance(source, torch.Tensor):
+            return lambda some: _array(source[some]), len(source) if source.ndim else 0
+        if hasattr(source, "to_numpy") and hasattr(source, "chunks"):  # a column of a pyarrow table
+            return lambda some: _lists(source[some]), len(source)
+        try:
+            n = len(source)
+            np.asarray(source[:1])
+        except (TypeError, KeyError, ValueError, IndexError) as error:
+            raise UsageError(f"cannot read vectors from {self.name} ({error}); give {FORMS}") from error
+        return lambda some: np.asarray(source[some]), n
+
+
+def write_vectors(vectors: Vectors, root: Folder, label: str) -> Step:
+    """Writes vectors as a finished activation store, unless it is there: row i is image i, without tokens.
+
+    Raises SaeRayError as `Vectors.blocks` does.
+    """
+    content = hashlib.sha256()
+    for block in vectors.blocks():
+        content.update(block)
+    config = {
+        "vectors": content.hexdigest(),
+        "width": vectors.d,
+        "store_dtype": vectors.dtype,
+        "images_per_part": ROWS_PER_PART,
+    }
+    step, started = Step(root, "extract", label, config), time.monotonic()
+    if not step.finished:
+        with hold([step]):
+            finish_store(step, _written(vectors, step), vectors.d, time.monotonic() - started)
+    return step
+
+
+def _written(vectors: Vectors, step: Step) -> list[Part]:
+    parts = []
+    for number, block in enumerate(vectors.blocks()):
+        image_index = np.arange(len(block), dtype=np.int64) + number * ROWS_PER_PART
+        rows = stored_rows(image_index, np.full(len(block), -1, dtype=np.int16), block, vectors.dtype)
+        parts.append(write_part(step.folder, number, rows, []))
+    return parts
+
+
+def _opened(path: Path, column: str | None) -> Any:
+    """What a file holds; of a `.npy` file only what is read is loaded."""
+    if not path.exists():
+        raise UsageError(f"there is no file {path}")
+    try:
+        match path.suffix:
+            case ".npy":
+                return np.load(path, mmap_mode="r")
+            case ".parquet":
+                import pyarrow.parquet as pq
+
+                names = pq.read_schema(path).names
+                return pq.read_table(path, columns=[_column(str(path), names, column)])
+            case ".safetensors":
+                from safetensors import safe_open
+
+                with safe_open(path, "pt") as file:
+                    return file.get_tensor(_column(str(path), list(file.keys()), column))
+    except UsageError:
+        raise
+    except Exception as error:  # each library has errors of its own
+        raise UsageError(f"{path} cannot be read ({error}); write it again") from error
+    raise UsageError(f"{path} is not a .npy, .parquet or .safetensors file; save the vectors as one of these")
+
+
+def _has_columns(source: Any) -> bool:
+    return hasattr(source, "column_names")
+
+
+def _column(name: str, names: list[str], column: str | None) -> str:
+    if column is None and len(names) == 1:
+        return names[0]
+    if column in names:
+        return column
+    asked = "several columns" if column is None else f"no column {column!r}"
+    raise UsageError(f"{name} has {asked}; choose one by column=: {', '.join(names)}")
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _lists(column: Any) -> np.ndarray:
+    """Rows of a column of lists, of fixed size or not."""
+    values = column.combine_chunks()
+    if values.null_count:
+        raise SaeRayError("the column has rows without a vector; leave them out")
+    if not hasattr(values, "flatten") or not hasattr(values.type, "value_type"):
+        return values.to_numpy(zero_copy_only=False)
+    flat = values.flatten().to_numpy(zero_copy_only=False)
+    if len(flat) % len(values):
+        raise SaeRayError("the vectors of the column differ in width; give vectors of one width")
+    return flat.reshape(len(values), -1)
