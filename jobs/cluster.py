@@ -172,7 +172,8 @@ def _start_less() -> None:
         # Where there is no address, agents look for one every second and complain in their logs.
         of_none = b"127.0.0.1:9"
         kv = ray_constants.KV_NAMESPACE_DASHBOARD
-        node.get_gcs_client().internal_kv_put(ray_constants.DASHBOARD_ADDRESS.encode(), of_none, True, kv)
+        gcs: Any = node.get_gcs_client()
+        gcs.internal_kv_put(ray_constants.DASHBOARD_ADDRESS.encode(), of_none, True, kv)
 
     Node.start_api_server = start_none  # pyright: ignore[reportAttributeAccessIssue]
     Node.start_log_monitor = lambda node: None  # pyright: ignore[reportAttributeAccessIssue]

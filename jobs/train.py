@@ -121,7 +121,7 @@ def _by_task(resources: TrainResources, gpus: float, board: Any) -> Callable[[Bu
         num_cpus=resources.cpus,
         num_gpus=gpus,
         max_retries=resources.max_failures,
-        retry_exceptions=WORTH_ANOTHER_TRY,
+        retry_exceptions=WORTH_ANOTHER_TRY,  # pyright: ignore[reportArgumentType]
     )(fit_bundle)
     return lambda bundle: task.remote(bundle, "cuda" if gpus else "cpu", board)
 
