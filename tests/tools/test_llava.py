@@ -21,6 +21,7 @@ from sae_ray.steering import ONE_WORD, load_llava
 from sae_ray.steering.llava import Llava, describe_llava
 from sae_ray.store.files import Folder
 from sae_ray.world.words import SPECIAL, word_tokenizer
+from sae_ray.world.write import MODELS, write_world
 from tools.llava.__main__ import main
 from tools.llava.captions import DESCRIBING, NAMING, Said, said_of
 from tools.llava.features import Features, compute_features
@@ -242,15 +243,25 @@ def test_the_loss_of_answers_is_that_of_transformers(with_cls, joined, photos, t
     assert ours == pytest.approx(total / count, rel=2e-3)  # features are kept as float16
 
 
-def test_training_teaches_a_projector_what_it_is_told(tower, language, photos, tmp_path):
-    """A random language model can be made to name three colours by what it reads, and nothing but the projector."""
-    out = tmp_path / "llava"
-    parts = Parts(tower("dinov2"), language("llama"))
+def test_a_trained_projector_names_what_unseen_images_show(tmp_path):
+    """The world's CLIP and the language model of its LLaVA, which must get to know each other again."""
+    import transformers as tf
+
+    whole = LlavaForConditionalGeneration.from_pretrained(MODELS / "llava", dtype="float32")
+    alone = tf.LlamaForCausalLM(whole.config.text_config)
+    alone.model.load_state_dict(whole.model.language_model.state_dict())
+    alone.generation_config = whole.generation_config
+    alone.save_pretrained(tmp_path / "language")
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "llava")
+    tokenizer.chat_template = "{% for m in messages %}USER: {{ m['content'] }} {% endfor %}ASSISTANT:"
+    tokenizer.save_pretrained(tmp_path / "language")
+    write_world(tmp_path, n_train=640, n_heldout=100, processes=1)
+    out, parts = tmp_path / "llava_again", Parts(str(MODELS / "clip"), str(tmp_path / "language"))
     with Progress() as progress:
-        make(out, parts, str(photos), None, Training(epochs=60, batch=12, peak_lr=5e-3), "cpu", progress)
-        measured = measure(load_llava(str(out)), Folder(photos), 24, 0, progress)
-    assert measured.asked == {"red": 8, "green": 8, "blue": 8}
-    assert measured.accuracy == 1.0
+        make(out, parts, str(tmp_path / "train"), None, Training(epochs=8, batch=32, peak_lr=3e-3), "cpu", progress)
+        measured = measure(load_llava(str(out)), Folder(tmp_path / "heldout"), 100, 0, progress)
+    assert measured.asked.total() == 100
+    assert measured.accuracy > 0.8
     assert not Path(f"{out}.unfinished").exists()
 
 
