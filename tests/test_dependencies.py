@@ -20,7 +20,7 @@ USED = {
     "jobs": (),
     "serve": ("vllm",),
     "tests": ("vllm", "test"),
-    "tools": ("gguf",),
+    "tools/llava": (),
 }
 """Folder -> the extras that it may need besides the dependencies."""
 ELSEWHERE = ROOT / "tests" / "serve" / "clients"

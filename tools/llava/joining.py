@@ -84,7 +84,7 @@ def join(parts: Parts, folder: Path) -> None:
     with refusing(parts.tower, TOWER_FORMS, of_hub=source.commit is not None):
         from transformers import AutoModel
 
-        whole: Any = AutoModel.from_pretrained(source.path, revision=source.commit, dtype="auto")
+        whole: Any = AutoModel.from_pretrained(source.path, revision=source.commit, dtype="auto", use_safetensors=True)
     model = _joined(getattr(whole, "vision_model", whole), language, processor, parts)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
@@ -107,7 +107,10 @@ def _language_model(language: str, revision: str | None) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(directory or place, **settings)
         # Of a GGUF file four or eight bits per weight, which float16 holds.
         dtype = torch.float16 if file else "auto"
-        model: Any = AutoModelForCausalLM.from_pretrained(directory or place, dtype=dtype, **settings)
+        safe = None if file else True  # pickles are never read
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory or place, dtype=dtype, use_safetensors=safe, **settings
+        )
     check_tokenizer(language, tokenizer, LANGUAGE_FORMS)
     if not tokenizer.chat_template:
         raise UsageError(
