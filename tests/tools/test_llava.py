@@ -258,7 +258,7 @@ def test_a_trained_projector_names_what_unseen_images_show(tmp_path):
     write_world(tmp_path, n_train=640, n_heldout=100, processes=1)
     out, parts = tmp_path / "llava_again", Parts(str(MODELS / "clip"), str(tmp_path / "language"))
     with Progress() as progress:
-        make(out, parts, str(tmp_path / "train"), None, Training(epochs=8, batch=32, peak_lr=3e-3), "cpu", progress)
+        make(out, parts, str(tmp_path / "train"), None, Training(epochs=6, batch=32, peak_lr=4e-3), "cpu", progress)
         measured = measure(load_llava(str(out)), Folder(tmp_path / "heldout"), 100, 0, progress)
     assert measured.asked.total() == 100
     assert measured.accuracy > 0.8
@@ -403,6 +403,22 @@ def test_images_that_cannot_be_read_are_left_out_and_told_of(joined, tmp_path, c
         fresh(joined(), tmp_path / "images", tmp_path / "other")
 
 
+def test_what_cannot_be_read_is_not_asked_about(joined, tmp_path, capsys):
+    llava = load_llava(str(joined()))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with Progress() as progress:
+        with pytest.raises(UsageError, match=r"are in no folders named by what they show"):
+            measure(llava, Folder(tmp_path), 10, 0, progress)
+        (tmp_path / "red").mkdir()
+        (tmp_path / "red" / "b.png").write_bytes(b"nothing of the kind")
+        (tmp_path / "a.png").unlink()
+        with pytest.raises(SaeRayError, match=r"none of the 1 images in .* can be read"):
+            measure(llava, Folder(tmp_path), 10, 0, progress)
+        Image.new("RGB", (8, 8)).save(tmp_path / "red" / "a.png")
+        assert measure(llava, Folder(tmp_path), 10, 0, progress).asked == {"red": 1}
+    assert "red/b.png is left out: not an image" in capsys.readouterr().out
+
+
 def test_the_command_shows_errors_as_one_message(tmp_path):
     ran = CliRunner().invoke(
         main, ["train", str(tmp_path / "out"), "--tower", "t", "--language", "l", "--images", "/no"]
@@ -429,14 +445,12 @@ def test_real_parts_are_joined_and_taught(tmp_path):
     llava = load_llava(str(tmp_path / "llava"), dtype="bfloat16")
     teacher, places = Teacher(llava), range(len(features))
     asked = [(ONE_WORD, said[image_id][0].answers[0]) for image_id in features.image_ids]
-    losses = []
-    for epochs in (0.1, 8):
+    projector, losses = llava.model.model.multi_modal_projector.float(), []
+    for steps in (1, 8):
+        training = Training(epochs=steps / 2, batch=15, peak_lr=2e-3)
         with Progress() as progress:
-            trained = train_projector(
-                llava, features, said, Training(epochs, batch=15), Folder(tmp_path / str(epochs)), progress
-            )
-        projector = llava.model.model.multi_modal_projector.float()
+            trained = train_projector(llava, features, said, training, Folder(tmp_path / str(steps)), progress)
         projector.load_state_dict(trained)
         with torch.no_grad():
             losses.append(teacher.loss(projector(features.rows(places)), asked).item())
-    assert losses[1] < 0.5 * losses[0]
+    assert losses[1] < 0.8 * losses[0]

@@ -6,8 +6,9 @@ from collections import Counter
 from typing import NamedTuple
 
 from sae_ray.concepts.naming import class_names, class_of, first_synonym, names
-from sae_ray.errors import UsageError
-from sae_ray.images import decode_image, list_images
+from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.images import BadImage, decode_image, list_images
+from sae_ray.images.part import read_file
 from sae_ray.steering.config import ONE_WORD
 from sae_ray.steering.llava import Llava
 from sae_ray.steering.protocol import sample
@@ -43,7 +44,7 @@ def measure(llava: Llava, folder: Folder, n_images: int, seed: int, progress: Pr
 
     Raises:
         UsageError: The images are not in class folders.
-        BadImage: An image cannot be read.
+        SaeRayError: None of them can be read.
     """
     images = list_images(folder)
     labels, image_ids = (images.labels["label_name"].to_pylist(), images.manifest["image_id"].to_pylist())
@@ -57,8 +58,13 @@ def measure(llava: Llava, folder: Folder, n_images: int, seed: int, progress: Pr
     right, asked, others = Counter[str](), Counter[str](), Counter[str]()
     rate = Rate(0, len(chosen), "images")
     for start in range(0, len(chosen), BATCH):
-        rows = chosen[start : start + BATCH]
-        pictures = [decode_image(folder.read_bytes(image_ids[row])) for row in rows]
+        rows, pictures = [], []
+        for row in chosen[start : start + BATCH]:
+            try:
+                pictures.append(decode_image(read_file(folder, image_ids[row])))
+                rows.append(row)
+            except BadImage as error:
+                progress.say(f"{image_ids[row]} is left out: {error.reason}")
         answers = llava.answers(pictures, [ONE_WORD] * len(rows), [()] * len(rows), MAX_NEW_TOKENS)
         for row, answer in zip(rows, answers, strict=True):
             name = readable[class_of(labels[row])]
@@ -67,5 +73,7 @@ def measure(llava: Llava, folder: Folder, n_images: int, seed: int, progress: Pr
                 right[first_synonym(name)] += 1
             else:
                 others[answer] += 1
-        progress(f"{rate.line(start + len(rows))}, {right.total() / asked.total():.1%} right")
+        progress(f"{rate.line(min(start + BATCH, len(chosen)))}, {right.total()} right")
+    if not asked:
+        raise SaeRayError(f"none of the {len(chosen):,} images in {folder} can be read; give a folder of images")
     return Measured(right, asked, others)
