@@ -64,13 +64,15 @@ def auxk_loss(
 
 def _strongest(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, " rows*k"]:
     """Flat indices, ascending, of the `k` largest of each row."""
-    if matrix.device.type == "cpu" and k > 0:
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=matrix.device)
+    if matrix.device.type == "cpu":
         # numpy finds the k-th largest in a third of the time in which torch finds the k largest.
         least = torch.from_numpy(np.partition(matrix.numpy(), -k, axis=1)[:, -k])
         found = (matrix >= least.unsqueeze(1)).flatten().nonzero().squeeze(1)
         if len(found) == len(matrix) * k:  # else some are equal, or no numbers
             return found
-    starts = torch.arange(0, matrix.numel(), max(1, matrix.shape[1]), device=matrix.device)
+    starts = torch.arange(0, matrix.numel(), matrix.shape[1], device=matrix.device)
     return (starts.unsqueeze(1) + matrix.topk(k, dim=1, sorted=False).indices).flatten().sort().values
 
 

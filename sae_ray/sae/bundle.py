@@ -253,7 +253,7 @@ def _resumed(job: CellJob, given: _Given, device: torch.device, split: Split) ->
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     this = {"first_step": trainer.n_steps, "workers": split.rows.size, "shards": split.latents.size, "device": kind}
     targets = job.targets.to(device) if job.targets else None
-    history = History(job.cell.training.steps, job.cell.training.batch_size, past)
+    history = History(job.cell.training.steps, past)
     embeddings = job.embeddings and given.embeddings(job.embeddings)
     return _Run(job, trainer, [*earlier, this], targets, weighing, embeddings, history)
 

@@ -297,5 +297,5 @@ def test_models_that_do_not_fit_are_refused(call, tiny_clip, tmp_path):
     narrow = save_random_sae(tmp_path / "narrow", d_in=16)
     refused(call("white", *latent, sae=narrow), "d_in = 16", "32 wide", "layer1")
     refused(call("white", "--latent", "39=4x", sae=narrow), "max_token, which is unknown", "latents.parquet")
-    (tmp_path / "narrow" / "sae_weights.safetensors").write_bytes(b"torn")
+    (tmp_path / "narrow" / "sae_weights.safetensors").write_bytes(b"\x08\0\0torn")
     refused(call("white", *latent, sae=narrow), "damaged", code=1)
