@@ -41,6 +41,7 @@ from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.world import write_world
+from tests.jobs import struck
 from tests.machine import until
 from tests.roots import differences
 
@@ -49,7 +50,7 @@ PAUSE_S = (5.0, 40.0)
 """Between two kills."""
 TARGETS = {"worker": 5, "node": 3, "driver": 2, "store": 2}
 """How often each is chosen."""
-STAGES = ("start", "extract", "train", "evaluate", "score", "steer", "pictures")
+STAGES = ("start", *struck.STAGES)
 AT_WORK = re.compile(rf"^({'|'.join(STAGES)})\b.*: \S", re.MULTILINE)
 """The driver's progress lines."""
 NO_WORK = re.compile(r"/lock-|/attempts/|/\.ray-train/")
@@ -73,6 +74,8 @@ def study(world: Path, images: Callable[[str], str]) -> dict[str, Any]:
         "training": training | {"dead_after_samples": 2000},
         "scoring": {"pictures": "train"},
         "extraction": {"images_per_part": 25},
+        "concepts": {"ignore_labels": ["blank"], "min_images": 10},
+        "naming": {"n_latents": 20},
         "steering": {
             "llava": f"{world}/llava",
             "scorer": f"{world}/clip",

@@ -27,7 +27,9 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except SaeRayError as error:
-            click.echo(f"Error: {error}", err=True)
+            from sae_ray.store.files import without_keys
+
+            click.echo(f"Error: {without_keys(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted. Finished work is kept; run the same command to resume.", err=True)

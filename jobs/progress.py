@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
+from sae_ray.store.files import without_keys
 from sae_ray.store.steps import Step, tell
 
 from .metrics import show_cell, show_stage
@@ -171,6 +172,6 @@ def duration(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Prints a line on standard error without breaking a progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    """Prints a line on standard error without breaking a progress bar, and without the keys of URIs in it."""
+    tqdm.write(without_keys(text), file=sys.stderr)
     sys.stderr.flush()

@@ -45,6 +45,7 @@ from sae_ray.encoders.sources import directory_named
 from sae_ray.errors import SaeRayError, UsageError, check
 from sae_ray.store.files import address_shown
 from sae_ray.study.config import Study
+from sae_ray.study.survey import concept_paths, named_inputs
 
 from .options import arguments, read_study
 from .progress import say
@@ -123,18 +124,23 @@ def checked_root(root: str | None) -> str:
 
 
 def check_paths(study: Study) -> None:
-    """Looks at what a study says of its images and models, and at none of them: only the cluster need reach them.
+    """Reads what a study calls its images, files and models, and looks at none of them: only the cluster must.
 
     Raises UsageError for a relative path.
     """
+    tables, init = named_inputs(study)
+    paths = [("grid.weights", table) for table in sorted(tables)]
+    paths += [(field if "." in field else f"concepts.{field}", path) for field, path in concept_paths(study).items()]
     sets = {"images.train": study.images.train, "images.heldout": study.images.heldout}
     for field, images in ((field, images) for field, images in sets.items() if images):
-        labels = {} if images.labels in ("auto", "none") else {"labels": images.labels}
-        for name, path in {"path": images.path, **labels}.items():
-            check(_is_absolute(path), f"{field}.{name}", path,
-                  "a relative path is one of this machine; give an absolute path that all nodes of the cluster share, "
-                  "or a URI such as s3://bucket/images")  # fmt: skip
+        paths += [(f"{field}.path", images.path)]
+        paths += [(f"{field}.labels", images.labels)] if images.labels not in ("auto", "none") else []
+    for field, path in paths:
+        check(_is_absolute(path), field, path,
+              "a relative path is one of this machine; give an absolute path that all nodes of the cluster share, or a "
+              "URI such as s3://bucket/folder")  # fmt: skip
     models = {"encoder.model": study.encoder.model, "judge.model": study.judge.model}
+    models |= {"training.init": init} if init is not None else {}
     if study.steering:
         models |= {"steering.llava": study.steering.llava, "steering.scorer": study.steering.scorer}
     for field, model in models.items():

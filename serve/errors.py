@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.store.files import without_keys
 
 logger = logging.getLogger("ray.serve")
 
@@ -70,8 +71,8 @@ def as_api_error(error: BaseException) -> ApiError:
             message = "the replica that processed this request stopped; send the request again"
             return ApiError(503, "replica_lost", message, headers=RETRY_AFTER)
         case SaeRayError():
-            logger.error("failed: %s", error)
-            return ApiError(500, "failed", str(error))
+            logger.error("failed: %s", message := without_keys(str(error)))
+            return ApiError(500, "failed", message)
     logger.error("unexpected %s", type(error).__name__, exc_info=error)
     return ApiError(500, "internal_error", "internal error; look for the request id in the server's logs")
 

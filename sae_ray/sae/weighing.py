@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from sae_ray.errors import UsageError
-from sae_ray.store.files import parent_and_name
+from sae_ray.store.files import address_shown, parent_and_name
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -95,7 +95,7 @@ def _valid(s: Float[np.ndarray, " d_in"]) -> bool:
 
 def label_of(weights: str, alpha: float, usual: float) -> str:
     """What a cell's name says of its weights."""
-    source = weights if weights in SOURCES else PurePosixPath(weights).stem
+    source = weights if weights in SOURCES else PurePosixPath(address_shown(weights)).stem
     return f"weights.{source}" + ("" if alpha == usual else f".{alpha:g}")
 
 

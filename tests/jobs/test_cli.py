@@ -157,6 +157,9 @@ def test_stores_that_cannot_be(study_file, tmp_path):
     refused(call("status", study_file, "--root", "s4://bucket/x"), 2, "s4://bucket/x cannot be opened", "s3://")
     result = call("status", study_file, "--root", tmp_path, "--images", "s4://bucket/x")
     refused(result, 2, "images.train", "s4://bucket/x cannot be opened")
+    result = call("status", study_file, "--root", tmp_path, "--images", "s4://key:s3cr3t@bucket/x?region=eu")
+    refused(result, 2, "images.train", "in URI: s4://bucket")
+    assert "s3cr3t" not in result.output
     (tmp_path / "study.json").mkdir()
     refused(call("status", "--root", tmp_path), 2, f"--root {tmp_path} cannot be read")
 

@@ -86,7 +86,7 @@ ONE = {"grid.architectures": ["batch_topk"], "training.steps": 10_000}
 
 @pytest.mark.parametrize(("workers", "max_failures"), [(1, 0), ([1, 2], 3)])
 def test_a_node_that_is_taken_away_after_a_notice_costs_what_came_after_it(
-    extracted, make_plan, study_values, tmp_path, workers, max_failures
+    extracted, make_plan, study_values, tmp_path, workers, max_failures, record_fault
 ):
     """Of several workers the one that is left fails, too, when it loses the other."""
     never = {"checkpoint_every": 10**6, "max_failures": max_failures, "workers": workers}
@@ -107,11 +107,14 @@ def test_a_node_that_is_taken_away_after_a_notice_costs_what_came_after_it(
     assert second["first_step"] == saved, "it resumed from the checkpoint that the notice made"
     assert saved % 200 == 0
     assert 0 < saved < ONE["training.steps"]
+    outcome = "a checkpoint is written in time"
     if workers == 1:  # sums over two round differently
         assert_equal_weights(plan, reference)
+        outcome += "; same bits"
+    record_fault("a node is lost after a notice", "train", outcome)
 
 
-def test_a_bundle_goes_on_with_the_workers_that_are_left(extracted, make_plan, study_values, tmp_path):
+def test_a_bundle_goes_on_with_the_workers_that_are_left(extracted, make_plan, study_values, tmp_path, record_fault):
     elastic = ONE | {"resources.train.workers": [1, 2], "resources.train.checkpoint_every": 100}
     root = tmp_path / "root"
     shutil.copytree(extracted, root)
@@ -121,3 +124,4 @@ def test_a_bundle_goes_on_with_the_workers_that_are_left(extracted, make_plan, s
     assert [attempt["workers"] for attempt in attempts] == [2, 1]
     assert attempts[1]["first_step"] > 0
     assert all(tensor.isfinite().all() for tensor in weights(one.step.folder).values())
+    record_fault("one of two workers of an SAE is lost with its node", "train", "the other goes on from a checkpoint")

@@ -48,6 +48,7 @@ def test_a_killed_study_in_a_store_resumes_to_the_bits_of_the_local_one(
     assert "s3://study/root" in shown
     assert "s3://study/world/clip" in shown
     assert KEY not in shown, "no key is shown"
+    assert KEY not in str([one.record() for one in plan.steps]), "nor recorded"
     assert not differences(plan, make_plan(finished))
 
 

@@ -436,10 +436,18 @@ def test_what_only_this_machine_has_is_refused(study_file, closed, tmp_path, mon
         ("encoder.model", "models/clip"),
         ("judge.model", "open_clip:local-dir:models/judge"),
         ("judge.model", "timm:local-dir:models/judge"),
+        ("training.init", "./models/sae"),
+        ("concepts.vocabulary", "words.txt"),
     ]
     for field, value in relative:
         said = refused(2, study_file, "--root", "/root", "--address", closed, "--set", f"{field}={value}")
         assert said.startswith(f"Error: {field} = {value!r}: a relative path")
+    table = ("--set", 'grid.weights=["ms", "ranks.parquet"]')
+    said = refused(2, study_file, "--root", "/root", "--address", closed, *table)
+    assert said.startswith("Error: grid.weights = 'ranks.parquet': a relative path")
+    guided = ("--architecture", "guided_topk", "--set", "architectures.guided_topk.concepts=concepts.csv")
+    said = refused(2, study_file, "--root", "/root", "--address", closed, *guided)
+    assert said.startswith("Error: architectures.guided_topk.concepts = 'concepts.csv': a relative path")
     said = refused(2, study_file, "--root", "runs/x", "--address", closed)
     assert "--root = 'runs/x'" in said
     assert "s3://" in said

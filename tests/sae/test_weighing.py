@@ -160,6 +160,8 @@ def test_weights_that_change_nothing_are_told():
 def test_names_of_weighted_cells_tell_them_apart():
     assert label_of("ms", 0.5, 0.5) == "weights.ms"
     assert label_of("/some/where/ranks.parquet", 1.0, 0.5) == "weights.ranks.1"
+    in_store = "s3://key:secret@bucket/ranks.parquet?endpoint_override=http%3A%2F%2F10.0.0.1"
+    assert label_of(in_store, 0.5, 0.5) == "weights.ranks"
 
 
 @pytest.mark.parametrize(

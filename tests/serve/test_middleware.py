@@ -12,9 +12,11 @@ from pydantic import ValidationError
 from sae_ray.serve.api import create_api
 from sae_ray.serve.app import Api
 from sae_ray.serve.config import API_KEY, Limits, ServeConfig, with_llava
+from sae_ray.serve.errors import as_api_error
 from sae_ray.serve.service import Service
 from starlette.testclient import TestClient
 
+from sae_ray.errors import SaeRayError
 from sae_ray.study.root import recalled_plan
 
 from .conftest import KEY, OTHER, STEERS, data_url, white
@@ -78,6 +80,11 @@ def test_what_nobody_expected_is_counted_as_a_failure(local, service, monkeypatc
     monkeypatch.setattr(service, "saes", None)
     assert local.get("/v1/saes").json()["error"]["code"] == "internal_error"
     assert 'sae_ray_requests_total{route="/v1/saes",status="500"} 1.0' in local.get("/metrics").text
+
+
+def test_no_key_of_a_store_is_told():
+    error = as_api_error(SaeRayError("s3://key:s3cr3t@bucket/root?region=eu cannot be read"))
+    assert (error.status_code, error.detail) == (500, "s3://bucket/root cannot be read")
 
 
 def test_the_images_of_a_request_share_a_limit(service, monkeypatch):
