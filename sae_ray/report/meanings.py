@@ -69,7 +69,11 @@ MEASURED = (
     ),
     Score("entropy_mass", "entropy of its mass", "The same for sums over images, so that common concepts weigh more."),
     Score("entropy_rho", "entropy of correlations", "The same for the correlations above 0."),
-    Score("purity", "purity of 16 top images", "Share of the commonest concept in its held-out top images."),
+    Score(
+        "purity",
+        "purity of 16 top images",
+        "Share of the commonest concept in its held-out top images; high by chance where it fires on few.",
+    ),
     Score(
         "spatial", "spatial coherence", "Moran's I of its patches: near 1 if it marks regions, about 0 if it is noise."
     ),

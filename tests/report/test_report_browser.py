@@ -383,7 +383,7 @@ def test_saes_are_filtered_and_downloaded(reader: Reader, plan: StudyPlan):
     rows = reader.downloaded("[data-table=all-table]")
     raw = [one for one in plan.concepts if one.sae is None]
     assert [row["SAE"] for row in rows] == [one.name for one in raw]
-    counts = [(one.step.record() or {})["counts"]["purity"] for one in raw]
+    counts = [(one.step.record() or {})["counts"]["purity_16"] for one in raw]
     assert [float(row["purity of 16 top images"]) for row in rows] == counts
 
 

@@ -453,8 +453,8 @@ function tried({ place, score, control_score }) {
 }
 
 function byConcept() {
-  const { names_right } = now.cell.counts;
-  return byId("method").value !== "soft_wpmi" || names_right === null || names_right === undefined ? "" : ` Of the neurons that stand for one concept (purity of at least 75 %), ${percent(names_right)} have its name.`;
+  const { names_right, pure } = now.cell.counts;
+  return byId("method").value !== "soft_wpmi" || names_right === null || names_right === undefined ? "" : ` Of the ${pure === null ? "" : `${count(pure)} `}neurons that stand for one concept (purity of at least 75 %), ${percent(names_right)} have its name.`;
 }
 
 /** The rows of names that pass, in order. */
