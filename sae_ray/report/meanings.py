@@ -82,8 +82,12 @@ MEASURED = (
     Score("coherence_aip", "coherence, atomic product", "The same under the inner product that whitens activations."),
     Score("k_unique", "k that coherence allows", "The largest L0 up to which such coherence makes codes unique."),
     Score("stability", "stability", "Cosine with its counterpart in the SAE of another seed."),
-    Score("name_score", "score of its name", "Comparable within one cell only."),
-    Score("name_margin", "name ahead of the next", "The score of its name less that of the next best one."),
+    Score(
+        "name_score",
+        "SoftWPMI of its word",
+        "Of its name from the vocabulary, which may not be the one that is shown. Comparable within one cell only.",
+    ),
+    Score("name_margin", "word ahead of the next", "That score less the one of the next best word."),
     Score("lca_mean", "depth in the taxonomy", "Mean number of ranks that two of its held-out top images share."),
 )
 """Scores of `NEURONS_SCHEMA`, all those with a fraction, and of `HIERARCHY_SCHEMA`."""
