@@ -357,6 +357,7 @@ def test_q_star_comes_with_that_of_other_ridges(world: World):
     ):
         expected = q_star(np.eye(D), moment.matrix(), l0, ridge=ridge).atom
         assert counts[key] == expected
+    assert counts["moment_rows"] == N
 
 
 def test_names_rest_on_no_image_that_is_judged(world: World):
