@@ -171,10 +171,10 @@ def concepts(as_json: bool, **options: Any) -> None:
     if plan.study.concepts is None:
         options["settings"] += ("concepts={}",)
         plan = open_plan(**options)
-    remember(plan)
     space = [] if plan.naming_space is None else [plan.naming_space]
     check_models(models_needed(space, plan.concepts))
     stage.check(plan)
+    remember(plan)  # not before: a root that remembers a file which cannot be read would refuse the next command, too
     extract.run_only(plan, space)
     stage.run(plan)
     if as_json:

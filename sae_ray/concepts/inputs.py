@@ -29,13 +29,17 @@ def sparse_codes(codes: Any) -> Float[SparseMatrix, "rows latents"]:
     """Codes as a CSR matrix of float64 with sorted indices.
 
     Args:
-        codes: one value per row and latent: any matrix of scipy.sparse, a numpy array or a torch tensor.
+        codes: one value per row and latent: any matrix of scipy.sparse, a numpy array or a torch tensor, dense,
+            COO or CSR.
 
     Raises:
         UsageError: it is no matrix, or has values that are not finite.
     """
-    from scipy.sparse import csr_array, issparse
+    from scipy.sparse import coo_array, csr_array, issparse
 
+    if getattr(codes, "is_sparse", False) or getattr(codes, "is_sparse_csr", False):  # of torch
+        listed = codes.detach().cpu().to_sparse_coo().coalesce()
+        codes = coo_array((listed.values().double().numpy(), tuple(listed.indices().numpy())), shape=tuple(codes.shape))
     matrix = codes if issparse(codes) else as_numpy(codes)
     if matrix.ndim != 2:
         raise UsageError(f"codes has the shape {matrix.shape}; give a matrix with one row per image")

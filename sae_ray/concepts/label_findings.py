@@ -132,8 +132,13 @@ def add_labels(
     found.counts |= real.figures | {f"fitted_fms_{p}": mean(concepts.fms("fitted", p)) for p in PS}
     found.counts["shuffled"] = twin.figures
     found.neurons["purity"] = concept_purity(top_images, labels)
-    found.counts["purity"] = mean(found.neurons["purity"])
-    found.counts["shuffled"]["purity"] = mean(concept_purity(top_images, shuffled))
+    found.counts |= _purities(found.neurons["purity"], top_images)
+    found.counts["shuffled"] |= _purities(concept_purity(top_images, shuffled), top_images)
+
+
+def _purities(purity: Float[np.ndarray, " neurons"], top_images: Int[np.ndarray, "neurons n"]) -> dict[str, float]:
+    """Means over the neurons that fire, and over those with all top images: few images are pure by chance."""
+    return {"purity": mean(purity), "purity_16": mean(purity[(top_images >= 0).all(axis=1)])}
 
 
 def _by_labels(

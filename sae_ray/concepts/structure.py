@@ -67,6 +67,7 @@ def add_atoms(
         "largest_k": measured.largest_k,
         "reachable": measured.reachable,
         "condition": measured.condition,
+        "moment_rows": images.moment.n_rows,
         "q_star_tenth_ridge": q_star_of_ridge(decoder, moment, density, RIDGE / 10, live=live),
         "q_star_tenfold_ridge": q_star_of_ridge(decoder, moment, density, RIDGE * 10, live=live),
     }

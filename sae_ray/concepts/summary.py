@@ -1,4 +1,4 @@
-"""Which SAE is best, by which measure: the figures of the stage `concepts` beside raw neurons and shuffled labels."""
+"""Which SAE is best, by which measure: the figures of the stage `concepts` beside raw neurons and chance."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ class Compared(NamedTuple):
     """In `counts` of `step.json`."""
     title: str
     lower_is_better: bool = False
+    chance: str | None = None
+    """In `counts`, what chance gives. Default: the same key of shuffled labels."""
 
 
 MEASURES = (
     Compared("n_found_concepts", "concepts found (ρ ≥ .5)"),
     Compared("rho", "ρ of a concept's best neuron"),
     Compared("mean_entropy_balanced", "entropy over concepts", lower_is_better=True),
-    Compared("purity", "purity of 16 top images"),
+    Compared("purity_16", "purity of 16 top images"),
     Compared("probe_r", "probe R"),
     Compared("average_precision", "mean average precision"),
     Compared("coverage", "coverage (AP ≥ .3)"),
@@ -38,9 +40,9 @@ MEASURES = (
     Compared("q_star_atom", "q*"),
     Compared("reachable", "samples within Welch's bound"),
     Compared("tpp_2", "targeted probe perturbation, 2 neurons"),
-    Compared("stability", "stability between seeds"),
+    Compared("stability", "stability between seeds", chance="stability_random"),
     Compared("spatial", "spatial coherence"),
-    Compared("spliced", "accuracy with the reconstruction"),
+    Compared("spliced", "accuracy with the reconstruction", chance="spliced_mean"),
     Compared("recovered", "share of the accuracy recovered"),
 )
 SHOWN_CONCEPTS = 10
@@ -64,8 +66,9 @@ class Best(NamedTuple):
     value: float
     raw: float | None
     """Of the raw neurons of the same site."""
-    shuffled: float | None
-    """Of the same SAE, with shuffled labels."""
+    chance: float | None
+    """Of the same SAE: with shuffled labels; its stability with random directions in place of the other SAE, its
+    accuracy with the mean activation in place of the reconstruction."""
 
 
 def best_by_measure(cells: Sequence[Cell], measures: Sequence[Compared] = MEASURES) -> list[Best]:
@@ -78,17 +81,18 @@ def best_by_measure(cells: Sequence[Cell], measures: Sequence[Compared] = MEASUR
         sign = -1 if measure.lower_is_better else 1
         best = max(having, key=lambda one: sign * one.counts[measure.key])
         raw = [one.counts.get(measure.key) for one in cells if not one.is_sae and one.site == best.site]
-        shuffled = best.counts.get("shuffled", {}).get(measure.key)
-        found.append(Best(measure, best.name, best.counts[measure.key], raw[0] if raw else None, shuffled))
+        by_chance = best.counts if measure.chance else best.counts.get("shuffled", {})
+        chance = by_chance.get(measure.chance or measure.key)
+        found.append(Best(measure, best.name, best.counts[measure.key], raw[0] if raw else None, chance))
     return found
 
 
 def comparison_lines(cells: Sequence[Cell]) -> list[str]:
     """The rows of `best_by_measure` as a table."""
-    table = [["measure", "best SAE", "its value", "raw neurons", "shuffled labels"]]
+    table = [["measure", "best SAE", "its value", "raw neurons", "by chance"]]
     for one in best_by_measure(cells):
         title = f"{one.measure.title}{' (lower is better)' if one.measure.lower_is_better else ''}"
-        table.append([title, one.name, *map(_figure, (one.value, one.raw, one.shuffled))])
+        table.append([title, one.name, *map(_figure, (one.value, one.raw, one.chance))])
     return table_lines(table, "<<>>>") if len(table) > 1 else []
 
 
@@ -114,12 +118,38 @@ def concept_lines(cell: Cell, tables: ConceptTables) -> list[str]:
         ]
         table.append([*texts, *(number(float(column[place]), 2) for column in scores)])
     title = f"{cell.name}: {cell.counts['n_live']:,} of {cell.counts['neurons']:,} neurons fire"
-    notes = list(filter(None, [_q_star(cell.counts), _depths(cell.counts), _spliced(cell.counts)]))
+    notes = list(filter(None, (note(cell.counts) for note in (_rho, _names, _q_star, _stability, _depths, _spliced))))
     if not order:
         return [title, *notes]
     more = len(order) - SHOWN_CONCEPTS
     listed = [*table_lines(table, "<>><>>>>>>>"), *([f"and {more:,} more concepts"] if more > 0 else [])]
     return [title, *notes, "", *listed]
+
+
+def _rho(counts: Mapping[str, Any]) -> str | None:
+    if counts.get("max_rho") is None:
+        return None
+    share, largest, chance = (
+        number(one, 3) for one in (counts["share_rho_50"], counts["max_rho"], counts["shuffled"]["max_rho"])
+    )
+    return f"ρ of .5 or more with a concept: {share} of the neurons; the largest is {largest}, by chance {chance}"
+
+
+def _names(counts: Mapping[str, Any]) -> str | None:
+    if counts.get("named") is None:
+        return None
+    named, words, distinct = (f"{counts[key]:,}" for key in ("named", "words", "distinct_names"))
+    text = f"names: {named} neurons have one of {words} words, {distinct} different ones"
+    if counts.get("names_right") is None or counts.get("pure") is None:
+        return text
+    return f"{text}; {number(counts['names_right'], 3)} of the {counts['pure']:,} pure ones have that of their concept"
+
+
+def _stability(counts: Mapping[str, Any]) -> str | None:
+    if counts.get("stability") is None:
+        return None
+    own, random = (number(counts[key], 3) for key in ("stability", "stability_random"))
+    return f"stability between seeds: {own}; with random directions {random}"
 
 
 def _q_star(counts: Mapping[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +16,17 @@ FORM = "a taxonomy is CSV with the header label_name,path and paths such as anim
 
 def inaturalist_taxonomy(label_names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Label -> path, from iNaturalist's names: `00000_Animalia_Chordata_…_Parus_major` has the path Animalia, Chordata,
-    … major. The first field is a number. Warns if the paths do not all have one length, as `_` in a name makes it."""
-    taxonomy = {name: tuple(name.split("_")[1:]) for name in sorted(set(label_names))}
+    … major. The first field is a number. Warns if the paths do not all have one length, as `_` in a name makes it.
+
+    Raises UsageError if a label is not named like that.
+    """
+    names = sorted(set(label_names))
+    if others := [name for name in names if not re.match(r"\d+_.", name)]:
+        raise UsageError(
+            f"{len(others)} labels are not named as in iNaturalist (00000_Animalia_Chordata_…), {others[0]!r} among "
+            "them; give a CSV file with the columns label_name and path"
+        )
+    taxonomy = {name: tuple(name.split("_")[1:]) for name in names}
     _warn_of_lengths("iNaturalist's names", taxonomy)
     return taxonomy
 

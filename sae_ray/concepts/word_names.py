@@ -11,7 +11,7 @@ import numpy as np
 from sae_ray.concepts.best_words import BestWords
 from sae_ray.concepts.cosines import decoder_cosine
 from sae_ray.concepts.dissect import Prior, log_likelihood, log_total, soft_wpmi_weights, word_probabilities
-from sae_ray.concepts.findings import Findings
+from sae_ray.concepts.findings import Findings, mean
 from sae_ray.concepts.image_codes import ImageCodes
 from sae_ray.concepts.inputs import unit
 from sae_ray.concepts.neuron_measures import top_positions
@@ -137,21 +137,22 @@ def add_names(
         "name_images": np.where(named, n_images, -1),
     }
     found.counts |= {"words": len(texts.words), "named": int(named.sum()), "distinct_names": best.n_distinct}
-    found.counts["names_right"] = _right(found, words[best.first], texts)
+    right = _right(found, words[best.first], texts)
+    found.counts |= {"pure": len(right), "names_right": mean(right)}
     if decoder is not None and texts.holds_decoder:
         by_decoder = decoder_names(decoder, texts.embeddings)
         found.names.append(by_decoder.table("decoder_cosine", texts.words, np.zeros(len(n_images), np.int64)))
-        found.counts["decoder_names_right"] = _right(found, words[by_decoder.first], texts)
+        found.counts["decoder_names_right"] = mean(_right(found, words[by_decoder.first], texts))
 
 
-def _right(found: Findings, names: np.ndarray, texts: Texts) -> float:
-    """Of the neurons that stand for a concept with a word, the share that has it as their name, not none."""
+def _right(found: Findings, names: np.ndarray, texts: Texts) -> Float[np.ndarray, " pure"]:
+    """Of each neuron that stands for a concept with a word, whether it has that as its name: 0 also for none."""
     purity, concept = (found.neurons.get(column) for column in ("purity", "concept"))
     if purity is None or concept is None:
-        return np.nan
+        return np.zeros(0)
     right = [
         name == texts.word_of[one]
         for name, one, share in zip(names, concept, purity, strict=True)
         if share >= PURE and one in texts.word_of
     ]
-    return float(np.mean(right)) if right else np.nan
+    return np.array(right, np.float64)

@@ -22,7 +22,7 @@ OF_SUMMARY = (
     Compared("r2", "R²"),
 )
 """Measures of other stages, attributes of `CellSummary`."""
-SHOWN_COUNTS = ("drawn", "names_right")
+SHOWN_COUNTS = ("drawn", "names_right", "pure")
 """Figures that the page tells of each cell."""
 
 

@@ -69,7 +69,11 @@ MEASURED = (
     ),
     Score("entropy_mass", "entropy of its mass", "The same for sums over images, so that common concepts weigh more."),
     Score("entropy_rho", "entropy of correlations", "The same for the correlations above 0."),
-    Score("purity", "purity of 16 top images", "Share of the commonest concept in its held-out top images."),
+    Score(
+        "purity",
+        "purity of 16 top images",
+        "Share of the commonest concept in its held-out top images; high by chance where it fires on few.",
+    ),
     Score(
         "spatial", "spatial coherence", "Moran's I of its patches: near 1 if it marks regions, about 0 if it is noise."
     ),
@@ -78,8 +82,12 @@ MEASURED = (
     Score("coherence_aip", "coherence, atomic product", "The same under the inner product that whitens activations."),
     Score("k_unique", "k that coherence allows", "The largest L0 up to which such coherence makes codes unique."),
     Score("stability", "stability", "Cosine with its counterpart in the SAE of another seed."),
-    Score("name_score", "score of its name", "Comparable within one cell only."),
-    Score("name_margin", "name ahead of the next", "The score of its name less that of the next best one."),
+    Score(
+        "name_score",
+        "SoftWPMI of its word",
+        "Of its name from the vocabulary, which may not be the one that is shown. Comparable within one cell only.",
+    ),
+    Score("name_margin", "word ahead of the next", "That score less the one of the next best word."),
     Score("lca_mean", "depth in the taxonomy", "Mean number of ranks that two of its held-out top images share."),
 )
 """Scores of `NEURONS_SCHEMA`, all those with a fraction, and of `HIERARCHY_SCHEMA`."""

@@ -155,7 +155,8 @@ def test_sparse_and_dense_codes_of_any_kind_score_alike():
     sparse = csr_array(codes)
     wide = csr_array((sparse.data, sparse.indices.astype(np.int64), sparse.indptr.astype(np.int64)), shape=codes.shape)
     assert wide[:50].indices.dtype == np.int64
-    for same in (sparse, wide, torch.from_numpy(codes)):
+    tensor = torch.from_numpy(codes)
+    for same in (sparse, wide, tensor, tensor.to_sparse(), tensor.to_sparse_csr().requires_grad_()):
         found = fms(same, torch.from_numpy(labels), evaluation="heldout", seed=3)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one, other)

@@ -116,6 +116,11 @@ def test_a_taxonomy_that_is_none_is_refused(tmp_path: Path, text: str, said: str
         read_taxonomy(str(file))
 
 
+def test_other_names_than_inaturalists_are_refused():
+    with pytest.raises(UsageError, match=r"2 labels are not named as in iNaturalist .*, 'arrow' among them; give"):
+        inaturalist_taxonomy(name for name in ("0_A_B", "sports_car", "arrow"))
+
+
 def test_paths_of_different_lengths_are_told(tmp_path: Path):
     with pytest.warns(UserWarning, match=r"most paths have 2 ranks, but '2_A_B_x_y' has 4 \(A > B > x > y\)"):
         inaturalist_taxonomy(["0_A_B", "1_A_C", "2_A_B_x_y"])

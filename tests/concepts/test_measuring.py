@@ -121,7 +121,7 @@ def test_latents_that_are_the_classes_are_found_named_and_told_from_chance(world
     assert counts["n_live"] == D
     assert counts["n_found_concepts"] == len(CLASSES)
     assert counts["shuffled"]["n_found_concepts"] == 0
-    assert counts["names_right"] == 1
+    assert (counts["pure"], counts["names_right"]) == (len(CLASSES), 1)
     assert counts["tpp"][0] > 0.4
     assert counts["coherence"] == 0  # among the latents that fire, which are orthogonal
     assert np.isnan(neurons.coherence[D:]).all()
@@ -260,6 +260,19 @@ def test_one_class_and_rare_ones_are_no_concepts(world: World):
     assert found.concepts["n_known"].tolist() == [N] * len(CLASSES), "images of a rare class are known not to show them"
 
 
+def test_neurons_of_few_images_do_not_raise_the_purity(world: World):
+    """Latents 4 to 15 of another SAE fire on the largest 3 of the 600 images."""
+    rare = sae_of()
+    rare.b_enc[len(CLASSES) : D] = -torch.tensor(np.sort(world.x[:, len(CLASSES) : D], axis=0)[-4])
+    common, few = (measure(sae, world.store, world.labels, Concepts()) for sae in (sae_of(), rare))
+    assert few.neurons["n_firing"][len(CLASSES) : D].tolist() == [3] * 12
+    purity = few.neurons["purity"][len(CLASSES) : D]
+    assert (purity >= 1 / 3).all()
+    assert few.counts["purity"] == pytest.approx((len(CLASSES) + purity.sum()) / D)
+    assert few.counts["purity_16"] == 1 > common.counts["purity_16"] == common.counts["purity"]
+    assert few.counts["shuffled"]["purity"] > few.counts["shuffled"]["purity_16"]
+
+
 def test_a_dead_sae_has_no_scores(world: World, tmp_path):
     found = measure(sae_of(alive=False), world.store, world.labels, ALL, texts=world.texts)
     there = tables(found, tmp_path)
@@ -344,6 +357,7 @@ def test_q_star_comes_with_that_of_other_ridges(world: World):
     ):
         expected = q_star(np.eye(D), moment.matrix(), l0, ridge=ridge).atom
         assert counts[key] == expected
+    assert counts["moment_rows"] == N
 
 
 def test_names_rest_on_no_image_that_is_judged(world: World):

@@ -28,16 +28,22 @@ def cells() -> list[Cell]:
 def test_the_best_is_an_sae_and_its_row_has_its_own_sites_raw_neurons():
     best = {one.measure.key: one for one in best_by_measure(cells())}
     rho, entropy = best["rho"], best["mean_entropy_balanced"]
-    assert (rho.name, rho.value, rho.raw, rho.shuffled) == ("wide", 0.7, 0.3, 0.03)
-    assert (entropy.name, entropy.value, entropy.raw, entropy.shuffled) == ("narrow", 0.2, 0.95, None)
+    assert (rho.name, rho.value, rho.raw, rho.chance) == ("wide", 0.7, 0.3, 0.03)
+    assert (entropy.name, entropy.value, entropy.raw, entropy.chance) == ("narrow", 0.2, 0.95, None)
     assert best["n_found_concepts"].name == "narrow", "the first one in a tie"
     assert best.keys() == {"rho", "mean_entropy_balanced", "n_found_concepts"}
+
+
+def test_chance_is_that_of_the_measure():
+    counts = {"stability": 0.6, "stability_random": 0.2, "spliced": 0.9, "spliced_mean": 0.1, "recovered": 0.95}
+    best = best_by_measure([Cell("wide", "b", True, counts | {"shuffled": {"stability_random": 0.7}})])
+    assert {one.measure.key: one.chance for one in best} == {"stability": 0.2, "spliced": 0.1, "recovered": None}
 
 
 def test_the_comparison_is_a_table_of_what_there_is():
     lines = comparison_lines(cells())
     assert len(lines) == 1 + 3
-    assert lines[0].split() == ["measure", "best", "SAE", "its", "value", "raw", "neurons", "shuffled", "labels"]
+    assert lines[0].split() == ["measure", "best", "SAE", "its", "value", "raw", "neurons", "by", "chance"]
     assert ["narrow", "0.200", "0.950", "–"] in [line.split()[-4:] for line in lines]
     assert comparison_lines([one for one in cells() if not one.is_sae]) == []
 
@@ -79,19 +85,27 @@ def test_what_is_measured_of_the_whole_is_told_in_a_line_each(tmp_path):
     counts = {
         "n_live": 1, "neurons": 2, "depth": 1.25, "depths": [1.0, None, 2.0], "q_star_atom": 0.5, "reachable": 0.9,
         "q_star_tenth_ridge": 0.4, "q_star_tenfold_ridge": 0.75, "spliced_by": "zero_shot", "spliced": 0.8,
-        "spliced_original": 0.9, "spliced_mean": 0.1, "spliced_zero": 0.05,
+        "spliced_original": 0.9, "spliced_mean": 0.1, "spliced_zero": 0.05, "stability": 0.6, "stability_random": 0.2,
+        "max_rho": 0.95, "share_rho_50": 0.25, "shuffled": {"max_rho": 0.1}, "words": 16, "named": 1200,
+        "distinct_names": 9, "pure": 4, "names_right": 0.75,
     }  # fmt: skip
     assert concept_lines(Cell("wide", "b", True, counts), tables(tmp_path, 0)) == [
         "wide: 1 of 2 neurons fire",
+        "ρ of .5 or more with a concept: 0.250 of the neurons; the largest is 0.950, by chance 0.100",
+        "names: 1,200 neurons have one of 16 words, 9 different ones; 0.750 of the 4 pure ones have that of their "
+        "concept",
         "q*: 0.500 (0.400 with a tenth of the ridge, 0.750 with ten times as much); 0.900 of the samples are within "
         "Welch's bound",
+        "stability between seeds: 0.600; with random directions 0.200",
         "depth in the taxonomy: 1.25, by Matryoshka level 1.00, –, 2.00",
         "accuracy (zero-shot) with the reconstruction in place: 0.800; with the activations 0.900, with their mean "
         "0.100, with zeros 0.050",
     ]
-    flat = counts | {"depths": [1.25], "spliced": None, "q_star_atom": None}
+    missing = dict.fromkeys(("spliced", "q_star_atom", "max_rho", "stability", "names_right"))
+    flat = counts | missing | {"depths": [1.25]}
     assert concept_lines(Cell("wide", "b", True, flat), tables(tmp_path / "flat", 0))[1:] == [
-        "depth in the taxonomy: 1.25"
+        "names: 1,200 neurons have one of 16 words, 9 different ones",
+        "depth in the taxonomy: 1.25",
     ]
 
 

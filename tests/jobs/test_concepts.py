@@ -172,8 +172,13 @@ def test_without_labels_and_texts_the_rest_is_measured(ray_cluster, root, make_p
     assert "spliced" not in counts
 
 
-def test_a_study_is_measured_when_it_is_asked_for(ray_cluster, root, study_values):
-    """The study that the root remembers has no `[concepts]`."""
+def test_a_study_is_measured_when_it_is_asked_for(ray_cluster, root, tmp_path):
+    """The study that the root remembers has no `[concepts]`, and keeps none that cannot be measured."""
+    wrong, remembered = tmp_path / "wrong.csv", (root / "study.json").read_bytes()
+    wrong.write_text("image_id,even\nno such image,1\n")
+    refused = CliRunner().invoke(main, ["concepts", "--root", str(root), "--set", f"concepts.file={wrong}"])
+    assert (refused.exit_code, "has no row for" in refused.output) == (2, True)
+    assert (root / "study.json").read_bytes() == remembered
     done = CliRunner().invoke(main, ["concepts", "--root", str(root), "--set", 'concepts.measures=["labels", "names"]'])
     assert done.exit_code == 0, done.output
     assert "measure" in done.stdout

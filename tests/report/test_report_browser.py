@@ -332,6 +332,10 @@ def test_concepts_and_neurons_are_filtered_and_downloaded(reader: Reader, cell: 
         assert float(row["rho"]) == pytest.approx(neurons.rho[neuron], rel=1e-5)
         assert float(row["ms"] or "nan") == pytest.approx(cell.columns.ms[neuron], rel=1e-5, nan_ok=True)
         assert float(row["purity"]) == pytest.approx(neurons.purity[neuron], rel=1e-5)
+        assert row["name_method"] == ("vlm" if neuron in STEERED else "soft_wpmi" if neurons.name[neuron] else "")
+        assert float(row["soft_wpmi_score"] or "nan") == pytest.approx(
+            neurons.name_score[neuron], rel=1e-5, nan_ok=True
+        )
 
     reader.page.get_by_role("button", name="Reset").click()
     reader.open_concepts()
@@ -383,7 +387,7 @@ def test_saes_are_filtered_and_downloaded(reader: Reader, plan: StudyPlan):
     rows = reader.downloaded("[data-table=all-table]")
     raw = [one for one in plan.concepts if one.sae is None]
     assert [row["SAE"] for row in rows] == [one.name for one in raw]
-    counts = [(one.step.record() or {})["counts"]["purity"] for one in raw]
+    counts = [(one.step.record() or {})["counts"]["purity_16"] for one in raw]
     assert [float(row["purity of 16 top images"]) for row in rows] == counts
 
 

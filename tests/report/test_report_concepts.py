@@ -164,10 +164,11 @@ def test_which_sae_is_best_is_told_by_every_measure(report: Path, plan: StudyPla
         assert (measure.title in found) == bool(values)
         if not values:
             continue
-        name, value, of_raw, shuffled = found[measure.title]
+        name, value, of_raw, chance = found[measure.title]
         assert float(value) == values[name] == (min if measure.lower_is_better else max)(values.values())
-        expected = raw[site[name]].get(measure.key), counts[name]["shuffled"].get(measure.key)
-        assert [float(one) if one else None for one in (of_raw, shuffled)] == list(expected)
+        by_chance = counts[name] if measure.chance else counts[name]["shuffled"]
+        expected = raw[site[name]].get(measure.key), by_chance.get(measure.chance or measure.key)
+        assert [float(one) if one else None for one in (of_raw, chance)] == list(expected)
     rows = {row.name: row for row in summarise(plan)}
     name, value, of_raw, _ = found["mean MS"]
     assert float(value) == rows[name].mean_ms == max(row.mean_ms for row in rows.values() if row.grid_cell)

@@ -64,15 +64,15 @@ async function open(cell) {
 const keysOf = (cell) => [...Object.keys(facts.scores).filter((key) => facts.scores[key].indexed), ...cell.scores];
 const conceptAt = (place) => now.meaning.names[now.conceptOf[place]] ?? null;
 
-/** The name of the neuron at a place, as it is everywhere: the first there is, but for that of its decoder alone. */
-function nameAt(place) {
+/** The name of the neuron at a place and its method, as it is everywhere: the first there is, but for that of its decoder alone. */
+function namedAt(place) {
   now.nameOf ??= new Map(
     now.names
       .filter(({ method }) => method !== "decoder_cosine")
       .reverse()
-      .flatMap(({ words, word, place }) => Array.from(place, (own, row) => [own, words[word[row]]])),
+      .flatMap(({ method, words, word, place }) => Array.from(place, (own, row) => [own, [words[word[row]], method]])),
   );
-  return now.nameOf.get(place) ?? null;
+  return now.nameOf.get(place) ?? [null, null];
 }
 
 // Files
@@ -367,12 +367,15 @@ scatter.addEventListener("blur", () => {
   plot.kept = false;
 });
 
+/** What scores of the name from the vocabulary are called beside a name that may be another. */
+const OF_WORDS = { name_score: "soft_wpmi_score", name_margin: "soft_wpmi_margin" };
+
 async function neuronFile() {
   const { cell, index } = now;
   const keys = keysOf(cell);
   const columns = await Promise.all(keys.map((key) => scoresOf(cell.name, key)));
-  const rows = now.places.map((place) => [index.neuron[place], conceptAt(place), nameAt(place), ...columns.map((one) => one[place])]);
-  save(`neurons-${cell.name}`, [["neuron", "concept", "name", ...keys], ...rows]);
+  const rows = now.places.map((place) => [index.neuron[place], conceptAt(place), ...namedAt(place), ...columns.map((one) => one[place])]);
+  save(`neurons-${cell.name}`, [["neuron", "concept", "name", "name_method", ...keys.map((key) => OF_WORDS[key] ?? key)], ...rows]);
 }
 
 // A neuron at a glance
@@ -393,7 +396,7 @@ async function showPeek(place, beside, lines) {
   const { images } = await details(cell.name, place);
   if (turn !== glance) return;
   const neuron = index.neuron[place];
-  const [name, concept] = [nameAt(place), conceptAt(place)];
+  const [[name], concept] = [namedAt(place), conceptAt(place)];
   const row = ([title, value]) => [element("dt", {}, title), element("dd", {}, value)];
   peek.replaceChildren(
     element("p", {}, element("a", { href: address(cell.name, neuron) }, `Neuron ${neuron}`), name === null ? null : element("b", {}, ` ${name}`)),
@@ -453,8 +456,8 @@ function tried({ place, score, control_score }) {
 }
 
 function byConcept() {
-  const { names_right } = now.cell.counts;
-  return byId("method").value !== "soft_wpmi" || names_right === null || names_right === undefined ? "" : ` Of the neurons that stand for one concept (purity of at least 75 %), ${percent(names_right)} have its name.`;
+  const { names_right, pure } = now.cell.counts;
+  return byId("method").value !== "soft_wpmi" || names_right === null || names_right === undefined ? "" : ` Of the ${pure === null ? "" : `${count(pure)} `}neurons that stand for one concept (purity of at least 75 %), ${percent(names_right)} have its name.`;
 }
 
 /** The rows of names that pass, in order. */
