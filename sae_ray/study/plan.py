@@ -13,7 +13,7 @@ import pyarrow as pa
 from sae_ray.concepts.config import Concepts, Patches
 from sae_ray.encoders.info import EncoderInfo, check_site, check_text_side, readout, rows_per_image, site_width
 from sae_ray.encoders.sites import Site
-from sae_ray.encoders.sources import is_digest
+from sae_ray.encoders.sources import is_digest, named_by
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images.rendering import Rendering
 from sae_ray.sae.second_moment import ROWS_PER_DIMENSION
@@ -513,10 +513,12 @@ class StudyPlan:
         self.encoder, self.judge = models.encoder, models.judge
         for cell in study.cells():
             for site in (cell.site, cell.score_site):
-                check_site(self.encoder, site)
+                with named_by("grid.sites", site.name):
+                    check_site(self.encoder, site)
             cell.cell.check(site_width(self.encoder, cell.site), study.resources.train.shards)
         self.judge_site = Site(point=study.judge.point)
-        check_site(self.judge, self.judge_site)
+        with named_by("judge.point", study.judge.point):
+            check_site(self.judge, self.judge_site)
         self.images = {name: self._images(name) for name in ("train", "heldout")}
         for cell in study.cells():
             self._check_inputs(cell)
@@ -682,8 +684,9 @@ class StudyPlan:
         pictures, site, steering = self.images[self.study.scoring.pictures], Site("projection"), self.study.steering
         config = EncoderConfig(steering.scorer, steering.scorer_revision) if steering else self.study.encoder
         info = self.survey.models.scorer or self.encoder
-        check_text_side(info)
-        check_site(info, site)
+        with named_by("steering.scorer" if steering else "encoder.model", config.model):
+            check_text_side(info)
+            check_site(info, site)
         if (_identity(info), config.dtype) == (_identity(self.encoder), self.study.encoder.dtype):
             return self._activations(pictures, site)  # perhaps a site of the grid
         return self._extract(pictures, "steering.scorer", config, info, site, f"embeddings-{pictures.name}-scorer")

@@ -916,7 +916,10 @@ def test_a_study_that_was_remembered_is_the_same_steps(make_plan: MakePlan):
         ({"grid.k": [4, 33]}, "cell.k = 33: make it at most d_sae = 32"),
         ({"resources.train.shards": 33}, "resources.train.shards = 33: choose at most 32, the latents of an SAE with"),
         ({"grid.expansions": [0.01]}, "cell.expansion = 0.01: make it at least 1/16: the input is 16 wide"),
-        ({"grid.sites": ["projection", "layer2:cls"]}, "layer is 2, but .*clip has 2 layers; name one from 0 to 1"),
+        (
+            {"grid.sites": ["projection", "layer2:cls"]},
+            "grid.sites = 'layer2.cls': layer is 2, but .*clip has 2 layers; name one",
+        ),
         ({"grid.sites": ["layer0:random:6"]}, "clip has 5 tokens per image; ask for at most 5"),
         ({"encoder.model": "/nowhere"}, "there is no directory /nowhere on .*; an encoder is named by a directory"),
         ({"encoder.revision": "main"}, "revision is 'main', but that of .*clip is "),
@@ -1142,5 +1145,9 @@ def test_what_cannot_be_steered_is_refused_before_any_work(
     assert "clip is of the model type clip, not llava" in refused({"steering.llava": tiny_clip})
     wider = with_tower(tiny_llava, tmp_path / "wider", hidden_size=64)
     assert "its vision tower has 17 tokens of width 64" in refused({"steering.llava": wider})
-    assert "does not embed texts; name a CLIP, SigLIP" in refused({"steering.scorer": tiny_llava})
+    no_projection = refused({"judge.model": tiny_llava})
+    assert no_projection.startswith("judge.point = 'projection': point is 'projection', which ")
+    no_text = refused({"steering.scorer": tiny_llava})
+    assert no_text.startswith(f"steering.scorer = '{tiny_llava}': ")
+    assert "does not embed texts; name a CLIP, SigLIP" in no_text
     assert "there is no directory /nowhere" in refused({"steering.llava": "/nowhere"})
