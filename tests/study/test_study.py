@@ -918,7 +918,7 @@ def test_a_study_that_was_remembered_is_the_same_steps(make_plan: MakePlan):
         ({"grid.expansions": [0.01]}, "cell.expansion = 0.01: make it at least 1/16: the input is 16 wide"),
         (
             {"grid.sites": ["projection", "layer2:cls"]},
-            "grid.sites = 'layer2.cls': layer is 2, but .*clip has 2 layers; name one",
+            "grid.sites = 'layer2.cls': layer is 2, but .*clip has 2 layers; name one from 0 to 1",
         ),
         ({"grid.sites": ["layer0:random:6"]}, "clip has 5 tokens per image; ask for at most 5"),
         ({"encoder.model": "/nowhere"}, "there is no directory /nowhere on .*; an encoder is named by a directory"),
