@@ -30,7 +30,7 @@ from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
 from sae_ray.store.tables import StoredTable
-from sae_ray.study.plan import ExtractPlan
+from sae_ray.study.step_plans import ExtractPlan
 
 REPORT_SECONDS = 1.0
 """Between two reports on a part: more of them from hundreds of workers would drown the board."""

@@ -21,7 +21,8 @@ from sae_ray.report.wording import share
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.store.files import Folder, parent_and_name
 from sae_ray.store.steps import Step, digest, hold, read_record
-from sae_ray.study.plan import ScorePlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ScorePlan
 from sae_ray.text_table import number, table_lines
 
 from .options import chosen_sae
