@@ -1,4 +1,4 @@
-"""The plan of a single step, by stage: what it reads, its rows, and what it needs. Nothing is computed or written here."""
+"""The plan of a step of each stage: what it reads, its rows, and what it needs. Nothing is computed or written here."""
 
 from __future__ import annotations
 

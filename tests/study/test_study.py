@@ -18,7 +18,7 @@ import torch
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE, TrainingConfig, save_sae
-from sae_ray.sae.architectures import ArchitectureSettings
+from sae_ray.sae.architectures import ARCHITECTURES, ArchitectureSettings
 from sae_ray.steering.config import Steering
 from sae_ray.steering.info import LlavaInfo
 from sae_ray.store.files import Folder
@@ -33,6 +33,7 @@ from sae_ray.study.trained import cautions
 from sae_ray.study.weights import significance, weights_ratio
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
+WITH_SETTINGS = [name for name, kind in ARCHITECTURES.items() if dataclasses.fields(kind.Settings)]
 MINIMAL = {
     "name": "s",
     "images": {"train": {"path": "/images"}},
@@ -143,8 +144,7 @@ def test_a_study_comes_back_from_plain_values(name: str):
         ({"architectures": {"jumprel": {}}}, "architectures.jumprel: unknown key; did you mean 'jumprelu'?"),
         (
             {"architectures": {"topk": {}}},
-            "architectures.topk: unknown key; known keys: matryoshka_batch_topk, jumprelu, guided_topk, "
-            "guided_batch_topk, guided_matryoshka_batch_topk",
+            f"architectures.topk: unknown key; known keys: {', '.join(WITH_SETTINGS)}",
         ),
         (
             {"resources": {"train": {"cell_per_bundle": 1}}},
