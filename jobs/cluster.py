@@ -131,8 +131,8 @@ def directory_for_ray() -> str:
         if len(str(place)) <= LONGEST_DIRECTORY and os.access(there, os.W_OK | os.X_OK):
             return str(place)
     raise SaeRayError(
-        f"Ray can write neither to {usual} nor to /tmp/{own}; name a directory of yours in the environment variable "
-        f"RAY_TMPDIR, by a path of at most {LONGEST_DIRECTORY - len('/' + own)} characters"
+        f"Ray can write neither to {usual} nor to /tmp/{own}; set the environment variable RAY_TMPDIR "
+        f"to a directory of yours whose path has at most {LONGEST_DIRECTORY - len('/' + own)} characters"
     )
 
 

@@ -64,7 +64,7 @@ def _cell(plan: StudyPlan, folder: str) -> TrainPlan:
         if train.step.folder.name == folder:
             return train
     raise UsageError(
-        f"the patch was made with the SAE {folder}, which is none of {plan.root}; name the root of its study"
+        f"the patch was made with the SAE {folder}, which is not one of {plan.root}; name the root of its study"
     )
 
 

@@ -100,7 +100,7 @@ class PartDecoder:
         ids, sizes = source.images(part)
         if begun >= MOST_TRIES:
             raise SaeRayError(
-                f"part {part} of images.{images} ({ids[0]} to {ids[-1]}) ended its process {MOST_TRIES} times; if "
+                f"part {part} of images.{images} ({ids[0]} to {ids[-1]}) crashed its process {MOST_TRIES} times; if "
                 "memory ran out, lower extraction.images_per_part or resources.extract.batch_size"
             )
         used = [one for one, job in zip(self.preparations, self.jobs, strict=True) if images in job.steps]

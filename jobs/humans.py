@@ -188,9 +188,7 @@ def _column(score: str, known: str) -> dict[int, float]:
     )
     check(column in numeric, "--score", score, f"choose one of the columns {', '.join(numeric)}")
     neurons = table[key].to_pylist()
-    check(
-        len(set(neurons)) == len(neurons), "--score", score, "the table has several rows of a neuron; it needs one each"
-    )
+    check(len(set(neurons)) == len(neurons), "--score", score, "the table has several rows for a neuron; keep one each")
     values = table[column].cast(pa.float64()).fill_null(float("nan")).to_pylist()
     return dict(zip(neurons, values, strict=True))
 
