@@ -233,7 +233,10 @@ def test_a_name_that_can_be_read_in_two_ways_is_refused(tmp_path: Path):
         ([["k_x", "k_y", "R_user", "MS_x_dino"], [1, 2, 1, 0]], "no column 'MS_y_dino'"),
         ([["k_x", "k_y", "R_user", "MS_x_dino", "MS_y_dino"]], "no rows"),
         ([["k_x", "k_y", "R_user", "MS_x_dino", "MS_y_dino"], [1, 2, 1, 0]], "line 2: 4 values instead of 5"),
-        ([["k_x", "k_y", "R_user", "MS_x_dino", "MS_y_dino"], [1, 2, "x", 0, "high"]], "'high' is not a number"),
+        (
+            [["k_x", "k_y", "R_user", "MS_x_dino", "MS_y_dino"], [1, 2, "x", 0, "high"]],
+            "line 2: 'high' is not a number",
+        ),
         (
             [["k_x", "k_y", "R_user", "MS_x_dino", "MS_y_dino"], [1, 2, "x", 0, 1], [3, 1, "x", 0, 1]],
             "line 3: neuron 1 has another MS (dino) than before",
