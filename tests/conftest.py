@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
@@ -227,7 +228,13 @@ def make_llava() -> Callable[..., str]:
 
         shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "initializer_range": 0.4}
         seen = {"num_hidden_layers": 3, "image_size": 28, "patch_size": 7, "initializer_factor": 8.0}
-        vision = {"clip": tf.CLIPVisionConfig, "siglip": tf.SiglipVisionConfig}[tower](**{**shape, **seen})
+        configs = {
+            "clip": tf.CLIPVisionConfig,
+            "siglip": tf.SiglipVisionConfig,
+            "dinov2": functools.partial(tf.Dinov2Config, mlp_ratio=2),
+            "vit": tf.ViTConfig,
+        }
+        vision = configs[tower](**{**shape, **seen})
         special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
         words = [*special.values(), "<image>", "USER", "ASSISTANT", ":", "?", *(f"w{i}" for i in range(51))]
         ids = {word: i for i, word in enumerate(words)}
@@ -259,13 +266,15 @@ def make_llava() -> Callable[..., str]:
         images = {
             "clip": lambda: tf.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=square),
             "siglip": lambda: tf.SiglipImageProcessor(size=square),
+            "dinov2": lambda: tf.BitImageProcessor(size={"shortest_edge": 32}, crop_size=square),
+            "vit": lambda: tf.ViTImageProcessor(size=square),
         }[tower]()
         tf.LlavaProcessor(
             image_processor=images,
             tokenizer=tokenizer,
             patch_size=7,
             vision_feature_select_strategy=strategy,
-            num_additional_image_tokens=int(tower == "clip"),
+            num_additional_image_tokens=int(tower != "siglip"),
             chat_template=template,
         ).save_pretrained(directory)
         return str(directory)

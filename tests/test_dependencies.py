@@ -14,12 +14,13 @@ import pytest
 from tests.test_imports import imports_of, that_run
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("sae_ray", "jobs", "serve", "cluster", "tests", "bench")
+OURS = ("sae_ray", "jobs", "serve", "cluster", "tests", "bench", "tools")
 USED = {
     "sae_ray": ("vllm", "heif"),
     "jobs": (),
     "serve": ("vllm",),
     "tests": ("vllm", "test"),
+    "tools/llava": (),
 }
 """Folder -> the extras that it may need besides the dependencies."""
 ELSEWHERE = ROOT / "tests" / "serve" / "clients"

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 FAMILIES = (
     "CLIP, SigLIP and SigLIP 2 (fixed resolution), DINOv2 (with or without registers), DINOv3 (ViT), ViT, and LLaVA "
-    "with a CLIP or SigLIP tower"
+    "with a tower of these without registers"
 )
+LLAVA_TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "vit")
+"""Model types of a LLaVA's tower. It would take registers for parts of an image."""
 TEXT_TYPES = ("clip", "siglip")
 """Model types that also embed texts."""
 _LLAVA_TOWER = r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"
@@ -234,7 +236,7 @@ def _plan(model: str, config: Any) -> _Plan:
             return _Plan("dinov2", "Dinov2Model", config)
         case "dinov2_with_registers":
             return _Plan("dinov2_with_registers", "Dinov2WithRegistersModel", config)
-        case "llava" if config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model"):
+        case "llava" if config.vision_config.model_type in LLAVA_TOWERS:
             plan = _plan(model, config.vision_config)
             return plan._replace(family="llava", key_mapping={_LLAVA_TOWER: ""})
         case other:

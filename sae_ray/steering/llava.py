@@ -23,7 +23,7 @@ from sae_ray.steering.info import LlavaInfo
 from sae_ray.steering.interventions import Intervention, TowerEdit, edit_each
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, UInt8
+    from jaxtyping import Float, Int, UInt8
     from PIL import Image
     from torch import Tensor
 
@@ -37,7 +37,7 @@ FORMS = (
 
 
 def load_llava(model: str, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> Llava:
-    """Loads a `LlavaForConditionalGeneration` with a CLIP or SigLIP tower.
+    """Loads a `LlavaForConditionalGeneration` with a CLIP, SigLIP, DINOv2 or ViT tower.
 
     Args:
         model: A directory in the transformers format (a path, or a URI such as `s3://bucket/folder`), or a model id on
@@ -260,13 +260,19 @@ class Llava:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
 
+    def token_ids(self, prompt: str) -> Int[Tensor, " ids"]:
+        """The tokens of a whole prompt: with the tokenizer's own beginning, unless the prompt begins with it."""
+        tokenizer = self.processor.tokenizer
+        starts_itself = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+        ids = tokenizer(prompt, add_special_tokens=not starts_itself, return_tensors="pt")["input_ids"][0]
+        return ids.to(self.device)
+
     def _embedded(self, question: str, images: Sequence[Tensor]) -> Float[Tensor, "tokens hidden"]:
         """The prompt as the language model reads it, the images in their places."""
-        token, tokenizer = self.processor.image_token, self.processor.tokenizer
+        token = self.processor.image_token
         before, *between = self.prompt(question, len(images)).split(token)
         text = before + "".join(token * len(one) + part for one, part in zip(images, between, strict=True))
-        starts_itself = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        ids = tokenizer(text, add_special_tokens=not starts_itself, return_tensors="pt")["input_ids"][0].to(self.device)
+        ids = self.token_ids(text)
         embedded = self.model.get_input_embeddings()(ids)
         embedded[ids == self.processor.image_token_id] = torch.cat(list(images)).to(embedded)
         return embedded

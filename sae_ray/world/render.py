@@ -96,7 +96,7 @@ def _attributes(rng: np.random.Generator) -> tuple[Attributes, int | None]:
 
 def article(phrase: str) -> str:
     """The phrase with its "a" or "an"."""
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+    return f"{'an' if phrase[0] in 'aeiouAEIOU' else 'a'} {phrase}"
 
 
 def _background(name: str, rng: np.random.Generator) -> np.ndarray:

@@ -21,6 +21,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import sae_ray
+from sae_ray.encoders.transformers_models import blocks_of
 from sae_ray.errors import UsageError
 from sae_ray.sae import SAE
 from sae_ray.steering import ONE_WORD, Box, Condition, Intervention, LatentEdit, Llava, Region, load_llava
@@ -46,6 +47,9 @@ VARIANTS = {
     "clip": Variant(),
     "clip_full_last": Variant(strategy="full", layer=-1),
     "clip_template_positive": Variant(layer=1, template=TEMPLATE),
+    "dinov2": Variant("dinov2"),
+    "dinov2_full": Variant("dinov2", "full", template=TEMPLATE),
+    "vit": Variant("vit"),
     "siglip_full": Variant("siglip", "full"),
     "siglip_default": Variant("siglip", template=TEMPLATE),
 }
@@ -162,6 +166,9 @@ def test_what_the_language_model_reads_is_resolved(loaded):
         "clip": (1, 32, 17),
         "clip_full_last": (2, 32, 17),
         "clip_template_positive": (0, 32, 17),
+        "dinov2": (1, 32, 17),
+        "dinov2_full": (1, 32, 17),
+        "vit": (1, 32, 17),
         "siglip_full": (1, 32, 16),
         "siglip_default": (1, 32, 16),
     }
@@ -323,7 +330,7 @@ def test_an_image_that_comes_several_times_passes_the_blocks_below_once(variant,
     sae = sae_for(llava)
     chains = [(), (Intervention(sae, (LatentEdit(3, "set", 25.0),)),), (lambda x: x + 0.5,), ()]
     images = [one, one, other, one]
-    blocks, sizes = llava.model.model.vision_tower.encoder.layers, []
+    blocks, sizes = blocks_of(llava.model.model.vision_tower), []
     hooks = [block.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0]))) for block in blocks]
     shared = llava.image_embeddings(images, chains)
     for hook in hooks:
@@ -384,7 +391,7 @@ def test_only_the_chosen_tokens_are_edited(loaded):
 def edited_layer(llava: Llava, images: Sequence, chains) -> torch.Tensor:
     """What the edited block hands on, [images, tokens, d_in]."""
     kept = []
-    keep = llava.model.model.vision_tower.encoder.layers[llava.layer].register_forward_hook(
+    keep = blocks_of(llava.model.model.vision_tower)[llava.layer].register_forward_hook(
         lambda module, args, output: kept.append(output.clone())
     )
     try:
@@ -442,7 +449,7 @@ def test_of_pixels_that_are_cropped_already_a_region_is_one_of_these(loaded):
 
 
 def hooks_during(llava: Llava, chains) -> int:
-    block = llava.model.model.vision_tower.encoder.layers[llava.layer]
+    block = blocks_of(llava.model.model.vision_tower)[llava.layer]
     counted = []
     counter = block.register_forward_hook(lambda module, args, output: counted.append(len(module._forward_hooks)))
     try:
