@@ -169,7 +169,7 @@ def test_the_table_is_read_again():
         (([0], [2], [1]), [0.0, 1.0], "score has 2 neurons, but 2 is in a pair"),
         (([-1], [1], [1]), [0.0, 1.0], "-1 is in a pair"),
         (([0], [1], [1]), [[0.0, 1.0]], "shape (1, 2)"),
-        (([0.5], [1], [1]), [0.0, 1.0], "no whole number"),
+        (([0.5], [1], [1]), [0.0, 1.0], "not a whole number"),
         (([0], [1], [1]), {0: 1.0}, "score has no neuron 1"),
     ],
 )
