@@ -261,6 +261,7 @@ def test_all_problems_are_told_at_once():
         ({"name.first": 5}, "name.first: name is not a table of the study file"),
         ({"images.train.path.x": 5}, "images.train.path.x: path is not a table of the study file"),
         ({"grid.k.first": 5}, "grid.k.first: k is not a table of the study file"),
+        ({"grid.0.k": [5]}, "grid.0.k: 0 is not a table of the study file; write grid.<field>, which sets"),
     ],
     ids=str,
 )  # fmt: skip
