@@ -17,7 +17,8 @@ from sae_ray.encoders.info import EncoderInfo
 from sae_ray.steering.info import LlavaInfo
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
-from sae_ray.study.plan import AnyPlan, ScorePlan, StudyPlan, TrainPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import AnyPlan, ScorePlan, TrainPlan
 from sae_ray.study.survey import Survey, SurveyedImages, SurveyedModels
 
 REPOSITORY = Path(__file__).parents[1]

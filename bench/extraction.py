@@ -41,7 +41,8 @@ from sae_ray.store.activations import ActivationStore, write_part
 from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
-from sae_ray.study.plan import ExtractPlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ExtractPlan
 from sae_ray.world import write_world
 from sae_ray.world.render import SIDE, render
 

@@ -35,8 +35,9 @@ from sae_ray.store.activations import ActivationStore, finish_store, write_part
 from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step
-from sae_ray.study.plan import ImagePlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import recalled_plan
+from sae_ray.study.step_plans import ImagePlan
 from sae_ray.study.summary import BEST, CellSummary, summarise
 from sae_ray.world.render import attributes
 

@@ -25,8 +25,9 @@ from sae_ray.sae import SAE, Cell, CellTrainer, TrainingConfig, load_sae
 from sae_ray.sae.weighing import Weighing
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.store.activations import ActivationStore
-from sae_ray.study.plan import ScorePlan, StudyPlan, TrainPlan
+from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import recalled_plan
+from sae_ray.study.step_plans import ScorePlan, TrainPlan
 from sae_ray.study.summary import CellSummary, summarise
 
 EXPANSION = 16

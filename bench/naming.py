@@ -29,8 +29,9 @@ from sae_ray.steering.latent_names import NAMES
 from sae_ray.steering.protocol import WHITE, Question
 from sae_ray.steering.respondent import Directions, Respondent
 from sae_ray.store.activations import ActivationStore
-from sae_ray.study.plan import NamingPlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import recalled_plan
+from sae_ray.study.step_plans import NamingPlan
 from sae_ray.world.render import SHAPES
 from sae_ray.world.words import CAPTION_WORDS
 

@@ -16,7 +16,8 @@ from sae_ray.concepts.tables import ConceptTables
 from sae_ray.report.neurons import Neurons, image_labels, read_neurons
 from sae_ray.sae import load_sae
 from sae_ray.store.activations import ActivationStore
-from sae_ray.study.plan import ConceptsPlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ConceptsPlan
 from sae_ray.study.summary import BEST
 
 N_SHOWN = 12

@@ -14,7 +14,8 @@ from sae_ray.sae import load_sae
 from sae_ray.scores.statistics import monosemanticity
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.store.activations import ActivationStore
-from sae_ray.study.plan import ScorePlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ScorePlan
 from sae_ray.study.summary import BEST, CellSummary, summarise
 
 if TYPE_CHECKING:

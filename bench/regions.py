@@ -26,8 +26,8 @@ from sae_ray.sae import SAE, load_sae
 from sae_ray.steering import Box, Condition, Intervention, LatentEdit, Llava, Region, TowerEdit, load_llava
 from sae_ray.steering.protocol import sample
 from sae_ray.steering.regions import tokens_in
-from sae_ray.study.plan import ImagePlan, SteeringPlan
 from sae_ray.study.root import recalled_plan
+from sae_ray.study.step_plans import ImagePlan, SteeringPlan
 
 if TYPE_CHECKING:
     from jaxtyping import Float

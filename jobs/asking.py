@@ -27,7 +27,7 @@ from sae_ray.steering.respondent import Directions, Respondent
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, check_shared, digest
 from sae_ray.study.config import SteeringResources
-from sae_ray.study.plan import ImagePlan, TrainPlan
+from sae_ray.study.step_plans import ImagePlan, TrainPlan
 
 from .cluster import RETRIES, gpus_or_default, n_gpus, require
 from .progress import Progress

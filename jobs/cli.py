@@ -378,7 +378,7 @@ def ask(
 
 @main.group(cls=Group)
 def edit() -> None:
-    """Take a latent out of a model's weights, by a patch that can be undone."""
+    """Remove a latent from a model's weights by a patch that can be undone."""
 
 
 @edit.command("make")
@@ -387,7 +387,7 @@ def edit() -> None:
 )
 @click.option("--revision", help="Commit, tag or branch of a model on the hub.")
 @click.option("--sae", required=True, metavar="DIR", help="The SAE's directory.")
-@click.option("--latent", required=True, type=int, metavar="N", help="The latent to take out.")
+@click.option("--latent", required=True, type=int, metavar="N", help="The latent to remove.")
 @click.option("--mode", default="project", show_default=True, help="How: project, rows or vectors.")
 @click.option(
     "--scope", help="Where: reader (default for a LLaVA), writers (default with --layer), mlp or projection (default)."
@@ -395,15 +395,15 @@ def edit() -> None:
 @click.option("--layer", type=int, metavar="N", help="The block that the SAE was trained at; by default the LLaVA's.")
 @click.option("--keep", default="origin", show_default=True, help="What stays along the direction: origin (0) or mean.")
 @click.option("--share", default=0.9, show_default=True, help="rows: how much of the direction's norm² is set to 0.")
-@click.option("--kappa", type=float, help="vectors: how like the latent a value vector must be, from 0 to 1.")
-@click.option("--value", type=float, help="vectors: what the latent becomes; 0 ablates, negative values push away.")
+@click.option("--kappa", type=float, help="vectors: how similar to the latent a value vector must be, from 0 to 1.")
+@click.option("--value", type=float, help="vectors: what the latent is set to; 0 ablates, negative values push away.")
 @click.option("--out", required=True, metavar="PATCH", help="The file to write, such as star.safetensors.")
 def edit_make(sae: str, model: str, latent: int, out: str, **settings: Any) -> None:
-    """Write a patch that takes one latent out of a model's weights. The model's files stay as they are.
+    """Write a patch that removes one latent from a model's weights. The model's files stay as they are.
 
-    The mode project leaves nothing along the latent's decoder direction. The scope reader changes what a LLaVA's
-    projector reads, writers all that writes into the residual stream up to the block, mlp one MLP, and projection a
-    CLIP's image embedding.
+    The mode project leaves nothing along the latent's decoder direction. The scope says what is changed: reader, what a
+    LLaVA's projector reads; writers, everything that writes into the residual stream up to the block; mlp, one MLP;
+    projection, a CLIP's image embedding.
     """
     from .editing import make
 
@@ -425,7 +425,7 @@ def edit_apply(patch: str, model: str | None, out: str) -> None:
 @edit.command("undo")
 @click.argument("directory")
 def edit_undo(directory: str) -> None:
-    """Give the edited copy in DIRECTORY the very bytes of the model that it was made from."""
+    """Restore the edited copy in DIRECTORY to the exact bytes of the model that it was made from."""
     from sae_ray.editing import undo
 
     undo(directory)

@@ -122,7 +122,7 @@ def directory_for_ray() -> str:
     Raises:
         SaeRayError: there is no place for one.
     """
-    from ray._common.utils import get_default_ray_temp_dir
+    from ray._common.utils import get_default_ray_temp_dir  # private, as of Ray 2.60
 
     usual = get_default_ray_temp_dir()
     own = f"ray-{os.getuid()}"
@@ -131,8 +131,8 @@ def directory_for_ray() -> str:
         if len(str(place)) <= LONGEST_DIRECTORY and os.access(there, os.W_OK | os.X_OK):
             return str(place)
     raise SaeRayError(
-        f"Ray can write neither to {usual} nor to /tmp/{own}; name a directory of yours in the environment variable "
-        f"RAY_TMPDIR, by a path of at most {LONGEST_DIRECTORY - len('/' + own)} characters"
+        f"Ray can write neither to {usual} nor to /tmp/{own}; set the environment variable RAY_TMPDIR "
+        f"to a directory of yours whose path has at most {LONGEST_DIRECTORY - len('/' + own)} characters"
     )
 
 
@@ -222,7 +222,8 @@ def _held_back_stderr() -> Iterator[None]:
 
 
 def is_taken_away() -> bool:
-    """Whether the node of this worker is about to be taken away, as a spot instance is, after a notice."""
+    """Whether the node of this worker is about to be taken away, as a spot instance is, after a notice. Private in Ray
+    2.60."""
     import ray
     from ray._private.state import state
 

@@ -21,7 +21,8 @@ from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, check_shared
 from sae_ray.store.tables import StoredTable
 from sae_ray.study.concepts import Asked, asked
-from sae_ray.study.plan import ConceptsPlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ConceptsPlan
 from sae_ray.study.survey import check_files
 
 from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share

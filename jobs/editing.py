@@ -23,7 +23,8 @@ from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering import load_llava
 from sae_ray.steering.protocol import Question, sample
 from sae_ray.store.files import parent_and_name
-from sae_ray.study.plan import StudyPlan, TrainPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import TrainPlan
 from sae_ray.text_table import table_lines
 
 from .asking import Images
@@ -63,7 +64,7 @@ def _cell(plan: StudyPlan, folder: str) -> TrainPlan:
         if train.step.folder.name == folder:
             return train
     raise UsageError(
-        f"the patch was made with the SAE {folder}, which is none of {plan.root}; name the root of its study"
+        f"the patch was made with the SAE {folder}, which is not one of {plan.root}; name the root of its study"
     )
 
 

@@ -30,7 +30,7 @@ from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
 from sae_ray.store.tables import StoredTable
-from sae_ray.study.plan import ExtractPlan
+from sae_ray.study.step_plans import ExtractPlan
 
 REPORT_SECONDS = 1.0
 """Between two reports on a part: more of them from hundreds of workers would drown the board."""
@@ -100,7 +100,7 @@ class PartDecoder:
         ids, sizes = source.images(part)
         if begun >= MOST_TRIES:
             raise SaeRayError(
-                f"part {part} of images.{images} ({ids[0]} to {ids[-1]}) ended its process {MOST_TRIES} times; if "
+                f"part {part} of images.{images} ({ids[0]} to {ids[-1]}) crashed its process {MOST_TRIES} times; if "
                 "memory ran out, lower extraction.images_per_part or resources.extract.batch_size"
             )
         used = [one for one, job in zip(self.preparations, self.jobs, strict=True) if images in job.steps]

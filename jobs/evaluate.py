@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sae_ray.store.activations import PIECE_BYTES
 from sae_ray.store.steps import Step, check_shared
 from sae_ray.study.guidance import targets_of
-from sae_ray.study.plan import EvaluatePlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import EvaluatePlan
 
 from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share, take_threads
 from .progress import Progress

@@ -29,7 +29,8 @@ from sae_ray.store.activations import (
 from sae_ray.store.steps import Step, hold
 from sae_ray.store.tables import StoredTable
 from sae_ray.study.config import ExtractResources
-from sae_ray.study.plan import ExtractPlan, ImagePlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ExtractPlan, ImagePlan
 
 from .cluster import at_most_a_node, gpus_or_default, n_cpus, require, room, slots, store_bytes
 from .encoding import EncoderJob, ImageSource, PartDecoder, RunEncoder, SitePart, job_of

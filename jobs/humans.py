@@ -21,7 +21,8 @@ from sae_ray.report.wording import share
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.store.files import Folder, parent_and_name
 from sae_ray.store.steps import Step, digest, hold, read_record
-from sae_ray.study.plan import ScorePlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ScorePlan
 from sae_ray.text_table import number, table_lines
 
 from .options import chosen_sae
@@ -187,9 +188,7 @@ def _column(score: str, known: str) -> dict[int, float]:
     )
     check(column in numeric, "--score", score, f"choose one of the columns {', '.join(numeric)}")
     neurons = table[key].to_pylist()
-    check(
-        len(set(neurons)) == len(neurons), "--score", score, "the table has several rows of a neuron; it needs one each"
-    )
+    check(len(set(neurons)) == len(neurons), "--score", score, "the table has several rows for a neuron; keep one each")
     values = table[column].cast(pa.float64()).fill_null(float("nan")).to_pylist()
     return dict(zip(neurons, values, strict=True))
 

@@ -34,7 +34,8 @@ from sae_ray.steering.protocol import WHITE, white_questions
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
-from sae_ray.study.plan import NamingPlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import NamingPlan
 
 from .asking import Actor, Actors, Images
 from .stage import at_work, unfinished

@@ -9,7 +9,8 @@ from typing import Any
 from sae_ray.report.pictures import PicturesJob, Shown, Sprite, finish_pictures, make_sprite, pictures_job
 from sae_ray.store.steps import check_shared
 from sae_ray.study.config import PicturesResources
-from sae_ray.study.plan import PicturesPlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import PicturesPlan
 
 from .cluster import RETRIES, share, take_threads
 from .progress import Progress

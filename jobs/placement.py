@@ -7,7 +7,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from sae_ray.sae import BundleJob, CellJob
-from sae_ray.study.plan import StudyPlan, TrainPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import TrainPlan
 from sae_ray.study.weights import significance
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from sae_ray.store.activations import PIECE_BYTES, ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
 from sae_ray.study.config import ScoreResources
-from sae_ray.study.plan import ConceptsPlan, ScorePlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ConceptsPlan, ScorePlan
 
 from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share
 from .progress import Progress

@@ -34,7 +34,8 @@ from sae_ray.steering.respondent import Directions
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
-from sae_ray.study.plan import ScorePlan, SteeringPlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ScorePlan, SteeringPlan
 
 from .asking import Actor, Actors, Images
 from .stage import at_work, unfinished

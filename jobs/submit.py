@@ -84,7 +84,7 @@ def submit(address: str | None, detach: bool, study: str | None, root: str | Non
     if is_new:
         say(f"{job_id}: submitted to {address}")
     else:
-        say(f"{job_id}: already at work on {address_shown(root)}; what was changed since is not a part of it")
+        say(f"{job_id}: already working on {address_shown(root)}; later changes are not part of it")
     again = "submit again" + (" without --detach" if detach else "")
     hints = f"To follow it, {again}; to stop it: ray job stop {job_id} --address {address}"
     if detach:
@@ -94,7 +94,7 @@ def submit(address: str | None, detach: bool, study: str | None, root: str | Non
     try:
         job, shown = follow(client, job_id)
     except KeyboardInterrupt:
-        say(f"\n{job_id}: goes on without being followed. {hints}")
+        say(f"\n{job_id}: keeps running without being followed. {hints}")
         sys.exit(130)
     if job.status == JobStatus.STOPPED:
         raise SaeRayError(f"{job_id} was stopped; finished work is kept: submit again to resume")
@@ -119,7 +119,7 @@ def checked_root(root: str | None) -> str:
     remedy = "give an absolute path that all nodes of the cluster share, or a URI such as s3://bucket/folder"
     if not root:
         raise UsageError(f"--root: missing; {remedy}")
-    check(_is_absolute(root), "--root", root, f"a relative path is one of this machine; {remedy}")
+    check(_is_absolute(root), "--root", root, f"a relative path refers to this machine; {remedy}")
     return root
 
 
@@ -137,7 +137,7 @@ def check_paths(study: Study) -> None:
         paths += [(f"{field}.labels", images.labels)] if images.labels not in ("auto", "none") else []
     for field, path in paths:
         check(_is_absolute(path), field, path,
-              "a relative path is one of this machine; give an absolute path that all nodes of the cluster share, or a "
+              "a relative path refers to this machine; give an absolute path that all nodes of the cluster share, or a "
               "URI such as s3://bucket/folder")  # fmt: skip
     models = {"encoder.model": study.encoder.model, "judge.model": study.judge.model}
     models |= {"training.init": init} if init is not None else {}
@@ -147,7 +147,7 @@ def check_paths(study: Study) -> None:
         path = directory_named(model) or model
         is_path = path != model or path.startswith(".") or Path(path).is_dir()  # else the id of a model on the hub
         check(not is_path or _is_absolute(path), field, model,
-              "a relative path is one of this machine; give an absolute path that all nodes of the cluster have, a "
+              "a relative path refers to this machine; give an absolute path that all nodes of the cluster have, a "
               "URI such as s3://bucket/folder, or the id of a model on the hub")  # fmt: skip
 
 
@@ -270,12 +270,12 @@ def follow(client: JobSubmissionClient, job_id: str) -> tuple[JobDetails, int]:
             if f"{job_id} does not exist" in str(error):
                 raise SaeRayError(f"the cluster no longer knows {job_id}; submit again to resume") from error
             if not is_lost:
-                say(f"{job_id}: the connection is lost ({type(error).__name__}); connecting again, the job goes on")
+                say(f"{job_id}: connection lost ({type(error).__name__}); reconnecting, the job keeps running")
             is_lost = True
             time.sleep(RETRY_SECONDS)
             continue
         if is_lost:
-            say(f"{job_id}: connected again")
+            say(f"{job_id}: reconnected")
         is_lost = False
         if job.status.is_terminal():
             rest = ""

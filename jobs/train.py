@@ -18,7 +18,8 @@ from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared
 from sae_ray.study.config import TrainResources
 from sae_ray.study.guidance import targets_of
-from sae_ray.study.plan import StudyPlan, TrainPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import TrainPlan
 from sae_ray.study.trained import cautions
 from sae_ray.study.weights import weights_ratio
 

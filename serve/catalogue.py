@@ -23,8 +23,9 @@ from sae_ray.steering.llava import describe_llava
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
 from sae_ray.study.names import Name, NeuronNames
-from sae_ray.study.plan import ImagePlan, StudyPlan, TrainPlan
+from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import recalled_plan
+from sae_ray.study.step_plans import ImagePlan, TrainPlan
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -120,7 +120,7 @@ def _stop() -> None:
 
 
 def _why_not_deployed() -> str:
-    """The last error of the replicas that failed, and where to find more."""
+    """The last error of the replicas that failed, and where to find more, which Ray 2.60 says only in private."""
     import ray
     from ray import serve
 

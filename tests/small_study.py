@@ -29,7 +29,8 @@ from sae_ray.store.activations import ActivationStore, finish_store, write_part,
 from sae_ray.store.files import Folder
 from sae_ray.study.concepts import asked
 from sae_ray.study.config import Study
-from sae_ray.study.plan import (
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import (
     ConceptsPlan,
     EvaluatePlan,
     ExtractPlan,
@@ -37,7 +38,6 @@ from sae_ray.study.plan import (
     PicturesPlan,
     ScorePlan,
     SteeringPlan,
-    StudyPlan,
     TrainPlan,
 )
 

@@ -193,7 +193,7 @@ def _looked_up(score: Any, neurons: np.ndarray) -> np.ndarray:
     if not len(neurons):
         return np.zeros(0)
     if neurons.dtype.kind not in "iu":
-        raise UsageError(f"pairs has the neuron {neurons[0]!r}, which is no whole number; give score as a mapping")
+        raise UsageError(f"pairs has the neuron {neurons[0]!r}, which is not a whole number; give score as a mapping")
     wrong = neurons[(neurons < 0) | (neurons >= len(values))]
     if len(wrong):
         raise UsageError(

@@ -202,4 +202,4 @@ def _number(path: Path, line: int, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise SaeRayError(f"{path}, line {line}: {text!r} is no number; download it again") from None
+        raise SaeRayError(f"{path}, line {line}: {text!r} is not a number; download it again") from None

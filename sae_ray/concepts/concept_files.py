@@ -72,7 +72,7 @@ def read_values(
             image_id, values = row["image_id"], [row[name] for name in concepts]
             where = f"{file}, row {rows.line_num}"
             if image_id is None or None in values or None in row:
-                raise UsageError(f"{where}: it has not as many values as the header has columns; give every row all")
+                raise UsageError(f"{where}: it needs as many values as the header has columns; complete it")
             if image_id in found:
                 raise UsageError(f"{where}: {image_id!r} already has a row; keep one of them")
             found[image_id] = [

@@ -58,7 +58,7 @@ class Concepts:
 
     def __post_init__(self):
         check(self.file is None or not self.ignore_labels, "concepts.ignore_labels", list(self.ignore_labels),
-              "these are classes of images, and concepts.file replaces those; remove one of both")  # fmt: skip
+              "these are classes of images, and concepts.file replaces those; remove one of the two")  # fmt: skip
 
 
 class Patches(NamedTuple):

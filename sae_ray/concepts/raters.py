@@ -161,7 +161,7 @@ def _answer(row: list[str], where: str) -> Answer:
     page, rater, *texts = row
     for name, text in zip(COLUMNS[2:], texts, strict=True):
         if not text.isdecimal():
-            raise SaeRayError(f"{where}: {name} is {text!r}, which is no number; {AS_DOWNLOADED}")
+            raise SaeRayError(f"{where}: {name} is {text!r}, which is not a number; {AS_DOWNLOADED}")
     pair, left, right, choice = map(int, texts)
     one = Answer(page, rater, pair, left, right, choice, where)
     if one.choice not in (one.left, one.right):

@@ -72,7 +72,7 @@ def undo(directory: str | Path) -> None:
 
     Raises:
         UsageError: It is no edited copy.
-        SaeRayError: Its files were changed otherwise, too.
+        SaeRayError: Something else changed its files, too.
     """
     from safetensors import safe_open
 
@@ -87,7 +87,7 @@ def undo(directory: str | Path) -> None:
             stored[name].overwrite(file.get_tensor(name))
     if directory_digest(place) != digest:
         raise SaeRayError(
-            f"{directory} still differs from the model that it was made from: it was changed otherwise, too; copy that "
-            "model again"
+            f"{directory} still differs from the model that it was made from: something else changed it, too; copy "
+            "that model again"
         )
     shutil.rmtree(place / FOLDER)

@@ -178,7 +178,7 @@ def _layer_scale(stored: Mapping[str, Stored], block: int, is_mlp: bool) -> Floa
     scale = place.read().double()
     if not scale.all():
         raise UsageError(
-            f"{place.name} is 0 in places: no weights before it take a direction out; choose the scope reader"
+            f"{place.name} has zeros, so nothing before it can remove a direction; choose the scope reader"
         )
     return scale
 

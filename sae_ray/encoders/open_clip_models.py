@@ -203,7 +203,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _skeleton(source: _Source) -> Any:
     """The vision tower without weights."""
-    from open_clip.model import _build_vision_tower
+    from open_clip.model import _build_vision_tower  # private, as of open_clip 3.3
 
     with _refusing(source), torch.device("meta"):
         vision: Any = {**source.model_config["vision_cfg"], "timm_model_pretrained": False}

@@ -68,7 +68,8 @@ def _of_transformers(
     kind = source.config.model_type
     if kind not in TEXT_TYPES:
         raise UsageError(
-            f"{source.model} is of the model type {kind}, which embeds no texts; name a CLIP, SigLIP or open_clip model"
+            f"{source.model} is of the model type {kind}, which does not embed texts; name a CLIP, SigLIP "
+            "or open_clip model"
         )
     length = source.config.text_config.max_position_embeddings
     with refusing(source.model, FORMS, of_hub=source.commit is not None):

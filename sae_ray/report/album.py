@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae_ray.concepts.naming import label_title
-from sae_ray.study.plan import ImagePlan
+from sae_ray.study.step_plans import ImagePlan
 
 if TYPE_CHECKING:
     from jaxtyping import Int, UInt8

@@ -39,7 +39,7 @@ class Score(NamedTuple):
 
 
 INDEXED = (
-    Score("ms", "MonoSemanticity", "How alike, to the judge, the held-out images are on which the neuron is active."),
+    Score("ms", "MonoSemanticity", "How alike the judge finds the held-out images on which the neuron is active."),
     Score("frequency", "share of images it fires on", "Of the held-out images.", True),
     Score("max", "largest value on an image", "Of the held-out images, in the unit of the activations.", True),
     Score("support", "images above its minimum", "Held-out images that MonoSemanticity rests on.", True),
@@ -53,7 +53,7 @@ MEASURED = (
     ),
     Score("second_rho", "ρ with the next concept", "Correlation with the second best concept."),
     Score("margin", "ρ ahead of the next concept", "How far its concept is ahead of the second best one."),
-    Score("shuffled_rho", "ρ with shuffled labels", "The largest correlation where labels say nothing: chance."),
+    Score("shuffled_rho", "ρ with shuffled labels", "The largest correlation with shuffled labels: what chance gives."),
     Score(
         "judged_rho", "ρ, held out", "Correlation on one half of the images with the concept that is best on the other."
     ),

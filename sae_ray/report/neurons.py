@@ -11,7 +11,8 @@ import numpy as np
 
 from sae_ray.scores.scoring import majority
 from sae_ray.scores.tables import Scores, ScoreTables
-from sae_ray.study.plan import ImagePlan, ScorePlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ImagePlan, ScorePlan
 
 if TYPE_CHECKING:
     import pyarrow as pa

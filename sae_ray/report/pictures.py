@@ -25,7 +25,8 @@ from sae_ray.report.heat import HeatCell, HeatMaker, HeatMaps, heat_cells
 from sae_ray.report.neurons import Neurons, read_neurons
 from sae_ray.report.steering import SteeringResult, read_steering
 from sae_ray.store.files import Folder
-from sae_ray.study.plan import PicturesPlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import PicturesPlan
 
 if TYPE_CHECKING:
     from sae_ray.encoders import Encoder

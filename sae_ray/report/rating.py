@@ -19,7 +19,8 @@ from sae_ray.report.page import ASSETS, template
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.seeds import derived_seed
 from sae_ray.store.steps import Step
-from sae_ray.study.plan import ScorePlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ScorePlan
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int

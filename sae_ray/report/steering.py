@@ -18,7 +18,8 @@ from sae_ray.report.album import Album
 from sae_ray.report.neurons import Neurons
 from sae_ray.report.packing import write_data
 from sae_ray.steering.protocol import WHITE
-from sae_ray.study.plan import SteeringPlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import SteeringPlan
 
 KINDS = {
     "unsteered": "no edit",

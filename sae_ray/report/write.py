@@ -23,7 +23,8 @@ from sae_ray.report.pictures import Shown, read_heat
 from sae_ray.report.steering import write_steering
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, digest, hold
-from sae_ray.study.plan import PicturesPlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import PicturesPlan
 from sae_ray.study.summary import summarise
 
 REPORT = "report"

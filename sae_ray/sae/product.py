@@ -31,7 +31,8 @@ def affine(
     out = _memory(len(x) * len(weight), x.dtype).view(len(x), len(weight))
     if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return torch.addmm(bias, x, weight.T, out=out)
-    # oneDNN uses the widest vectors of every CPU, where MKL, torch's default, takes narrow ones on some.
+    # oneDNN uses the widest vectors of every CPU, where MKL, torch's default, takes narrow ones on some. This is
+    # private, as of torch 2.13.
     for start in range(0, len(weight), _LATENTS):
         part = slice(start, start + _LATENTS)
         out[:, part] = torch.ops.mkldnn._linear_pointwise(x, weight[part], bias[part], "none", [], "")

@@ -117,8 +117,8 @@ def tokens_in(region: Region, view: Box, tower: EncoderInfo) -> tuple[int, ...]:
     places = np.flatnonzero(shares >= 0.5)
     if not len(places):
         raise UsageError(
-            f"no patch lies in region by half: the model sees {_shown(view)} (left, top, right, bottom) of this image "
-            f"in {rows} × {columns} patches; choose a larger region"
+            f"no patch lies in region by at least half: the model sees {_shown(view)} (left, top, right, bottom) of "
+            f"this image in {rows} × {columns} patches; choose a larger region"
         )
     return tuple(int(place) + tower.has_cls for place in places)
 

@@ -239,7 +239,7 @@ class TrainResources:
         check(1 <= least <= most, "resources.train.workers", self.workers if least == most else [least, most],
               "make it a number above 0, or two of them, the smaller one first")  # fmt: skip
         check(most == 1 or self.shards == 1, "resources.train.shards", self.shards,
-              f"make it 1, or resources.train.workers = {self.workers} 1: one bundle has workers or shards, not "
+              f"make it 1, or set resources.train.workers = {self.workers} to 1: one bundle has workers or shards, not "
               "both")  # fmt: skip
 
     @property

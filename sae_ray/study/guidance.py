@@ -10,7 +10,8 @@ from sae_ray.concepts.labelling import image_classes
 from sae_ray.encoders.sources import named_by
 from sae_ray.errors import UsageError
 from sae_ray.sae.architectures.guided_topk import LABELS
-from sae_ray.study.plan import ImagePlan, StudyPlan, TrainPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ImagePlan, TrainPlan
 from sae_ray.study.survey import check_files
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, assert_never
 
 from sae_ray.encoders.sources import named_by
-from sae_ray.study.plan import ConceptsPlan, ExtractPlan, NamingPlan, SteeringPlan
+from sae_ray.study.step_plans import ConceptsPlan, ExtractPlan, NamingPlan, SteeringPlan
 
 
 class ModelUse(NamedTuple):

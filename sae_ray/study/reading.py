@@ -77,7 +77,8 @@ def _descend(values: Any, part: str, dotted: str) -> Any:
         below = values[part] = [{}] if part == "grid" else {}
     tables = below if isinstance(below, list) else [below]
     if not all(isinstance(table, dict) for table in tables):
-        raise UsageError(f"{dotted}: {part} is not a table of the study file")
+        remedy = "; write grid.<field>, which sets the field in every [[grid]]" if isinstance(values, list) else ""
+        raise UsageError(f"{dotted}: {part} is not a table of the study file{remedy}")
     return below
 
 

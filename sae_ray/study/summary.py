@@ -11,7 +11,8 @@ import numpy as np
 
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.study.config import GridCell
-from sae_ray.study.plan import ScorePlan, StudyPlan, TrainPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ScorePlan, TrainPlan
 from sae_ray.text_table import number, table_lines
 
 BEST = 32

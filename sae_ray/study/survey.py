@@ -179,8 +179,8 @@ def check_files(study: Study, known: Survey) -> None:
     """Raises UsageError if a file of concepts has changed since the root was planned, or cannot be read."""
     if survey_files(study) != known.files:
         raise UsageError(
-            f"of {', '.join(concept_paths(study).values())} something has changed since the root was planned; use "
-            "`sae-ray run` with the same study, which reads it again and does anew what depends on it"
+            f"{', '.join(concept_paths(study).values())}: changed since the root was planned; use `sae-ray run` with "
+            "the same study, which reads these files again and repeats what depends on them"
         )
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Float
 
-    from sae_ray.study.plan import TrainPlan
+    from sae_ray.study.step_plans import TrainPlan
 
 
 def significance(train: TrainPlan) -> Float[np.ndarray, " d_in"] | None:

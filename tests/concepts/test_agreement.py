@@ -169,7 +169,7 @@ def test_the_table_is_read_again():
         (([0], [2], [1]), [0.0, 1.0], "score has 2 neurons, but 2 is in a pair"),
         (([-1], [1], [1]), [0.0, 1.0], "-1 is in a pair"),
         (([0], [1], [1]), [[0.0, 1.0]], "shape (1, 2)"),
-        (([0.5], [1], [1]), [0.0, 1.0], "no whole number"),
+        (([0.5], [1], [1]), [0.0, 1.0], "not a whole number"),
         (([0], [1], [1]), {0: 1.0}, "score has no neuron 1"),
     ],
 )
@@ -233,7 +233,10 @@ def test_a_name_that_can_be_read_in_two_ways_is_refused(tmp_path: Path):
         ([["k_x", "k_y", "R_user", "MS_x_dino"], [1, 2, 1, 0]], "no column 'MS_y_dino'"),
         ([["k_x", "k_y", "R_user", "MS_x_dino", "MS_y_dino"]], "no rows"),
         ([["k_x", "k_y", "R_user", "MS_x_dino", "MS_y_dino"], [1, 2, 1, 0]], "line 2: 4 values instead of 5"),
-        ([["k_x", "k_y", "R_user", "MS_x_dino", "MS_y_dino"], [1, 2, "x", 0, "high"]], "line 2: 'high' is no number"),
+        (
+            [["k_x", "k_y", "R_user", "MS_x_dino", "MS_y_dino"], [1, 2, "x", 0, "high"]],
+            "line 2: 'high' is not a number",
+        ),
         (
             [["k_x", "k_y", "R_user", "MS_x_dino", "MS_y_dino"], [1, 2, "x", 0, 1], [3, 1, "x", 0, 1]],
             "line 3: neuron 1 has another MS (dino) than before",

@@ -53,8 +53,8 @@ def test_fractions_are_read_where_they_are_asked_for(tmp_path: Path):
     [
         ("image_id,wet\na/1.jpg,2\n", r"concepts.csv, row 2: wet is '2'; give 1, 0 or nothing where it is unknown"),
         ("image_id,wet\na/1.jpg,yes\n", "row 2: wet is 'yes'"),
-        ("image_id,wet,old\na/1.jpg,1\n", "row 2: it has not as many values as the header has columns"),
-        ("image_id,wet\na/1.jpg,1,0\n", "row 2: it has not as many values"),
+        ("image_id,wet,old\na/1.jpg,1\n", "row 2: it needs as many values as the header has columns"),
+        ("image_id,wet\na/1.jpg,1,0\n", "row 2: it needs as many values"),
         ("image_id,wet\na/1.jpg,1\na/1.jpg,1\n", "row 3: 'a/1.jpg' already has a row"),
         ("image_id,wet\na/1.jpg,1\n./a/1.jpg,0\n", "the rows 'a/1.jpg' and './a/1.jpg' name the same image"),
         ("image_id,wet\na/1.jpg,1\na/2.jpg,1\na/3.jpg,1\n", "has no row for the image b/3.jpg.*add the row 'b/3.jpg'"),

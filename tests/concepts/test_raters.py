@@ -99,7 +99,7 @@ def test_files_are_read_and_votes_are_for_the_first_neuron(tmp_path: Path):
     [
         ([], "a.csv has no answers"),
         (["p,Ann,0,7,4"], "a.csv, line 2 has 5 values instead of 6"),
-        (["p,Ann,0,7,4,7", "p,Ann,1,x,4,4"], "a.csv, line 3: left is 'x', which is no number"),
+        (["p,Ann,0,7,4,7", "p,Ann,1,x,4,4"], "a.csv, line 3: left is 'x', which is not a number"),
         (["p,Ann,0,7,4,9"], "a.csv, line 2: choice is 9, but 7 and 4 were shown"),
         (["p,Ann,0,7,4,4", "p,Ann,0,7,4,7"], "a.csv, line 3: rater 'Ann' has already answered pair 0 in"),
         (["p,Ann,3,7,4,4"], "a.csv, line 2: pair 3 is unknown; the page has pairs 0 to 2"),

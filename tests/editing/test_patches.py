@@ -201,7 +201,7 @@ def test_undo_of_a_copy_that_was_changed_otherwise_is_an_error(tiny_llava, tmp_p
     copy = edited_copy(tmp_path / "p.safetensors", tiny_llava, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"more": 1}))
-    with pytest.raises(SaeRayError, match="changed otherwise"):
+    with pytest.raises(SaeRayError, match="something else changed it"):
         undo(copy)
     with pytest.raises(UsageError, match="itself an edited copy"):
         edited_copy_of(copy, tmp_path)

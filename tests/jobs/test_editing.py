@@ -143,7 +143,7 @@ def test_an_edit_needs_no_sae_to_ask_but_latents_do(make, tiny_llava):
 def test_patches_that_the_study_cannot_evaluate_are_refused(root, make, tmp_path, tiny_llava, make_llava, sae):
     options = ["--root", root, "--out", tmp_path / "edit.parquet"]
     foreign = make(sae=save_random_sae(tmp_path / "foreign"))
-    refused(call("edit", "evaluate", foreign, *options), "the SAE foreign, which is none of", "root of its study")
+    refused(call("edit", "evaluate", foreign, *options), "the SAE foreign, which is not one of", "root of its study")
     elsewhere = make(scope="writers", layer=0)
     refused(call("edit", "evaluate", elsewhere, *options), "the scope writers of block 0", "site layer1.all")
     other = make(model=make_llava(tmp_path / "other", layer=-1))

@@ -242,7 +242,7 @@ def test_a_part_that_keeps_ending_its_process_is_an_error(ray_cluster, world, tm
         begin(step.folder, "run", "part-00003", "a node that was lost")
         assert encoding.begin_part(jobs, "train", 3, "run") < encoding.MOST_TRIES
     encoding.begin_part(jobs, "train", 3, "another run")
-    told = r"part 3 of images\.train \(6\.png to 7\.png\) ended its process 5 times; if memory ran out, "
+    told = r"part 3 of images\.train \(6\.png to 7\.png\) crashed its process 5 times; if memory ran out, "
     with pytest.raises(SaeRayError, match=told):
         decode("train", 3)
 

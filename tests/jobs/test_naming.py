@@ -21,8 +21,8 @@ from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering.latent_names import LATENT_NAMES_SCHEMA, NAMES
 from sae_ray.store.activations import ActivationStore
 from sae_ray.study.names import NeuronNames
-from sae_ray.study.plan import NamingPlan
 from sae_ray.study.root import remember
+from sae_ray.study.step_plans import NamingPlan
 
 
 @pytest.fixture

@@ -275,7 +275,7 @@ def test_a_study_is_followed_to_its_end_although_the_connection_breaks(head, sub
     assert plain(client.out) == plain(head.log(job.id))
     assert "pictures: done in" in client.out
     assert "comparisons hold" in client.out
-    assert client.err.splitlines()[-2:] == [f"{job.id}: connected again", f"{job.id}: succeeded"]
+    assert client.err.splitlines()[-2:] == [f"{job.id}: reconnected", f"{job.id}: succeeded"]
     assert (root / "report" / "index.html").exists()
 
 

@@ -45,7 +45,8 @@ from sae_ray.sae import SAE, load_sae
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, hold
-from sae_ray.study.plan import ImagePlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ImagePlan
 from sae_ray.study.summary import summarise
 from sae_ray.study.survey import SurveyedImages
 from tests.report_data import data, unpacked

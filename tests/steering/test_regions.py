@@ -172,7 +172,7 @@ def test_a_region_of_less_than_half_a_patch_is_refused():
     speck = np.zeros((56, 84), dtype=bool)
     speck[3, 4] = True
     for region in (Region((Box(0, 0, 0.08, 0.9),)), Region(mask=speck)):
-        with pytest.raises(UsageError, match=r"no patch lies in region by half: .* 4 × 6 patches"):
+        with pytest.raises(UsageError, match=r"no patch lies in region by at least half: .* 4 × 6 patches"):
             tokens_in(region, WHOLE, TOWER)
 
 

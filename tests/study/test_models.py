@@ -110,7 +110,7 @@ FAULTS = {
         r"size mismatch for visual\.conv1\.weight",
     ),
     "open_clip: no config": ("images", "judge", remove("open_clip_config.json"), "open_clip_config.json"),
-    "texts: no text side": ("texts", "llava", lambda directory: None, "model type llava, which embeds no texts"),
+    "texts: no text side": ("texts", "llava", lambda directory: None, "model type llava, which does not embed texts"),
     "texts: tensor missing": ("texts", "clip", lose(TEXT), f"{TEXT} is missing"),
     "texts: no tokenizer": ("texts", "clip", remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
     "open_clip texts: no tokenizer": ("texts", "judge", remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),

@@ -18,7 +18,7 @@ import torch
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.sae import SAE, TrainingConfig, save_sae
-from sae_ray.sae.architectures import ArchitectureSettings
+from sae_ray.sae.architectures import ARCHITECTURES, ArchitectureSettings
 from sae_ray.steering.config import Steering
 from sae_ray.steering.info import LlavaInfo
 from sae_ray.store.files import Folder
@@ -33,6 +33,7 @@ from sae_ray.study.trained import cautions
 from sae_ray.study.weights import significance, weights_ratio
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
+WITH_SETTINGS = [name for name, kind in ARCHITECTURES.items() if dataclasses.fields(kind.Settings)]
 MINIMAL = {
     "name": "s",
     "images": {"train": {"path": "/images"}},
@@ -143,8 +144,7 @@ def test_a_study_comes_back_from_plain_values(name: str):
         ({"architectures": {"jumprel": {}}}, "architectures.jumprel: unknown key; did you mean 'jumprelu'?"),
         (
             {"architectures": {"topk": {}}},
-            "architectures.topk: unknown key; known keys: matryoshka_batch_topk, jumprelu, guided_topk, "
-            "guided_batch_topk, guided_matryoshka_batch_topk",
+            f"architectures.topk: unknown key; known keys: {', '.join(WITH_SETTINGS)}",
         ),
         (
             {"resources": {"train": {"cell_per_bundle": 1}}},
@@ -237,7 +237,7 @@ def test_all_problems_are_told_at_once():
         ({"resources.train.workers": 3}, "resources.train.workers = 3: choose a divisor of training.batch_size = 4096"),
         (
             {"resources.train.workers": 4, "resources.train.shards": 2},
-            "resources.train.shards = 2: make it 1, or resources.train.workers = 4 1: one bundle has workers or shards",
+            "resources.train.shards = 2: make it 1, or set resources.train.workers = 4 to 1: one bundle has workers or",
         ),
         ({"resources.train.shards": 0}, "resources.train.shards = 0: Input should be greater than or equal"),
         ({"resources.extract.workers": 0}, "resources.extract.workers = 0: Input should be greater than or equal"),
@@ -261,6 +261,7 @@ def test_all_problems_are_told_at_once():
         ({"name.first": 5}, "name.first: name is not a table of the study file"),
         ({"images.train.path.x": 5}, "images.train.path.x: path is not a table of the study file"),
         ({"grid.k.first": 5}, "grid.k.first: k is not a table of the study file"),
+        ({"grid.0.k": [5]}, "grid.0.k: 0 is not a table of the study file; write grid.<field>, which sets"),
     ],
     ids=str,
 )  # fmt: skip
@@ -700,7 +701,7 @@ def test_what_guided_cells_learn_is_what_is_in_their_file(make_plan: MakePlan, t
     other.write_text(file.read_text().replace(".25", ".5"))
     assert changed(before, names(make_plan(GUIDED | {field: str(other)}))) >= LEARNT
     file.write_text(file.read_text().replace(".25", "2"))
-    with pytest.raises(UsageError, match=r"one\.csv something has changed since the root was planned; use"):
+    with pytest.raises(UsageError, match=r"one\.csv: changed since the root was planned; use"):
         targets_of(plan, plan.trains, plan.images["train"])
     bad = make_plan(GUIDED | {field: str(file)})
     with pytest.raises(UsageError, match=rf"^{field} = .*fish is '2'; give a number from 0 to 1 or nothing"):
@@ -916,7 +917,10 @@ def test_a_study_that_was_remembered_is_the_same_steps(make_plan: MakePlan):
         ({"grid.k": [4, 33]}, "cell.k = 33: make it at most d_sae = 32"),
         ({"resources.train.shards": 33}, "resources.train.shards = 33: choose at most 32, the latents of an SAE with"),
         ({"grid.expansions": [0.01]}, "cell.expansion = 0.01: make it at least 1/16: the input is 16 wide"),
-        ({"grid.sites": ["projection", "layer2:cls"]}, "layer is 2, but .*clip has 2 layers; name one from 0 to 1"),
+        (
+            {"grid.sites": ["projection", "layer2:cls"]},
+            "grid.sites = 'layer2.cls': layer is 2, but .*clip has 2 layers; name one from 0 to 1",
+        ),
         ({"grid.sites": ["layer0:random:6"]}, "clip has 5 tokens per image; ask for at most 5"),
         ({"encoder.model": "/nowhere"}, "there is no directory /nowhere on .*; an encoder is named by a directory"),
         ({"encoder.revision": "main"}, "revision is 'main', but that of .*clip is "),
@@ -1142,5 +1146,9 @@ def test_what_cannot_be_steered_is_refused_before_any_work(
     assert "clip is of the model type clip, not llava" in refused({"steering.llava": tiny_clip})
     wider = with_tower(tiny_llava, tmp_path / "wider", hidden_size=64)
     assert "its vision tower has 17 tokens of width 64" in refused({"steering.llava": wider})
-    assert "does not embed texts; name a CLIP, SigLIP" in refused({"steering.scorer": tiny_llava})
+    no_projection = refused({"judge.model": tiny_llava})
+    assert no_projection.startswith("judge.point = 'projection': point is 'projection', which ")
+    no_text = refused({"steering.scorer": tiny_llava})
+    assert no_text.startswith(f"steering.scorer = '{tiny_llava}': ")
+    assert "does not embed texts; name a CLIP, SigLIP" in no_text
     assert "there is no directory /nowhere" in refused({"steering.llava": "/nowhere"})

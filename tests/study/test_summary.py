@@ -13,7 +13,8 @@ import pytest
 from sae_ray.scores.tables import SCORES, SCORES_SCHEMA
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
-from sae_ray.study.plan import ScorePlan, StudyPlan
+from sae_ray.study.plan import StudyPlan
+from sae_ray.study.step_plans import ScorePlan
 from sae_ray.study.summary import CellSummary, compare, summarise, summary_lines
 
 MakePlan = Callable[..., StudyPlan]

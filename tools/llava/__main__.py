@@ -42,7 +42,7 @@ def train(
     device: str,
     **parts: Any,
 ) -> None:
-    """Train a projector and write the LLaVA to OUT. What was killed goes on where it was, with the same command."""
+    """Train a projector and write the LLaVA to OUT. If it was killed, the same command resumes where it left off."""
     from tools.llava.joining import Parts
     from tools.llava.making import make
     from tools.llava.progress import Progress
