@@ -156,8 +156,9 @@ def _train(
             for metrics, _, kept in reports.values():
                 told = {"loss": f"{metrics.loss:.3g}", "l0": f"{metrics.l0:.1f}", "dead": metrics.n_dead}
                 bar.set_postfix(told, refresh=False)
-                for one in kept if callback else ():
-                    callback(one)
+                if callback is not None:
+                    for one in kept:
+                        callback(one)
             due = time.monotonic() - written >= CHECKPOINT_SECONDS
             if due:
                 written = time.monotonic()

@@ -73,11 +73,13 @@ class Vectors:
 
     def _reader(self, source: Any, column: str | None) -> tuple[Callable[[slice], np.ndarray], int]:
         if isinstance(source, str | Path):
-            source = _opened(Path(source), column)
-            if isinstance(source, torch.Tensor | np.ndarray):
-                column = None
-        if _has_columns(source):
-            name = _column(self.name, list(source.column_names), column)
+            path = Path(source)
+            source = _opened(path, column)
+            if path.suffix == ".safetensors":
+                column = None  # it named the tensor
+        names: list[str] | None = getattr(source, "column_names", None)
+        if names is not None:
+            name = _column(self.name, names, column)
             if hasattr(source, "with_format"):  # a Hugging Face dataset
                 source, rows = source.with_format("numpy", columns=[name]), len(source)
                 return lambda some: np.asarray(source[some][name]), rows
@@ -103,7 +105,7 @@ def write_vectors(vectors: Vectors, root: Folder, label: str) -> Step:
     """
     content = hashlib.sha256()
     for block in vectors.blocks():
-        content.update(block)
+        content.update(block.data)
     config = {
         "vectors": content.hexdigest(),
         "width": vectors.d,
@@ -149,10 +151,6 @@ def _opened(path: Path, column: str | None) -> Any:
     except Exception as error:  # each library has errors of its own
         raise UsageError(f"{path} cannot be read ({error}); write it again") from error
     raise UsageError(f"{path} is not a .npy, .parquet or .safetensors file; save the vectors as one of these")
-
-
-def _has_columns(source: Any) -> bool:
-    return hasattr(source, "column_names")
 
 
 def _column(name: str, names: list[str], column: str | None) -> str:

@@ -204,6 +204,7 @@ def test_a_training_is_seen_while_it_runs(ray_cluster, extracted, make_plan, tmp
     """One bundle trains, the other one ends with an error: its checkpoint is of another cell."""
     monkeypatch.setattr(steps, "HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr(progress, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(progress, "SETTLING_SECONDS", 0)
     root = tmp_path / "root"
     shutil.copytree(extracted, root)
     bundles = {"cells_per_bundle": 1, "bundles": 2, "max_failures": 0}
