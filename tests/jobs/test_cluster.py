@@ -256,6 +256,7 @@ TOO_LITTLE_MEMORY = """
 import os, time
 
 os.environ |= {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+os.environ.pop("RAY_task_oom_retries", None)  # of a cluster that the process of the tests has started
 from sae_ray.jobs import cluster
 
 cluster.RETRIES = 1
