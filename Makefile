@@ -14,6 +14,8 @@ APART := --net --uts --ipc --mount --pid --fork --kill-child --mount-proc
 
 # Tests on a cluster mostly wait for processes to start: one process of pytest has those of jobs, another those of serve.
 TWO := -n 2 --no-loadscope-reorder
+# The other tests wait for processes and faults now and then: a third process uses that time.
+THREE := -n 3 --no-loadscope-reorder
 
 .PHONY: demo photos test test-fast test-slow test-gpu test-clients test-real soak chaos cluster-test bench bench-scale bench-serve bench-gpu bench-photos lint cluster-lint format clean
 
@@ -28,7 +30,7 @@ test: .venv/.test
 	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not cluster and not clients and not real"
 
 test-fast: .venv/.test
-	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not cluster and not clients and not real and not ray and not serve and not browser"
+	$(BIN)/pytest $(THREE) -m "not slow and not gpu and not cluster and not clients and not real and not ray and not serve and not browser"
 
 test-slow: .venv/.test
 	$(BIN)/pytest -m slow
