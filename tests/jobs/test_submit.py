@@ -290,7 +290,7 @@ def test_a_running_study_is_followed_and_not_started_again(head, submit, ran, ro
     for client in clients:
         client.until(lambda client=client: "Running entrypoint" in client.out)
     (job,) = (one for one in head.jobs(root) if one not in before)
-    assert sorted(("submitted to" in client.err, "already at work" in client.err) for client in clients) == [
+    assert sorted(("submitted to" in client.err, "already working on" in client.err) for client in clients) == [
         (False, True),
         (True, False),
     ]
@@ -304,7 +304,7 @@ def test_a_running_study_is_followed_and_not_started_again(head, submit, ran, ro
     detached = submit(ran.study, "--root", root, "--detach")
     assert detached.code() == 0, detached.err
     assert detached.out == f"{job.id}\n"
-    assert "already at work" in detached.err
+    assert "already working on" in detached.err
     assert f"ray job stop {job.id} --address {head.address}" in detached.err
 
     wire.lose()

@@ -264,7 +264,7 @@ def test_answers_that_do_not_belong_together_are_refused(study: StudyPlan, index
             2,
             "choose one of the columns neuron, ms",
         ),
-        ((ann, *root, "--score", f"{tables.folder.path}/top_images.parquet:rank"), 2, "several rows of a neuron"),
+        ((ann, *root, "--score", f"{tables.folder.path}/top_images.parquet:rank"), 2, "several rows for a neuron"),
         ((ann, *root, "--score", f"{index.parents[1]}/pairs.parquet:first"), 2, "the table has no column 'neuron'"),
         ((ann.with_name("nobody.csv"), *root), 2, "does not exist"),
     ]:
