@@ -267,7 +267,7 @@ def test_a_study_is_followed_to_its_end_although_the_connection_breaks(head, sub
     assert f"{job.id}: submitted" in client.err
 
     wire.cut()
-    client.until(lambda: "the connection is lost" in client.err)
+    client.until(lambda: "connection lost" in client.err)
     head.open_gate()
     until(lambda: head.jobs(root)[0].status == "SUCCEEDED")
     wire.mend()
