@@ -58,8 +58,8 @@ class TrainedSAE(SAE):
         """Reconstruction loss, active latents per activation and dead latents over the steps of training."""
         from matplotlib.figure import Figure
 
-        check(self.history is not None, "history", None, "only an SAE that train_sae has returned can be plotted")
-        assert self.history is not None
+        if self.history is None:
+            raise UsageError("history = None: only an SAE that train_sae has returned can be plotted")
         shown = (("reconstruction_loss", "Reconstruction loss"), ("l0", "L0"), ("n_dead", "Dead latents"))
         figure = Figure(figsize=(11, 3), layout="constrained")
         for axes, (name, title) in zip(figure.subplots(1, len(shown)), shown, strict=True):
@@ -122,7 +122,7 @@ def train_sae(
     config = _made(TrainingConfig, "train_sae", steps=steps, batch_size=batch_size, **training)
     own = _made(kind.Settings, f"settings of {architecture}", **(settings or {}))
     cell = Cell(architecture, expansion, k, sparsity, seed, config, own)
-    check(not cell.weighted and config.init is None, "init", config.init, "start from an SAE in a study")
+    check(config.init is None, "init", config.init, "start from an SAE in a study")
     cell.check(vectors.d)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with ExitStack() as stack:
