@@ -218,27 +218,28 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def test_models_are_fetched_from_the_hub_but_no_pickles(directory, tmp_path):
-    """In processes of their own, as the hub's address is read at import."""
+    """In a process of its own, as the hub's address is read at import."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Serving", (Hub,), {"folder": directory}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY")}
     environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    environment["HF_HUB_CACHE"] = str(tmp_path)
     program = (
         "from sae_ray.encoders import describe_encoder, load_encoder\n"
         "from sae_ray.errors import UsageError\n"
+        "print(load_encoder('timm:hf-hub:someone/tiny').info.revision, flush=True)\n"
+        "input()\n"
         "try:\n"
-        "    print(load_encoder('timm:hf-hub:someone/tiny').info.revision)\n"
+        "    load_encoder('timm:hf-hub:someone/pickled')\n"
         "except UsageError as error:\n"
-        "    print(describe_encoder('timm:hf-hub:someone/tiny').revision, error)\n"
+        "    print(describe_encoder('timm:hf-hub:someone/pickled').revision, error)\n"
     )
-
-    def said(cache: str) -> str:
-        with_cache = environment | {"HF_HUB_CACHE": str(tmp_path / cache)}
-        return subprocess.run([sys.executable, "-c", program], env=with_cache, capture_output=True, text=True).stdout
-
-    assert said("whole").strip() == COMMIT
-    pickle_weights(directory)
-    assert said("pickled").startswith(f"{COMMIT} timm:hf-hub:someone/tiny has no model.safetensors on the hub; name an")
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == COMMIT
+        pickle_weights(directory)
+        said, _ = process.communicate("\n")
+    assert said.startswith(f"{COMMIT} timm:hf-hub:someone/pickled has no model.safetensors on the hub; name an")
     server.shutdown()
 
 
