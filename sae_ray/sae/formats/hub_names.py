@@ -1,0 +1,75 @@
+"""SAEs on the Hugging Face hub: how they are named, and their files in its cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from sae_ray.errors import UsageError
+from sae_ray.store.files import Folder
+
+SCHEME = "hf://"
+_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^/@]+))?(?:/([^@]+?))?/?(?:@([^@]+))?")
+
+
+class HubName(NamedTuple):
+    """A place in a repository of models. It is shown as `hf://owner/name/folder@revision`."""
+
+    repo: str
+    """As `owner/name`."""
+    inside: str
+    """A folder or file there; empty for the repository's top."""
+    revision: str | None
+    """A branch, tag or commit; None for the main branch."""
+
+    def __str__(self) -> str:
+        inside = f"/{self.inside}" if self.inside else ""
+        return f"{SCHEME}{self.repo}{inside}" + (f"@{self.revision}" if self.revision else "")
+
+    @staticmethod
+    def fits(text: str) -> bool:
+        """Whether a text has the form of a name."""
+        return _NAME.fullmatch(text.removeprefix(SCHEME)) is not None
+
+    @classmethod
+    def parse(cls, text: str) -> HubName:
+        """From `owner/name/folder@revision` or huggingface_hub's `owner/name@revision/folder`, with or without `hf://`.
+
+        Raises UsageError for any other form.
+        """
+        found = _NAME.fullmatch(text.removeprefix(SCHEME))
+        if found is None or (found[2] and found[4]):
+            raise UsageError(f"{text} is no place on the Hugging Face hub; name one as hf://owner/name/folder@revision")
+        early = unquote(found[2]) if found[2] else None
+        return cls(found[1], found[3] or "", early or found[4])
+
+
+def downloaded(name: HubName, files: Sequence[str], forms: str) -> tuple[Folder, list[str]]:
+    """The folder of a repository in the cache, with those of its `files` that lie in the named folder, and the paths of
+    all files: those of the repository, or without a connection those in the cache.
+
+    Args:
+        forms: How an SAE is named; ends every error message.
+
+    Raises:
+        UsageError: there is no such repository or revision; or the hub cannot be reached, and the cache lacks it.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    from sae_ray.encoders.hub import hub_unreachable, refusing
+
+    within = f"{name.inside}/" if name.inside else ""
+    wanted = [within + file for file in files] + [name.inside] * bool(name.inside)
+    # A checkpoint of dictionary_learning has its configuration one level above.
+    *above, parent = name.inside.removesuffix(".pt").split("/")
+    parts = above if name.inside.endswith(".pt") else [*above, parent]
+    wanted += ["/".join([*parts[:-1], "config.json"])] * (parts[-1:] == ["checkpoints"])
+    shown = f"{name} is neither a file nor a folder here, and {name.repo} on the Hugging Face hub"
+    with refusing(shown, forms, of_hub=True):
+        endpoint = constants.ENDPOINT
+        snapshot = snapshot_download(name.repo, revision=name.revision, allow_patterns=wanted, endpoint=endpoint)
+        if hub_unreachable():
+            return Folder(snapshot), list(Folder(snapshot).files(recursive=True))
+        return Folder(snapshot), HfApi(endpoint).list_repo_files(name.repo, revision=name.revision)
