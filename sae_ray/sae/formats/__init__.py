@@ -6,6 +6,7 @@ knows those that are refused.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def load_sae(path: str | Path | Folder) -> SAE:
         if one.recognises(place):
             sae = one.read(place)
             check_finite(sae, str(place))
-            return sae
+            return dataclasses.replace(sae, source=place.folder)
     raise UsageError(f"{place} is not an SAE; {FORMS}")
 
 
