@@ -18,6 +18,8 @@ from sae_ray.sae import load_sae, save_sae
 from sae_ray.sae.formats.hub_names import HubName
 from sae_ray.steering.interventions import load_max_token
 from sae_ray.store.files import Folder
+from sae_ray.study.root import remember
+from sae_ray.study.summary import summarise
 from tests.hub_server import TOKEN, Hub, Repository, serving
 from tests.sae.test_exchange import GOLDEN as FORMS
 from tests.sae.test_exchange import visaebench
@@ -153,8 +155,10 @@ def test_a_card_that_others_wrote_is_left_alone(hub: Hub):
     assert b"| `layer22` |" in tree["README.md"]
 
 
-def test_the_card_tells_what_a_study_found(hub: Hub, small_study: Path, plan_small_study):
-    plan = plan_small_study(small_study)
+def test_the_card_tells_what_a_study_found(hub: Hub, small_study: Path, plan_small_study, tmp_path: Path):
+    shutil.copytree(small_study, tmp_path / "study")
+    plan = plan_small_study(tmp_path / "study")
+    remember(plan)
     train = next(one for one in plan.trains if one.grid_cell.cell.architecture != "topk")
     sae = load_sae(train.step.folder)
     sae.push_to_hub("me/saes")
@@ -164,13 +168,11 @@ def test_the_card_tells_what_a_study_found(hub: Hub, small_study: Path, plan_sma
     fidelity = next(one for one in plan.evaluations if one.sae is train).step.record()
     assert fidelity is not None
     assert figures["fidelity"] == fidelity["counts"]
-    from sae_ray.study.summary import summarise
-
     row = next(row for row in summarise(plan) if row.name == name)
     assert figures["monosemanticity"]["mean"] == pytest.approx(row.mean_ms)
     assert figures["monosemanticity"]["neurons"] == row.n_scored
     assert figures["encoder"] == {"model": Path(plan.encoder.model).name, "revision": plan.encoder.revision}
-    assert str(small_study) not in json.dumps(figures)
+    assert str(tmp_path) not in json.dumps(figures)
     card = tree["README.md"].decode()
     assert f"| `{name}` | {train.grid_cell.site.name} | {train.grid_cell.cell.architecture} |" in card
     assert f"mean {row.mean_ms:.3f}, best {row.best_ms:.3f}, of the {row.n_scored} latents" in card
