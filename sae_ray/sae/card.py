@@ -28,15 +28,14 @@ def card(repo_id: str, saes: Mapping[str, Mapping[str, Any]], license: str | Non
         f"---\n{yaml.safe_dump(_metadata(saes, license), sort_keys=False)}---",
         MARK,
         f"# {repo_id.partition('/')[2]}",
-        f"{'A sparse autoencoder' if len(names) == 1 else f'{len(names)} sparse autoencoders'} (SAEs) of a vision "
-        "encoder, trained with sae-ray.",
+        f"{'One SAE' if len(names) == 1 else f'{len(names)} SAEs'} (sparse autoencoders), uploaded by sae-ray.",
         "\n".join(
             ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|", *(_row(n, saes[n]) for n in names)]
         ),
         "L0 is the number of active latents per activation, R² the share of the variance that is reconstructed, dead "
         "the share of latents that never fire; all on held-out images. MS is MonoSemanticity (arXiv 2504.02821).",
         _loading(repo_id, names, saes),
-        *(_details(name, saes[name]) for name in names),
+        *(text for name in names if (text := _details(name, saes[name]))),
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -59,7 +58,7 @@ def _metadata(saes: Mapping[str, Mapping[str, Any]], license: str | None) -> dic
         found["library_name"] = "saelens"
     if on_hub:
         found["base_model"] = on_hub
-    return found | {"tags": ["sparse-autoencoder", "mechanistic-interpretability", "vision", "saelens", "sae-ray"]}
+    return found | {"tags": ["sparse-autoencoder", "mechanistic-interpretability", "saelens", "sae-ray"]}
 
 
 def _row(name: str, sae: Mapping[str, Any]) -> str:
@@ -107,7 +106,7 @@ def _loading(repo_id: str, names: list[str], saes: Mapping[str, Mapping[str, Any
 
 
 def _details(name: str, sae: Mapping[str, Any]) -> str:
-    lines = [f"## {name or 'The SAE'}\n"]
+    lines = []
     if encoder := sae.get("encoder"):
         lines.append(f"- Encoder: `{encoder['model']}`, {_revision(encoder['revision'])}.")
         licensed = encoder.get("license")
@@ -132,7 +131,7 @@ def _details(name: str, sae: Mapping[str, Any]) -> str:
             f"- MonoSemanticity: mean {ms['mean']:.3f}, best {ms['best']:.3f}, of the {ms['neurons']:,} latents that "
             f"are active on at least {ms['min_images']} held-out images{by}."
         )
-    return "\n".join(lines)
+    return "\n".join([f"## {name or 'The SAE'}\n", *lines]) if lines else ""
 
 
 def _revision(revision: str | None) -> str:

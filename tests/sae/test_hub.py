@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +36,11 @@ def server() -> Iterator[Hub]:
 @pytest.fixture
 def hub(server: Hub, tmp_path: Path, monkeypatch) -> Iterator[Hub]:
     """An empty hub, to which this process is logged in; nothing is cached yet."""
-    from huggingface_hub import constants
+    from huggingface_hub import close_session, constants
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    close_session()  # which may have been opened with a proxy
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -296,3 +299,11 @@ def test_a_folder_is_saved_as_it_was(tmp_path):
     opened = load_sae(tmp_path)
     assert opened.source == Folder(tmp_path)
     assert opened.to(dtype=torch.float64).source == opened.source
+
+
+def test_the_pages_example_runs(hub: Hub):
+    page = (Path(__file__).parents[2] / "docs" / "sharing.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    scope: dict = {}
+    exec(example, scope)
+    assert scope["opened"].d_sae == 128

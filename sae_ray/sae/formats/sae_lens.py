@@ -135,7 +135,9 @@ def read(place: Place) -> SAE:
         )
     if not config.get("apply_b_dec_to_input", True):
         tensors["b_enc"] = of_centred(tensors["W_enc"], tensors["b_enc"], tensors["b_dec"])
-    return SAE(architecture=kind.name, k=k, concepts=concepts, metadata=facts, **tensors)
+    weights = {name: tensors[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    threshold = tensors.get("threshold")
+    return SAE(architecture=kind.name, **weights, threshold=threshold, k=k, concepts=concepts, metadata=facts)
 
 
 def _as_version_6(config: dict[str, Any]) -> dict[str, Any]:
