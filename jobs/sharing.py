@@ -11,11 +11,13 @@ NEURONPEDIA = "neuronpedia"
 def export(sae: str, to: str, out: str, centred: bool) -> Folder:
     """Writes an SAE as another library opens it, or its features for Neuronpedia. Returns the folder.
 
+    `latents.parquet` goes with it: it defines strengths in multiples of `max_token`, and no library minds it.
+
     Raises UsageError if there is something in the folder, or the form cannot express the SAE.
     """
     from sae_ray.report.neuronpedia import write_neuronpedia
     from sae_ray.sae import export_sae, load_sae
-    from sae_ray.sae.formats import sae_folder
+    from sae_ray.sae.formats import LATENTS_FILE, sae_folder
 
     folder = Folder(out)
     if folder.files() or folder.folders():
@@ -23,6 +25,9 @@ def export(sae: str, to: str, out: str, centred: bool) -> Folder:
     if to == NEURONPEDIA:
         return write_neuronpedia(sae_folder(sae), folder)
     export_sae(load_sae(sae), folder, to, centred)
+    source = sae_folder(sae)
+    if source.exists(LATENTS_FILE):
+        folder.write_copy(LATENTS_FILE, source, LATENTS_FILE)
     return folder
 
 

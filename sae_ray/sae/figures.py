@@ -11,6 +11,7 @@ import torch
 from sae_ray.encoders.sources import directory_named, model_name
 from sae_ray.errors import SaeRayError
 from sae_ray.sae.card import metadata_of
+from sae_ray.sae.formats.places import FIGURES_FILE
 from sae_ray.store.files import Folder, address_shown, parent_and_name
 from sae_ray.store.steps import read_record
 
@@ -41,8 +42,9 @@ def figures(sae: SAE) -> dict[str, Any]:
         "training": sae.metadata.get("cell"),
         "steps": sae.metadata.get("steps"),
     }
-    if sae.source is not None and cell_name(sae.source) and _is_as_opened(sae):
-        found |= _of_study(sae.source)
+    source = sae.source
+    if source is not None and (cell_name(source) or source.exists(FIGURES_FILE)) and _is_as_opened(sae):
+        found |= _of_study(source) if cell_name(source) else source.read_json(FIGURES_FILE)
     return {key: value for key, value in found.items() if value is not None}
 
 

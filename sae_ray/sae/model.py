@@ -57,7 +57,7 @@ class SAE:
     """Those that the first latents were guided by, in their order; none for most SAEs."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Facts that travel with the SAE; plain JSON values."""
-    source: Folder | None = None
+    source: Folder | None = field(default=None, repr=False)
     """Where it was opened; None for an SAE that was not."""
 
     def __post_init__(self):

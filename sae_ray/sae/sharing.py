@@ -13,7 +13,7 @@ from sae_ray.encoders.hub import hub_problem
 from sae_ray.errors import UsageError, check
 from sae_ray.sae.card import MARK, card, metadata_of
 from sae_ray.sae.figures import cell_name, figures
-from sae_ray.sae.formats import LATENTS_FILE, save_sae
+from sae_ray.sae.formats.places import FIGURES_FILE, LATENTS_FILE
 from sae_ray.store.files import Folder
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from sae_ray.sae.model import SAE
 
-FIGURES = "figures.json"
 CARD = "README.md"
 _REPO = r"[\w.-]+/[\w.-]+"
 _SIDECARS = (LATENTS_FILE, "metrics.parquet", "weights.parquet")
@@ -71,10 +70,10 @@ def push(
 
 def _write(sae: SAE, found: dict[str, Any], folder: Folder) -> None:
     """The SAE, its figures, and the tables that lie beside it."""
-    save_sae(sae, folder)
-    folder.write_json(FIGURES, found)
+    sae.save(folder.path)
+    folder.write_json(FIGURES_FILE, found)
     for name in _SIDECARS:
-        if sae.source is not None and sae.source.exists(name):
+        if sae.source is not None and sae.source.exists(name) and not folder.exists(name):
             folder.write_copy(name, sae.source, name)
 
 
@@ -87,7 +86,7 @@ def _cards(api: HfApi, repo_id: str, inside: str, found: dict[str, Any], license
     saes = {
         name.rpartition("/")[0]: json.loads(_read(api, repo_id, name))
         for name in listed
-        if name.rpartition("/")[2] == FIGURES
+        if name.rpartition("/")[2] == FIGURES_FILE
     }
     return {CARD: card(repo_id, saes | {inside: found}, license or metadata_of(existing).get("license"))}
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
 
 from sae_ray.sae import load_sae, save_sae
+from sae_ray.sae.formats import sae_folder
+from sae_ray.steering.interventions import load_max_token
 from sae_ray.store.files import Folder
 from tests.sae.test_formats import make_sae, same_codes
 
@@ -21,6 +24,8 @@ def run(*words: str | Path) -> Result:
 @pytest.fixture
 def sae(tmp_path: Path) -> Path:
     save_sae(make_sae("topk"), Folder(tmp_path / "sae"))
+    latents = pa.table({"latent": range(24), "max_token": [2.0] * 24})
+    Folder(tmp_path / "sae").write_parquet("latents.parquet", latents)
     return tmp_path / "sae"
 
 
@@ -30,6 +35,7 @@ def test_an_export_opens_again(sae, library, tmp_path):
     result = run("export", sae, "--to", library, "--out", tmp_path / "out", *centred)
     assert (result.exit_code, result.output) == (0, f"{tmp_path / 'out'}\n")
     assert same_codes(load_sae(tmp_path / "out"), load_sae(sae))
+    assert load_max_token(sae_folder(tmp_path / "out")).tolist() == [2.0] * 24
 
 
 @pytest.mark.parametrize(

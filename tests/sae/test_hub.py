@@ -180,7 +180,10 @@ def test_the_card_tells_what_a_study_found(hub: Hub, small_study: Path, plan_sma
     assert f"| `{name}` | {train.grid_cell.site.name} | {train.grid_cell.cell.architecture} |" in card
     assert f"mean {row.mean_ms:.3f}, best {row.best_ms:.3f}, of the {row.n_scored} latents" in card
     assert f"L0 {row.l0:.4f}, R² {row.r2:.4f}" in card
-    # What was measured does not hold for other weights.
+    # It stays known of a copy in another repository, but does not hold for other weights.
+    load_sae(f"hf://me/saes/{name}").push_to_hub("me/copies", "copy")
+    tree = hub.repositories["me/copies"].commits[hub.repositories["me/copies"].refs["main"]]
+    assert json.loads(tree["copy/figures.json"]) == figures
     dataclasses.replace(sae, b_dec=sae.b_dec + 1).push_to_hub("me/saes", "changed")
     tree = hub.repositories["me/saes"].commits[hub.repositories["me/saes"].refs["main"]]
     assert not {"fidelity", "monosemanticity", "encoder"} & json.loads(tree["changed/figures.json"]).keys()
@@ -307,3 +310,5 @@ def test_the_pages_example_runs(hub: Hub):
     scope: dict = {}
     exec(example, scope)
     assert scope["opened"].d_sae == 128
+    tree = hub.repositories["me/saes"].commits[hub.repositories["me/saes"].refs["main"]]
+    assert {"layer22/latents.parquet", "layer22/metrics.parquet"} <= tree.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -46,9 +47,8 @@ class HubName(NamedTuple):
         return cls(found[1], found[3] or "", early or found[4])
 
 
-def downloaded(name: HubName, files: Sequence[str], forms: str) -> tuple[Folder, list[str]]:
-    """The folder of a repository in the cache, with those of its `files` that lie in the named folder, and the paths of
-    all files: those of the repository, or without a connection those in the cache.
+def downloaded(name: HubName, files: Sequence[str], forms: str) -> Folder:
+    """The folder of a repository in the cache, with those of its `files` that lie in the named folder.
 
     Args:
         forms: How an SAE is named; ends every error message.
@@ -56,20 +56,28 @@ def downloaded(name: HubName, files: Sequence[str], forms: str) -> tuple[Folder,
     Raises:
         UsageError: there is no such repository or revision; or the hub cannot be reached, and the cache lacks it.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    from sae_ray.encoders.hub import hub_unreachable, refusing
+    from sae_ray.encoders.hub import refusing
 
     within = f"{name.inside}/" if name.inside else ""
     wanted = [within + file for file in files] + [name.inside] * bool(name.inside)
-    # A checkpoint of dictionary_learning has its configuration one level above.
-    *above, parent = name.inside.removesuffix(".pt").split("/")
-    parts = above if name.inside.endswith(".pt") else [*above, parent]
-    wanted += ["/".join([*parts[:-1], "config.json"])] * (parts[-1:] == ["checkpoints"])
+    folder = PurePosixPath(name.inside).parent if name.inside.endswith(".pt") else PurePosixPath(name.inside)
+    if folder.name == "checkpoints":  # of dictionary_learning, whose configuration lies one level above
+        wanted.append(str(folder.parent / "config.json"))
     shown = f"{name} is neither a file nor a folder here, and {name.repo} on the Hugging Face hub"
     with refusing(shown, forms, of_hub=True):
-        endpoint = constants.ENDPOINT
-        snapshot = snapshot_download(name.repo, revision=name.revision, allow_patterns=wanted, endpoint=endpoint)
-        if hub_unreachable():
-            return Folder(snapshot), list(Folder(snapshot).files(recursive=True))
-        return Folder(snapshot), HfApi(endpoint).list_repo_files(name.repo, revision=name.revision)
+        return Folder(
+            snapshot_download(name.repo, revision=name.revision, allow_patterns=wanted, endpoint=constants.ENDPOINT)
+        )
+
+
+def listed(name: HubName, snapshot: Folder) -> list[str]:
+    """The paths of all files of the repository; without a connection those in the cache."""
+    from huggingface_hub import HfApi, constants
+
+    from sae_ray.encoders.hub import hub_problem
+
+    if hub_problem():
+        return list(snapshot.files(recursive=True))
+    return HfApi(endpoint=constants.ENDPOINT).list_repo_files(name.repo, revision=name.revision)

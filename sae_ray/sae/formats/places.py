@@ -9,12 +9,14 @@ from pyarrow import fs
 
 from sae_ray.encoders.sources import is_path
 from sae_ray.errors import UsageError
-from sae_ray.sae.formats.hub_names import HubName, downloaded
+from sae_ray.sae.formats.hub_names import HubName, downloaded, listed
 from sae_ray.store.files import Folder, parent_and_name
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 LATENTS_FILE = "latents.parquet"
+FIGURES_FILE = "figures.json"
+"""What is known of an SAE that was uploaded (`sae_ray.sae.figures`)."""
 AE_FILE = "ae.pt"
 AE_CONFIG_FILE = "config.json"
 SPARSIFY_FILE = "sae.safetensors"
@@ -27,7 +29,7 @@ FORMS = (
 _MARKS = {CONFIG_FILE, AE_FILE, "sae.pt"}
 """Files by which the folder of an SAE is recognised."""
 _OF_HUB = (
-    *(CONFIG_FILE, WEIGHTS_FILE, LATENTS_FILE, AE_FILE, SPARSIFY_FILE),
+    *(CONFIG_FILE, WEIGHTS_FILE, LATENTS_FILE, FIGURES_FILE, AE_FILE, SPARSIFY_FILE),
     *(*OVERCOMPLETE_FILES, *OVERCOMPLETE_CONFIG_FILES),
 )
 _SHOWN = 8
@@ -81,21 +83,20 @@ def _stands_for_folder(name: str, files: frozenset[str]) -> bool:
 
 
 def _of_hub(name: HubName) -> Place:
-    snapshot, listed = downloaded(name, _OF_HUB, FORMS)
+    snapshot = downloaded(name, _OF_HUB, FORMS)
     found = snapshot / name.inside if name.inside else snapshot
-    within = f"{name.inside}/" if name.inside else ""
-    below = [file.removeprefix(within) for file in listed if file.startswith(within)]
-    beside = {file for file in below if "/" not in file}
-    if name.inside in listed or beside & _MARKS:
+    is_file = found.filesystem.get_file_info(found.path).type == fs.FileType.File
+    if is_file or found.files().keys() & _MARKS:
         return place_of(found)
-    saes = sorted({file.rpartition("/")[0] for file in below if file.rpartition("/")[2] in _MARKS})
-    _refuse_several(str(name), saes)
+    within = f"{name.inside}/" if name.inside else ""
+    below = [file.removeprefix(within) for file in listed(name, snapshot) if file.startswith(within)]
+    _refuse_several(str(name), sorted({file.rpartition("/")[0] for file in below if file.rpartition("/")[2] in _MARKS}))
     if not below:
         raise UsageError(
             f"{name.repo} on the Hugging Face hub has no SAE at {name.inside or 'its top'}, or its cache "
             f"({snapshot}) lacks it; name the SAE's own folder, as in {name.repo}/folder"
         )
-    return Place(found, None, frozenset(beside))
+    return Place(found, None, frozenset(file for file in below if "/" not in file))
 
 
 def _refuse_several(where: str, saes: list[str]) -> None:
