@@ -180,10 +180,21 @@ def test_the_card_tells_what_a_study_found(hub: Hub, small_study: Path, plan_sma
     assert f"| `{name}` | {train.grid_cell.site.name} | {train.grid_cell.cell.architecture} |" in card
     assert f"mean {row.mean_ms:.3f}, best {row.best_ms:.3f}, of the {row.n_scored} latents" in card
     assert f"L0 {row.l0:.4f}, R² {row.r2:.4f}" in card
+    # An encoder on the hub is named as there, with its licence.
+    hub.repositories["someone/clip"] = Repository()
+    hub.repositories["someone/clip"].refs[plan.encoder.revision] = hub.repositories["someone/clip"].refs["main"]
+    memory = plan.root.read_json("study.json")
+    memory["survey"]["models"]["encoder"]["model"] = "someone/clip"
+    plan.root.write_json("study.json", memory)
+    sae.push_to_hub("me/saes")
+    tree = hub.repositories["me/saes"].commits[hub.repositories["me/saes"].refs["main"]]
+    assert json.loads(tree[f"{name}/figures.json"])["encoder"]["license"] == "mit"
+    assert "- Licence of the encoder: mit." in tree["README.md"].decode()
+    assert tree["README.md"].startswith(b"---\nlibrary_name: saelens\nbase_model:\n- someone/clip\n")
     # It stays known of a copy in another repository, but does not hold for other weights.
     load_sae(f"hf://me/saes/{name}").push_to_hub("me/copies", "copy")
     tree = hub.repositories["me/copies"].commits[hub.repositories["me/copies"].refs["main"]]
-    assert json.loads(tree["copy/figures.json"]) == figures
+    assert json.loads(tree["copy/figures.json"])["fidelity"] == figures["fidelity"]
     dataclasses.replace(sae, b_dec=sae.b_dec + 1).push_to_hub("me/saes", "changed")
     tree = hub.repositories["me/saes"].commits[hub.repositories["me/saes"].refs["main"]]
     assert not {"fidelity", "monosemanticity", "encoder"} & json.loads(tree["changed/figures.json"]).keys()

@@ -57,6 +57,7 @@ def downloaded(name: HubName, files: Sequence[str], forms: str) -> Folder:
         UsageError: there is no such repository or revision; or the hub cannot be reached, and the cache lacks it.
     """
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import logging
 
     from sae_ray.encoders.hub import refusing
 
@@ -66,10 +67,14 @@ def downloaded(name: HubName, files: Sequence[str], forms: str) -> Folder:
     if folder.name == "checkpoints":  # of dictionary_learning, whose configuration lies one level above
         wanted.append(str(folder.parent / "config.json"))
     shown = f"{name} is neither a file nor a folder here, and {name.repo} on the Hugging Face hub"
-    with refusing(shown, forms, of_hub=True):
-        return Folder(
-            snapshot_download(name.repo, revision=name.revision, allow_patterns=wanted, endpoint=constants.ENDPOINT)
-        )
+    verbosity, endpoint = logging.get_verbosity(), constants.ENDPOINT
+    logging.set_verbosity_error()  # it warns where nothing is found; what is said then is better
+    try:
+        with refusing(shown, forms, of_hub=True):
+            found = snapshot_download(name.repo, revision=name.revision, allow_patterns=wanted, endpoint=endpoint)
+    finally:
+        logging.set_verbosity(verbosity)
+    return Folder(found)
 
 
 def listed(name: HubName, snapshot: Folder) -> list[str]:
