@@ -29,9 +29,7 @@ def card(repo_id: str, saes: Mapping[str, Mapping[str, Any]], license: str | Non
         MARK,
         f"# {repo_id.partition('/')[2]}",
         f"{'One SAE' if len(names) == 1 else f'{len(names)} SAEs'} (sparse autoencoders), uploaded by sae-ray.",
-        "\n".join(
-            ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|", *(_row(n, saes[n]) for n in names)]
-        ),
+        "\n".join([_cells(_COLUMNS), "|---" * len(_COLUMNS) + "|", *(_row(name, saes[name]) for name in names)]),
         "L0 is the number of active latents per activation, R² the share of the variance that is reconstructed, dead "
         "the share of latents that never fire; all on held-out images. MS is MonoSemanticity (arXiv 2504.02821).",
         _loading(repo_id, names, saes),
@@ -71,7 +69,7 @@ def _row(name: str, sae: Mapping[str, Any]) -> str:
         str(sae.get("k", "")),
         number(fidelity.get("l0"), 1),
         number(fidelity.get("r2"), 3),
-        "" if fidelity.get("dead_fraction") is None else f"{fidelity['dead_fraction']:.0%}",
+        number(fidelity.get("dead_fraction"), 2),
         number(ms.get("mean"), 3),
     ]
     return _cells(cells)
@@ -86,7 +84,7 @@ def _loading(repo_id: str, names: list[str], saes: Mapping[str, Mapping[str, Any
     address = f"hf://{repo_id}" + (f"/{first}" if first else "")
     text = (
         f'## Use\n\nWith sae-ray:\n\n```python\nfrom sae_ray import load_sae\n\nsae = load_sae("{address}")\n'
-        f"codes = sae.encode(x)  # x: activations as the encoder gives them, [n, {saes[first]['d_in']}]\n```\n\n"
+        f"codes = sae.encode(x)  # [n, {saes[first]['d_in']}], activations as the encoder gives them\n```\n\n"
     )
     opened = [name for name in names if saes[name].get("sae_lens")]
     if opened and opened[0]:
@@ -118,9 +116,8 @@ def _details(name: str, sae: Mapping[str, Any]) -> str:
         where = f" (`{sae['data']}`)" if "data" in sae else ""
         lines.append(f"- Trained on {sae['activations']:,} activations of {sae['images']:,} images{where}.")
     if (steps := sae.get("steps")) and (training := sae.get("training")):
-        lines.append(
-            f"- {steps:,} steps of {training['training']['batch_size']:,} activations, seed {training['seed']}."
-        )
+        batch = training["training"]["batch_size"]
+        lines.append(f"- {steps:,} steps of {batch:,} activations, seed {training['seed']}.")
     if fidelity := sae.get("fidelity"):
         n = f"{fidelity['n_samples']:,} " if "n_samples" in fidelity else ""
         told = [f"{word} {number(fidelity[key], 4)}" for key, word in _FIDELITY.items() if key in fidelity]

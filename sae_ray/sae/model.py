@@ -123,6 +123,7 @@ class SAE:
 
         Raises:
             UsageError: the hub cannot be reached, or may not be written to.
+            SaeRayError: the connection was lost.
         """
         from sae_ray.sae.sharing import push
 

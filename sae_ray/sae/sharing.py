@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_ray.encoders.hub import hub_problem
-from sae_ray.errors import UsageError, check
+from sae_ray.errors import SaeRayError, UsageError, check
 from sae_ray.sae.card import MARK, card, metadata_of
 from sae_ray.sae.figures import cell_name, figures
 from sae_ray.sae.formats.places import FIGURES_FILE, LATENTS_FILE
@@ -63,8 +63,9 @@ def push(
                 )
         except HfHubHTTPError as error:
             raise UsageError(f"{repo_id} cannot be written: {_reason(error)}") from error
-        except httpx.HTTPError as error:
-            raise UsageError(f"{repo_id} cannot be written: {error or type(error).__name__}; push again") from error
+        except (httpx.HTTPError, OSError, RuntimeError) as error:
+            reason = str(error) or type(error).__name__
+            raise SaeRayError(f"{repo_id} cannot be written: {reason}; push again") from error
     return commit.commit_url
 
 
@@ -83,12 +84,21 @@ def _cards(api: HfApi, repo_id: str, inside: str, found: dict[str, Any], license
     existing = _read(api, repo_id, CARD) if CARD in listed else ""
     if existing and MARK not in existing and _body(existing):
         return {f"{inside}/{CARD}": card(repo_id, {inside: found}, license)} if inside else {}
-    saes = {
-        name.rpartition("/")[0]: json.loads(_read(api, repo_id, name))
-        for name in listed
-        if name.rpartition("/")[2] == FIGURES_FILE
-    }
+    saes = {}
+    for name in listed:
+        folder, _, file = name.rpartition("/")
+        if file == FIGURES_FILE and (told := _figures(_read(api, repo_id, name))):
+            saes[folder] = told
     return {CARD: card(repo_id, saes | {inside: found}, license or metadata_of(existing).get("license"))}
+
+
+def _figures(text: str) -> dict[str, Any] | None:
+    """What another push has written; None for a file of that name which is no such thing."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.keys() >= {"architecture", "d_in", "d_sae"} else None
 
 
 def _read(api: HfApi, repo_id: str, name: str) -> str:

@@ -314,11 +314,12 @@ def test_a_file_of_a_directory_stands_for_it(tmp_path, named):
 
 
 def test_the_folder_of_several_saes_names_them(tmp_path):
+    saes = tmp_path / "me@home"
     for name in ("a", "b/trainer_0", "c/d/too_deep"):
-        save_sae(make_sae("relu"), Folder(tmp_path / name))
-    torch.save({}, tmp_path / "ae.tmp")
-    with pytest.raises(UsageError, match=rf"the folder of 2: a, b/trainer_0; name one, such as {tmp_path}/a$"):
-        load_sae(tmp_path)
+        save_sae(make_sae("relu"), Folder(saes / name))
+    torch.save({}, saes / "ae.tmp")
+    with pytest.raises(UsageError, match=rf"the folder of 2: a, b/trainer_0; name one, such as {saes}/a$"):
+        load_sae(saes)
     (tmp_path / "empty/deep").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"empty is not an SAE; name the folder of an SAE"):
         load_sae(tmp_path / "empty")

@@ -151,7 +151,8 @@ def test_a_card_that_others_wrote_is_left_alone(hub: Hub):
     assert tree["README.md"].endswith(b"# Mine\n")
     assert b"| `layer22` |" in tree["layer22/README.md"]
     # One that has only a licence, as the hub's own page for new repositories writes it, is none.
-    hub.repositories["me/saes"].commit("main", {"README.md": b"---\nlicense: mit\n---\n"})
+    others = {"README.md": b"---\nlicense: mit\n---\n", "a/figures.json": b"[1]", "b/figures.json": b"no JSON"}
+    hub.repositories["me/saes"].commit("main", others)
     make_sae("topk").push_to_hub("me/saes", "layer22")
     tree = hub.repositories["me/saes"].commits[hub.repositories["me/saes"].refs["main"]]
     assert tree["README.md"].startswith(b"---\nlicense: mit\n")

@@ -68,8 +68,8 @@ def place_of(path: str | Path | Folder) -> Place:
     if kind == fs.FileType.File:
         folder, name = parent_and_name(folder.uri)
     files = frozenset(folder.files())
-    if name is None and not files & _MARKS:
-        _refuse_several(str(folder), _saes_below(folder))
+    if name is None and not files & _MARKS and (saes := _saes_below(folder)):
+        raise _several(folder, saes, folder / saes[0])
     if name is None and CONFIG_FILE not in files and AE_FILE in files:
         name = AE_FILE
     return Place(folder, None if name and _stands_for_folder(name, files) else name, files)
@@ -90,7 +90,8 @@ def _of_hub(name: HubName) -> Place:
         return place_of(found)
     within = f"{name.inside}/" if name.inside else ""
     below = [file.removeprefix(within) for file in listed(name, snapshot) if file.startswith(within)]
-    _refuse_several(str(name), sorted({file.rpartition("/")[0] for file in below if file.rpartition("/")[2] in _MARKS}))
+    if saes := sorted({file.rpartition("/")[0] for file in below if file.rpartition("/")[2] in _MARKS}):
+        raise _several(name, saes, name._replace(inside=within + saes[0]))
     if not below:
         raise UsageError(
             f"{name.repo} on the Hugging Face hub has no SAE at {name.inside or 'its top'}, or its cache "
@@ -99,15 +100,10 @@ def _of_hub(name: HubName) -> Place:
     return Place(found, None, frozenset(file for file in below if "/" not in file))
 
 
-def _refuse_several(where: str, saes: list[str]) -> None:
-    """Raises UsageError if these are the SAEs in the folders below."""
-    if saes:
-        some = ", ".join(saes[:_SHOWN]) + (" …" if len(saes) > _SHOWN else "")
-        folder, mark, revision = where.partition("@")
-        raise UsageError(
-            f"{where} is not an SAE, but the folder of {len(saes)}: {some}; name one, such as "
-            f"{folder}/{saes[0]}{mark}{revision}"
-        )
+def _several(where: Folder | HubName, saes: list[str], first: Folder | HubName) -> UsageError:
+    """The error for a folder in which these SAEs lie."""
+    some = ", ".join(saes[:_SHOWN]) + (" …" if len(saes) > _SHOWN else "")
+    return UsageError(f"{where} is not an SAE, but the folder of {len(saes)}: {some}; name one, such as {first}")
 
 
 def _saes_below(folder: Folder) -> list[str]:
