@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
+from sae_ray.jobs.cli import main
 
 from sae_ray.sae import load_sae, save_sae
 from sae_ray.sae.formats import sae_folder
@@ -16,8 +17,6 @@ from tests.sae.test_formats import make_sae, same_codes
 
 
 def run(*words: str | Path) -> Result:
-    from jobs.cli import main
-
     return CliRunner().invoke(main, [str(word) for word in words])
 
 
