@@ -28,7 +28,7 @@ from sae_ray.store.steps import Step
 
 TRAINING = TrainingConfig(
     batch_size=512, steps=1500, warmup_steps=100, decay_start=1200, threshold_beta=0.99, threshold_start_step=375,
-    dead_after_samples=75_000,
+    dead_after_samples=75_000, centre=True, threshold="calibrated",
 )  # fmt: skip
 """The demo's, but for AuxK, and for what is compared."""
 CELLS = (Cell("batch_topk", 4, k=5), Cell("batch_topk", 4, k=20))
