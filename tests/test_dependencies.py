@@ -16,7 +16,7 @@ from tests.test_imports import imports_of, that_run
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("sae_ray", "jobs", "serve", "cluster", "tests", "bench", "tools")
 USED = {
-    "sae_ray": ("vllm", "heif"),
+    "sae_ray": ("vllm", "heif", "datasets"),
     "jobs": (),
     "serve": ("vllm",),
     "tests": ("vllm", "test"),
