@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from sae_ray.lazy import exports
 
 if TYPE_CHECKING:
+    from sae_ray.report import open_study as open_study
     from sae_ray.sae import evaluate as evaluate
     from sae_ray.sae import load_sae as load_sae
     from sae_ray.sae import train_sae as train_sae
@@ -12,13 +13,15 @@ if TYPE_CHECKING:
     from sae_ray.steering import Intervention as Intervention
     from sae_ray.steering import load_llava as load_llava
     from sae_ray.study import Study as Study
+    from sae_ray.study import import_activations as import_activations
 
 __getattr__ = exports(
     __name__,
     {
+        "report": ["open_study"],
         "sae": ["evaluate", "load_sae", "train_sae"],
         "scores": ["monosemanticity"],
         "steering": ["Intervention", "load_llava"],
-        "study": ["Study"],
+        "study": ["Study", "import_activations"],
     },
 )
