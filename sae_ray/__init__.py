@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from sae_ray.lazy import exports
 
 if TYPE_CHECKING:
+    from sae_ray.encoders import extract as extract
     from sae_ray.report import open_study as open_study
     from sae_ray.sae import evaluate as evaluate
     from sae_ray.sae import load_sae as load_sae
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __getattr__ = exports(
     __name__,
     {
+        "encoders": ["extract"],
         "report": ["open_study"],
         "sae": ["evaluate", "load_sae", "train_sae"],
         "scores": ["monosemanticity"],
