@@ -330,6 +330,18 @@ def status(as_json: bool, **options: Any) -> None:
 
 
 @main.command()
+@click.option("--root", required=True, metavar="DIR", help="The root of the study: a directory or a URI.")
+def watch(root: str) -> None:
+    """Show a study while it runs, until it is finished: every step at work, and of training loss, L0 and dead latents.
+
+    It reads files only, so it works from any machine that can read the root. Ctrl-C ends the display, not the study.
+    """
+    from . import watch as display
+
+    display.watch(root)
+
+
+@main.command()
 @study_options
 def report(**options: Any) -> None:
     """Make the HTML report of a study's finished steps and print its path."""
