@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sae_ray.report import open_study as open_study
     from sae_ray.sae import evaluate as evaluate
     from sae_ray.sae import load_sae as load_sae
+    from sae_ray.sae import open_tracker as open_tracker
     from sae_ray.sae import train_sae as train_sae
     from sae_ray.scores import monosemanticity as monosemanticity
     from sae_ray.steering import Intervention as Intervention
@@ -21,7 +22,7 @@ __getattr__ = exports(
     {
         "encoders": ["extract"],
         "report": ["open_study"],
-        "sae": ["evaluate", "load_sae", "train_sae"],
+        "sae": ["evaluate", "load_sae", "open_tracker", "train_sae"],
         "scores": ["monosemanticity"],
         "steering": ["Intervention", "load_llava"],
         "study": ["Study", "import_activations"],

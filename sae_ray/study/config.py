@@ -230,6 +230,9 @@ class TrainResources:
     """GPUs per worker. Default: 1 if the cluster has GPUs."""
     checkpoint_every: Count = 2000
     """Steps between checkpoints."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """What else hears the loss, L0, dead latents and so on of every SAE while it trains: `tensorboard`, `wandb`,
+    `mlflow`, `trackio` (`docs/monitoring.md`)."""
     max_failures: Annotated[int, Ge(0)] = 3
     """How often a bundle is begun again from its newest checkpoints after losing a worker, or after an error of a disk
     or a device. Before the announced loss of a node, such as a spot instance, the bundle writes checkpoints; that loss

@@ -733,7 +733,8 @@ def test_resources_and_root_change_no_step(make_plan: MakePlan, tmp_path: Path):
         for stage, fields in resources.items()
         for name, value in fields.items()
     }
-    assert len(overrides) == 29
+    assert len(overrides) == 30
+    overrides["resources.train.trackers"] = ["wandb"]
     shards = {"resources.train.shards": overrides.pop("resources.train.shards")}  # never beside several workers
     assert names(make_plan(overrides)) == names(make_plan(shards)) == before
     assert names(make_plan(root=tmp_path / "elsewhere")) == before
