@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,17 @@ def test_images_of_any_kind(tmp_path: Path, tiny_clip: str):
         tmp_path / "root", "mine", table, column="activation", images=table, heldout_fraction=0.5
     )
     assert imported.sites["mine"].rows_per_image == 2
+
+
+def test_the_pages_example_runs(small_study: Path, tiny_clip: str):
+    page = (Path(__file__).parents[2] / "docs" / "notebooks.md").read_text(encoding="utf-8")
+    [example] = [one for one in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "extract(" in one]
+    here = {"~/photos": small_study / "train", "openai/clip-vit-base-patch32": tiny_clip, "layer10": "layer1"}
+    for theirs, ours in (here | {"k=16": "k=4, steps=5"}).items():
+        example = example.replace(theirs, str(ours))
+    scope: dict = {}
+    exec(example, scope)
+    assert (scope["sae"].d_in, len(scope["found"].rejects)) == (16, 1)
 
 
 def test_what_cannot_be_is_named(tmp_path: Path, tiny_clip: str):

@@ -156,6 +156,14 @@ def test_what_is_not_there_is_named(results: Results, ask: Callable, message: st
         ask(results)
 
 
+def test_the_pages_example_runs(results: Results):
+    page = (Path(__file__).parents[2] / "docs" / "notebooks.md").read_text(encoding="utf-8")
+    [example] = [one for one in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "open_study" in one]
+    scope: dict = {}
+    exec(example.replace("runs/demo", str(results.plan.root)), scope)
+    assert scope["study"].cells == results.cells
+
+
 def test_a_root_without_a_study_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match=r"has no study.json"):
         open_study(tmp_path)

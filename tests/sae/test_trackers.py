@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -130,6 +131,14 @@ def test_a_training_is_tracked(place: Path):
     assert sae.history is not None
     expected = [*zip(sae.history["step"].to_pylist(), sae.history["loss"].to_pylist(), strict=True)]
     np.testing.assert_allclose(wandb_curve(place, "mine", "loss"), expected, rtol=1e-6)
+
+
+def test_the_pages_example_runs(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(place)
+    page = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    exec(example.replace("k=16", "k=2, steps=5"), {"x": np.eye(20, 6)})
+    assert len(wandb_curve(place / "trackers", "my first SAE", "l0")) == 5
 
 
 def test_a_tracker_that_never_heard_of_a_step_writes_nothing(place: Path):
