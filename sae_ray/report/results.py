@@ -56,7 +56,8 @@ class Results:
         for row in summarise(self.plan):
             cell = row.grid_cell and row.grid_cell.cell
             settings = {name: getattr(cell, name, None) for name in CELL_SETTINGS}
-            rows.append({"cell": row.name, **settings} | {k: v for k, v in vars(row).items() if k not in _NO_COLUMN})
+            found = {name: value for name, value in vars(row).items() if name not in ("name", "grid_cell")}
+            rows.append({"cell": row.name, **settings, **found})
         return _table(rows)
 
     def fidelity(self) -> pa.Table:
@@ -187,10 +188,6 @@ class Results:
             names.of(Concept(number, classes[label], float(purity), int(firing), float(frequency), float(largest)))
             for number, (label, purity, firing, frequency, largest) in enumerate(facts)
         ]
-
-
-_NO_COLUMN = ("name", "grid_cell")
-"""Of `CellSummary`: told otherwise."""
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:

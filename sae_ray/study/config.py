@@ -21,6 +21,7 @@ from sae_ray.images.rendering import Rendering, rgb
 from sae_ray.sae.architectures import ArchitectureSettings, architecture
 from sae_ray.sae.architectures.guided_topk import LABELS
 from sae_ray.sae.config import Cell, TrainingConfig
+from sae_ray.sae.trackers import TRACKERS
 from sae_ray.sae.weighing import UNIFORM, label_of
 from sae_ray.seeds import derived_seed
 from sae_ray.steering.config import Naming, Steering
@@ -230,7 +231,7 @@ class TrainResources:
     """GPUs per worker. Default: 1 if the cluster has GPUs."""
     checkpoint_every: Count = 2000
     """Steps between checkpoints."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    trackers: tuple[str, ...] = ()
     """What else hears the loss, L0, dead latents and so on of every SAE while it trains: `tensorboard`, `wandb`,
     `mlflow`, `trackio` (`docs/monitoring.md`)."""
     max_failures: Annotated[int, Ge(0)] = 3
@@ -245,6 +246,9 @@ class TrainResources:
         check(most == 1 or self.shards == 1, "resources.train.shards", self.shards,
               f"make it 1, or set resources.train.workers = {self.workers} to 1: one bundle has workers or shards, not "
               "both")  # fmt: skip
+
+        for tracker in self.trackers:
+            check(tracker in TRACKERS, "resources.train.trackers", tracker, f"choose among {', '.join(TRACKERS)}")
 
     @property
     def workers_span(self) -> tuple[int, int]:

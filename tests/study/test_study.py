@@ -256,6 +256,10 @@ def test_all_problems_are_told_at_once():
             {"steering": {"llava": "m", "prompt": "a?", "other_prompts": ["a?"]}},
             "steering.other_prompts = 'a?': this is already steering.prompt; remove it",
         ),
+        (
+            {"resources.train.trackers": ["wandb", "aim"]},
+            "resources.train.trackers = 'aim': choose among tensorboard, wandb, mlflow, trackio",
+        ),
         ({"trainig.steps": 5}, "trainig: unknown key; did you mean 'training'?"),
         ({"training.step": 5}, "training.step: unknown key; did you mean 'steps'?"),
         ({"name.first": 5}, "name.first: name is not a table of the study file"),
