@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from sae_ray.encoders.info import IMPORTED
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import UsageError, check
-from sae_ray.images.manifest import LABELS_SCHEMA, MANIFEST_SCHEMA, ImageList, is_heldout, manifest_digest
+from sae_ray.images.manifest import LABELS_SCHEMA, MANIFEST_SCHEMA, ImageList, is_heldout
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import hold
 from sae_ray.store.tables import spooled
@@ -28,6 +28,8 @@ from sae_ray.study.survey import SurveyedImages
 if TYPE_CHECKING:
     from jaxtyping import Bool
 
+MOST_TOKENS = 2**15 - 1
+"""Of an image: their numbers are stored in 16 bits."""
 IMAGE_COLUMNS = ("image_id", "label")
 TABLES = "a .csv or .parquet file with a row per vector and the columns image_id, label or both"
 
@@ -99,8 +101,9 @@ def import_activations(
     if len(set(shapes.values())) > 1:
         told = " and ".join(f"{d} dimensions, {rows} row(s) per image in {name}" for name, (d, rows) in shapes.items())
         raise UsageError(f"site {site!r} has {told}; they must agree")
-    known = _known(folder, site, sets)
-    plans = {name: _listed(folder, name, one, known) for name, one in sets.items()}
+    lists = {name: _lists(one) for name, one in sets.items()}
+    known = _known(folder, site, lists)
+    plans = {name: _listed(folder, name, sets[name], one, known) for name, one in lists.items()}
     configs = {name: _written(plans[name], f"activations-{name}-{site}", one) for name, one in sets.items()}
     facts = {name: plan.surveyed for name, plan in plans.items()}
     imported = Imported(
@@ -116,9 +119,8 @@ def _described(vectors: Vectors, images: Any) -> _Set:
     """The images of the rows of some vectors."""
     columns = {} if images is None else _columns(vectors, images)
     if "image_id" not in columns:
-        digits = len(str(vectors.n - 1))
-        ids = pa.array([f"{row:0{digits}}" for row in range(vectors.n)])
-        return _Set(vectors, ids, columns.get("label"), 1)
+        texts, padding = pa.array(np.arange(vectors.n)).cast(pa.string()), pc.PadOptions(len(str(vectors.n - 1)), "0")
+        return _Set(vectors, pc.call_function("utf8_lpad", [texts], padding), columns.get("label"), 1)
     rows = columns["image_id"].dictionary_encode()
     first = np.flatnonzero(np.diff(rows.indices.to_numpy(), prepend=-1))
     per_image = np.diff(first, append=vectors.n)
@@ -131,9 +133,18 @@ def _described(vectors: Vectors, images: Any) -> _Set:
             f"{vectors.name}: image {ids[0]} has {per_image[0]} rows, {ids[other]} has {per_image[other]}; give every "
             "image as many, or each row an image_id of its own"
         )
-    labels = columns.get("label")
-    labels = None if labels is None else labels.take(pa.array(first))
-    return _Set(vectors, ids, labels, int(per_image[0]))
+    n = int(per_image[0])
+    check(n <= MOST_TOKENS, "images", n, f"that many rows of an image are too many; give at most {MOST_TOKENS:,}")
+    if "label" not in columns:
+        return _Set(vectors, ids, None, n)
+    said, none = columns["label"], "\0"
+    labels = said.take(pa.array(first))
+    of_rows = labels.take(pa.array(np.repeat(np.arange(len(ids)), n)))
+    same = pc.call_function("equal", [said.fill_null(none), of_rows.fill_null(none)]).to_numpy(zero_copy_only=False)
+    if not same.all():
+        row = int(same.argmin())
+        raise UsageError(f"{vectors.name}: the rows of image {ids[row // n]} have several labels; give an image one")
+    return _Set(vectors, ids, labels, n)
 
 
 def _columns(vectors: Vectors, images: Any) -> dict[str, pa.Array]:
@@ -182,13 +193,13 @@ def _split(whole: _Set, judged: Vectors | None, fraction: float) -> tuple[dict[s
     return {"train": whole.only(~held), "heldout": whole.only(held)}, judged
 
 
-def _known(folder: Folder, site: str, sets: Mapping[str, _Set]) -> Imported:
+def _known(folder: Folder, site: str, lists: Mapping[str, SurveyedImages]) -> Imported:
     """What was imported before that stays: all, if it is of the same images; nothing, if it was this site alone.
 
     Raises UsageError if there are other sites, of other images.
     """
     known = read_imported(folder)
-    if known is None or all(known.images[name].manifest_digest == _lists(one)[0] for name, one in sets.items()):
+    if known is None or all(known.images[name].manifest_digest == one.manifest_digest for name, one in lists.items()):
         return known or Imported({}, {})
     if others := sorted(known.sites.keys() - {site}):
         raise UsageError(
@@ -198,21 +209,19 @@ def _known(folder: Folder, site: str, sets: Mapping[str, _Set]) -> Imported:
     return Imported({}, {})
 
 
-def _lists(one: _Set) -> tuple[str, ImageList]:
-    """The digest of the manifest, and both lists."""
-    index = pa.array(np.arange(len(one.ids)))
-    sizes = pa.array(np.zeros(len(one.ids), np.int64))
+def _lists(one: _Set) -> SurveyedImages:
+    """The manifest and the labels of an image set."""
+    index, sizes = pa.array(np.arange(len(one.ids))), pa.array(np.zeros(len(one.ids), np.int64))
     labels = one.labels if one.labels is not None else pa.nulls(len(one.ids), pa.string())
     classes = pa.array(sorted(set(labels.to_pylist()) - {None}), pa.string())
     codes = pc.call_function("index_in", [labels], pc.SetLookupOptions(classes))
     manifest = spooled(MANIFEST_SCHEMA, [pa.table([index, one.ids, sizes], schema=MANIFEST_SCHEMA)])
-    lists = ImageList(manifest, spooled(LABELS_SCHEMA, [pa.table([index, codes, labels], schema=LABELS_SCHEMA)]))
-    return manifest_digest(manifest), lists
+    named = spooled(LABELS_SCHEMA, [pa.table([index, codes, labels], schema=LABELS_SCHEMA)])
+    return SurveyedImages.of(ImageList(manifest, named))
 
 
-def _listed(folder: Folder, name: str, one: _Set, known: Imported) -> ImagePlan:
+def _listed(folder: Folder, name: str, one: _Set, surveyed: SurveyedImages, known: Imported) -> ImagePlan:
     """Writes the lists of an image set. Labels that are known already stay where nothing is said of them."""
-    surveyed = SurveyedImages.of(_lists(one)[1])
     if one.labels is None and name in known.images:
         surveyed = dataclasses.replace(surveyed, labels_digest=known.images[name].labels_digest)
     images = ImagePlan.of(folder, name, IMPORTED, surveyed)

@@ -189,6 +189,7 @@ def test_a_root_remembers_what_was_imported(x: np.ndarray, tmp_path: Path):
         ("resid", {"images": {"image_id": [0, 1] * 200}}, "the rows of an image do not stand together"),
         ("resid", {"images": {"image_id": [0] + [1] * 399}}, "image 0 has 1 rows, 1 has 399"),
         ("resid", {"images": {"image_id": [None] * 400}}, "rows without an image_id"),
+        ("resid", {"images": {"image_id": [0] * 400, "label": [1] * 399 + [2]}}, "image 0 have several labels"),
         ("resid", {"images": "a.txt"}, "images = 'a.txt': give a .csv"),
         ("resid", {"images": "nowhere.csv"}, "images = 'nowhere.csv' cannot be read"),
         ("resid", {"judge": np.ones((3, 3))}, "are of 3 images, but there are 400"),
