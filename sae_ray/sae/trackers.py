@@ -118,9 +118,9 @@ class MLflow(Tracker):
     package, extra = "mlflow", "mlflow"
 
     def open(self, step: int) -> Callable[[dict[str, float], int], None]:
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports]  # an extra
         from filelock import FileLock
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
 
         given, here = mlflow.is_tracking_uri_set(), self.directory.resolve()
         with FileLock(here / "mlflow.lock"):  # the first one makes the tables
@@ -152,7 +152,7 @@ class Trackio(Tracker):
     package, extra = "trackio", "trackio"
 
     def open(self, step: int) -> Callable[[dict[str, float], int], None]:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         settings: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         # In a context of its own: there, beginning a run ends no other one.
