@@ -17,7 +17,7 @@ TWO := -n 2 --no-loadscope-reorder
 # The other tests wait for processes and faults now and then: a third process uses that time.
 THREE := -n 3 --no-loadscope-reorder
 
-.PHONY: demo photos test test-fast test-slow test-gpu test-clients test-real soak chaos cluster-test bench bench-scale bench-serve bench-gpu bench-photos lint cluster-lint format clean
+.PHONY: demo photos test test-fast test-slow test-gpu test-clients test-trackers test-real soak chaos cluster-test bench bench-scale bench-serve bench-gpu bench-photos lint cluster-lint format clean
 
 demo: .venv/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
@@ -41,6 +41,10 @@ test-gpu: .venv/.test
 # Clients of the API that others made, in an environment of their own: they want other versions of packages than the tests.
 test-clients: .venv/clients/.installed
 	$(BIN)/pytest -m clients tests/serve
+
+# Trackers that the tests do not need themselves; what they share is that of the tests.
+test-trackers: .venv/trackers/.installed
+	$(BIN)/pytest -m clients tests/sae/test_trackers.py tests/jobs/test_tracking.py
 
 # On photographs and weights that are not in the repository.
 test-real: .venv/.test
@@ -133,6 +137,10 @@ format: .venv/.lint
 	cp tests/serve/clients/package.json .venv/clients
 	npm install --silent --no-audit --no-fund --prefix .venv/clients \
 		|| echo 'There is no npm here: the tests of clients for Node will be skipped.'
+	touch $@
+
+.venv/trackers/.installed: .venv/.test tests/sae/trackers.txt
+	$(BIN)/python -m pip install --quiet --target .venv/trackers -r tests/sae/trackers.txt
 	touch $@
 
 .venv/.lint: .venv/.test

@@ -127,7 +127,7 @@ def simulate(root: Folder, world: str) -> None:
         "grid": [{"sites": SITES, "expansions": [4], "k": [8, 16]}],
     }
     study = Study.from_dict(values)
-    known: dict[str, Any] = survey(study).to_dict()
+    known: dict[str, Any] = survey(study, root).to_dict()
     for name, n_images in IMAGES.items():
         known["images"][name]["n_images"] = n_images
     plan = StudyPlan(study, root, Survey.from_dict(known))

@@ -115,7 +115,7 @@ def plan(root: str, world: str, n_images: str, per_part: str) -> list[float]:
             "extraction": {"images_per_part": int(per_part)},
         }
     )
-    surveyed, listing = timed(lambda: surveying.survey(study))
+    surveyed, listing = timed(lambda: surveying.survey(study, Folder(root)))
     made_up = timed(lambda: [endless.filesystem.get_file_info(fs.FileSelector(f"{ENDLESS}/n1")) for _ in range(100)])[1]
     made_up *= int(n_images) / PER_FOLDER / 100
     planned = StudyPlan(study, Folder(root), surveyed)

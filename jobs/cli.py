@@ -100,6 +100,41 @@ def submit(address: str | None, detach: bool, **options: Any) -> None:
     job.submit(address, detach, **options)
 
 
+@main.command("import")
+@click.argument("file", type=click.Path(exists=True))
+@click.option("--site", required=True, metavar="NAME", help="What the study calls these activations in grid.sites.")
+@click.option("--root", required=True, metavar="DIR", help="Where they are written: a directory or a URI.")
+@click.option("--heldout", metavar="FILE", help="Held-out activations. Default: a tenth of the images of FILE.")
+@click.option("--column", metavar="NAME", help="The column of a table, or the tensor of a .safetensors file.")
+@click.option(
+    "--images",
+    metavar="TABLE",
+    help="A .csv or .parquet file with a row per row of FILE and the columns image_id, label or both. Rows with the "
+    "same image_id are tokens of one image.",
+)
+@click.option("--heldout-images", metavar="TABLE", help="The same for the held-out activations.")
+@click.option(
+    "--judge",
+    metavar="FILE",
+    help="Another encoder's embeddings, one row per held-out image (per image without --heldout): MonoSemanticity is "
+    "scored with them.",
+)
+def import_(file: str, root: str, site: str, **options: Any) -> None:
+    """Put activations from elsewhere into a root.
+
+    FILE is a .npy, .parquet or .safetensors file, a folder of parquet files, or a Hugging Face dataset that was saved
+    to disk. A study without [images] and [encoder] trains on them: `sae-ray run STUDY --root DIR`.
+    """
+    from sae_ray.study import import_activations
+
+    imported = import_activations(root, site, file, **options)
+    images, found = imported.images, imported.sites[site]
+    click.echo(
+        f"{site}: {images['train'].n_images:,} training and {images['heldout'].n_images:,} held-out images, "
+        f'{found.rows_per_image} row(s) each, {found.width} wide; train on them with sites = ["{site}"]'
+    )
+
+
 @main.command()
 @study_options
 def extract(**options: Any) -> None:
@@ -292,6 +327,18 @@ def status(as_json: bool, **options: Any) -> None:
 
     entries = report.status(open_plan(**options))
     click.echo(json.dumps(entries, indent=1) if as_json else "\n".join(report.status_lines(entries)))
+
+
+@main.command()
+@click.option("--root", required=True, metavar="DIR", help="The root of the study: a directory or a URI.")
+def watch(root: str) -> None:
+    """Show a study while it runs, until it is finished: every step at work, and of training loss, L0 and dead latents.
+
+    It reads files only, so it works from any machine that can read the root. Ctrl-C ends the display, not the study.
+    """
+    from . import watch as display
+
+    display.watch(root)
 
 
 @main.command()

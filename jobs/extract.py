@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from typing import Any, Literal
+from typing import Any
 
 from sae_ray.errors import SaeRayError
 from sae_ray.store.activations import (
@@ -26,7 +26,7 @@ from sae_ray.store.activations import (
     read_parts,
     write_rejects,
 )
-from sae_ray.store.steps import Step, hold
+from sae_ray.store.steps import hold
 from sae_ray.store.tables import StoredTable
 from sae_ray.study.config import ExtractResources
 from sae_ray.study.plan import StudyPlan
@@ -63,6 +63,7 @@ def run(plan: StudyPlan) -> None:
 
 def run_only(plan: StudyPlan, wanted: Sequence[ExtractPlan]) -> None:
     """As `run`, for some of the sites or for one that the study itself does not need."""
+    plan.check_imported()
     for images in plan.images.values():
         _write_lists(images)
     todo = unfinished(wanted)
@@ -73,16 +74,10 @@ def run_only(plan: StudyPlan, wanted: Sequence[ExtractPlan]) -> None:
 
 def _write_lists(images: ImagePlan) -> None:
     """The manifest and the labels."""
-    lists: list[tuple[Step, Literal["manifest", "labels"]]]
-    lists = [(images.step, "manifest"), (images.labels_step, "labels")]
-    for step, name in lists:
+    for step, name in images.lists:
         if not step.finished:
             with hold([step]), noting_failures([step]):
-                started = time.monotonic()
-                table = images.stored(name)
-                step.folder.write_copy(f"{name}.parquet", table.folder, table.name)
-                skipped = {"skipped": images.surveyed.skipped} if name == "manifest" else {}
-                step.finish(time.monotonic() - started, {"images": table.num_rows, **skipped})
+                images.write(name)
 
 
 class PartsOf:

@@ -38,6 +38,7 @@ def make_page(plan: StudyPlan, sae: str | None = None, n_pairs: int = 200) -> Fo
         UsageError: there is no such SAE, the number of pairs is out of range, or the study keeps too few top images.
         SaeRayError: the SAE is not scored, or too few of its neurons have enough top images.
     """
+    plan.check_has_images("humans make")
     check(1 <= n_pairs <= MOST_PAIRS, "--pairs", n_pairs, f"choose a number from 1 to {MOST_PAIRS:,}")
     score, _ = plan.passes(chosen_sae(plan, sae))
     kept = plan.study.scoring.top_images

@@ -29,8 +29,9 @@ SHORTHANDS = {
     "--expansion": "grid.expansions",
     "--k": "grid.k",
     "--steps": "training.steps",
+    "--track": "resources.train.trackers",
 }
-LISTS = {"--site", "--architecture", "--expansion", "--k"}
+LISTS = {"--site", "--architecture", "--expansion", "--k", "--track"}
 NUMBERS = {"--expansion", "--k", "--steps"}
 
 

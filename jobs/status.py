@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,14 +18,18 @@ from .progress import pace_texts
 from .stage import readable
 
 
-def status(plan: StudyPlan) -> list[dict[str, Any]]:
+def status(plan: StudyPlan, known: Mapping[str, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """One entry per step, in the order of work: name, stage, status, rows, bytes, seconds.
 
     Of steps that are not finished also `progress`, as their driver told it some seconds ago, and the last `failure`.
+
+    Args:
+        known: entries of steps that were finished before, by name; they are not looked at again.
     """
+    known = known or {}
     present = set(plan.root.folders())  # a step that has not begun costs no request
     with ThreadPoolExecutor(READS_AT_ONCE) as readers:
-        return list(readers.map(lambda step: _entry(step, step.name in present), plan.steps))
+        return list(readers.map(lambda step: known.get(step.name) or _entry(step, step.name in present), plan.steps))
 
 
 def _entry(step: Step, present: bool) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def run(plan: StudyPlan) -> dict:
     missing = [step for step in steps if not step.finished]
     if not missing:
         say(f"{plan.study.name}: all {len(steps)} steps are done, nothing left to do")
+    plan.check_imported()
     check_models(models_needed(plan.extracts, plan.concepts, plan.steerings, plan.namings))
     concepts.check(plan)
     train.check(plan)
@@ -49,8 +50,9 @@ def run(plan: StudyPlan) -> dict:
     steering.run(plan)
     naming.run(plan)
     summary = write_summary(plan)
-    pictures.run(plan)
-    make_report(plan)
+    if plan.imported is None:
+        pictures.run(plan)
+        make_report(plan)
     if missing:
         say(f"{plan.study.name}: done in {time.monotonic() - started:.0f} s")
     return summary
@@ -78,6 +80,7 @@ def write_summary(plan: StudyPlan) -> dict:
 
 def make_report(plan: StudyPlan) -> Folder:
     """Makes the report of the finished cells unless it is up to date, and returns its folder."""
+    plan.check_has_images("report")
     cells = shown_cells(plan)
     if cells:
         pictures.run_only(plan, plan.pictures_of(cells))

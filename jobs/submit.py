@@ -132,7 +132,7 @@ def check_paths(study: Study) -> None:
     paths = [("grid.weights", table) for table in sorted(tables)]
     paths += [(field if "." in field else f"concepts.{field}", path) for field, path in concept_paths(study).items()]
     sets = {"images.train": study.images.train, "images.heldout": study.images.heldout}
-    for field, images in ((field, images) for field, images in sets.items() if images):
+    for field, images in ((field, images) for field, images in sets.items() if images and not study.imported):
         paths += [(f"{field}.path", images.path)]
         paths += [(f"{field}.labels", images.labels)] if images.labels not in ("auto", "none") else []
     for field, path in paths:

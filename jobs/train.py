@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_ray.sae import BundleJob, CellReport, train_cells
 from sae_ray.sae.weighing import told
@@ -29,6 +29,7 @@ from .metrics import count_failure
 from .placement import bundles
 from .progress import Progress, pace_of, say
 from .stage import Failures, at_work, unfinished
+from .tracking import Trackers, Tracking, tracking_of
 
 if TYPE_CHECKING:
     from sae_ray.sae.targets import Targets
@@ -47,7 +48,8 @@ def run(plan: StudyPlan) -> None:
     A cell whose loss stops being finite is recorded as failed and reported; the others go on.
 
     Raises:
-        UsageError: guided SAEs cannot learn what they are told to (`targets_of`).
+        UsageError: guided SAEs cannot learn what they are told to (`targets_of`), or there is no such tracker
+            (`tracking_of`).
         SaeRayError: the activations are missing, the disk is too full, a bundle kept losing workers, another driver is
             at work on the same cell.
     """
@@ -61,7 +63,11 @@ def run(plan: StudyPlan) -> None:
 
 
 def check(plan: StudyPlan) -> None:
-    """Reads what the unfinished guided SAEs are to learn, for both image sets. Raises as `targets_of`."""
+    """Reads what the unfinished guided SAEs are to learn, for both image sets, and opens the trackers.
+
+    Raises as `targets_of` and `tracking_of`.
+    """
+    tracking_of(plan)
     for images in plan.images.values():
         targets_of(plan, unfinished(plan.trains), images)
 
@@ -81,7 +87,8 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets]
     told_early = {train.step.name for train in todo if tell_weights(train)}
     with Progress(f"train {len(todo)} SAEs", total, "steps", steps=[train.step for train in todo]) as progress:
         board = progress.board()
-        fit = _by_task(resources, gpus, board) if most == 1 else _by_ray_train(plan, (least, most), gpus, board)
+        telling = Telling(board, tracking_of(plan))
+        fit = _by_task(resources, gpus, telling) if most == 1 else _by_ray_train(plan, (least, most), gpus, telling)
         while waiting or running:
             while waiting and len(running) < at_once:
                 bundle = waiting.pop(0)
@@ -114,7 +121,14 @@ def tell_weights(train: TrainPlan) -> bool:
     return ratio is not None
 
 
-def _by_task(resources: TrainResources, gpus: float, board: Any) -> Callable[[BundleJob], Any]:
+class Telling(NamedTuple):
+    """Whom workers tell of their cells."""
+
+    board: Any
+    tracking: Tracking
+
+
+def _by_task(resources: TrainResources, gpus: float, telling: Telling) -> Callable[[BundleJob], Any]:
     """Begins a bundle of one worker; what it returns resolves to whether the bundle is done."""
     import ray
 
@@ -124,16 +138,16 @@ def _by_task(resources: TrainResources, gpus: float, board: Any) -> Callable[[Bu
         max_retries=resources.max_failures,
         retry_exceptions=WORTH_ANOTHER_TRY,  # pyright: ignore[reportArgumentType]
     )(fit_bundle)
-    return lambda bundle: task.remote(bundle, "cuda" if gpus else "cpu", board)
+    return lambda bundle: task.remote(bundle, "cuda" if gpus else "cpu", telling)
 
 
-def fit_bundle(bundle: BundleJob, device: str, board: Any) -> bool:
+def fit_bundle(bundle: BundleJob, device: str, telling: Telling) -> bool:
     """The task: returns whether the bundle is done. It is not if the node is about to be taken away: another one is to
     go on from the checkpoints that were just written. Begun again, it resumes from the newest checkpoints.
     """
     check_shared(bundle.cells[0].step.folder)
     take_threads()
-    teller = Teller(bundle, board)
+    teller = Teller(bundle, telling)
     leaving = False
 
     def after_step(done: int, reports: dict[str, CellReport]) -> bool:
@@ -148,6 +162,8 @@ def fit_bundle(bundle: BundleJob, device: str, board: Any) -> bool:
         train_cells(bundle, device, after_step=after_step)
     except _Leaves:
         return False
+    finally:
+        teller.trackers.close()
     teller.end()
     return True
 
@@ -156,18 +172,20 @@ class _Leaves(Exception):
     """Ends the training of a bundle whose checkpoints have just been written."""
 
 
-def _by_ray_train(plan: StudyPlan, workers: tuple[int, int], gpus: float, board: Any) -> Callable[[BundleJob], Any]:
+def _by_ray_train(
+    plan: StudyPlan, workers: tuple[int, int], gpus: float, telling: Telling
+) -> Callable[[BundleJob], Any]:
     """As `_by_task`, with at least and at most so many workers."""
     import ray
 
     # The trainer blocks its caller: one task per bundle keeps this process free to be interrupted. It restarts workers
     # that are lost with their node, so it must not be lost itself.
     task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=beside_driver())(fit_together)
-    return lambda bundle: task.remote(bundle, plan.study.resources.train, workers, gpus, plan.root, board)
+    return lambda bundle: task.remote(bundle, plan.study.resources.train, workers, gpus, plan.root, telling)
 
 
 def fit_together(
-    bundle: BundleJob, resources: TrainResources, workers: tuple[int, int], gpus: float, root: Folder, board: Any
+    bundle: BundleJob, resources: TrainResources, workers: tuple[int, int], gpus: float, root: Folder, telling: Telling
 ) -> bool:
     """Runs one bundle as a `TorchTrainer`; it resumes from the newest checkpoints when a worker is lost."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -176,7 +194,7 @@ def fit_together(
     least, most = workers
     trainer = TorchTrainer(
         train_bundle,
-        train_loop_config={"bundle": bundle, "sharded": resources.shards > 1, "board": board},
+        train_loop_config={"bundle": bundle, "sharded": resources.shards > 1, "telling": telling},
         scaling_config=ScalingConfig(
             num_workers=workers if least < most else most,
             use_gpu=gpus > 0,
@@ -213,7 +231,7 @@ def train_bundle(config: dict[str, Any]) -> None:
     ranks = Ranks(group if used > 1 else None)
     split = Split(latents=ranks) if config["sharded"] else Split(rows=ranks)
 
-    teller = Teller(bundle, config["board"])
+    teller = Teller(bundle, config["telling"])
     warned = False
 
     def after_step(done: int, reports: dict[str, CellReport]) -> bool:
@@ -225,22 +243,27 @@ def train_bundle(config: dict[str, Any]) -> None:
         warned = ray_train.get_preemption_info() is not None
         return warned
 
-    train_cells(bundle, get_device(), split, after_step)
+    try:
+        train_cells(bundle, get_device(), split, after_step)
+    finally:
+        teller.trackers.close()  # only the first rank has opened some
     if rank == 0:
         teller.end()
 
 
 class Teller:
-    """Tells the board of the cells of a bundle, now and then."""
+    """Tells the board of the cells of a bundle, now and then, and their trackers of all that their history keeps."""
 
-    def __init__(self, bundle: BundleJob, board: Any):
+    def __init__(self, bundle: BundleJob, telling: Telling):
         self.bundle = bundle
-        self.board = board
+        self.board = telling.board
+        self.trackers = Trackers(bundle, telling.tracking)
         self.last = time.monotonic()
         self.began: tuple[int, float] | None = None
         """Steps done, and when: the first step is slower than others."""
 
     def step(self, done: int, reports: dict[str, CellReport]) -> None:
+        self.trackers.tell(reports)
         now, steps = time.monotonic(), self.bundle.steps
         self.began = first, began = self.began or (done, now)
         if reports and (now - self.last >= REPORT_SECONDS or done == steps):

@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 # By default Ray's workers give way to whatever else runs, so that beside other work some tests would wait for minutes.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray reads it in this spelling
+os.environ["WANDB_MODE"] = "offline"
 # Copies from object stores; workers of the cluster see it, too.
 os.environ["SAE_RAY_CACHE"] = tempfile.mkdtemp(prefix="sae-ray-cache-")
 

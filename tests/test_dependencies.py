@@ -16,10 +16,10 @@ from tests.test_imports import imports_of, that_run
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("sae_ray", "jobs", "serve", "cluster", "tests", "bench", "tools")
 USED = {
-    "sae_ray": ("vllm", "heif"),
+    "sae_ray": ("vllm", "heif", "datasets", "wandb", "mlflow", "trackio"),
     "jobs": (),
     "serve": ("vllm",),
-    "tests": ("vllm", "test"),
+    "tests": ("vllm", "test", "mlflow", "trackio", "tensorboard"),
     "tools/llava": (),
 }
 """Folder -> the extras that it may need besides the dependencies."""

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from sae_ray.encoders.base import Encoder as Encoder
     from sae_ray.encoders.base import Tapped as Tapped
     from sae_ray.encoders.base import placement as placement
+    from sae_ray.encoders.extracting import Extracted as Extracted
+    from sae_ray.encoders.extracting import extract as extract
     from sae_ray.encoders.info import EncoderInfo as EncoderInfo
     from sae_ray.encoders.info import check_site as check_site
     from sae_ray.encoders.info import check_text_side as check_text_side
@@ -26,6 +28,7 @@ __getattr__ = exports(
     __name__,
     {
         "base": ["Encoder", "Tapped", "placement"],
+        "extracting": ["Extracted", "extract"],
         "info": ["EncoderInfo", "check_site", "check_text_side", "rows_per_image", "site_width"],
         "loading": ["describe_encoder", "load_encoder", "load_preprocess"],
         "sites": ["Site", "select_tokens"],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, assert_never
 
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import UsageError
 from sae_ray.store.files import address_shown
+
+IMPORTED = "imported"
+"""What stands for the encoder, and for the path of images, where activations come from elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,13 @@ class EncoderInfo:
     """Height and width in pixels that the preprocessing yields."""
     has_text: bool
     """Whether it embeds texts too, in the space of `projection`."""
+    imported: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
+    """Of activations from elsewhere: name of the site -> width, rows per image. Empty for an encoder."""
+
+    @classmethod
+    def of_imported(cls, sites: Mapping[str, Sequence[int]]) -> EncoderInfo:
+        """What stands for the encoder of activations from elsewhere."""
+        return cls(IMPORTED, None, IMPORTED, 0, None, None, None, False, 0, 1, (0, 0), False, sites)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderInfo:
@@ -58,7 +68,7 @@ class EncoderInfo:
         rows = round((n_patches * self.image_size[0] / self.image_size[1]) ** 0.5)
         return rows, n_patches // rows
 
-    def width(self, point: Literal["residual", "mlp", "projection", "pooled"]) -> int | None:
+    def width(self, point: Literal["residual", "mlp", "projection", "pooled", "imported"]) -> int | None:
         match point:
             case "residual":
                 return self.residual_width
@@ -68,6 +78,8 @@ class EncoderInfo:
                 return self.projection_width
             case "pooled":
                 return self.pooled_width
+            case "imported":  # each site has its own
+                return None
             case never:
                 assert_never(never)
 
@@ -78,6 +90,11 @@ def check_site(info: EncoderInfo, site: Site) -> None:
     Raises:
         UsageError: The site does not exist; the message names those that do.
     """
+    if site.label is not None:
+        if site.label not in info.imported:
+            there = ", ".join(info.imported) or "none"
+            raise UsageError(f"site is {site.label!r}, which was not imported; there is {there}: use `sae-ray import`")
+        return
     if info.width(site.point) is None:
         there = [point for point in ("residual", "mlp", "projection", "pooled") if info.width(point) is not None]
         raise UsageError(f"point is {site.point!r}, which {info.name} does not have; it has {', '.join(there)}")
@@ -121,7 +138,7 @@ def check_text_side(info: EncoderInfo) -> None:
 def site_width(info: EncoderInfo, site: Site) -> int:
     """`d_in` of the site's activations."""
     check_site(info, site)
-    width = info.width(site.point)
+    width = info.imported[site.label][0] if site.label is not None else info.width(site.point)
     assert width is not None
     return width
 
@@ -129,6 +146,8 @@ def site_width(info: EncoderInfo, site: Site) -> int:
 def rows_per_image(info: EncoderInfo, site: Site) -> int:
     """How many activations the site gives per image."""
     check_site(info, site)
+    if site.label is not None:
+        return info.imported[site.label][1]
     if site.tokens == "all":
         return info.n_tokens
     return site.n_random or 1

@@ -25,15 +25,17 @@ class Site:
     there is one. A row that stands for the whole image has the number -1.
     """
 
-    point: Literal["residual", "mlp", "projection", "pooled"]
+    point: Literal["residual", "mlp", "projection", "pooled", "imported"]
     """`residual`: the residual stream after a block. `mlp`: the output of a block's MLP, before any LayerScale.
     `projection`: the image embedding in the space shared with text. `pooled`: the vision tower's pooler output, before
-    any projection."""
+    any projection. `imported`: activations from elsewhere."""
     layer: int | None = None
     """For `residual` and `mlp`: the block, counted from 0; its output is `hidden_states[layer + 1]` in transformers."""
     tokens: str = "image"
     """For `residual` and `mlp`: `cls`, `all`, `mean` (the mean of what `all` gives) or `random:n` (n tokens of what
     `all` gives, drawn without replacement per image). For `projection` and `pooled`: `image`, one vector per image."""
+    label: str | None = None
+    """For `imported`: the name that they were given."""
 
     def __post_init__(self):
         match self.point:
@@ -50,6 +52,15 @@ class Site:
                 if self.tokens != "image":
                     raise UsageError(
                         f"tokens is {self.tokens!r}; a {self.point} site has one vector per image: leave it out"
+                    )
+            case "imported":
+                if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.label or ""):
+                    raise UsageError(
+                        f"site is {self.label!r}; name imported activations by letters, digits, dots, - and _"
+                    )
+                if self.layer is not None or self.tokens != "image":
+                    raise UsageError(
+                        f"tokens is {self.tokens!r}; imported activations are used as they are: leave it out"
                     )
             case unknown:
                 raise UsageError(f"point is {unknown!r}; it must be residual, mlp, projection or pooled")
@@ -74,6 +85,8 @@ class Site:
     @property
     def name(self) -> str:
         """A name that is safe in file names: `layer22.cls`, `layer22.random-2`, `layer22.mlp.all`, `projection`."""
+        if self.label is not None:
+            return self.label
         if self.layer is None:
             return self.point
         of_mlp = ".mlp" if self.point == "mlp" else ""

@@ -143,7 +143,7 @@ def select_split(images: ImageList, heldout_fraction: float, part: Literal["trai
         raise UsageError(f"heldout_fraction is {heldout_fraction}; it must be between 0 and 1")
     if part not in ("train", "heldout"):
         raise UsageError(f"part is {part!r}; it must be train or heldout")
-    parts = [_heldout(group["image_id"], heldout_fraction) for group in images.manifest.groups(["image_id"])]
+    parts = [is_heldout(group["image_id"], heldout_fraction) for group in images.manifest.groups(["image_id"])]
     heldout = np.concatenate([np.zeros(0, bool), *parts])
     kept = heldout if part == "heldout" else ~heldout
 
@@ -159,7 +159,8 @@ def select_split(images: ImageList, heldout_fraction: float, part: Literal["trai
     return ImageList(manifest, labels, images.skipped)
 
 
-def _heldout(image_ids: pa.ChunkedArray, fraction: float) -> Bool[np.ndarray, " images"]:
+def is_heldout(image_ids: pa.ChunkedArray, fraction: float) -> Bool[np.ndarray, " images"]:
+    """Which images a share to hold out has: each by its id alone, and a larger share has those of a smaller one."""
     digests = (hashlib.sha256(image_id.encode()).digest() for image_id in image_ids.to_pylist())
     return np.fromiter((int.from_bytes(digest[:6]) / 2**48 for digest in digests), float) < fraction
 

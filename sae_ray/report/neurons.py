@@ -56,7 +56,7 @@ class Neurons:
 
 def shown_cells(plan: StudyPlan) -> list[str]:
     """The names of the cells whose scoring steps are all finished."""
-    names = [score.name for score in plan.scores if score.embeddings is not None]
+    names = [score.name for score in plan.scores if score.is_heldout]
     return [name for name in names if all(map(_is_done, plan.passes(name)))]
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sae_ray.sae.metrics import measure_latents as measure_latents
     from sae_ray.sae.model import SAE as SAE
     from sae_ray.sae.sparse import SparseCodes as SparseCodes
+    from sae_ray.sae.trackers import open_tracker as open_tracker
     from sae_ray.sae.training import CellTrainer as CellTrainer
     from sae_ray.sae.training import NonFiniteLoss as NonFiniteLoss
     from sae_ray.sae.training import StepMetrics as StepMetrics
@@ -42,6 +43,7 @@ __getattr__ = exports(
         "metrics": ["Fidelity", "FidelitySummary", "LatentStatistics", "evaluate", "evaluate_store", "measure_latents"],
         "model": ["SAE"],
         "sparse": ["SparseCodes"],
+        "trackers": ["open_tracker"],
         "training": ["CellTrainer", "NonFiniteLoss", "StepMetrics"],
     },
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, hold
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 ROWS_PER_PART = 4096
 FORMS = "a tensor, an array, a .npy, .parquet or .safetensors file, a table or a Hugging Face dataset"
@@ -28,9 +29,10 @@ class Vectors:
     """`n` vectors of width `d`, read a block at a time.
 
     Args:
-        source: a [n, d] torch tensor or numpy array; the path of a `.npy`, `.parquet` or `.safetensors` file; a pyarrow
-            table; a Hugging Face dataset or a column of one; or anything else of length n whose slices numpy makes
-            [rows, d] of, such as a dataset of h5py or zarr.
+        source: a [n, d] torch tensor or numpy array; the path of a `.npy`, `.parquet` or `.safetensors` file, of a
+            folder of parquet files, or of a Hugging Face dataset that was saved to disk; a pyarrow table; a Hugging
+            Face dataset or a column of one; or anything else of length n whose slices numpy makes [rows, d] of, such as
+            a dataset of h5py or zarr.
         column: the column of a table or dataset, or the tensor of a `.safetensors` file; needed where there are
             several.
 
@@ -71,6 +73,17 @@ class Vectors:
                 raise SaeRayError(f"{self.name}: row {row} is not finite as {self.dtype}; leave it out")
             yield block
 
+    def only(self, rows: Int[np.ndarray, " rows"]) -> Vectors:
+        """The vectors of some rows, which are ascending."""
+
+        def read(part: slice) -> np.ndarray:
+            wanted = rows[part]
+            return self._read(slice(int(wanted[0]), int(wanted[-1]) + 1))[wanted - wanted[0]]
+
+        some = copy(self)
+        some.n, some._read = len(rows), read
+        return some
+
     def _reader(self, source: Any, column: str | None) -> tuple[Callable[[slice], np.ndarray], int]:
         if isinstance(source, str | Path):
             path = Path(source)
@@ -98,8 +111,20 @@ class Vectors:
         return lambda some: np.asarray(source[some]), n
 
 
-def write_vectors(vectors: Vectors, root: Folder, label: str) -> Step:
-    """Writes vectors as a finished activation store, unless it is there: row i is image i, without tokens.
+def write_vectors(
+    vectors: Vectors,
+    root: Folder,
+    label: str,
+    images_per_part: int = ROWS_PER_PART,
+    rows_per_image: int = 1,
+    manifest: str | None = None,
+) -> Step:
+    """Writes vectors as a finished activation store, unless it is there.
+
+    Args:
+        vectors: the rows of an image stand together. Row i is of image i // `rows_per_image`, and its token is its
+            place there; with one row per image it has none.
+        manifest: name of the step that says which images these are.
 
     Raises SaeRayError as `Vectors.blocks` does.
     """
@@ -110,7 +135,9 @@ def write_vectors(vectors: Vectors, root: Folder, label: str) -> Step:
         "vectors": content.hexdigest(),
         "width": vectors.d,
         "store_dtype": vectors.dtype,
-        "images_per_part": ROWS_PER_PART,
+        "images_per_part": images_per_part,
+        "rows_per_image": rows_per_image,
+        **({"manifest": manifest} if manifest is not None else {}),
     }
     step, started = Step(root, "extract", label, config), time.monotonic()
     if not step.finished:
@@ -120,10 +147,13 @@ def write_vectors(vectors: Vectors, root: Folder, label: str) -> Step:
 
 
 def _written(vectors: Vectors, step: Step) -> list[Part]:
+    per_image, per_part = step.config["rows_per_image"], step.config["images_per_part"]
     parts = []
-    for number, block in enumerate(vectors.blocks()):
-        image_index = np.arange(len(block), dtype=np.int64) + number * ROWS_PER_PART
-        rows = stored_rows(image_index, np.full(len(block), -1, dtype=np.int16), block, vectors.dtype)
+    for number, block in enumerate(vectors.blocks(per_part * per_image)):
+        row = np.arange(len(block))
+        image_index = row // per_image + number * per_part
+        token = row % per_image if per_image > 1 else np.full(len(block), -1)
+        rows = stored_rows(image_index, token.astype(np.int16), block, vectors.dtype)
         parts.append(write_part(step.folder, number, rows, []))
     return parts
 
@@ -133,14 +163,15 @@ def _opened(path: Path, column: str | None) -> Any:
     if not path.exists():
         raise UsageError(f"there is no file {path}")
     try:
+        if (path / "state.json").exists():
+            return _dataset(path)
+        if path.is_dir():
+            return _table(path, column)
         match path.suffix:
             case ".npy":
                 return np.load(path, mmap_mode="r")
             case ".parquet":
-                import pyarrow.parquet as pq
-
-                names = pq.read_schema(path).names
-                return pq.read_table(path, columns=[_column(str(path), names, column)])
+                return _table(path, column)
             case ".safetensors":
                 from safetensors import safe_open
 
@@ -151,6 +182,22 @@ def _opened(path: Path, column: str | None) -> Any:
     except Exception as error:  # each library has errors of its own
         raise UsageError(f"{path} cannot be read ({error}); write it again") from error
     raise UsageError(f"{path} is not a .npy, .parquet or .safetensors file; save the vectors as one of these")
+
+
+def _dataset(path: Path) -> Any:
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise UsageError(f"{path} is a Hugging Face dataset; install sae-ray[datasets] to read it") from error
+    return load_from_disk(str(path))
+
+
+def _table(path: Path, column: str | None) -> Any:
+    """The column of a file or of a folder of files, as a table."""
+    from pyarrow.dataset import dataset
+
+    found = dataset(path, format="parquet")
+    return found.to_table(columns=[_column(str(path), found.schema.names, column)])
 
 
 def _column(name: str, names: list[str], column: str | None) -> str:

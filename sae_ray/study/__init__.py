@@ -6,6 +6,7 @@ from sae_ray.lazy import exports
 
 if TYPE_CHECKING:
     from sae_ray.study.config import Study as Study
+    from sae_ray.study.importing import import_activations as import_activations
     from sae_ray.study.plan import StudyPlan as StudyPlan
     from sae_ray.study.summary import summarise as summarise
 
@@ -13,6 +14,7 @@ __getattr__ = exports(
     __name__,
     {
         "config": ["Study"],
+        "importing": ["import_activations"],
         "plan": ["StudyPlan"],
         "summary": ["summarise"],
     },

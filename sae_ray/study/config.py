@@ -14,12 +14,14 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from sae_ray.concepts.config import Concepts
 from sae_ray.config import STRICT, Amount, Count, Dtype
+from sae_ray.encoders.info import IMPORTED
 from sae_ray.encoders.sites import Site
 from sae_ray.errors import check
 from sae_ray.images.rendering import Rendering, rgb
 from sae_ray.sae.architectures import ArchitectureSettings, architecture
 from sae_ray.sae.architectures.guided_topk import LABELS
 from sae_ray.sae.config import Cell, TrainingConfig
+from sae_ray.sae.trackers import TRACKERS
 from sae_ray.sae.weighing import UNIFORM, label_of
 from sae_ray.seeds import derived_seed
 from sae_ray.steering.config import Naming, Steering
@@ -40,7 +42,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Images:
-    """The images that SAEs are trained on, and those they are evaluated on."""
+    """The images that SAEs are trained on, and those they are evaluated on. Left out with `[encoder]`."""
 
     __pydantic_config__ = STRICT
 
@@ -73,7 +75,7 @@ class Images:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The vision encoder to interpret."""
+    """The vision encoder to interpret. Without it SAEs are trained on what `sae-ray import` put under the root."""
 
     __pydantic_config__ = STRICT
 
@@ -112,7 +114,7 @@ class Grid:
     sites: tuple[str, ...]
     """Where activations are taken from the encoder: `layer<L>:<tokens>` is the residual stream after block L (counted
     from 0), with tokens `cls`, `mean`, `all` or `random:<n>`; `layer<L>.mlp:<tokens>` is the output of that block's
-    MLP; or `projection`, or `pooled`."""
+    MLP; or `projection`, or `pooled`. Of imported activations the name that they were given."""
     architectures: tuple[str, ...] = ("batch_topk",)
     """Kinds of autoencoder, such as `batch_topk` or `relu`."""
     expansions: tuple[float, ...] = (8.0,)
@@ -229,6 +231,9 @@ class TrainResources:
     """GPUs per worker. Default: 1 if the cluster has GPUs."""
     checkpoint_every: Count = 2000
     """Steps between checkpoints."""
+    trackers: tuple[str, ...] = ()
+    """What else hears the loss, L0, dead latents and so on of every SAE while it trains: `tensorboard`, `wandb`,
+    `mlflow`, `trackio` (`docs/monitoring.md`)."""
     max_failures: Annotated[int, Ge(0)] = 3
     """How often a bundle is begun again from its newest checkpoints after losing a worker, or after an error of a disk
     or a device. Before the announced loss of a node, such as a spot instance, the bundle writes checkpoints; that loss
@@ -241,6 +246,9 @@ class TrainResources:
         check(most == 1 or self.shards == 1, "resources.train.shards", self.shards,
               f"make it 1, or set resources.train.workers = {self.workers} to 1: one bundle has workers or shards, not "
               "both")  # fmt: skip
+
+        for tracker in self.trackers:
+            check(tracker in TRACKERS, "resources.train.trackers", tracker, f"choose among {', '.join(TRACKERS)}")
 
     @property
     def workers_span(self) -> tuple[int, int]:
@@ -378,12 +386,12 @@ class Study:
 
     name: str
     """Name of the study. By default its results are written to `runs/<name>`."""
-    images: Images
-    """The images."""
-    encoder: EncoderConfig
-    """The encoder."""
     grid: tuple[Grid, ...]
     """The SAEs."""
+    images: Images = field(default_factory=lambda: Images(ImageSet(IMPORTED)))
+    """The images."""
+    encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(IMPORTED))
+    """The encoder."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """The judge."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -410,6 +418,7 @@ class Study:
     def __post_init__(self):
         check(self.name != "" and "/" not in self.name, "name", self.name, "give a name without slashes")
         check(bool(self.grid), "grid", [], "add a [[grid]] with at least one site")
+        self._check_imported()
         check(self.steering is None or self.scoring.pictures == "train", "scoring.pictures", self.scoring.pictures,
               'steering takes its concepts from training images; choose "train"')  # fmt: skip
         check(self.naming is None or self.steering is not None, "naming", "{}",
@@ -423,6 +432,23 @@ class Study:
             check(has_labels, "images.train.labels", "none", f"{cell.architecture} learns the labels of images; give "
                   f"them, or a concept file in architectures.{cell.architecture}.concepts")  # fmt: skip
 
+    @property
+    def imported(self) -> bool:
+        """Whether activations were put under the root by `sae-ray import`."""
+        return self.encoder.model == IMPORTED
+
+    def _check_imported(self) -> None:
+        has_images = self.images.train.path != IMPORTED
+        check(not has_images or not self.imported, "encoder.model", IMPORTED,
+              "name the encoder of these images, or leave out [images] to train on what `sae-ray import` put under the "
+              "root")  # fmt: skip
+        check(has_images or self.imported, "images.train.path", IMPORTED,
+              "name the images, or leave out [encoder] to train on what `sae-ray import` put under the "
+              "root")  # fmt: skip
+        for name, default in (("judge", JudgeConfig()), ("extraction", Extraction()), ("steering", None)):
+            check(not self.imported or getattr(self, name) == default, name, "set",
+                  "imported activations have no encoder, judge or images to load; leave it out")  # fmt: skip
+
     def cells(self) -> list[GridCell]:
         """All SAEs of the study, without duplicates, in the order of the file."""
         cells: dict[str, GridCell] = {}
@@ -430,7 +456,7 @@ class Study:
             for seed, text, name, expansion, weights, goal in product(
                 grid.seeds, grid.sites, grid.architectures, grid.expansions, grid.weights, grid.monosemanticity
             ):
-                site = Site.parse(text)
+                site = Site("imported", label=text) if self.imported else Site.parse(text)
                 score_site = dataclasses.replace(site, tokens=grid.score_tokens) if grid.score_tokens else site
                 by_k = architecture(name).tuned_by == "k"
                 for amount in grid.k if by_k else grid.sparsity:

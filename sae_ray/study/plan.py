@@ -10,7 +10,7 @@ from sae_ray.concepts.config import Concepts
 from sae_ray.encoders.info import EncoderInfo, check_site, check_text_side, site_width
 from sae_ray.encoders.sites import Site
 from sae_ray.encoders.sources import is_digest, named_by
-from sae_ray.errors import UsageError
+from sae_ray.errors import SaeRayError, UsageError, check
 from sae_ray.sae.second_moment import ROWS_PER_DIMENSION
 from sae_ray.sae.weighing import SOURCES
 from sae_ray.seeds import derived_seed
@@ -20,6 +20,7 @@ from sae_ray.store.files import Folder
 from sae_ray.store.identity import changed, defaults
 from sae_ray.store.steps import Step
 from sae_ray.study.config import EncoderConfig, Extraction, GridCell, JudgeConfig, Scoring, Study
+from sae_ray.study.imported import JUDGE, Imported, ImportedSite
 from sae_ray.study.step_plans import (
     AnyPlan,
     ConceptsPlan,
@@ -66,7 +67,7 @@ class StudyPlan:
     def __init__(self, study: Study, root: Folder, surveyed: Survey | None = None):
         self.study = study
         self.root = root
-        self.survey = surveyed or survey(study)
+        self.survey = surveyed or survey(study, root)
         models = self.survey.models
         self.encoder, self.judge = models.encoder, models.judge
         for cell in study.cells():
@@ -74,13 +75,35 @@ class StudyPlan:
                 with named_by("grid.sites", site.name):
                     check_site(self.encoder, site)
             cell.cell.check(site_width(self.encoder, cell.site), study.resources.train.shards)
-        self.judge_site = Site(point=study.judge.point)
-        with named_by("judge.point", study.judge.point):
-            check_site(self.judge, self.judge_site)
+        self.judge_site = Site("imported", label=JUDGE) if self.imported else Site(point=study.judge.point)
+        if self.has_judge:
+            with named_by("judge.point", study.judge.point):
+                check_site(self.judge, self.judge_site)
         self.images = {name: self._images(name) for name in ("train", "heldout")}
         for cell in study.cells():
             self._check_inputs(cell)
         self.steerings = self._steerings()
+
+    @property
+    def imported(self) -> Imported | None:
+        """What stands for images and models, where activations were imported."""
+        return self.survey.imported
+
+    @property
+    def has_judge(self) -> bool:
+        """Whether neurons get MonoSemanticity scores."""
+        return self.imported is None or self.imported.judge is not None
+
+    def check_imported(self) -> None:
+        """Raises SaeRayError if a step is not there that only `sae-ray import` can write."""
+        for one in self.extracts if self.imported else ():
+            if not one.step.finished:
+                raise SaeRayError(f"{one.step.folder} is not there; import it again by `sae-ray import`")
+
+    def check_has_images(self, what: str) -> None:
+        """Raises UsageError if there are no images, only imported activations."""
+        if self.imported:
+            raise UsageError(f"{what}: needs images, but only activations were imported into {self.root}")
 
     @property
     def plans(self) -> Iterator[AnyPlan]:
@@ -90,7 +113,9 @@ class StudyPlan:
         first = {score.step.name for score in self.scores_for_training}
         later = (score for score in self.scores if score.step.name not in first)
         yield from (*self.extracts, *self.scores_for_training, *self.trains, *self.evaluations, *later)
-        yield from (*self.concepts, *self.steerings, *self.namings, self.pictures)
+        yield from (*self.concepts, *self.steerings, *self.namings)
+        if self.imported is None:
+            yield self.pictures
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -114,7 +139,8 @@ class StudyPlan:
             want(self._activations(self.images[self.study.scoring.pictures], cell.score_site))
             if cell.cell.monosemanticity:
                 want(self._judged(train))
-        want(self._embeddings)
+        if self._embeddings is not None:
+            want(self._embeddings)
         if self.naming_space is not None:
             want(self.naming_space)
         if self.study.steering is not None:
@@ -156,7 +182,7 @@ class StudyPlan:
         settings = self.study.concepts
         if settings is None:
             return []
-        return [self._concepts(settings, score) for score in self.scores if score.embeddings]
+        return [self._concepts(settings, score) for score in self.scores if score.is_heldout]
 
     @cached_property
     def naming_space(self) -> ExtractPlan | None:
@@ -239,6 +265,7 @@ class StudyPlan:
     @cached_property
     def text_space(self) -> ExtractPlan:
         """The `pictures` images in a space shared with text: the scorer's, or without a scorer the encoder's."""
+        self.check_has_images("search")
         pictures, site, steering = self.images[self.study.scoring.pictures], Site("projection"), self.study.steering
         config = EncoderConfig(steering.scorer, steering.scorer_revision) if steering else self.study.encoder
         info = self.survey.models.scorer or self.encoder
@@ -252,18 +279,27 @@ class StudyPlan:
     def _images(self, name: str) -> ImagePlan:
         images, surveyed = self.study.images, self.survey.images[name]
         image_set = images.heldout if name == "heldout" and images.heldout else images.train
-        step = Step(self.root, "manifest", f"manifest-{name}", {"images": surveyed.manifest_digest})
-        config = {"manifest": step.name, "labels": surveyed.labels_digest}
-        labels_step = Step(self.root, "labels", f"labels-{name}", config)
-        return ImagePlan(name, image_set.path, surveyed, step, labels_step, images.rendering)
+        return ImagePlan.of(self.root, name, image_set.path, surveyed, images.rendering)
 
     def _activations(self, images: ImagePlan, site: Site) -> ExtractPlan:
         label = f"activations-{images.name}-{site.name}"
+        if self.imported is not None:
+            return self._given(images, self.encoder, site, label, self.imported.sites[site.name])
         return self._extract(images, "encoder.model", self.study.encoder, self.encoder, site, label)
 
     @property
-    def _embeddings(self) -> ExtractPlan:
+    def _embeddings(self) -> ExtractPlan | None:
+        if self.imported is not None:
+            heldout, judge, label = self.images["heldout"], self.imported.judge, "embeddings-heldout"
+            return judge and self._given(heldout, self.judge, self.judge_site, label, judge)
         return self._judged(self.images["heldout"])
+
+    def _given(
+        self, images: ImagePlan, info: EncoderInfo, site: Site, label: str, imported: ImportedSite
+    ) -> ExtractPlan:
+        """What was imported of an image set, as the step that holds it."""
+        step = Step(self.root, "extract", label, imported.configs[images.name])
+        return ExtractPlan(images, "grid.sites", self.study.encoder, info, site, step)
 
     def _judged(self, images: ImagePlan) -> ExtractPlan:
         label = f"embeddings-{images.name}"
@@ -321,6 +357,10 @@ class StudyPlan:
     def _check_inputs(self, grid_cell: GridCell) -> None:
         """Raises UsageError if the cell is given weights or a start that do not fit its widths or its architecture."""
         cell, d_in = grid_cell.cell, site_width(self.encoder, grid_cell.site)
+        check(self.has_judge or cell.weights != "ms", "grid.weights", cell.weights,
+              "they come from a judge; import its embeddings by `sae-ray import … --judge FILE`")  # fmt: skip
+        check(self.imported is None or not cell.monosemanticity, "grid.monosemanticity", cell.monosemanticity,
+              "it needs the judge's embeddings of training images, which cannot be imported; leave it out")  # fmt: skip
         if (table := self.survey.inputs.get(cell.weights)) and table.d_in != d_in:
             raise UsageError(
                 f"grid.weights = {cell.weights!r}: it has {table.d_in} dimensions, but the activations of "
@@ -449,6 +489,7 @@ class StudyPlan:
         return NamingPlan(steering, methods, naming.images, naming.n_latents, scores, heldout.activations, step)
 
     def _pictures(self, scores: list[ScorePlan], steerings: list[SteeringPlan]) -> PicturesPlan:
+        self.check_has_images("pictures")
         config = {
             "scores": [one.step.name for one in scores],
             "steering": [one.step.name for one in steerings],

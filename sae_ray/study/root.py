@@ -84,6 +84,8 @@ def plan_study(
         UsageError: a folder, file, model, site or cell is invalid.
         SaeRayError: there are no images.
     """
+    if study.imported:
+        return StudyPlan(study, root)
     same_images = memory is not None and _images(memory.study) == _images(study)
     same_models = memory is not None and _models(memory.study) == _models(study)
     images = memory.survey.images if memory and same_images and not list_again else survey_images(study.images)
@@ -113,7 +115,7 @@ def recalled_plan(root: str) -> StudyPlan:
 
 def changed_folders(plan: StudyPlan, memory: Memory | None) -> list[str]:
     """One line for every image set that has changed since the last command that worked under its root."""
-    if memory is None or _images(memory.study) != _images(plan.study):
+    if memory is None or plan.study.imported or _images(memory.study) != _images(plan.study):
         return []
     lines = []
     for name, images in plan.images.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -37,6 +38,16 @@ class ImagePlan:
     rendering: Rendering = field(default_factory=Rendering)
     """How their pixels become RGB."""
 
+    @classmethod
+    def of(
+        cls, root: Folder, name: str, path: str, surveyed: SurveyedImages, rendering: Rendering | None = None
+    ) -> ImagePlan:
+        """The steps are named by what was surveyed."""
+        step = Step(root, "manifest", f"manifest-{name}", {"images": surveyed.manifest_digest})
+        config = {"manifest": step.name, "labels": surveyed.labels_digest}
+        labels_step = Step(root, "labels", f"labels-{name}", config)
+        return cls(name, path, surveyed, step, labels_step, rendering or Rendering())
+
     @cached_property
     def folder(self) -> Folder:
         """Opened when it is needed: `status`, for one, works while the store of the images is away."""
@@ -45,6 +56,19 @@ class ImagePlan:
     @property
     def n_images(self) -> int:
         return self.surveyed.n_images
+
+    @property
+    def lists(self) -> list[tuple[Step, Literal["manifest", "labels"]]]:
+        """The steps of both lists."""
+        return [(self.step, "manifest"), (self.labels_step, "labels")]
+
+    def write(self, name: Literal["manifest", "labels"]) -> None:
+        """Finishes the step of one of the lists, which this process holds."""
+        started, table = time.monotonic(), self.stored(name)
+        step = self.step if name == "manifest" else self.labels_step
+        step.folder.write_copy(f"{name}.parquet", table.folder, table.name)
+        skipped = {"skipped": self.surveyed.skipped} if name == "manifest" else {}
+        step.finish(time.monotonic() - started, {"images": table.num_rows, **skipped})
 
     def stored(self, name: Literal["manifest", "labels"]) -> StoredTable:
         """One of the lists, to be read piece by piece. Raises SaeRayError when it is neither surveyed nor written."""
@@ -202,8 +226,13 @@ class ScorePlan:
     sae: TrainPlan | None
     activations: ExtractPlan
     embeddings: ExtractPlan | None
-    """The judge's; None for a pass that only collects pictures."""
+    """The judge's; None for a pass that only collects pictures, and where there is no judge."""
     step: Step
+
+    @property
+    def is_heldout(self) -> bool:
+        """Whether this is the pass over held-out images, and not one that only collects pictures of others."""
+        return self.activations.images.name == "heldout"
 
     @property
     def inputs(self) -> list[Step]:

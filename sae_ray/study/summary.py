@@ -50,7 +50,7 @@ class Comparison:
 
 def summarise(plan: StudyPlan) -> list[CellSummary]:
     """One row per raw site and per SAE that was scored on held-out images."""
-    return [_summarise(plan, score) for score in plan.scores if score.embeddings and score.step.finished]
+    return [_summarise(plan, score) for score in plan.scores if score.is_heldout and score.step.finished]
 
 
 def fidelity(plan: StudyPlan, sae: TrainPlan) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from sae_ray.steering.info import LlavaInfo
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import digest
 from sae_ray.study.config import Images, ImageSet, Study
+from sae_ray.study.imported import Imported, read_imported
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,16 @@ class Survey:
     guided SAEs learn, by `architectures.<name>.concepts`."""
     inputs: Mapping[str, SurveyedInput] = dataclasses.field(default_factory=dict)
     """By path."""
+    imported: Imported | None = None
+    """What stands for images and models, where activations were imported."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, without the lists of images."""
         images = {name: vars(one) | {"found": None} for name, one in self.images.items()}
         inputs = {path: vars(one) for path, one in self.inputs.items()}
         models = dataclasses.asdict(self.models)
-        return {"images": images, "models": models, "files": dict(self.files), "inputs": inputs}
+        imported = self.imported and self.imported.to_dict()
+        return {"images": images, "models": models, "files": dict(self.files), "inputs": inputs, "imported": imported}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Survey:
@@ -94,7 +98,8 @@ class Survey:
         infos["llava"] = LlavaInfo.from_dict(llava) if llava else None
         images = {name: SurveyedImages(**one) for name, one in values["images"].items()}
         inputs = {path: SurveyedInput(**one) for path, one in values.get("inputs", {}).items()}
-        return cls(images, SurveyedModels(**infos), values.get("files", {}), inputs)
+        imported = Imported.from_dict(values["imported"]) if values.get("imported") else None
+        return cls(images, SurveyedModels(**infos), values.get("files", {}), inputs, imported)
 
 
 def survey_images(images: Images) -> dict[str, SurveyedImages]:
@@ -212,8 +217,21 @@ def survey_inputs(study: Study) -> dict[str, SurveyedInput]:
     return found
 
 
-def survey(study: Study) -> Survey:
-    """Lists the folders, describes the models and reads the files; errors are those of the four."""
+def survey(study: Study, root: Folder) -> Survey:
+    """Lists the folders, describes the models and reads the files; errors are those of the four.
+
+    Raises UsageError also if the study is of imported activations and there are none under the root.
+    """
+    if study.imported:
+        imported = read_imported(root)
+        if imported is None:
+            raise UsageError(
+                f"images, encoder: missing, and nothing was imported into {root}; add both tables to the study, or put "
+                "activations there by `sae-ray import`"
+            )
+        images = {name: SurveyedImages(**vars(one)) for name, one in imported.images.items()}
+        models = SurveyedModels(imported.encoder, imported.judge_info)
+        return Survey(images, models, survey_files(study), survey_inputs(study), imported)
     return Survey(survey_images(study.images), survey_models(study), survey_files(study), survey_inputs(study))
 
 

@@ -257,6 +257,10 @@ def test_all_problems_are_told_at_once():
             {"steering": {"llava": "m", "prompt": "a?", "other_prompts": ["a?"]}},
             "steering.other_prompts = 'a?': this is already steering.prompt; remove it",
         ),
+        (
+            {"resources.train.trackers": ["wandb", "aim"]},
+            "resources.train.trackers = 'aim': choose among tensorboard, wandb, mlflow, trackio",
+        ),
         ({"trainig.steps": 5}, "trainig: unknown key; did you mean 'training'?"),
         ({"training.step": 5}, "training.step: unknown key; did you mean 'steps'?"),
         ({"name.first": 5}, "name.first: name is not a table of the study file"),
@@ -734,7 +738,8 @@ def test_resources_and_root_change_no_step(make_plan: MakePlan, tmp_path: Path):
         for stage, fields in resources.items()
         for name, value in fields.items()
     }
-    assert len(overrides) == 29
+    assert len(overrides) == 30
+    overrides["resources.train.trackers"] = ["wandb"]
     shards = {"resources.train.shards": overrides.pop("resources.train.shards")}  # never beside several workers
     assert names(make_plan(overrides)) == names(make_plan(shards)) == before
     assert names(make_plan(root=tmp_path / "elsewhere")) == before
