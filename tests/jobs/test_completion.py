@@ -40,11 +40,10 @@ def test_a_shell_completes_commands_options_and_studies(shell: str, tmp_path: Pa
         "PYTHONPATH": str(tmp_path),
         "HOME": str(tmp_path),
     }
-    [line] = re.findall(rf"^(?:\| )?.*`(.*{shell}_source.*?)`", PAGE, re.MULTILINE)
-    first = {"bash": "", "zsh": "compdef() { : }\n", "fish": ""}[shell]
-    script = f"{first}{line}\n{TYPED[shell]}\n" + "\n".join(
-        f"echo =; complete_words {words}" for words in ("sae-ray stud", "sae-ray run ph", "sae-ray run demo --exp")
-    )
+    [line] = re.findall(rf"`([^`]*{shell}_source.*?)` \|$", PAGE.replace(r"\|", "|"), re.MULTILINE)
+    first = "compdef() { : }" if shell == "zsh" else ""
+    typed = ("sae-ray stud", "sae-ray run ph", "sae-ray run demo --exp")
+    script = "\n".join([first, line, TYPED[shell], *(f"echo =; complete_words {words}" for words in typed)])
     done = subprocess.run([shell, "-c", script], env=environment, capture_output=True, text=True, check=False)
     _, *offered = done.stdout.split("=\n")
     photos = [name for name in shipped_studies() if name.startswith("ph")]
