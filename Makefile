@@ -121,17 +121,17 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 
 # Of the last commit, and the same bits on every machine that has the same setuptools.
-wheel: $(VENV)/.release
-	$(BIN)/python -m tools.release wheel dist
+wheel: $(VENV)/release/.installed
+	$(VENV)/release/bin/python -m tools.release wheel dist
 
 # The wheel twice, as the index and pip take it, and by itself: in an environment of its own it runs and serves the demo.
-release-check: $(VENV)/.release
-	$(BIN)/python -m tools.release check dist
+release-check: $(VENV)/release/.installed
+	$(VENV)/release/bin/python -m tools.release check dist
 	rm -rf build/clean
 	$(MAKE) build/clean/.torch VENV=build/clean
 	build/clean/bin/python -m pip install --quiet dist/*.whl
 	build/clean/bin/python -c 'import torchvision' 2>/dev/null || build/clean/bin/python -m pip install --quiet ./tools/cpu_wheels
-	$(BIN)/python -m tools.release try build/clean/bin
+	$(VENV)/release/bin/python -m tools.release try build/clean/bin
 
 # torch and the torchvision that goes with it are named first: a looser range takes the newest CUDA builds, several GB.
 $(VENV)/.torch:
@@ -166,8 +166,9 @@ $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --editable '.[lint]'
 	touch $@
 
-$(VENV)/.release: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --editable '.[release]'
+$(VENV)/release/.installed:
+	$(PYTHON) -m venv $(VENV)/release
+	$(VENV)/release/bin/python -m pip install --quiet 'setuptools>=77' 'twine>=6' 'check-wheel-contents>=0.6'
 	touch $@
 
 clean:

@@ -24,7 +24,7 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 LARGEST = 12_000_000
-"""Bytes of a wheel. Two thirds of them are the models of the embedded world."""
+"""Bytes of a wheel. Most of them are the models of the embedded world."""
 PATIENCE_S = 300
 WHITE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4//8/AAX+Av4zEpUUAAAAAElFTkSuQmCC"
@@ -69,7 +69,8 @@ def check(into: Path) -> None:
         sys.exit(f"{first}: {first.stat().st_size:,} bytes, more than {LARGEST:,}")
     scripts = Path(sys.executable).parent
     subprocess.run([scripts / "twine", "check", "--strict", first], check=True)
-    subprocess.run([scripts / "check-wheel-contents", first], check=True)
+    # Two models of the world have the same tokenizer, and each is a directory by itself.
+    subprocess.run([scripts / "check-wheel-contents", "--ignore", "W002", first], check=True)
     print(f"{first}: {first.stat().st_size:,} bytes, the same when built again")
 
 
