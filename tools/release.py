@@ -75,30 +75,31 @@ def check(into: Path) -> None:
 
 
 def try_out(scripts: Path) -> None:
-    """Runs what docs/install.md says a new user runs, in a home of its own. Exits with a message if it fails."""
-    command = str(scripts.absolute() / "sae-ray")
-    with tempfile.TemporaryDirectory() as home:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON", "SAE_RAY"))}
-        place = {"cwd": home, "env": kept | {"HOME": home}}
-        for words in (["--help"], ["studies"], ["doctor"], ["demo"], ["demo"]):
-            began = time.monotonic()
-            done = subprocess.run([command, *words], **place, check=False, stdout=subprocess.PIPE, text=True)
-            print(f"sae-ray {' '.join(words)}: {time.monotonic() - began:.1f} s", flush=True)
-            if done.returncode:
-                sys.exit(f"sae-ray {' '.join(words)} exited with {done.returncode}:\n{done.stdout}")
-        report = re.search(r"^ *report +(.*)$", done.stdout, re.MULTILINE)
-        if report is None or not Path(home, report[1]).is_file():
-            sys.exit(f"sae-ray demo names no report:\n{done.stdout}")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    """Runs what docs/install.md says a new user runs, in a home of its own beside the commands. Exits with a message if
+    it fails."""
+    command, home = str(scripts.absolute() / "sae-ray"), scripts.absolute().parent / "home"
+    home.mkdir(exist_ok=True)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON", "SAE_RAY"))}
+    place = {"cwd": home, "env": kept | {"HOME": str(home)}}
+    for words in (["--help"], ["studies"], ["doctor"], ["demo"], ["demo"]):
         began = time.monotonic()
-        with subprocess.Popen([command, "serve", "--demo", "--port", str(port)], **place) as server:
-            try:
-                answer = ask(f"http://127.0.0.1:{port}/v1", server)
-            finally:
-                server.send_signal(signal.SIGINT)
-        print(f"sae-ray serve --demo: a steered answer ({answer!r}) after {time.monotonic() - began:.1f} s")
+        done = subprocess.run([command, *words], **place, check=False, stdout=subprocess.PIPE, text=True)
+        print(f"sae-ray {' '.join(words)}: {time.monotonic() - began:.1f} s", flush=True)
+        if done.returncode:
+            sys.exit(f"sae-ray {' '.join(words)} exited with {done.returncode}:\n{done.stdout}")
+    report = re.search(r"^ *report +(.*)$", done.stdout, re.MULTILINE)
+    if report is None or not Path(home, report[1]).is_file():
+        sys.exit(f"sae-ray demo names no report:\n{done.stdout}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    began = time.monotonic()
+    with subprocess.Popen([command, "serve", "--demo", "--port", str(port)], **place) as server:
+        try:
+            answer = ask(f"http://127.0.0.1:{port}/v1", server)
+        finally:
+            server.send_signal(signal.SIGINT)
+    print(f"sae-ray serve --demo: {answer} after {time.monotonic() - began:.1f} s")
 
 
 def ask(api: str, server: subprocess.Popen) -> str:
