@@ -20,6 +20,8 @@ EPOCHS = 30
 """How often training sees every image: like the studies of the embedded world and of photographs."""
 MANY_ROWS = 200_000
 """From so many training images on, steps are as large as the paper's, and its threshold needs no calibration."""
+FEW_IMAGES = 5000
+"""With fewer, more of them are held out, and neurons that fire on two of those are counted: else few would be."""
 OTHER_JUDGE = "timm:tf_efficientnet_lite0.in1k"
 """Where the encoder is the judge by default, or one like it: another architecture with another training."""
 
@@ -61,7 +63,7 @@ def draft(name: str, images: str, model: str, revision: str | None = None) -> st
         [
             "[scoring]",
             "# Neurons that fire on fewer held-out images are left out of the summary.",
-            "min_images = 5",
+            f"min_images = {2 if found.manifest.num_rows < FEW_IMAGES else 5}",
             "# Top images come from the training images, which are more. Scores always come from held-out ones.",
             'pictures = "train"',
         ],
@@ -119,7 +121,7 @@ def _images(images: str, found: ImageList) -> list[str]:
         f"train = {{ path = {_toml(images)} }}",
         "# Images that are only measured on. Without such a folder, a share of the training images is.",
         '# heldout = { path = "FOLDER" }',
-        "heldout_fraction = 0.1",
+        f"heldout_fraction = {0.3 if found.manifest.num_rows < FEW_IMAGES else 0.1}",
     ]
 
 
