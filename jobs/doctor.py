@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 import time
 import webbrowser
 from importlib.metadata import PackageNotFoundError, metadata, version
@@ -148,8 +147,10 @@ def disk() -> Finding:
     """Where results, copies of models and activations, and Ray's own files go by default."""
     from sae_ray.store.copies import CACHE, DEFAULT_CACHE
 
+    from .cluster import directory_for_ray
+
     cache = Path(os.environ.get(CACHE) or DEFAULT_CACHE).expanduser()
-    places = {"results": Path.cwd(), f"the cache {cache}": cache, "Ray's files": Path(tempfile.gettempdir())}
+    places = {"results": Path.cwd(), f"the cache {cache}": cache, "Ray's files": Path(directory_for_ray())}
     free = {what: _free(_existing(place)) for what, place in places.items()}
     shut = [what for what, place in places.items() if not os.access(_existing(place), os.W_OK | os.X_OK)]
     text = ", ".join(f"{size / GB:.0f} GB for {what}" for what, size in free.items())
@@ -158,12 +159,9 @@ def disk() -> Finding:
     )
     if shut:
         return Finding("missing", f"{text}; not writable: {', '.join(shut)}", remedy)
-    least = min(free.values())
-    return (
-        Finding("ok", text)
-        if least >= LITTLE_DISK
-        else Finding("missing" if least < LEAST_DISK else "note", text, remedy)
-    )
+    if (least := min(free.values())) >= LITTLE_DISK:
+        return Finding("ok", text)
+    return Finding("missing" if least < LEAST_DISK else "note", text, remedy)
 
 
 def hub() -> Finding:
