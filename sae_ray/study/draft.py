@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 EPOCHS = 30
 """How often training sees every image: like the studies of the embedded world and of photographs."""
-MANY_ROWS = 200_000
-"""From so many training images on, steps are as large as the paper's, and its threshold needs no calibration."""
+MANY_IMAGES = 200_000
+"""From so many training images on, steps are as large as the paper's."""
 FEW_IMAGES = 5000
 """With fewer, more of them are held out, and neurons that fire on two of those are counted: else few would be."""
 OTHER_JUDGE = "timm:tf_efficientnet_lite0.in1k"
@@ -169,10 +169,9 @@ def _likely_site(info: EncoderInfo, read_layer: int | None) -> str:
 
 
 def _training(n_images: int) -> list[str]:
-    many = n_images >= MANY_ROWS
-    batch_size = 4096 if many else 512
+    batch_size = 4096 if n_images >= MANY_IMAGES else 512
     steps = max(300, 100 * round(EPOCHS * n_images / batch_size / 100))
-    lines = [
+    return [
         "[training]",
         f"# {steps:,} steps see every image about {max(1, round(steps * batch_size / n_images))} times.",
         f"batch_size = {batch_size}",
@@ -183,12 +182,6 @@ def _training(n_images: int) -> list[str]:
         f"dead_after_samples = {steps * batch_size // 8}",
         'auxk_select = "pre"',
     ]
-    if not many:
-        lines += [
-            "# Recommended for few images: measured on some that are kept out of training.",
-            'threshold = "calibrated"',
-        ]
-    return lines
 
 
 def _steering(info: EncoderInfo, read_layer: int | None) -> list[str]:
