@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ from .options import open_plan, plan_to_work_on, study_options
 _GARBAGE = (100_000, 50, 100)
 """Thresholds of the garbage collector. With Python's own, a fifth of a short command goes into looking through what its
 imports made, which stays."""
+
+DEMO_ROOT = "runs/demo"
 
 
 class Command(click.Command):
@@ -75,6 +78,59 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     summary = study.run(plan)
     click.echo(json.dumps(summary, indent=1) if as_json else study.summary_text(plan, summary))
     if summary["failed"]:
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--root", default=DEMO_ROOT, show_default=True, metavar="DIR", help="Where results are written.")
+@click.pass_context
+def demo(context: click.Context, root: str) -> None:
+    """Run the embedded study: no checkout, no images and no models are needed. Prints where the report is.
+
+    Its images and models are written to ~/.cache/sae-ray/world.
+    """
+    context.invoke(world, folder=os.path.expanduser("~/.cache/sae-ray/world"))
+    context.invoke(run, study="demo", root=root)
+
+
+@main.command()
+def studies() -> None:
+    """List the studies that sae-ray ships. `sae-ray run NAME` runs one; copy its file to change it."""
+    from sae_ray.study.shipped import purpose, shipped_studies
+
+    for name, file in shipped_studies().items():
+        click.echo(f"{name}: {purpose(file)}\n  {file}")
+
+
+@main.command()
+@click.argument("file", type=click.Path())
+@click.option("--images", prompt="Folder of images", metavar="DIR", help="The images: a folder or a URI.")
+@click.option("--encoder", prompt="Model", metavar="DIR_OR_ID", help="The model to interpret, as encoder.model.")
+@click.option("--revision", help="Commit, tag or branch of a model on the hub.")
+def new(file: str, images: str, encoder: str, revision: str | None) -> None:
+    """Write a study for your images and a model to FILE, with comments on what can be chosen.
+
+    The model is asked which sites it has. What is not given is asked for.
+    """
+    from sae_ray.study.draft import write_draft
+
+    write_draft(file, images, encoder, revision)
+    click.echo(f"{file}: look at its comments, then\n  sae-ray run {file} --dry-run\n  sae-ray run {file}")
+
+
+@main.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Look at whether this machine has what sae-ray needs, and say what to do where it does not.
+
+    Exits with 1 if something is missing that nothing works without.
+    """
+    from .doctor import findings, lines
+
+    found = findings()
+    report = {name: one._asdict() for name, one in found.items()}
+    click.echo(json.dumps(report, indent=1) if as_json else "\n".join(lines(found)))
+    if any(one.state == "missing" for one in found.values()):
         sys.exit(1)
 
 
@@ -540,6 +596,12 @@ def push(sae: str, repository: str, folder: str | None, private: bool, license: 
 
 @main.command()
 @click.option("--root", metavar="DIR", help="The study whose SAEs steer: its directory or URI.")
+@click.option(
+    "--demo",
+    "of_demo",
+    is_flag=True,
+    help="Serve the demo's LLaVA and SAE from --root, by default runs/demo, and run the demo first if it is not there.",
+)
 @click.option("--llava", metavar="DIR_OR_ID", help="The LLaVA; the study's by default.")
 @click.option("--sae", "saes", multiple=True, metavar="CELL", help="Only this SAE of the study. May be repeated.")
 @click.option("--edit", metavar="PATCH", help="Serve the LLaVA with its weights edited by a patch of `sae-ray edit`.")
@@ -553,15 +615,24 @@ def push(sae: str, repository: str, folder: str | None, private: bool, license: 
 )
 @click.option("--port", default=8000, show_default=True)
 @click.option("--config", metavar="FILE", help="YAML file with any argument of the application; options override it.")
-def serve(host: str, port: int, config: str | None, engine: str | None, **options: Any) -> None:
+@click.pass_context
+def serve(
+    context: click.Context, of_demo: bool, host: str, port: int, config: str | None, engine: str | None, **options: Any
+) -> None:
     """Serve the steered LLaVA of a study: an OpenAI-compatible API, and a playground to open in a browser.
 
     If the environment variable SAE_RAY_API_KEY is set, clients must send its value as their API key.
     """
     from sae_ray.serve.local import read_config, run  # pyright: ignore[reportMissingImports]  # see pyproject.toml
 
+    from sae_ray.store.files import Folder
+
     from .cluster import connect
 
+    if of_demo:
+        options["root"] = options["root"] or DEMO_ROOT
+        if not Folder(options["root"]).exists("report/index.html"):
+            context.invoke(demo, root=options["root"])
     run(read_config(config, engine, options), host, port, connect, click.echo)
 
 

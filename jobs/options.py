@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from sae_ray.errors import UsageError
 
@@ -49,6 +50,19 @@ class FieldOption(click.Option):
         return super().get_help_record(ctx)
 
 
+class StudyFile(click.Path):
+    """A study file, or the name of a study that sae-ray ships; shells complete both."""
+
+    name = "study"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from sae_ray.study.shipped import shipped_studies
+
+        # Files come first: bash forgets what was offered before them.
+        files = super().shell_complete(ctx, param, incomplete)
+        return [*files, *(CompletionItem(name) for name in shipped_studies() if name.startswith(incomplete))]
+
+
 def study_options(command: Callable) -> Callable:
     """The study's file, its root, and flags that set single fields."""
     for flag, field in reversed(SHORTHANDS.items()):
@@ -67,7 +81,7 @@ def study_options(command: Callable) -> Callable:
         help="Where results are written: a directory or a URI. Default: runs/<name of the study>, or "
         "~/sae-ray/<name of the study> in a Ray job, whose own directory is deleted after it.",
     )
-    study = click.argument("study", required=False, type=click.Path(dir_okay=False))
+    study = click.argument("study", required=False, type=StudyFile())
     return study(root(settings(command)))
 
 

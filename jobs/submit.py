@@ -45,6 +45,7 @@ from sae_ray.encoders.sources import directory_named
 from sae_ray.errors import SaeRayError, UsageError, check
 from sae_ray.store.files import address_shown
 from sae_ray.study.config import Study
+from sae_ray.study.shipped import study_file
 from sae_ray.study.survey import concept_paths, named_inputs
 
 from .options import arguments, read_study
@@ -169,7 +170,7 @@ def write_upload(folder: Path, study: str | None, root: str, **options: Any) -> 
         about.mkdir()
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sae-ray\nVersion: {ours.version}\n")
     if study is not None:
-        shutil.copyfile(Path(study).expanduser(), folder / "study.toml")
+        shutil.copyfile(study_file(study), folder / "study.toml")
         study = "study.toml"
     (folder / ARGUMENTS).write_text(json.dumps(arguments(study, root, **options), indent=1))
 

@@ -11,29 +11,38 @@ from pathlib import Path
 
 import pytest
 
+from tools.release import LARGEST, build
+
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {"sae_ray": "sae_ray", "jobs": "sae_ray/jobs", "serve": "sae_ray/serve"}
+ROOMS = {"sae_ray": "sae_ray", "jobs": "sae_ray/jobs", "serve": "sae_ray/serve", "studies": "sae_ray/studies"}
+COMMIT_TIME = 1_700_000_000
 
 
 def shipped(room: str) -> set[str]:
-    """Paths in the wheel of what a room of the checkout ships: its modules, the world's models, assets."""
+    """Paths in the wheel of what a room of the checkout ships: its modules, the world's models, assets, studies."""
     folders = ("world/models", "report/assets", "playground")
-    files = [*(ROOT / room).rglob("*.py"), *(file for folder in folders for file in (ROOT / room / folder).rglob("*"))]
+    named = [file for name in ("*.py", "py.typed", "*.toml") for file in (ROOT / room).rglob(name)]
+    files = [*named, *(file for folder in folders for file in (ROOT / room / folder).rglob("*"))]
     return {f"{ROOMS[room]}/{file.relative_to(ROOT / room).as_posix()}" for file in files if file.is_file()}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Built from a copy: a build leaves its folders, and the files of builds before it, in the tree.
-    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
+    return build_of_copy(tmp_path_factory.mktemp("wheel"))
+
+
+def build_of_copy(folder: Path) -> Path:
+    """A wheel of the checkout as it is. A build leaves its folders, and the files of builds before it, in the tree."""
+    source = folder / "source"
+    source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
+        shutil.copy(ROOT / name, source)
     for room in ROOMS:
-        if (ROOT / room).exists():
-            shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
-    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", built, source)
-    return next(built.glob("*.whl"))
+        unneeded = shutil.ignore_patterns("__pycache__")
+        # Files are as old as the copy.
+        shutil.copytree(ROOT / room, source / room, ignore=unneeded, copy_function=shutil.copyfile)
+    build(source, folder, COMMIT_TIME)
+    return next(folder.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +71,16 @@ def test_the_wheel_is_whole(wheel: Path):
     assert packed == set().union(*map(shipped, ROOMS))
 
 
+def test_a_wheel_is_small_and_the_same_when_it_is_built_again_by_others(wheel: Path, tmp_path: Path):
+    before = os.umask(0o077)
+    try:
+        again = build_of_copy(tmp_path)
+    finally:
+        os.umask(before)
+    assert again.read_bytes() == wheel.read_bytes()
+    assert wheel.stat().st_size < LARGEST
+
+
 def test_the_wheel_owns_one_name(target: Path):
     names = {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"sae_ray", "bin"}
@@ -72,6 +91,13 @@ def test_the_command_line_is_that_of_the_wheel(target: Path, tmp_path: Path):
     first, _, help_text = run(target, tmp_path, sys.executable, "-c", code).stdout.partition("\n")
     assert first == f"{target / 'sae_ray' / '__init__.py'} {target / 'sae_ray' / 'jobs' / 'cli.py'}"
     assert "Run a whole study." in help_text
+    code = "from sae_ray.jobs.cli import main; main(['studies'])"
+    listed = run(target, tmp_path, sys.executable, "-c", code).stdout
+    assert {Path(line.strip()) for line in listed.splitlines()[1::2]} == {
+        target / "sae_ray" / "studies" / file.name for file in (ROOT / "studies").glob("*.toml")
+    }
+    code = "from sae_ray import Study; import sae_ray; print(sae_ray.__file__, Study.load('demo').name)"
+    assert run(target, tmp_path, sys.executable, "-c", code).stdout.split() == [first.split()[0], "demo"]
 
 
 def test_the_installed_command_writes_the_world(target: Path, tmp_path: Path):

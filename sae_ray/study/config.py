@@ -485,7 +485,7 @@ class Study:
         """Reads a study file.
 
         Args:
-            path: of the TOML file.
+            path: of the TOML file, or the name of a shipped study, such as `demo`.
             overrides: dotted field -> value, which replace what the file says.
 
         Raises:

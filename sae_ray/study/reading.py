@@ -13,20 +13,24 @@ from typing import TYPE_CHECKING, Any
 from sae_ray.errors import UsageError
 from sae_ray.study.config import Study
 from sae_ray.study.fields import architecture_setting, field_help, known_keys
+from sae_ray.study.shipped import shipped_studies, study_file
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The values of a study file.
+    """The values of a study file, or of a shipped study by its name.
 
     Raises UsageError when the file is missing or not TOML.
     """
     try:
-        data = Path(path).expanduser().read_bytes()
+        data = study_file(path).read_bytes()
     except OSError as error:
-        problem = f"study file {path} cannot be read ({error.strerror}); give the path of a TOML file"
+        problem = (
+            f"study file {path} cannot be read ({error.strerror}); give the path of a TOML file, or the name of a "
+            f"study that sae-ray ships: {', '.join(shipped_studies())}"
+        )
         raise UsageError(problem) from error
     try:
         return tomllib.loads(data.decode())

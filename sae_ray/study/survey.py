@@ -109,9 +109,9 @@ def survey_images(images: Images) -> dict[str, SurveyedImages]:
         UsageError: a folder is missing, or its labels do not fit.
         SaeRayError: a set has no image, or a folder cannot be read.
     """
-    train = _list("images.train", images.train)
+    train = list_set("images.train", images.train)
     if images.heldout is not None:
-        found = {"train": train, "heldout": _list("images.heldout", images.heldout)}
+        found = {"train": train, "heldout": list_set("images.heldout", images.heldout)}
     else:
         found = {
             "train": select_split(train, images.heldout_fraction, "train"),
@@ -241,7 +241,11 @@ def _named(field: str, describe: Any, model: str, revision: str | None, before: 
         return before if known and is_unchanged(model, known.revision) else describe(model, revision)
 
 
-def _list(field: str, images: ImageSet) -> ImageList:
+def list_set(field: str, images: ImageSet) -> ImageList:
+    """The images of one set.
+
+    Raises as `survey_images`; the message begins with the field.
+    """
     try:
         folder = Folder(images.path)
         folder.check_reachable()

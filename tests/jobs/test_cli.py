@@ -96,6 +96,16 @@ def test_unknown_key_suggests_the_nearest(study_file, tmp_path):
     refused(call("run", study_file, "--root", tmp_path / "root"), 2, "grid.0.expansion", "'expansions'")
 
 
+def test_a_shipped_study_needs_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a folder of that name is no study
+    options = ("--images", tmp_path / "nowhere", "--root", tmp_path / "root")
+    refused(call("run", "demo", *options), 2, "images.train", str(tmp_path / "nowhere"))
+    (tmp_path / "demo").rmdir()
+    (tmp_path / "demo").write_text("name = 3")
+    refused(call("run", "demo", *options), 2, "name = 3")
+
+
 def test_root_not_writable(study_file, tmp_path):
     (tmp_path / "file").write_text("in the way")
     refused(call("extract", study_file, "--root", tmp_path / "file" / "root"), 2, "--root", str(tmp_path / "file"))
@@ -307,7 +317,7 @@ def test_what_only_looks_needs_neither_folders_nor_models(finished, make_plan, w
         hidden.rename(world)
     assert shown.splitlines()[-1] == "[]"
     assert shown.count("done") == len(list(make_plan(root).steps))
-    for arguments in (["--help"], ["run", "--help"], ["ask", "--help"]):
+    for arguments in (["--help"], ["run", "--help"], ["ask", "--help"], ["studies"]):
         assert answer(*arguments).splitlines()[-1] == "[]"
 
 

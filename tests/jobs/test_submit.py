@@ -497,8 +497,8 @@ def test_the_job_is_given_the_options_that_were_given_here(words):
 def upload(study_file, tmp_path) -> Callable[..., Path]:
     """Writes what would be uploaded."""
 
-    def write(name: str, *words: str) -> Path:
-        options = run.make_context("run", [str(study_file), "--root", "/root", *words]).params
+    def write(name: str, *words: str, study: str | Path = study_file) -> Path:
+        options = run.make_context("run", [str(study), "--root", "/root", *words]).params
         folder = tmp_path / name
         folder.mkdir()
         write_upload(folder, **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")})
@@ -519,13 +519,15 @@ def test_the_upload_is_the_code_that_runs_here_and_the_study(upload, study_file,
     code = {
         f"{name}/{file.relative_to(REPOSITORY / room).as_posix()}": file
         for room, name in ROOMS.items()
-        for kind in ("*.py", "assets/*", "playground/*")
+        for kind in ("*.py", "py.typed", "assets/*", "playground/*")
         for file in (REPOSITORY / room).rglob(kind)
     }
     others = {name for name in sent - code.keys() if ".dist-info/" not in name}
     assert others == {"study.toml", "arguments.json"}
     assert all((folder / name).read_bytes() == file.read_bytes() for name, file in code.items())
     assert (folder / "study.toml").read_text() == study_file.read_text()
+    shipped = upload("shipped", study="demo") / "study.toml"
+    assert shipped.read_text() == (REPOSITORY / "studies" / "demo.toml").read_text()
 
     shown = "from importlib import metadata, util; print(metadata.version('sae-ray'), *(util.find_spec(name).origin "
     shown += "for name in ('sae_ray', 'sae_ray.jobs.study', 'sae_ray.serve.app')), sep='\\n')"
