@@ -296,11 +296,18 @@ def status(as_json: bool, **options: Any) -> None:
 
 @main.command()
 @study_options
-def report(**options: Any) -> None:
+@click.option("--serve", is_flag=True, help="Then serve it to a browser, for reports on remote machines.")
+@click.option("--port", default=8600, show_default=True, help="Of --serve. Only this machine reaches it: no key.")
+def report(serve: bool, port: int, **options: Any) -> None:
     """Make the HTML report of a study's finished steps and print its path."""
     from . import study
 
-    click.echo(study.make_report(open_plan(**options)) / "index.html")
+    made = study.make_report(open_plan(**options))
+    click.echo(made / "index.html")
+    if serve:
+        from sae_ray.report.server import serve_report
+
+        serve_report(made, port, click.echo)
 
 
 @main.command()
