@@ -23,8 +23,8 @@ from sae_ray.report.steering import SteeringResult, show
 from sae_ray.report.wording import count, duration, number, share
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.study.plan import StudyPlan
-from sae_ray.study.step_plans import SteeringPlan
 from sae_ray.study.root import skipped_lines
+from sae_ray.study.step_plans import SteeringPlan
 from sae_ray.study.summary import BEST, CellSummary, compare
 from sae_ray.study.trained import cautions, trained
 

@@ -217,9 +217,8 @@ def curve_plots(cells: Sequence[Neurons], min_images: int) -> list[Plot]:
     saes = [(cell.score.sae.grid_cell, cell) for cell in cells if cell.score.sae is not None]
     plots: list[tuple[int, Plot]] = []
     for varies, fixed in (("expansion", "amount"), ("amount", "expansion")):
-        for (site, architecture, setting, seed), group in _grouped(
-            saes, lambda pair, fixed=fixed: _kin(pair[0], fixed)
-        ):
+        kin = _grouped(saes, lambda pair, fixed=fixed: _kin(pair[0], fixed))
+        for (site, architecture, setting, seed), group in kin:
             if varies == "amount" and len(group) < 2:
                 continue  # already part of the plots over the expansion factor
             of_seed = _of_seed(seed)
@@ -237,11 +236,11 @@ def curve_plots(cells: Sequence[Neurons], min_images: int) -> list[Plot]:
 def training_plots(trains: Sequence[TrainPlan]) -> list[Plot]:
     """Loss, L0 and dead latents over the steps of training, a line per expansion factor.
 
-    SAEs of different seeds are on plots of their own. Those without a history, as of earlier versions, are left out.
+    SAEs of different seeds are on plots of their own. Those without a history, as of earlier versions, are left out, and
+    so is the L0 of architectures that fix it.
     """
-    known = [
-        (one, one.step.folder.read_parquet(HISTORY_FILE)) for one in trains if one.step.folder.exists(HISTORY_FILE)
-    ]
+    written = [one for one in trains if one.step.folder.exists(HISTORY_FILE)]
+    known = [(one, one.step.folder.read_parquet(HISTORY_FILE)) for one in written]
     plots = []
     for (site, architecture, setting, seed), group in _grouped(known, lambda pair: _kin(pair[0].grid_cell, "amount")):
         of_seed = _of_seed(seed)
@@ -256,7 +255,9 @@ def training_plots(trains: Sequence[TrainPlan]) -> list[Plot]:
             values = rows["loss"], rows["l0"], pc.divide(rows["n_dead"].cast(pa.float64()), train.d_sae)
             for plot, column in zip(curves, values, strict=True):
                 _append(plot, name, list(zip(rows["step"].to_pylist(), column.to_pylist(), strict=True)))
-        plots += curves
+        plots += [
+            plot for plot in curves if plot.title.startswith("loss") or any(len(set(line.y)) > 1 for line in plot.lines)
+        ]
     return plots
 
 
