@@ -297,11 +297,13 @@ def status(as_json: bool, **options: Any) -> None:
 @main.command()
 @study_options
 @click.option("--serve", is_flag=True, help="Then serve it to a browser, for reports on remote machines.")
-@click.option("--port", default=8600, show_default=True, help="Of --serve. Only this machine reaches it: no key.")
-def report(serve: bool, port: int, **options: Any) -> None:
+@click.option("--port", type=int, help="For --serve; 8600 by default. Only this machine reaches it.")
+def report(serve: bool, port: int | None, **options: Any) -> None:
     """Make the HTML report of a study's finished steps and print its path."""
     from . import study
 
+    if port is not None and not serve:
+        raise UsageError("--port is for a report that is served; add --serve, or leave it out")
     made = study.make_report(open_plan(**options))
     click.echo(made / "index.html")
     if serve:

@@ -236,8 +236,8 @@ def curve_plots(cells: Sequence[Neurons], min_images: int) -> list[Plot]:
 def training_plots(trains: Sequence[TrainPlan]) -> list[Plot]:
     """Loss, L0 and dead latents over the steps of training, a line per expansion factor.
 
-    SAEs of different seeds are on plots of their own. Those without a history, as of earlier versions, are left out, and
-    so is the L0 of architectures that fix it.
+    SAEs of different seeds are on plots of their own. Left out are SAEs without a history, as of earlier versions, and
+    plots on which nothing changes, such as the L0 of an architecture that fixes it.
     """
     written = [one for one in trains if one.step.folder.exists(HISTORY_FILE)]
     known = [(one, one.step.folder.read_parquet(HISTORY_FILE)) for one in written]

@@ -12,6 +12,7 @@ from sae_ray.errors import UsageError
 from sae_ray.store.files import Folder
 
 LOOPBACK = "127.0.0.1"
+PORT = 8600
 NAMES = (LOOPBACK, "localhost", "[::1]")
 """What a browser on this machine, or behind a tunnel to it, calls the server."""
 
@@ -73,14 +74,12 @@ def _words(status: HTTPStatus, text: str) -> tuple[HTTPStatus, str, bytes]:
     return status, "text/plain; charset=utf-8", text.encode()
 
 
-def serve_report(report: Folder, port: int, say: Callable[[str], None]) -> None:
-    """Serves a report until it is interrupted. Raises as `report_server` does."""
-    with report_server(report, port) as server:
+def serve_report(report: Folder, port: int | None, say: Callable[[str], None]) -> None:
+    """Serves a report until it is interrupted, by default at `PORT`. Raises as `report_server` does."""
+    with report_server(report, PORT if port is None else port) as server:
         port = server.server_address[1]
         say(f"{report} is at http://{LOOPBACK}:{port}/ until you press Ctrl-C.")
-        say(
-            f"On another machine, first run ssh -N -L {port}:{LOOPBACK}:{port} USER@HOST there, then open that address."
-        )
+        say(f"To open it on another machine, first run there: ssh -N -L {port}:{LOOPBACK}:{port} USER@THIS_HOST")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
