@@ -9,6 +9,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from sae_ray.concepts.labelling import Concept, image_classes, label_concepts, mean_embeddings
 from sae_ray.encoders.info import EncoderInfo
@@ -72,6 +74,8 @@ class SaeEntry:
     top_images: TopImages
     histogram: Int[np.ndarray, "d_sae bins"]
     pictures: ImagePlan
+    ignored: frozenset[int]
+    """Features whose top images mostly are of classes that the study ignores."""
     similar_to: MeanEmbeddings | None
     """None if the study has no text-image model, or has not embedded its pictures with it."""
 
@@ -89,6 +93,8 @@ class SaeEntry:
     def search(self, text: str | None, sort: Sort | None) -> list[Summary]:
         """Sorted features: all that fired at least once, or those that match a text.
 
+        By default the best come first, and after them the ignored ones; a text finds what is most similar to it.
+
         Raises UsageError when sorting by similarity without a text.
         """
         if not text:
@@ -104,7 +110,8 @@ class SaeEntry:
                 "sort is 'similarity', which needs a search text and a study whose encoder embeds texts; "
                 "add search=… or choose another order"
             )
-        return sorted(found, key=lambda one: _order(one, by))
+        last = self.ignored if not text and sort is None else ()
+        return sorted(found, key=lambda one: (one.concept.latent in last, *_order(one, by)))
 
     def top(self, index: int) -> list[Top]:
         columns = self.pictures.manifest["image_id"], self.pictures.labels["label_name"]
@@ -196,7 +203,8 @@ def _entry(plan: StudyPlan, train: TrainPlan, store: ActivationStore | None, enc
     scores, top_images = of_pictures.scores, of_pictures.top_images
     images = pictures.activations.images
     steering = plan.study.steering
-    classes = image_classes(images.labels, steering.ignore_labels if steering else ())
+    ignored_labels = steering.ignore_labels if steering else ()
+    classes = image_classes(images.labels, ignored_labels)
     max_token = load_max_token(train.step.folder).numpy()
     concepts = {one.latent: one for one in label_concepts(scores, top_images.image, classes, max_token)}
     similar = MeanEmbeddings(top_images, store, list(concepts), encoder) if store and encoder else None
@@ -210,8 +218,16 @@ def _entry(plan: StudyPlan, train: TrainPlan, store: ActivationStore | None, enc
         top_images,
         of_heldout.histogram,
         images,
+        _mostly(top_images.image, pc.is_in(images.labels["label_name"], pa.array(ignored_labels, pa.string()))),
         similar,
     )
+
+
+def _mostly(top_image: Int[np.ndarray, "d_sae top"], are: pa.ChunkedArray) -> frozenset[int]:
+    """The features most of whose top images are so."""
+    there = top_image >= 0
+    such = there & are.to_numpy()[top_image]
+    return frozenset(np.flatnonzero(2 * such.sum(axis=1) > there.sum(axis=1)).tolist())
 
 
 def _order(one: Summary, by: Sort) -> tuple[float, int]:
