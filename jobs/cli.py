@@ -300,10 +300,10 @@ def status(as_json: bool, **options: Any) -> None:
 @click.option("--port", type=int, help="For --serve; 8600 by default. Only this machine reaches it.")
 def report(serve: bool, port: int | None, **options: Any) -> None:
     """Make the HTML report of a study's finished steps and print its path."""
-    from . import study
-
     if port is not None and not serve:
         raise UsageError("--port is for a report that is served; add --serve, or leave it out")
+    from . import study
+
     made = study.make_report(open_plan(**options))
     click.echo(made / "index.html")
     if serve:
