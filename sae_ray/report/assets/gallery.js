@@ -93,7 +93,7 @@ function say(cell, index, n_ignored) {
 // The list
 
 const GAP = 12;
-const AHEAD = 600; // pixels above and below the window that have cards, too
+const AHEAD = 400; // pixels above and below the window that have cards, too
 const list = { columns: 1, width: 0, height: 0, cards: new Map() };
 
 list.measure = () => {
@@ -150,7 +150,9 @@ function frame(at) {
   return item;
 }
 
-// One file at a time, that of the newest card first: a fast scroll does not wait for what it has passed.
+// Pictures come a few cards a frame, those of the newest card first, and one file at a time: a fast scroll does not wait
+// for what it has passed.
+const PER_FRAME = 12;
 const waiting = [];
 let busy = false;
 
@@ -159,9 +161,11 @@ function fill(card, cell, place) {
   if (!busy) work();
 }
 
+const nextFrame = () => new Promise(requestAnimationFrame);
+
 async function work() {
   busy = true;
-  while (waiting.length) {
+  for (let n = 1; waiting.length; ) {
     const [card, cell, place] = waiting.pop();
     if (!card.isConnected) continue;
     try {
@@ -170,6 +174,7 @@ async function work() {
     } catch (error) {
       found.textContent = error.message;
     }
+    if (n++ % PER_FRAME === 0) await nextFrame();
   }
   busy = false;
 }
