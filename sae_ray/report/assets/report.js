@@ -90,6 +90,9 @@ addEventListener("keydown", (event) => {
   if (link) page.querySelector(link)?.click();
 });
 compareForm?.addEventListener("submit", (event) => event.preventDefault());
-compareForm?.addEventListener("change", () => (location.hash = compareAddress(...sidesAsked().flat())));
+compareForm?.addEventListener("change", ({ target }) => {
+  if (target.type === "number" && target.value === "") for (const one of ["left", "right"]) compareForm.elements[`${one}-neuron`].value = "";
+  location.hash = compareAddress(...sidesAsked().flat());
+});
 if (form) showBest().catch((error) => (found.textContent = error.message));
 go();
