@@ -337,7 +337,7 @@ async function showImage(cellName, image) {
     element("p", { class: "lead" }, id),
     element("div", { class: "one" }, picture(image, id)),
     element("h2", {}, "Neurons that fire most on it"),
-    element("p", {}, `Neurons of ${cellName} that have it among their top images; those first of whose it is highest.${rest}${heats ? " Those with a heat map show where on it they fire." : ""}`),
+    element("p", {}, `Neurons of ${cellName} that have it among their top images, the highest rank first.${rest}${heats ? " A heat map shows where on it they fire." : ""}`),
     cards.length ? element("div", { class: "cards" }, ...cards) : element("p", {}, "There are none."),
     element("details", {}, element("summary", {}, "Of other SAEs"), element("ul", {}, ...others.map((one) => element("li", {}, one)))),
   ];
