@@ -284,6 +284,8 @@ def test_two_neurons_and_two_saes_are_compared(reader: Reader, cell: Neurons, pl
     assert values == [[f"{cell.columns.ms[one]:.3f}" for one in (neuron, best)]]
 
     reader.page.get_by_role("spinbutton", name="One neuron").fill("")
+    reader.page.keyboard.press("Tab")
+    sync_api.expect(other).to_have_value("")
     reader.page.get_by_label("Other SAE").select_option("pooled-batch_topk-x2-k2")
     sync_api.expect(rows.filter(has_text="neurons")).to_have_count(1)
     by_name = {row.name: row for row in summarise(plan)}
