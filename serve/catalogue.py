@@ -9,8 +9,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from sae_ray.concepts.labelling import Concept, image_classes, label_concepts, mean_embeddings
 from sae_ray.encoders.info import EncoderInfo
@@ -207,26 +205,27 @@ def _entry(plan: StudyPlan, train: TrainPlan, store: ActivationStore | None, enc
     classes = image_classes(images.labels, ignored_labels)
     max_token = load_max_token(train.step.folder).numpy()
     concepts = {one.latent: one for one in label_concepts(scores, top_images.image, classes, max_token)}
+    label_names = images.labels["label_name"].to_pylist()
     similar = MeanEmbeddings(top_images, store, list(concepts), encoder) if store and encoder else None
     return SaeEntry(
         train.grid_cell.name,
         train.step.folder,
         train,
         concepts,
-        NeuronNames.read(plan, train.grid_cell.name, images.labels["label_name"].to_pylist()),
+        NeuronNames.read(plan, train.grid_cell.name, label_names),
         of_heldout.scores.ms,
         top_images,
         of_heldout.histogram,
         images,
-        _mostly(top_images.image, pc.is_in(images.labels["label_name"], pa.array(ignored_labels, pa.string()))),
+        _mostly(top_images.image, [name in ignored_labels for name in label_names]),
         similar,
     )
 
 
-def _mostly(top_image: Int[np.ndarray, "d_sae top"], are: pa.ChunkedArray) -> frozenset[int]:
-    """The features most of whose top images are so."""
+def _mostly(top_image: Int[np.ndarray, "d_sae top"], are: Sequence[bool]) -> frozenset[int]:
+    """The features most of whose top images are so. `are` has a value per image."""
     there = top_image >= 0
-    such = there & are.to_numpy()[top_image]
+    such = there & np.array(are, bool)[top_image]
     return frozenset(np.flatnonzero(2 * such.sum(axis=1) > there.sum(axis=1)).tolist())
 
 

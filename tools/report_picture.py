@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 PICTURE = Path(__file__).parents[1] / "docs" / "report.png"
-WINDOW, SIZE = (1400, 1060), (1050, 795)
+SIZE = (1050, 795)
 SAE = "(facts.cells.find(({ steering }) => steering) ?? facts.cells[0]).name"
 READY = """() => {
   const near = [...document.querySelectorAll("#gallery .card")];
@@ -26,7 +26,7 @@ def main() -> None:
     report = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo/report").resolve()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport=dict(zip(("width", "height"), WINDOW, strict=True)), color_scheme="light")
+        page = browser.new_page(viewport={"width": 1400, "height": 1060}, color_scheme="light")
         page.goto(f"{report.as_uri()}/index.html")
         page.goto(f"{report.as_uri()}/index.html#/neurons/{page.evaluate(SAE)}")
         page.wait_for_function(READY)

@@ -11,8 +11,6 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from sae_ray.report.neurons import Neurons
 from sae_ray.sae.config import Cell
@@ -252,9 +250,9 @@ def training_plots(trains: Sequence[TrainPlan]) -> list[Plot]:
         for train, history in sorted(group, key=lambda pair: _size(pair[0].grid_cell.cell)):
             rows = history.take(_spread(len(history)))
             name = SETTINGS["expansion"](train.grid_cell)
-            values = rows["loss"], rows["l0"], pc.divide(rows["n_dead"].cast(pa.float64()), train.d_sae)
-            for plot, column in zip(curves, values, strict=True):
-                _append(plot, name, list(zip(rows["step"].to_pylist(), column.to_pylist(), strict=True)))
+            step, loss, l0, n_dead = (rows[key].to_numpy() for key in ("step", "loss", "l0", "n_dead"))
+            for plot, values in zip(curves, (loss, l0, n_dead / train.d_sae), strict=True):
+                _append(plot, name, list(zip(step.tolist(), values.tolist(), strict=True)))
         plots += [
             plot for plot in curves if plot.title.startswith("loss") or any(len(set(line.y)) > 1 for line in plot.lines)
         ]
