@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_ray.encoders.base import Tower
-from sae_ray.encoders.hub import find, load_weights, refusing
+from sae_ray.encoders.hub import Source, find, load_weights, refusing
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.resizing import WHOLE, Box, fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS
@@ -52,10 +52,14 @@ class _Plan(NamedTuple):
 
 
 def describe(model: str, revision: str | None) -> EncoderInfo:
-    source = find(model, revision, FORMS)
+    return describe_found(model, find(model, revision, FORMS))
+
+
+def describe_found(model: str, source: Source) -> EncoderInfo:
+    """The same for a model whose configuration has been read: reading it costs more than the rest."""
     with refusing(source.model, FORMS):
         plan = _plan(source.model, source.config)
-        height, width = preprocess(model, revision).image_size()
+        height, width = _preprocess(source).image_size()
     vision = plan.config
     if plan.loader.startswith(("CLIP", "Siglip", "ViT")) and (height, width) != (vision.image_size, vision.image_size):
         raise UsageError(
@@ -157,7 +161,10 @@ def _target(wanted: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def preprocess(model: str, revision: str | None, fast: bool = False) -> Preprocess:
-    source = find(model, revision, FORMS)
+    return _preprocess(find(model, revision, FORMS), fast)
+
+
+def _preprocess(source: Source, fast: bool = False) -> Preprocess:
     from transformers import AutoImageProcessor
 
     with refusing(source.model, FORMS, of_hub=source.commit is not None):
@@ -176,7 +183,7 @@ def load(info: EncoderInfo, device: torch.device, dtype: torch.dtype) -> Tower:
     plan = _plan(source.model, source.config)
     settings = {"config": plan.config, "key_mapping": plan.key_mapping, **plan.arguments}
     module = load_weights(source, plan.loader, device, dtype, FORMS, **settings)
-    processor = preprocess(info.model, info.revision).processor
+    processor = _preprocess(source).processor
     return Tower(
         module,
         blocks=blocks_of(module),

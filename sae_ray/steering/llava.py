@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_ray.encoders.base import placement
-from sae_ray.encoders.hub import check_tokenizer, find, load_weights, refusing
+from sae_ray.encoders.hub import Source, check_tokenizer, find, load_weights, refusing
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.resizing import WHOLE
-from sae_ray.encoders.transformers_models import blocks_of, describe, resizing, scale_of
+from sae_ray.encoders.transformers_models import blocks_of, describe_found, resizing, scale_of
 from sae_ray.errors import UsageError
 from sae_ray.steering.config import MAX_NEW_TOKENS
 from sae_ray.steering.info import LlavaInfo
@@ -52,8 +52,8 @@ def load_llava(model: str, revision: str | None = None, device: str = "cpu", dty
             once; or the device or dtype is not available.
     """
     target, kind = placement(device, dtype)
-    info = describe_llava(model, revision)
-    source = find(model, info.tower.revision, FORMS)
+    source = find(model, revision, FORMS)
+    info = _describe(model, source)
     from transformers import AutoProcessor
 
     with refusing(source.model, FORMS, of_hub=source.commit is not None):
@@ -73,10 +73,13 @@ def describe_llava(model: str, revision: str | None = None) -> LlavaInfo:
         UsageError: There is no such model, it is not a LLaVA of this kind, or its language model reads several
             layers.
     """
-    source = find(model, revision, FORMS)
+    return _describe(model, find(model, revision, FORMS))
+
+
+def _describe(model: str, source: Source) -> LlavaInfo:
     if source.config.model_type != "llava":
         raise UsageError(f"{source.model} is of the model type {source.config.model_type}, not llava; {FORMS}")
-    tower = describe(model, source.revision)
+    tower = describe_found(model, source)
     layer = _block_read(source.model, source.config.vision_feature_layer, tower.n_layers)
     # transformers drops token 0, whether or not it is a CLS token.
     drops_first = source.config.vision_feature_select_strategy == "default"
