@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from sae_ray.jobs.cli import main
 
 from sae_ray.errors import UsageError
 from sae_ray.report.server import report_server
@@ -60,3 +62,8 @@ def test_a_report_is_served_and_nothing_else(port: int):
     assert asked(port, "/", host="evil.example")[0] == 403, "as after DNS rebinding"
     with pytest.raises(UsageError, match=f"--port {port} cannot be used"):
         report_server(Folder("."), port)
+
+
+def test_a_port_is_for_a_report_that_is_served():
+    refused = CliRunner().invoke(main, ["report", "--port", "1"])
+    assert (refused.exit_code, "add --serve" in refused.output) == (2, True)
