@@ -16,7 +16,7 @@ let last = { kind: null, neuron: null, scroll: 0 };
 function parsed() {
   const [path, settings = ""] = location.hash.split("?");
   const [, kind = "", ...rest] = path.split("/").map(decodeURIComponent);
-  return { kind: kind in PLACES ? kind : "", rest, settings: new URLSearchParams(settings).toString() };
+  return { kind: Object.hasOwn(PLACES, kind) ? kind : "", rest, settings: new URLSearchParams(settings).toString() };
 }
 
 function open(place) {
