@@ -463,6 +463,44 @@ def edit_evaluate(
 
 
 @main.command()
+@click.argument("sae")
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["saelens", "dictionary_learning", "sparsify", "overcomplete", "neuronpedia"]),
+    help="Who is to open it.",
+)
+@click.option("--out", required=True, metavar="DIR", help="A new folder, or its URI.")
+@click.option("--centred", is_flag=True, help="For overcomplete: write the SAE of activations less its b_dec.")
+def export(sae: str, to: str, out: str, centred: bool) -> None:
+    """Write SAE as another library opens it, and print the folder.
+
+    Codes and reconstructions stay the same; an SAE that the other form cannot express is refused. For neuronpedia, its
+    latents are written instead, with top images, histograms and names; SAE is then a folder in the root of a study.
+    """
+    from .sharing import export as export_to
+
+    click.echo(export_to(sae, to, out, centred))
+
+
+@main.command()
+@click.argument("sae")
+@click.argument("repository")
+@click.option("--folder", metavar="NAME", help="Its folder there. Default: its name in the study, or the top.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--license", metavar="ID", help="The licence of the SAE, for the card: an id of the hub, as apache-2.0.")
+def push(sae: str, repository: str, folder: str | None, private: bool, license: str | None) -> None:
+    """Upload SAE to REPOSITORY (owner/name) on the Hugging Face hub, and print the address of the commit.
+
+    A repository may hold many SAEs. Its model card tells what the study of each has measured, and how to load it here
+    and in SAELens. Log in with `hf auth login` before.
+    """
+    from .sharing import push as push_to
+
+    click.echo(push_to(sae, repository, folder, private, license))
+
+
+@main.command()
 @click.option("--root", metavar="DIR", help="The study whose SAEs steer: its directory or URI.")
 @click.option("--llava", metavar="DIR_OR_ID", help="The LLaVA; the study's by default.")
 @click.option("--sae", "saes", multiple=True, metavar="CELL", help="Only this SAE of the study. May be repeated.")

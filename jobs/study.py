@@ -24,6 +24,8 @@ from .stage import readable
 
 MANY = 30
 """From more comparisons, or folders of a kind, on not each of them is told."""
+FAR = 3
+"""From so many spreads on, a mean may be worth subtracting (docs/training.md)."""
 
 
 def run(plan: StudyPlan) -> dict:
@@ -102,7 +104,9 @@ def summary_text(plan: StudyPlan, summary: dict) -> str:
     lines += [*_comparisons(summary["comparisons"]), ""]
     if summary["mean_over_spread"]:
         sites = ", ".join(f"{site} {offset:.2f}" for site, offset in summary["mean_over_spread"].items())
-        lines += [f"|mean| of the activations, in units of their spread: {sites}", ""]
+        far = max(summary["mean_over_spread"].values()) >= FAR and not plan.study.training.centre
+        advice = f"; from {FAR} on, try training.centre = true" if far else ""
+        lines += [f"|mean| of the activations, in units of their spread: {sites}{advice}", ""]
     if compared := comparison_lines(concepts.cells(plan)):
         lines += ["Concepts on held-out images: the best SAE by each measure", "", *compared, ""]
     for name, counts in summary["steering"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +85,20 @@ def files(**contents: bytes) -> Callable[[Path], None]:
     return make
 
 
+def form(
+    name: str, file: str = "config.json", weights: dict[str, torch.Tensor] | None = None, **config: Any
+) -> Callable[[Path], None]:
+    """A directory as another library writes it, with another configuration or further tensors."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(GOLDEN / "forms" / name, folder, dirs_exist_ok=True)
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | config))
+        if weights is not None:
+            torch.save(torch.load(folder / "sae.pt", weights_only=True) | weights, folder / "sae.pt")
+
+    return make
+
+
 def several(folder: Path) -> None:
     for name in ("a", "b"):
         save_sae(make_sae("relu"), Folder(folder / name))
@@ -108,8 +123,8 @@ SAES = [
          sae_lens(architecture="gated"), "'gated' cannot be opened"),
     Case("SAELens 6 with normalised or reshaped activations, or codes scaled by the decoder's norms",
          "refused: fold it into the weights in SAELens", sae_lens(normalize_activations="layer_norm"), "layer_norm"),
-    Case("SAELens before 6", "refused: save it again with SAELens 6",
-         sae_lens(metadata={"sae_lens_version": "5.11.0"}), "older than 6"),
+    Case("SAELens before 6", "opens as SAELens 6 opens it",
+         sae_lens(metadata=..., sae_lens_version="5.11.0", hook_name="blocks.8.hook_resid_pre")),
     Case("`cfg.json` without `d_in` or `d_sae`", "refused: write them there", sae_lens(d_in=...), "d_in = None"),
     Case("names with `module.`, `_orig_mod.`, `_fsdp_wrapped_module.` or `_checkpoint_wrapped_module.`", "opens",
          changed_weights(lambda saved: {f"module._orig_mod.{name}": one for name, one in saved.items()})),
@@ -130,10 +145,19 @@ SAES = [
     Case("`ae.pt` of dictionary_learning, TopK, beside its `config.json`", "opens as `topk`",
          ae(config={"dict_class": "AutoEncoderTopK", "k": 3})),
     Case("… without `config.json`", "opens as `batch_topk`, with a warning: TopK has the same tensors", ae()),
+    Case("… `AutoEncoder` and `AutoEncoderNew`", "opens as `relu`", form("dictionary_learning-AutoEncoderNew")),
+    Case("… `JumpReluAutoEncoder`", "opens as `jumprelu`", form("dictionary_learning-JumpReluAutoEncoder")),
     Case("… of another class", "refused: convert it", ae(config={"dict_class": "GatedAutoEncoder"}),
          "is a GatedAutoEncoder"),
-    Case("EleutherAI's sparsify (`sae.safetensors`)", "refused: convert it",
-         files(cfg__json=b'{"d_in": 8}', sae__safetensors=b""), "EleutherAI's sparsify; convert it"),
+    Case("EleutherAI's sparsify (`sae.safetensors` and `cfg.json`)", "opens as `topk`", form("sparsify", "cfg.json")),
+    Case("… with groups of latents or a skip connection, transcoders", "refused: sae-ray has no such architecture",
+         form("sparsify", "cfg.json", activation="groupmax"), "activation = 'groupmax': cannot be opened"),
+    Case("overcomplete and ViSAEBench (`sae.pt`, `config.json`), TopK", "opens as `topk`", form("overcomplete-topk")),
+    Case("… BatchTopK, with its threshold", "opens as `batch_topk`", form("overcomplete-batchtopk")),
+    Case("… JumpReLU", "opens as `jumprelu`", form("overcomplete-jumprelu")),
+    Case("… without an activation", "opens as `relu`", form("overcomplete-relu")),
+    Case("… with another encoder than a linear one", "refused: convert it",
+         form("overcomplete-topk", weights={"encoder.mlp_blocks.0.weight": torch.zeros(8, 8)}), "also holds .*convert"),
     Case("saev (`sae.pt`)", "refused: convert it", files(sae__pt=b'{"schema": 2}\n'), "saev; convert it"),
     Case("ViT-Prisma (`weights.pt`)", "refused: convert it", files(weights__pt=b""), "ViT-Prisma; convert it"),
     Case("OpenAI's sparse_autoencoder", "refused: convert it",
@@ -144,8 +168,8 @@ SAES = [
     Case("a checkpoint of a training run", "refused: convert it", ae(change=lambda saved: {"state_dict": saved}),
          "a training checkpoint"),
     Case("the folder of several SAEs", "refused: name one of those that are listed", several, "the folder of 2: a, b"),
-    Case("`owner/name`, `owner/name/folder` or `hf://owner/name` on the Hugging Face hub, neither cached nor reachable",
-         "refused: fill the cache where there is a connection", lambda folder: "hf://nobody/no-sae/layer22",
+    Case("`owner/name/folder` or `hf://owner/name/folder@revision` on the hub, neither cached nor reachable",
+         "refused: fill the cache where there is a connection", lambda folder: "hf://nobody/no-sae/layer22@v1",
          "fill the cache where there is a connection"),
     Case("pickled code", "refused: it is never run", ae(change=lambda saved: saved | {"k": Path("x")}), "safely"),
 ]  # fmt: skip

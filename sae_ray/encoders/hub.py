@@ -151,27 +151,38 @@ def refusal(model: str, error: Exception, remedy: str) -> UsageError:
     return UsageError(f"{model} cannot be loaded: {reason}{gap}({remedy})")
 
 
-@functools.cache
 def hub_unreachable() -> str | None:
-    """Why the Hugging Face hub cannot be reached, and what to do; None if it can.
+    """Why the Hugging Face hub cannot be reached, and what to do to load models; None if it can.
 
-    The hub is tried once in a process. If it does not answer, huggingface_hub is switched offline, as by
-    HF_HUB_OFFLINE=1: models in its cache still load, and others are refused at once. Otherwise it would retry every
-    file for half a minute.
+    If it cannot, models in its cache still load, and others are refused at once.
     """
-    from huggingface_hub import constants, get_session
-    from huggingface_hub.utils import httpx
+    from huggingface_hub import constants
 
-    problem = "HF_HUB_OFFLINE is set"
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-            return None
-        except httpx.HTTPError as error:
-            problem = f"{constants.ENDPOINT} cannot be reached: {str(error) or type(error).__name__}"
-            # What huggingface_hub 2.4 sets from its environment variable; read at every use.
-            constants.HF_HUB_OFFLINE = True
+    problem = hub_problem()
+    if problem is None:
+        return None
     return (
         f"{problem}; only the cache {constants.HF_HUB_CACHE} is read. Name a local directory, or fill the cache where "
         "there is a connection and set HF_HUB_OFFLINE=1"
     )
+
+
+@functools.cache
+def hub_problem() -> str | None:
+    """Why the Hugging Face hub cannot be reached; None if it can.
+
+    The hub is tried once in a process. If it does not answer, huggingface_hub is switched offline, as by
+    HF_HUB_OFFLINE=1. Otherwise it would retry every file for half a minute.
+    """
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import httpx
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+        return None
+    except httpx.HTTPError as error:
+        # What huggingface_hub 2.4 sets from its environment variable; read at every use.
+        constants.HF_HUB_OFFLINE = True
+        return f"{constants.ENDPOINT} cannot be reached: {str(error) or type(error).__name__}"

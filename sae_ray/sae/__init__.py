@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sae_ray.sae.config import TrainingConfig as TrainingConfig
     from sae_ray.sae.fitting import TrainedSAE as TrainedSAE
     from sae_ray.sae.fitting import train_sae as train_sae
+    from sae_ray.sae.formats import export_sae as export_sae
     from sae_ray.sae.formats import load_sae as load_sae
     from sae_ray.sae.formats import save_latents as save_latents
     from sae_ray.sae.formats import save_sae as save_sae
@@ -37,7 +38,7 @@ __getattr__ = exports(
         "bundle": ["BundleJob", "CellJob", "CellReport", "train_cells"],
         "config": ["Cell", "TrainingConfig"],
         "fitting": ["TrainedSAE", "train_sae"],
-        "formats": ["load_sae", "save_latents", "save_sae"],
+        "formats": ["export_sae", "load_sae", "save_latents", "save_sae"],
         "metrics": ["Fidelity", "FidelitySummary", "LatentStatistics", "evaluate", "evaluate_store", "measure_latents"],
         "model": ["SAE"],
         "sparse": ["SparseCodes"],

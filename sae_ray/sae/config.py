@@ -10,7 +10,7 @@ from sae_ray.config import STRICT
 from sae_ray.errors import check
 from sae_ray.sae.architectures import architecture
 from sae_ray.sae.weighing import SOURCES, UNIFORM
-from sae_ray.store.identity import changed
+from sae_ray.store.identity import UNNAMED, changed
 
 if TYPE_CHECKING:
     from sae_ray.sae.architectures.base import Architecture
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TrainingConfig:
     """How an SAE is trained, whatever its architecture; each architecture ignores what it does not use.
 
-    The defaults are the settings of Pach et al. 2025 (arXiv 2504.02821) and its code.
+    The defaults are the settings of Pach et al. 2025 (arXiv 2504.02821) and its code, but for `threshold`.
     """
 
     __pydantic_config__ = STRICT
@@ -51,11 +51,11 @@ class TrainingConfig:
     `steps`, at most 1000."""
     sparsity_warmup_steps: int | None = None
     """Steps over which the coefficient of a sparsity penalty rises linearly from 0. Default: a tenth of `steps`."""
-    threshold: Literal["average", "calibrated"] = "average"
+    threshold: Literal["average", "calibrated"] = field(default="calibrated", metadata={UNNAMED: "average"})
     """The inference threshold (batch top-k architectures): that moving average (the reference), or the value at which
     `k` latents are active on average on images that are kept out of training, one in ten of a part of the training
-    images. They are kept out of the training of all architectures, which then see the same. The latter is recommended
-    where there are few images."""
+    images. They are kept out of the training of all architectures, which then see the same. With fewer than ten images
+    none is kept out, and it is the average."""
     centre: bool = False
     """Subtract the mean of the training activations from them before they are scaled by what is left; `b_dec` of the
     trained SAE holds it. The reference does not; it is recommended where the mean is long beside the spread."""
@@ -185,8 +185,9 @@ class Cell:
     def identity(self) -> dict[str, Any]:
         """What determines the SAE, as plain JSON values: equal for two cells that train to the same weights.
 
-        Only settings that the architecture uses and that differ from their defaults are included. A value that equals
-        the derived one counts as a default. What files hold (a table of weights, the SAE to start from) is not.
+        Only settings that the architecture uses and that differ from their defaults are included (see `changed`). A
+        value that equals the derived one counts as a default. What files hold (a table of weights, the SAE to start
+        from) is not.
         """
         training = {
             name: value

@@ -57,6 +57,8 @@ class SAE:
     """Those that the first latents were guided by, in their order; none for most SAEs."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Facts that travel with the SAE; plain JSON values."""
+    source: Folder | None = field(default=None, repr=False)
+    """Where it was opened; None for an SAE that was not."""
 
     def __post_init__(self):
         if self.W_enc.ndim != 2:
@@ -96,6 +98,36 @@ class SAE:
         from sae_ray.sae.formats import save_sae
 
         save_sae(self, Folder(directory))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        folder: str | None = None,
+        *,
+        private: bool | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Uploads it to a repository on the Hugging Face hub, which is made if it is missing, with a model card.
+
+        The card tells what is known of all SAEs that were pushed there: where this one was opened from, the steps of
+        the study beside it are read.
+
+        Args:
+            repo_id: as `owner/name`.
+            folder: its folder there; the name of the cell that it is in a study, or else the repository's top.
+            private: whether a new repository is private; by default what the owner has chosen.
+            license: an id of the hub, such as `apache-2.0`, for the card.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UsageError: the hub cannot be reached, or may not be written to.
+            SaeRayError: the connection was lost.
+        """
+        from sae_ray.sae.sharing import push
+
+        return push(self, repo_id, folder, private=private, license=license)
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """Dense codes. Raises UsageError when x has another width than `d_in`."""

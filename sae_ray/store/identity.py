@@ -1,6 +1,8 @@
 """What of a configuration decides a result: the settings that do not stand at their defaults.
 
-A step is named after them. A new setting whose default changes nothing therefore renames no step.
+A step is named after them. A new setting whose default changes nothing therefore renames no step. Where a default has
+changed later, the name still leaves out the earlier one: what was made by it is found where it says so, and is never
+taken for what the new default makes.
 """
 
 from __future__ import annotations
@@ -9,9 +11,12 @@ import json
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
+UNNAMED = "unnamed"
+"""Key of a field's metadata: the earlier default."""
+
 
 def changed(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults, as JSON gives them back.
+    """The fields of a dataclass that differ from their (earlier) defaults, as JSON gives them back.
 
     Fields without a default always count. Of a nested dataclass only the fields that differ from its own defaults
     stand there.
@@ -31,4 +36,6 @@ def defaults(kind: Any) -> dict[str, Any]:
 
 
 def _default(one: Field) -> Any:
+    if UNNAMED in one.metadata:
+        return one.metadata[UNNAMED]
     return one.default if one.default_factory is MISSING else one.default_factory()

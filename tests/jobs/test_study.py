@@ -41,6 +41,14 @@ def test_the_summary_shows_where_everything_lies(finished, make_plan):
     assert str(finished / "report" / "index.html") in text
 
 
+def test_a_mean_far_from_0_is_pointed_out(finished, make_plan):
+    summary = study.write_summary(make_plan(finished))
+    for centre, offset, told in ((False, 3.2, True), (False, 2.9, False), (True, 3.2, False)):
+        plan = make_plan(finished, **{"training.centre": centre})
+        text = study.summary_text(plan, summary | {"mean_over_spread": {"projection": offset}})
+        assert ("try training.centre = true" in text) == told
+
+
 def test_of_many_comparisons_and_folders_the_summary_tells_what_matters(finished, make_plan, monkeypatch):
     plan = make_plan(finished)
     summary = study.write_summary(plan)

@@ -11,9 +11,11 @@ from sae_ray.jobs.placement import bundles
 from sae_ray.jobs.progress import Progress
 
 from sae_ray.sae import CellTrainer, load_sae, train_cells
+from sae_ray.sae.calibration import calibrated
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
+from sae_ray.store.sample import Sample
 from sae_ray.store.stream import TrainingStream
 from sae_ray.study.root import remember
 from tests.jobs.struck import claim
@@ -46,10 +48,11 @@ def test_a_cell_is_what_it_would_be_alone(finished, make_plan):
         store = ActivationStore(one.activations.step.folder)
         scale = store.root_mean_square_norm
         trainer = CellTrainer(one.grid_cell.cell, store.d)
-        stream = TrainingStream(store, 64, one.stream_seed, plan.study.shuffle_rows)
+        sample = Sample(store)
+        stream = TrainingStream(store, 64, one.stream_seed, plan.study.shuffle_rows, without=sample)
         for _, rows in zip(range(120), stream.batches(), strict=False):
             trainer.step(rows.float() / scale)
-        alone = trainer.export(scale)
+        alone = calibrated(trainer.export(scale), torch.from_numpy(sample.kept_out_rows()))
         for name, tensor in weights(one.step.folder).items():
             torch.testing.assert_close(getattr(alone, name), tensor, rtol=1e-5, atol=1e-6)
 

@@ -22,6 +22,7 @@ from sae_ray.sae import (
     evaluate_store,
     load_sae,
     train_cells,
+    train_sae,
 )
 from sae_ray.sae.calibration import calibrated
 from sae_ray.store.activations import ActivationStore
@@ -107,6 +108,16 @@ def test_on_new_images_as_many_latents_are_active_as_were_asked_for(write_store,
     assert (counts["kept_out"], counts["kept_out_l0"]) == (100, CELL.k)
     kept_out = torch.from_numpy(Sample(train).kept_out_rows())
     assert torch.equal(calibrated(exact, kept_out).threshold, exact.threshold)
+
+
+def test_vectors_from_anywhere_are_calibrated_too():
+    """From ten on, the last of every ten is kept out of training."""
+    x, few = torch.from_numpy(activations(45, 0)), {"expansion": 16, "k": 4, "steps": 10, "batch_size": 16}
+    for rows in (x, x[:10]):
+        sae, kept_out = train_sae(rows, **few, progress=False), rows[9::10]
+        assert (sae.encode(kept_out) > 0).sum() == 4 * len(kept_out)
+    found, average = (train_sae(x[:9], **few, **one, progress=False) for one in ({}, {"threshold": "average"}))
+    assert torch.equal(found.threshold, average.threshold)
 
 
 def test_too_few_images_leave_the_average(write_store, tmp_path: Path):

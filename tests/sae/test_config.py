@@ -173,7 +173,7 @@ BY_BATCH = REVIVING - {"topk"} | {"random"}
         ({"gradient_clip": 2.0}, LEARNING),
         ({"dtype": "bfloat16"}, EVERY),
         ({"centre": not TrainingConfig().centre}, EVERY - {"guided_topk"}),  # which standardises every row
-        ({"threshold": "calibrated"}, EVERY),
+        ({"threshold": "average"}, EVERY),
         ({"auxk_weight": 0.1}, REVIVING),
         ({"auxk_select": "pre"}, REVIVING),
         ({"dead_after_samples": 9}, REVIVING),
@@ -211,8 +211,11 @@ def test_an_identity_says_what_the_cell_is():
         "expansion": 2.0,
         "sparsity": 0.1,
         "seed": 3,
-        "training": {"steps": 200},
+        "training": {"steps": 200, "threshold": "calibrated"},
         "settings": {"bandwidth": 0.5},
     }
+    reference = dataclasses.replace(training, threshold="average")
+    of_reference = dataclasses.replace(cell, training=reference).identity()
+    assert of_reference["training"] == {"steps": 200}, "as SAEs were named when this was the default"
     for change in ({"expansion": 3.0}, {"sparsity": 0.2}, {"seed": 4}):
         assert dataclasses.replace(cell, **change).identity() != cell.identity()

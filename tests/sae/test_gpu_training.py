@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae_ray.sae import Cell, CellTrainer, NonFiniteLoss, StepMetrics, TrainingConfig
+from sae_ray.sae import Cell, CellTrainer, NonFiniteLoss, StepMetrics, TrainingConfig, train_sae
 from sae_ray.sae.architectures import ARCHITECTURES
 from sae_ray.sae.architectures.jumprelu import JumpReLUSettings
 from sae_ray.sae.optimizer import RowAdam, RowGradient, adam_scalars
@@ -200,3 +200,10 @@ def test_what_is_exported_encodes_as_on_a_cpu(name: str):
         assert ((found > 0) != (expected > 0)).sum() <= 2
         both = (found > 0) & (expected > 0)
         torch.testing.assert_close(found[both], expected[both], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_trained_has_its_threshold_from_rows_kept_out():
+    x = make_batches(4).flatten(0, 1)
+    sae = train_sae(x, k=8, steps=100, batch_size=256, device=DEVICE, progress=False)
+    active = (sae.encode(x[9::10]) > 0).sum().item()
+    assert abs(active - 8 * len(x[9::10])) <= 2  # it is encoded on a CPU here

@@ -17,6 +17,7 @@ from sae_ray.sae.sparse import Pattern
 from sae_ray.scores import monosemanticity
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
+from sae_ray.store.sample import Sample
 from sae_ray.store.steps import Step
 from sae_ray.store.stream import TrainingStream
 from tests.sae.thread_ranks import on_ranks
@@ -204,7 +205,7 @@ def test_embeddings_travel_with_the_activations_of_their_images(stores, tmp_path
     scale = activations.root_mean_square_norm
     for job, cell in zip(jobs, cells, strict=True):
         trainer = CellTrainer(cell, D_IN)
-        stream = TrainingStream(activations, BATCH, 5, 200)
+        stream = TrainingStream(activations, BATCH, 5, 200, without=Sample(activations))
         for _, (rows, images) in zip(range(TRAINING.steps), stream.batches_with_images(), strict=False):
             judged = torch.stack([of_image[image] for image in images.tolist()]).float()
             trainer.step(rows.float() / scale, embeddings=judged if cell.monosemanticity else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sae_ray.errors import UsageError
-from sae_ray.sae.formats.places import CONFIG_FILE, WEIGHTS_FILE, Place
+from sae_ray.sae.formats.places import CONFIG_FILE, OVERCOMPLETE_CONFIG_FILES, WEIGHTS_FILE, Place
 
 CONVERT = (
     "convert it to a SAELens 6 directory first: docs/formats.md says under `sae-*` which tensors it holds and what is "
@@ -16,7 +16,6 @@ GEMMA = (
     "sae-ray opens"
 )
 BY_FILE = {
-    "sae.safetensors": f"an SAE of EleutherAI's sparsify; {CONVERT}",
     "params.npz": GEMMA,
     "params.safetensors": GEMMA,
     "hyperparams.json": f"an SAE of Llama Scope, whose activations are normalised; {CONVERT}",
@@ -27,8 +26,6 @@ BY_FILE = {
 BY_TENSORS = {
     "pre_bias": f"an SAE of OpenAI's sparse_autoencoder, which may normalise each sample; {CONVERT}",
     "gate_bias": f"a GatedAutoEncoder of dictionary_learning, whose gate sae-ray does not have; {CONVERT}",
-    "decoder.bias": f"an AutoEncoderNew of dictionary_learning; {CONVERT}",
-    "bias": f"an AutoEncoder (ReLU) of dictionary_learning; {CONVERT}",
     "W_skip": f"a transcoder, which predicts another activation than it reads; {CONVERT}",
     "state_dict": f"a training checkpoint, or an SAE of ViT-Prisma; {CONVERT}",
     "model_state_dict": f"a training checkpoint; {CONVERT}",
@@ -43,6 +40,8 @@ def refuse_by_files(place: Place) -> None:
         held = {place.file} if not place.file.endswith(".pt") else set()
     else:
         held = place.files if not {CONFIG_FILE, WEIGHTS_FILE} <= place.files else set()
+        if held & {*OVERCOMPLETE_CONFIG_FILES}:  # beside them it is one of overcomplete
+            held -= {"sae.pt"}
     for file, said in BY_FILE.items():
         if file in held:
             raise UsageError(f"{place} is {said}")
@@ -54,6 +53,3 @@ def refuse_by_tensors(where: str, names: Iterable[str]) -> None:
     for name, said in BY_TENSORS.items():
         if name in held:
             raise UsageError(f"{where} is {said}")
-    if {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"} == held:
-        norms = "whose codes are scaled by the norms of the decoder"
-        raise UsageError(f"{where} is a JumpReluAutoEncoder of dictionary_learning, {norms}; {CONVERT}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,18 +9,29 @@ from pyarrow import fs
 
 from sae_ray.encoders.sources import is_path
 from sae_ray.errors import UsageError
+from sae_ray.sae.formats.hub_names import HubName, downloaded, listed
 from sae_ray.store.files import Folder, parent_and_name
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 LATENTS_FILE = "latents.parquet"
+FIGURES_FILE = "figures.json"
+"""What is known of an SAE that was uploaded (`sae_ray.sae.figures`)."""
 AE_FILE = "ae.pt"
 AE_CONFIG_FILE = "config.json"
+SPARSIFY_FILE = "sae.safetensors"
+OVERCOMPLETE_FILES = ("sae.pt", "model.safetensors")
+OVERCOMPLETE_CONFIG_FILES = (AE_CONFIG_FILE, "config.yaml")
 FORMS = (
-    f"name a SAELens 6 directory ({CONFIG_FILE} and {WEIGHTS_FILE}), a .pt file of the reference code, or an SAE on "
-    "the Hugging Face hub as owner/name or owner/name/folder"
+    "name the folder of an SAE in a form that docs/sharing.md lists, a .pt file of the reference code, or an SAE on "
+    "the Hugging Face hub as owner/name/folder or hf://owner/name/folder@revision"
 )
-_FILES = (CONFIG_FILE, WEIGHTS_FILE, LATENTS_FILE, AE_FILE, AE_CONFIG_FILE)
+_MARKS = {CONFIG_FILE, AE_FILE, "sae.pt"}
+"""Files by which the folder of an SAE is recognised."""
+_OF_HUB = (
+    *(CONFIG_FILE, WEIGHTS_FILE, LATENTS_FILE, FIGURES_FILE, AE_FILE, SPARSIFY_FILE),
+    *(*OVERCOMPLETE_FILES, *OVERCOMPLETE_CONFIG_FILES),
+)
 _SHOWN = 8
 _LOOKED_AT = 200
 """Folders, in a search for SAEs."""
@@ -47,53 +57,53 @@ def place_of(path: str | Path | Folder) -> Place:
         UsageError: there is nothing, no SAE or more than one; or the hub cannot be reached and its cache lacks the SAE.
     """
     if isinstance(path, str) and path.startswith("hf://"):
-        return place_of(_downloaded(path.removeprefix("hf://")))
+        return _of_hub(HubName.parse(path))
     folder = path if isinstance(path, Folder) else Folder(path)
     kind = folder.filesystem.get_file_info(folder.path).type
     if kind == fs.FileType.NotFound:
-        if isinstance(path, str) and not is_path(path) and re.fullmatch(r"[\w.-]+/[\w.-]+(/.+)?", path):
-            return place_of(_downloaded(path))
+        if isinstance(path, str) and not is_path(path) and HubName.fits(path):
+            return _of_hub(HubName.parse(path))
         raise UsageError(f"{folder} does not exist; check the path, or {FORMS}")
     name = None
     if kind == fs.FileType.File:
         folder, name = parent_and_name(folder.uri)
     files = frozenset(folder.files())
-    if name is None and not files & {CONFIG_FILE, AE_FILE}:
-        _refuse_several(folder)
+    if name is None and not files & _MARKS and (saes := _saes_below(folder)):
+        raise _several(folder, saes, folder / saes[0])
     if name is None and CONFIG_FILE not in files and AE_FILE in files:
         name = AE_FILE
-    return Place(folder, None if name in (CONFIG_FILE, WEIGHTS_FILE) else name, files)
+    return Place(folder, None if name and _stands_for_folder(name, files) else name, files)
 
 
-def _downloaded(name: str) -> Folder:
-    """The folder, or file, with this name on the hub, as the cache has it afterwards."""
-    from huggingface_hub import snapshot_download
+def _stands_for_folder(name: str, files: frozenset[str]) -> bool:
+    """Whether a file is part of an SAE, which the others beside it complete."""
+    if name in OVERCOMPLETE_FILES:
+        return bool(files & {*OVERCOMPLETE_CONFIG_FILES})
+    return name in (CONFIG_FILE, WEIGHTS_FILE, SPARSIFY_FILE)
 
-    from sae_ray.encoders.hub import refusing
 
-    owner, model, *inside = name.split("/")
-    within = "".join(f"{part}/" for part in inside)
-    wanted = [within + file for file in _FILES] + ["/".join(inside)] * bool(inside)
-    shown = f"{name} is neither a file nor a folder here, and {owner}/{model} on the Hugging Face hub"
-    with refusing(shown, FORMS, of_hub=True):
-        cached = Folder(snapshot_download(f"{owner}/{model}", allow_patterns=wanted))
-    found = cached / "/".join(inside) if inside else cached
-    if not found.exists():
+def _of_hub(name: HubName) -> Place:
+    snapshot = downloaded(name, _OF_HUB, FORMS)
+    found = snapshot / name.inside if name.inside else snapshot
+    is_file = found.filesystem.get_file_info(found.path).type == fs.FileType.File
+    if is_file or found.files().keys() & _MARKS:
+        return place_of(found)
+    within = f"{name.inside}/" if name.inside else ""
+    below = [file.removeprefix(within) for file in listed(name, snapshot) if file.startswith(within)]
+    if saes := sorted({file.rpartition("/")[0] for file in below if file.rpartition("/")[2] in _MARKS}):
+        raise _several(name, saes, name._replace(inside=within + saes[0]))
+    if not below:
         raise UsageError(
-            f"{owner}/{model} on the Hugging Face hub has no SAE at {'/'.join(inside) or 'its top'}, or its cache "
-            f"({cached}) lacks it; name the SAE's own folder, as in {owner}/{model}/folder"
+            f"{name.repo} on the Hugging Face hub has no SAE at {name.inside or 'its top'}, or its cache "
+            f"({snapshot}) lacks it; name the SAE's own folder, as in {name.repo}/folder"
         )
-    return found
+    return Place(found, None, frozenset(file for file in below if "/" not in file))
 
 
-def _refuse_several(folder: Folder) -> None:
-    """Raises UsageError if the SAEs lie in the folders below."""
-    below = _saes_below(folder)
-    if below:
-        some = ", ".join(below[:_SHOWN]) + (" …" if len(below) > _SHOWN else "")
-        raise UsageError(
-            f"{folder} is not an SAE, but the folder of {len(below)}: {some}; name one, such as {folder / below[0]}"
-        )
+def _several(where: Folder | HubName, saes: list[str], first: Folder | HubName) -> UsageError:
+    """The error for a folder in which these SAEs lie."""
+    some = ", ".join(saes[:_SHOWN]) + (" …" if len(saes) > _SHOWN else "")
+    return UsageError(f"{where} is not an SAE, but the folder of {len(saes)}: {some}; name one, such as {first}")
 
 
 def _saes_below(folder: Folder) -> list[str]:
@@ -103,7 +113,7 @@ def _saes_below(folder: Folder) -> list[str]:
     while waiting and looked_at < _LOOKED_AT:
         name, depth = waiting.pop(0)
         looked_at += 1
-        if (folder / name).files().keys() & {CONFIG_FILE, AE_FILE}:
+        if (folder / name).files().keys() & _MARKS:
             found.append(name)
         elif depth < 2:
             waiting += [(f"{name}/{below}", depth + 1) for below in (folder / name).folders()]

@@ -1,7 +1,8 @@
-"""SAELens v6 directories, ours and others': the native format.
+"""SAELens directories, ours and others': the native format.
 
 A directory of `cfg.json` and `sae_weights.safetensors` that SAELens 6 opens as it is. Facts that SAELens does not know
-are in `cfg.json` under `metadata.sae_ray`, those per latent in `latents.parquet` beside it.
+are in `cfg.json` under `metadata.sae_ray`, those per latent in `latents.parquet` beside it. Directories of earlier
+versions, as most releases have them, are read as SAELens 6 reads them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import safetensors.torch
 from sae_ray.errors import SaeRayError, UsageError, check
 from sae_ray.sae.architectures import ARCHITECTURES, architecture
 from sae_ray.sae.formats.places import CONFIG_FILE, LATENTS_FILE, WEIGHTS_FILE, Place
-from sae_ray.sae.formats.tensors import not_tensors, unwrapped
+from sae_ray.sae.formats.tensors import not_tensors, of_centred, unwrapped
 from sae_ray.sae.model import SAE
 
 if TYPE_CHECKING:
@@ -43,6 +44,17 @@ _NOT_OPENED = {
     "temporal": "Its codes depend on the tokens before: train one of the others",
 }
 """Architectures of SAELens -> why they are refused, and what to do."""
+_FACTS = ("model_name", "hook_name", "hook_layer", "dataset_path", "context_size", "neuronpedia_id", "sae_lens_version")
+"""What an earlier version says of the data, in its `cfg.json`."""
+_EARLIER = {"hook_point", "hook_name", "activation_fn", "activation_fn_str"}
+"""Keys of which SAELens before 6 wrote at least one."""
+
+
+def write(sae: SAE, folder: Folder) -> None:
+    """As `save_sae`, but raises UsageError if SAELens would refuse the directory."""
+    if sae.kind.sae_lens.startswith("sae_ray_"):
+        raise UsageError(f"architecture = {sae.architecture!r}: SAELens has none that computes the same codes")
+    save_sae(sae, folder)
 
 
 def save_sae(sae: SAE, folder: Folder) -> None:
@@ -102,10 +114,12 @@ def read(place: Place) -> SAE:
     check(isinstance(metadata, dict), f"{where}: metadata", metadata, f"make it an object; {_COPY_AGAIN}")
     version = str(metadata.get("sae_lens_version") or config.get("sae_lens_version") or "")
     if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
-        raise UsageError(
-            f"{folder}: sae_lens_version = {version or None!r} is older than 6, whose format differs; open it "
-            "and save it again with SAELens 6"
-        )
+        if not config.keys() & _EARLIER:
+            raise UsageError(
+                f"{folder}: sae_lens_version = {version or None!r}, and {CONFIG_FILE} has none of the keys of earlier "
+                "versions; open it and save it again with SAELens 6"
+            )
+        config, metadata = _as_version_6(config), {}
     ours = "sae_ray" in metadata
     kind, k, facts = _ours(config, where) if ours else _foreign(config, where)
     concepts = _concepts(metadata["sae_ray"].get("concepts", []), where) if ours else ()
@@ -120,9 +134,26 @@ def read(place: Place) -> SAE:
             f"d_sae = {config['d_sae']}; the two files do not belong together"
         )
     if not config.get("apply_b_dec_to_input", True):
-        # x @ W_enc + b_enc = (x - b_dec) @ W_enc + (b_enc + b_dec @ W_enc)
-        tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
-    return SAE(architecture=kind.name, k=k, concepts=concepts, metadata=facts, **tensors)
+        tensors["b_enc"] = of_centred(tensors["W_enc"], tensors["b_enc"], tensors["b_dec"])
+    weights = {name: tensors[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    threshold = tensors.get("threshold")
+    return SAE(architecture=kind.name, **weights, threshold=threshold, k=k, concepts=concepts, metadata=facts)
+
+
+def _as_version_6(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a directory of SAELens before 6, in the terms of version 6."""
+    terms = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
+    config = {terms.get(key, key): value for key, value in config.items()}
+    function, settings = config.get("activation_fn", "relu"), config.get("activation_fn_kwargs") or {}
+    config["architecture"] = config.get("architecture") or "standard"
+    if function == "topk" and settings.get("k") is not None:
+        config |= {"architecture": "topk", "activation_fn": "relu", "k": settings["k"]}
+    if isinstance(config.get("normalize_activations"), bool):
+        config["normalize_activations"] = "expected_average_only_in" if config["normalize_activations"] else "none"
+    if "hook_z" in str(config.get("hook_name")):
+        config.setdefault("reshape_activations", "hook_z")
+    config["metadata"] = {key: config[key] for key in _FACTS if config.get(key) is not None}
+    return config
 
 
 def _check_conventions(config: dict[str, Any], where: str) -> None:
@@ -195,6 +226,8 @@ def _read_weights(place: Place, names: list[str]) -> dict[str, Tensor]:
         tensors = unwrapped(safetensors.torch.load(data), where)
     except safetensors.SafetensorError as error:
         raise not_tensors(data, where, f"is damaged ({error}); copy it again") from error
+    if "scaling_factor" in tensors and (tensors["scaling_factor"] == 1).all():
+        del tensors["scaling_factor"]  # earlier versions of SAELens wrote it where it was not used
     if set(tensors) != set(names):
         raise UsageError(f"{where} holds the tensors {sorted(tensors)}, but must hold exactly {names}")
     for name, tensor in tensors.items():

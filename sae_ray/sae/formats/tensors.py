@@ -9,6 +9,9 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images.imposters import kind_of
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
     from sae_ray.sae.model import SAE
 
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -51,3 +54,22 @@ def check_finite(sae: SAE, where: str) -> None:
                 f"{where}: {n_bad} of the {tensor.numel()} values of {name} are NaN or infinite; its training "
                 "diverged, or the file is damaged: take an earlier checkpoint, or copy it again"
             )
+
+
+def of_centred(
+    W_enc: Float[Tensor, "d_in d_sae"], b_enc: Float[Tensor, " d_sae"], b_dec: Float[Tensor, " d_in"]
+) -> Float[Tensor, " d_sae"]:
+    """The encoder's bias for inputs less `b_dec`, from that for inputs as they are: the codes stay the same."""
+    return (b_enc.double() + b_dec.double() @ W_enc.double()).to(b_enc.dtype)
+
+
+def of_uncentred(
+    W_enc: Float[Tensor, "d_in d_sae"], b_enc: Float[Tensor, " d_sae"], b_dec: Float[Tensor, " d_in"]
+) -> Float[Tensor, " d_sae"]:
+    """The inverse of `of_centred`."""
+    return of_centred(W_enc, b_enc, -b_dec)
+
+
+def unit_norms(norms: Float[Tensor, " d_sae"]) -> bool:
+    """Whether all are 1 up to rounding."""
+    return bool(((norms - 1).abs() <= 1e-5).all())

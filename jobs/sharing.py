@@ -1,0 +1,38 @@
+"""`sae-ray export` and `sae-ray push`: SAEs for other libraries, and for the Hugging Face hub."""
+
+from __future__ import annotations
+
+from sae_ray.errors import UsageError
+from sae_ray.store.files import Folder
+
+NEURONPEDIA = "neuronpedia"
+
+
+def export(sae: str, to: str, out: str, centred: bool) -> Folder:
+    """Writes an SAE as another library opens it, or its features for Neuronpedia. Returns the folder.
+
+    `latents.parquet` goes with it: it defines strengths in multiples of `max_token`, and no library minds it.
+
+    Raises UsageError if there is something in the folder, or the form cannot express the SAE.
+    """
+    from sae_ray.report.neuronpedia import write_neuronpedia
+    from sae_ray.sae import export_sae, load_sae
+    from sae_ray.sae.formats import LATENTS_FILE, sae_folder
+
+    folder = Folder(out)
+    if folder.files() or folder.folders():
+        raise UsageError(f"--out {folder} is not empty; choose a new folder")
+    if to == NEURONPEDIA:
+        return write_neuronpedia(sae_folder(sae), folder)
+    export_sae(load_sae(sae), folder, to, centred)
+    source = sae_folder(sae)
+    if source.exists(LATENTS_FILE):
+        folder.write_copy(LATENTS_FILE, source, LATENTS_FILE)
+    return folder
+
+
+def push(sae: str, repo_id: str, folder: str | None, private: bool, license: str | None) -> str:
+    """Uploads an SAE with its model card. Returns the address of the commit."""
+    from sae_ray.sae import load_sae
+
+    return load_sae(sae).push_to_hub(repo_id, folder, private=private or None, license=license)
