@@ -399,11 +399,20 @@ def watch(root: str) -> None:
 
 @main.command()
 @study_options
-def report(**options: Any) -> None:
+@click.option("--serve", is_flag=True, help="Then serve it to a browser, for reports on remote machines.")
+@click.option("--port", type=int, help="For --serve; 8600 by default. Only this machine reaches it.")
+def report(serve: bool, port: int | None, **options: Any) -> None:
     """Make the HTML report of a study's finished steps and print its path."""
+    if port is not None and not serve:
+        raise UsageError("--port is for a report that is served; add --serve, or leave it out")
     from . import study
 
-    click.echo(study.make_report(open_plan(**options)) / "index.html")
+    made = study.make_report(open_plan(**options))
+    click.echo(made / "index.html")
+    if serve:
+        from sae_ray.report.server import serve_report
+
+        serve_report(made, port, click.echo)
 
 
 @main.command()

@@ -57,6 +57,7 @@ ASSETS = {
     "/playground.css": (PLAYGROUND / "playground.css", "text/css; charset=utf-8"),
     "/playground.js": (PLAYGROUND / "playground.js", "text/javascript; charset=utf-8"),
     "/report.css": (FilePath(report.__file__).parent / "assets" / "report.css", "text/css; charset=utf-8"),
+    "/theme.js": (FilePath(report.__file__).parent / "assets" / "theme.js", "text/javascript; charset=utf-8"),
     "/swagger-ui-bundle.js": (SWAGGER / "swagger-ui-bundle.js", "text/javascript; charset=utf-8"),
     "/swagger-ui.css": (SWAGGER / "swagger-ui.css", "text/css; charset=utf-8"),
 }
@@ -71,6 +72,7 @@ FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": description}
     for status, description in (("4XX", "The request is invalid."), ("5XX", "The server failed."))
 }
+SORTED = "Defaults to `similarity` with `search`, else to `ms`, with features of classes that the study ignores last."
 SaeId = Annotated[str, Path(description="The id of an SAE, as listed by `/v1/saes`.", max_length=200)]
 Index = Annotated[int, Path(description="The index of a feature.", ge=0, le=MAX_INDEX)]
 
@@ -272,7 +274,7 @@ def _add_features(app: FastAPI, service: Service) -> None:
     def list_features(
         sae: SaeId,
         search: Annotated[str | None, Query(max_length=200, description="A text such as `star`.")] = None,
-        sort: Annotated[Sort | None, Query(description="Defaults to `similarity` with `search`, else to `ms`.")] = None,
+        sort: Annotated[Sort | None, Query(description=SORTED)] = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
         offset: Annotated[int, Query(ge=0, le=MAX_INDEX)] = 0,
     ) -> Features:

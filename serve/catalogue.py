@@ -72,6 +72,8 @@ class SaeEntry:
     top_images: TopImages
     histogram: Int[np.ndarray, "d_sae bins"]
     pictures: ImagePlan
+    ignored: frozenset[int]
+    """Features whose top images mostly are of classes that the study ignores."""
     similar_to: MeanEmbeddings | None
     """None if the study has no text-image model, or has not embedded its pictures with it."""
 
@@ -89,6 +91,8 @@ class SaeEntry:
     def search(self, text: str | None, sort: Sort | None) -> list[Summary]:
         """Sorted features: all that fired at least once, or those that match a text.
 
+        By default the best come first, and after them the ignored ones; a text finds what is most similar to it.
+
         Raises UsageError when sorting by similarity without a text.
         """
         if not text:
@@ -104,7 +108,8 @@ class SaeEntry:
                 "sort is 'similarity', which needs a search text and a study whose encoder embeds texts; "
                 "add search=… or choose another order"
             )
-        return sorted(found, key=lambda one: _order(one, by))
+        last = self.ignored if not text and sort is None else ()
+        return sorted(found, key=lambda one: (one.concept.latent in last, *_order(one, by)))
 
     def top(self, index: int) -> list[Top]:
         columns = self.pictures.manifest["image_id"], self.pictures.labels["label_name"]
@@ -196,22 +201,32 @@ def _entry(plan: StudyPlan, train: TrainPlan, store: ActivationStore | None, enc
     scores, top_images = of_pictures.scores, of_pictures.top_images
     images = pictures.activations.images
     steering = plan.study.steering
-    classes = image_classes(images.labels, steering.ignore_labels if steering else ())
+    ignored_labels = steering.ignore_labels if steering else ()
+    classes = image_classes(images.labels, ignored_labels)
     max_token = load_max_token(train.step.folder).numpy()
     concepts = {one.latent: one for one in label_concepts(scores, top_images.image, classes, max_token)}
+    label_names = images.labels["label_name"].to_pylist()
     similar = MeanEmbeddings(top_images, store, list(concepts), encoder) if store and encoder else None
     return SaeEntry(
         train.grid_cell.name,
         train.step.folder,
         train,
         concepts,
-        NeuronNames.read(plan, train.grid_cell.name, images.labels["label_name"].to_pylist()),
+        NeuronNames.read(plan, train.grid_cell.name, label_names),
         of_heldout.scores.ms,
         top_images,
         of_heldout.histogram,
         images,
+        _mostly(top_images.image, [name in ignored_labels for name in label_names]),
         similar,
     )
+
+
+def _mostly(top_image: Int[np.ndarray, "d_sae top"], are: Sequence[bool]) -> frozenset[int]:
+    """The features most of whose top images are so. `are` has a value per image."""
+    there = top_image >= 0
+    such = there & np.array(are, bool)[top_image]
+    return frozenset(np.flatnonzero(2 * such.sum(axis=1) > there.sum(axis=1)).tolist())
 
 
 def _order(one: Summary, by: Sort) -> tuple[float, int]:

@@ -1,12 +1,14 @@
 """The data of images and cells that the pages load on demand.
 
 Each cell has an index (a few numbers per neuron, for filters and sorting), chunks of `PER_CHUNK` neurons in the order
-of the index, so that a page of the best neurons loads one chunk, and a file of heat maps.
+of the index, so that a page of the best neurons loads one chunk, files that tell the neurons of the images of a sprite,
+and a file of heat maps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ def write_cell(
             "max": packed(cell.columns.max_image[order], "<f4"),
             "support": packed(cell.columns.n_active[order], "<i4"),
             "label": packed(cell.label[order], "<i4"),
-            "purity": packed(cell.purity[order], "<f4"),
+            "share": packed(cell.purity[order], "<f4"),
         },
     )
     near, cosine = _neighbours(cell)
@@ -77,8 +79,21 @@ def write_cell(
                 **meant,
             },
         )
+    for sprite, images in enumerate(_by_image(cell, album)):
+        write_data(folder, f"{cell.name}/images/{sprite}", images)
     if heat is not None:
         write_data(folder, f"{cell.name}/heat", _heat(heat))
+
+
+def _by_image(cell: Neurons, album: Album) -> list[list[list[list[int]]]]:
+    """Per sprite and image: place and rank of the neurons that have it among their top images, lowest rank first."""
+    images = album.numbers(cell.pictures.name, cell.top_image[cell.order])
+    place, rank = np.nonzero(images >= 0)
+    number = images[place, rank]
+    first = np.lexsort((place, rank, number))
+    pairs, ends = np.stack([place, rank], axis=1)[first], np.searchsorted(number[first], np.arange(len(album) + 1))
+    found = [pairs[start:end].tolist() for start, end in pairwise(ends)]
+    return [found[start : start + SIDE**2] for start in range(0, len(found), SIDE**2)]
 
 
 def _neighbours(cell: Neurons) -> tuple[np.ndarray, np.ndarray]:

@@ -43,6 +43,7 @@ INDEXED = (
     Score("frequency", "share of images it fires on", "Of the held-out images.", True),
     Score("max", "largest value on an image", "Of the held-out images, in the unit of the activations.", True),
     Score("support", "images above its minimum", "Held-out images that MonoSemanticity rests on.", True),
+    Score("share", "share of top images of one class", "Of the images that are shown, by their commonest class."),
 )
 """Scores that are in the cell's index."""
 MEASURED = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from sae_ray.report.wording import count, duration, number, share
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import skipped_lines
+from sae_ray.study.step_plans import SteeringPlan
 from sae_ray.study.summary import BEST, CellSummary, compare
 from sae_ray.study.trained import cautions, trained
 
@@ -72,6 +74,7 @@ def render(
         "grid_plots": plots.grid_plots(rows),
         "curve_plots": plots.curve_plots(cells, min_images),
         "fidelity_plots": plots.fidelity_plots(rows),
+        "training_plots": plots.training_plots(plan.trains),
     }
     by_name = {cell.name: cell for cell in cells}
     comparisons = compare(list(rows))
@@ -145,6 +148,7 @@ def page_facts(
 ) -> dict[str, Any]:
     """The facts that the scripts need at start-up."""
     height, width = thumbnail_size(plan.encoder.image_size)
+    commands = {one.name: _commands(plan, one) for one in plan.steerings}
     saes = [row for row in rows if row.grid_cell is not None and not math.isnan(row.top_ms)]
     return {
         "study": plan.study.name,
@@ -161,11 +165,14 @@ def page_facts(
                 "heat_caution": caution(cell),
                 "steered": any(result.plan.name == cell.name for result in steering),
                 "scores": [one.key for one in meanings[cell.name].scores] if cell.name in meanings else None,
+                "steering": commands.get(cell.name),
             }
             for cell in cells
         ],
         "first": max(saes, key=lambda row: row.top_ms).name if saes else None,
         "labels": label_names(plan),
+        "ignored": ignored_labels(plan),
+        "card_rows": -(-plan.study.scoring.top_images // 4),
         "thumbnail": {"side": SIDE, "width": width, "height": height},
         "n_pictured": album.n_pictured,
         "per_chunk": PER_CHUNK,
@@ -173,12 +180,33 @@ def page_facts(
     }
 
 
+def _commands(plan: StudyPlan, steering: SteeringPlan) -> dict[str, str]:
+    """How to steer by a latent of an SAE, but for the latent."""
+    llava, sae = steering.steering.llava, steering.sae.step.folder
+    return {
+        "ask": shlex.join(["sae-ray", "ask", "white", "--llava", llava, "--sae", str(sae)]),
+        "serve": shlex.join(["sae-ray", "serve", "--root", str(plan.root)]),
+    }
+
+
 def label_names(plan: StudyPlan) -> list[str]:
     """The labels of the images that pictures come from as they are shown; empty for one that none of them has."""
+    found = _names_of_labels(plan)
+    return [label_title(found.get(label, "")) for label in range(max(found, default=-1) + 1)]
+
+
+def ignored_labels(plan: StudyPlan) -> list[int]:
+    """Those of them that the study ignores: a reader first sees the neurons of others."""
+    study = plan.study
+    names = {name for part in (study.concepts, study.steering) if part is not None for name in part.ignore_labels}
+    return [label for label, name in sorted(_names_of_labels(plan).items()) if name in names]
+
+
+def _names_of_labels(plan: StudyPlan) -> dict[int, str]:
     labels = plan.images[plan.study.scoring.pictures].labels
     found = dict(zip(labels["label"].to_pylist(), labels["label_name"].to_pylist(), strict=True))
     found.pop(None, None)
-    return [label_title(found.get(label, "")) for label in range(max(found, default=-1) + 1)]
+    return found
 
 
 def _tiles(

@@ -14,12 +14,14 @@ import numpy as np
 
 from sae_ray.report.neurons import Neurons
 from sae_ray.sae.config import Cell
+from sae_ray.sae.history import HISTORY_FILE
 from sae_ray.sae.weighing import label_of
 from sae_ray.study.config import GridCell
+from sae_ray.study.step_plans import TrainPlan
 from sae_ray.study.summary import BEST, CellSummary
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colour-blind-safe palette, slightly darkened to work on white and on black.
@@ -29,7 +31,13 @@ INK = "#010203"
 WIDTH, HEIGHT = 4.6, 3.1
 """Size of a plot in inches of 72 points."""
 POINTS = 256
-"""Maximum number of points of an MS curve; more would not be visible at this size."""
+"""Maximum number of points of a curve; more would not be visible at this size."""
+CURVES: dict[str, dict[str, Any]] = {
+    "loss": {"y_scale": "log", "y_from_0": False},
+    "L0": {},
+    "dead latents (share)": {},
+}
+"""What is drawn of training, and how."""
 
 
 SETTINGS: dict[str, Callable[[GridCell], str]] = {
@@ -69,6 +77,8 @@ class Plot:
     """`linear`, `log2` (with ticks at the points) or `log10`."""
     markers: bool = True
     y_from_0: bool = True
+    y_scale: str = "linear"
+    """`linear` or `log`; the latter needs values above 0, and not `y_from_0`."""
     group: str = ""
     """Of which plots it is one, where a page has many: a site, or a site and a seed."""
 
@@ -104,6 +114,7 @@ class Plot:
             axes.xaxis.set_major_locator(major)
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_yscale(self.y_scale)
         if self.y_from_0:
             values = [y for line in self.lines for y in (*line.y, *(line.band[1] if line.band else ()))]
             axes.set_ylim(1.08 * min(0.0, *values), 1.08 * max(values) or 1.0)
@@ -204,15 +215,11 @@ def curve_plots(cells: Sequence[Neurons], min_images: int) -> list[Plot]:
     saes = [(cell.score.sae.grid_cell, cell) for cell in cells if cell.score.sae is not None]
     plots: list[tuple[int, Plot]] = []
     for varies, fixed in (("expansion", "amount"), ("amount", "expansion")):
-
-        def shared(pair: tuple[GridCell, Neurons], fixed: str = fixed) -> tuple[str, str, str, int]:
-            grid_cell, _ = pair
-            return grid_cell.score_site.name, grid_cell.cell.architecture, SETTINGS[fixed](grid_cell), grid_cell.seed
-
-        for (site, architecture, setting, seed), group in _grouped(saes, shared):
+        kin = _grouped(saes, lambda pair, fixed=fixed: _kin(pair[0], fixed))
+        for (site, architecture, setting, seed), group in kin:
             if varies == "amount" and len(group) < 2:
                 continue  # already part of the plots over the expansion factor
-            of_seed = f", seed {seed}" if seed else ""
+            of_seed = _of_seed(seed)
             title = f"{architecture} on {site}, {setting}{of_seed}"
             plot = Plot(title, "neurons, best first (share)", "MS", markers=False, group=site + of_seed)
             for grid_cell, cell in sorted(group, key=lambda pair: _size(pair[0].cell)):
@@ -224,10 +231,38 @@ def curve_plots(cells: Sequence[Neurons], min_images: int) -> list[Plot]:
     return [plot for _, plot in sorted(plots, key=lambda found: found[0])]
 
 
+def training_plots(trains: Sequence[TrainPlan]) -> list[Plot]:
+    """Loss, L0 and dead latents over the steps of training, a line per expansion factor.
+
+    SAEs of different seeds are on plots of their own. Left out are SAEs without a history, as of earlier versions, and
+    plots on which nothing changes, such as the L0 of an architecture that fixes it.
+    """
+    written = [one for one in trains if one.step.folder.exists(HISTORY_FILE)]
+    known = [(one, one.step.folder.read_parquet(HISTORY_FILE)) for one in written]
+    plots = []
+    for (site, architecture, setting, seed), group in _grouped(known, lambda pair: _kin(pair[0].grid_cell, "amount")):
+        of_seed = _of_seed(seed)
+        about = f"{architecture} on {site}, {setting}{of_seed}"
+        curves = [
+            Plot(f"{name}: {about}", "step", name, markers=False, group=site + of_seed, **look)
+            for name, look in CURVES.items()
+        ]
+        for train, history in sorted(group, key=lambda pair: _size(pair[0].grid_cell.cell)):
+            rows = history.take(_spread(len(history)))
+            name = SETTINGS["expansion"](train.grid_cell)
+            step, loss, l0, n_dead = (rows[key].to_numpy() for key in ("step", "loss", "l0", "n_dead"))
+            for plot, values in zip(curves, (loss, l0, n_dead / train.d_sae), strict=True):
+                _append(plot, name, list(zip(step.tolist(), values.tolist(), strict=True)))
+        plots += [
+            plot for plot in curves if plot.title.startswith("loss") or any(len(set(line.y)) > 1 for line in plot.lines)
+        ]
+    return plots
+
+
 def ms_curve(ms: Float[np.ndarray, " neurons"]) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
     """Relative rank and score of the neurons from best to worst: at most `POINTS` of them, including both ends."""
     ms = np.sort(ms)[::-1]
-    kept = np.unique(np.linspace(0, len(ms) - 1, min(POINTS, len(ms))).round().astype(int))
+    kept = _spread(len(ms))
     return kept / max(1, len(ms) - 1), ms[kept]
 
 
@@ -264,6 +299,20 @@ def _inline(svg: str) -> str:
     svg = re.sub(r"font-family: [^;]*; ?", "", svg)
     svg = re.sub(r' id="[a-z0-9_.]+_\d+"', "", svg)  # ids of parts, the same in every plot
     return svg.replace("xlink:href", "href").replace(INK, "currentColor")
+
+
+def _spread(n: int) -> Int[np.ndarray, " points"]:
+    """At most `POINTS` of n places, evenly apart, including both ends."""
+    return np.unique(np.linspace(0, n - 1, min(POINTS, n)).round().astype(int))
+
+
+def _kin(grid_cell: GridCell, fixed: str) -> tuple[str, str, str, int]:
+    """What SAEs have in common that share a plot of curves."""
+    return grid_cell.score_site.name, grid_cell.cell.architecture, SETTINGS[fixed](grid_cell), grid_cell.seed
+
+
+def _of_seed(seed: int) -> str:
+    return f", seed {seed}" if seed else ""
 
 
 def _append(plot: Plot, name: str, points: Sequence[tuple[Any, Any]]) -> None:

@@ -30,7 +30,7 @@ from sae_ray.study.summary import summarise
 REPORT = "report"
 RECORD = "report.json"
 """Records what the report shows; written last."""
-FILES = ("report.css", "common.js", "report.js")
+FILES = ("report.css", "theme.js", "common.js", "gallery.js", "views.js", "report.js")
 CONCEPTS_FILES = ("concepts.css", "concepts.js")
 """Beside the others, where there is a page of concepts."""
 

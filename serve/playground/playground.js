@@ -12,6 +12,7 @@ const FRESH = {
   mask: "", // a picture as a data URL: what is painted in it is edited too
   when: null, // { index, above }: edit only where this feature is above so many times its maximum
 };
+const PAGE = 12; // features at a time
 const MASK_SIDE = 96; // pixels of the longest side of a painted mask
 const BRUSH = 0.1; // its radius, as a share of that side
 let state = { ...FRESH };
@@ -126,16 +127,17 @@ async function loadSaes() {
 
 async function search() {
   const text = $("search").value.trim();
-  const answer = json(ofSae(`?limit=12${text ? `&search=${encodeURIComponent(text)}` : ""}`));
-  await showFound(answer, ({ total }) => (text ? `${total} features, most similar to “${text}” first` : `${total} features, highest score first`));
+  const page = (offset) => json(ofSae(`?limit=${PAGE}&offset=${offset}${text ? `&search=${encodeURIComponent(text)}` : ""}`));
+  await showFound(page(0), ({ total }) => (text ? `${total} features, most similar to “${text}” first` : `${total} features, highest score first`), page);
 }
 
 async function inspect() {
-  const answer = json("/v1/features/inspect", { image: state.image, sae: state.sae, limit: 12 });
+  const answer = json("/v1/features/inspect", { image: state.image, sae: state.sae, limit: PAGE });
   await showFound(answer, () => "Active on this image, strongest first");
 }
 
-async function showFound(answer, headline) {
+// `page` asks for the features from an offset on, if there may be more.
+async function showFound(answer, headline, page = null) {
   latest = answer;
   const body = await answer.catch((error) => { if (latest === answer) throw error; });
   if (latest !== answer) return; // something else was asked for meanwhile
@@ -145,8 +147,23 @@ async function showFound(answer, headline) {
   for (const feature of data) known[feature.index] = feature;
   $("found-title").textContent = data.length ? title : `${title}: none`;
   $("found").replaceChildren(...data.map(card));
+  offerMore(answer, page, body.total);
   showHeat(null);
   showCondition();
+}
+
+function offerMore(answer, page, total) {
+  const shown = $("found").children.length;
+  $("more").hidden = page === null || shown >= total;
+  $("more").onclick = () => tell(async () => {
+    const { data } = await page(shown);
+    if (latest !== answer) return;
+    for (const feature of data) known[feature.index] = feature;
+    $("found").append(...data.map(card));
+    $("found").children[shown].querySelector("button").focus();
+    offerMore(answer, page, total);
+    showCondition();
+  });
 }
 
 function element(tag, properties = {}, ...children) {
@@ -183,11 +200,14 @@ function card(feature) {
   const buttons = element("div", { className: "buttons" }, add);
   if (feature.heat) {
     const where = element("button", { type: "button", textContent: "Where?" });
+    where.setAttribute("aria-label", `Where ${titleOf(feature)}, number ${feature.index}, is active`);
     where.onclick = () => showHeat(feature.heat);
     buttons.append(where);
   }
   const facts = element("div", { className: "facts-line", textContent: factsOf(feature) });
-  return element("li", {}, element("div", { className: "name", textContent: titleOf(feature) }), facts, thumbnails(feature, 4), buttons);
+  const pictures = thumbnails(feature, 4);
+  if (feature.heat) pictures.prepend(element("div", { className: "seen" }, element("img", { alt: "", src: seen }), drawHeat(element("canvas"), feature.heat)));
+  return element("li", {}, element("div", { className: "name", textContent: titleOf(feature) }), facts, pictures, buttons);
 }
 
 function choose(index) {
@@ -232,7 +252,10 @@ function showHeat(heat) {
   canvas.hidden = heat === null;
   $("picture").src = heat === null ? state.image : seen;
   drawRegion();
-  if (heat === null) return;
+  if (heat !== null) drawHeat(canvas, heat);
+}
+
+function drawHeat(canvas, heat) {
   canvas.height = heat.length;
   canvas.width = heat[0].length;
   const most = Math.max(...heat.flat()) || 1;
@@ -241,6 +264,7 @@ function showHeat(heat) {
     context.fillStyle = `rgb(230 60 20 / ${Math.max(0, value) / most})`;
     context.fillRect(x, y, 1, 1);
   }));
+  return canvas;
 }
 
 // --- where to edit ------------------------------------------------------------------------------
@@ -270,8 +294,7 @@ function drawRegion(rectangles = state.rectangles) {
   [canvas.width, canvas.height] = [frame.width, frame.height];
   if (!$("heat").hidden || !width) return; // a heat map lies on what the encoder sees, which may be less
   const context = canvas.getContext("2d");
-  const accent = getComputedStyle(document.documentElement).getPropertyValue("--accent");
-  context.fillStyle = context.strokeStyle = accent;
+  context.fillStyle = context.strokeStyle = getComputedStyle(canvas).color;
   context.lineWidth = 2;
   if (painted) {
     context.drawImage(painted, x, y, width, height);

@@ -39,7 +39,17 @@ from sae_ray.report.pictures import (
     pictures_job,
     read_heat,
 )
-from sae_ray.report.plots import POINTS, Line, Plot, curve_plots, draw, fidelity_plots, grid_plots, ms_curve
+from sae_ray.report.plots import (
+    POINTS,
+    Line,
+    Plot,
+    curve_plots,
+    draw,
+    fidelity_plots,
+    grid_plots,
+    ms_curve,
+    training_plots,
+)
 from sae_ray.report.steering import EXAMPLES, read_steering
 from sae_ray.sae import SAE, load_sae
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
@@ -50,7 +60,7 @@ from sae_ray.study.step_plans import ImagePlan
 from sae_ray.study.summary import summarise
 from sae_ray.study.survey import SurveyedImages
 from tests.report_data import data, unpacked
-from tests.small_study import DEAD, LABELS, STEERED, make_report
+from tests.small_study import DEAD, HISTORY_STEPS, LABELS, STEERED, make_report
 
 Plan = Callable[..., StudyPlan]
 MATRYOSHKA = "layer1.all-matryoshka_batch_topk-x4-k4"
@@ -310,6 +320,21 @@ def test_plots_hold_the_numbers_of_the_summary(plan: StudyPlan, cells: dict[str,
     assert [line.name for line in by_sparsity.lines] == ["K\u00a0=\u00a02", "K\u00a0=\u00a04", "raw neurons"]
 
 
+def test_training_is_drawn_where_its_history_is_known(plan: StudyPlan):
+    plots = {plot.title: plot for plot in training_plots(plan.trains)}
+    pooled = [f"batch_topk on pooled, K\u00a0=\u00a0{k}" for k in (2, 4)]
+    groups = ["matryoshka_batch_topk on layer1.all, K\u00a0=\u00a04", *pooled]
+    assert set(plots) == {f"{name}: {group}" for name in ("loss", "dead latents (share)") for group in groups}
+    loss, dead = (plots[f"{name}: {groups[0]}"] for name in ("loss", "dead latents (share)"))
+    assert [line.name for line in loss.lines] == ["×2", "×4"]
+    for line in loss.lines:
+        assert len(line.x) == POINTS
+        assert (line.x[0], line.x[-1]) == (0, HISTORY_STEPS - 1)
+        assert line.y == pytest.approx([1 / (step + 1) for step in line.x])
+    assert [sorted(set(line.y)) for line in dead.lines] == [[0, 0.25], [0, 0.25]]
+    assert "<svg" in draw(loss)
+
+
 def test_seeds_are_one_line_or_curves_of_their_own(plan: StudyPlan, cells: dict[str, Neurons]):
     saes = {row.name: row for row in summarise(plan) if row.grid_cell is not None}
     again = {name: replace(row, grid_cell=replace(row.grid_cell, seed=1), r2=0.5) for name, row in saes.items()}
@@ -557,7 +582,8 @@ def test_a_report_is_uploaded_where_nothing_can_be_renamed(copy: StudyPlan, monk
     monkeypatch.setattr(Folder, "is_local", False, raising=False)
     assert write_report(copy)
     place = Path((copy.root / "report").path)
-    files = {"index.html", "common.js", "report.css", "report.js", "concepts.html", "concepts.css", "concepts.js"}
+    pages = {"index.html", "concepts.html", "report.css", "concepts.css"}
+    files = {*pages, *(f"{name}.js" for name in ("theme", "common", "gallery", "views", "report", "concepts"))}
     assert {*files, "report.json", "data", "sprites"} == {path.name for path in place.iterdir()}
     assert not write_report(copy)
 

@@ -14,8 +14,10 @@ from sae_ray.concepts.tables import ConceptTables
 from sae_ray.report import write_report
 from sae_ray.report.neurons import Neurons, read_neurons
 from sae_ray.study.plan import StudyPlan
+from sae_ray.study.summary import summarise
+from tests.accessibility import barriers
 from tests.machine import PATIENCE_S
-from tests.small_study import DEAD, LABELS, STEERED
+from tests.small_study import DEAD, LABELS, STEERED, make_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
 
@@ -130,25 +132,23 @@ def reader(browser, plan: StudyPlan) -> Iterator[Reader]:
     assert reader.troubles == []
 
 
-def test_the_gallery_is_filtered_and_sorted(reader: Reader, cell: Neurons):
+def test_the_gallery_is_filtered_and_sorted(reader: Reader, cell: Neurons, tables: ConceptTables):
     reader.open(f"#/neurons/{MATRYOSHKA}")
-    ms, support = cell.columns.ms, cell.columns.n_active
-    frequency = cell.columns.frequency
+    ms, support, frequency = cell.columns.ms, cell.columns.n_active, cell.columns.frequency
     kept = [neuron for neuron in cell.order if support[neuron] >= 2]
     reader.found(len(kept))
-    assert reader.shown() == kept[:24]
-    reader.page.get_by_role("button", name="Show more").click()
-    sync_api.expect(reader.page.locator("#gallery .card")).to_have_count(48)
-    assert reader.shown() == kept[:48]
+    assert reader.shown() == kept[: len(reader.shown())]
 
+    reader.page.get_by_text("More filters").click()
     middle = float(sorted(ms[kept])[len(kept) // 2])
     reader.page.get_by_label("MS at least").fill(repr(middle))
     reader.found(sum(ms[neuron].astype("f4") >= middle for neuron in kept))
     reader.page.get_by_label("MS at least").fill("")
 
-    reader.page.get_by_label("Sort by").select_option("frequency, low to high")
+    reader.page.get_by_label("Sort by").select_option("share of images it fires on")
+    reader.page.get_by_label("Order").select_option("low to high")
     reader.page.get_by_label("Fires on at least %").fill("10")
-    reader.page.get_by_label("at most %").fill("60")
+    reader.page.get_by_label("Fires on at most %").fill("60")
     between = [neuron for neuron in kept if 0.1 <= frequency[neuron].astype("f4") <= 0.6]
     reader.found(len(between))
     shown = reader.shown()
@@ -156,7 +156,6 @@ def test_the_gallery_is_filtered_and_sorted(reader: Reader, cell: Neurons):
     assert [frequency[n] for n in shown] == sorted(frequency[n] for n in between)[: len(shown)]
     reader.page.get_by_role("button", name="Reset").click()
 
-    reader.page.get_by_label("SAE").select_option(MATRYOSHKA)
     reader.page.get_by_label("Matryoshka level").select_option("1")
     first, last = cell.level_ends[:2]
     reader.found(sum(first <= neuron < last for neuron in kept))
@@ -167,11 +166,132 @@ def test_the_gallery_is_filtered_and_sorted(reader: Reader, cell: Neurons):
     label = sorted(LABELS).index(LABELS[2])
     reader.found(sum(cell.label[neuron] == label for neuron in kept))
     assert all(cell.label[neuron] == label for neuron in reader.shown())
+    reader.page.get_by_role("button", name="Reset").click()
+
+    rho = tables.neurons.rho
+    middle = float(np.float32(np.median(rho[kept])))
+    reader.page.get_by_label("Any other score").select_option("ρ with its concept")
+    reader.page.get_by_label("at most", exact=True).fill(repr(middle))
+    reader.page.get_by_label("Sort by").select_option("ρ with its concept")
+    below = sorted((n for n in kept if rho[n].astype("f4") <= middle), key=lambda n: -rho[n])
+    reader.found(len(below))
+    assert [rho[n] for n in reader.shown()] == pytest.approx([rho[n] for n in below[: len(reader.shown())]])
+    reader.page.get_by_role("button", name="Reset").click()
 
     wanted = [int(cell.order[-1]), int(cell.order[0])]
     reader.page.get_by_role("textbox", name="Number").fill(f"{wanted[0]}, {wanted[1]}")
     reader.found(2)
     assert set(reader.shown()) == set(wanted), "a number is found whatever the other filters say"
+
+
+def test_an_address_restores_the_filter_and_the_neuron(reader: Reader, cell: Neurons):
+    reader.open(f"#/neurons/{MATRYOSHKA}")
+    reader.page.get_by_label("Order").select_option("low to high")
+    label = sorted(LABELS).index(LABELS[0])
+    reader.page.get_by_label("Top images show").select_option(LABELS[0])
+    kept = [n for n in cell.order if cell.columns.n_active[n] >= 2 and cell.label[n] == label]
+    worst_first = sorted(kept, key=lambda n: cell.columns.ms[n])
+    reader.found(len(kept))
+    assert reader.shown() == worst_first[: len(reader.shown())]
+    reader.page.locator("#gallery .card").nth(1).click()
+    heading = reader.page.get_by_role("heading", name=f"Neuron {worst_first[1]}", exact=True)
+    heading.wait_for()
+    address = reader.page.url
+    reader.page.goto("about:blank")
+    reader.page.goto(address)
+    heading.wait_for()
+    reader.page.keyboard.press("ArrowRight")
+    reader.page.get_by_role("heading", name=f"Neuron {worst_first[2]}", exact=True).wait_for()
+    reader.page.keyboard.press("Escape")
+    reader.found(len(kept))
+    assert reader.shown() == worst_first[: len(reader.shown())]
+    sync_api.expect(reader.page.locator("#gallery .card").nth(2)).to_be_focused()
+
+
+def test_classes_that_the_study_ignores_are_not_seen_first(
+    browser, small_study: Path, plan_small_study: Callable[..., StudyPlan], cell: Neurons, tmp_path: Path
+):
+    shutil.copytree(small_study, tmp_path / "study", ignore=shutil.ignore_patterns("report"))
+    plan = plan_small_study(tmp_path / "study", **{"concepts.ignore_labels": [LABELS[1]]})
+    make_report(plan)
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.set_default_timeout(1000 * PATIENCE_S)
+    reader = Reader(page, Path((plan.root / "report").path).as_uri())
+    reader.open(f"#/neurons/{MATRYOSHKA}")
+    kept = [neuron for neuron in cell.order if cell.columns.n_active[neuron] >= 2]
+    others = [neuron for neuron in kept if cell.label[neuron] != sorted(LABELS).index(LABELS[1])]
+    assert 0 < len(others) < len(kept)
+    reader.found(len(others))
+    assert reader.shown() == others[: len(reader.shown())]
+    sync_api.expect(page.locator("#found")).to_contain_text(f"{len(kept) - len(others)} that mostly show {LABELS[1]}")
+    page.get_by_role("button", name="Show them, too").click()
+    reader.found(len(kept))
+    assert page.url.endswith("?label=any")
+    page.close()
+    assert reader.troubles == []
+
+
+def test_the_gallery_is_walked_by_keyboard(reader: Reader, cell: Neurons):
+    """On a low window most cards are not there before the focus comes near."""
+    reader.page.set_viewport_size({"width": 390, "height": 500})
+    reader.open(f"#/neurons/{MATRYOSHKA}?support=0")
+    reader.found(len(cell.order))
+    assert len(reader.shown()) < len(cell.order)
+    focused = reader.page.locator("#gallery .card:focus b")
+    reader.page.locator("#gallery .card").first.focus()
+    n = len(cell.order)
+    for key, place in (("ArrowRight", 1), ("ArrowDown", 3), ("End", n - 1), ("ArrowUp", n - 3)):
+        reader.page.keyboard.press(key)
+        sync_api.expect(focused).to_have_text(str(cell.order[place]))
+    item = reader.page.locator("#gallery .item:focus-within")
+    sync_api.expect(item).to_have_attribute("aria-posinset", str(n - 2))
+    sync_api.expect(item).to_be_in_viewport()
+    reader.page.keyboard.press("Home")
+    sync_api.expect(focused).to_have_text(str(cell.order[0]))
+    numbers = reader.shown()
+    assert numbers == cell.order[: len(numbers)].tolist(), "also after cards have come and gone"
+
+
+def test_an_image_leads_to_the_neurons_that_fire_on_it(reader: Reader, cell: Neurons):
+    neuron = STEERED[0]
+    reader.open(f"#/neuron/{MATRYOSHKA}/{neuron}")
+    sync_api.expect(reader.page.locator("#page")).to_contain_text(f"--latent {neuron}=4x")
+    reader.page.get_by_role("img", name="Top image 1:").click()
+    reader.page.get_by_role("heading", name="Neurons that fire most on it").wait_for()
+    image = cell.top_image[neuron][0]
+    fires = [(rank, place) for place, n in enumerate(cell.order) for rank in np.flatnonzero(cell.top_image[n] == image)]
+    cards = reader.page.locator("#page .card")
+    sync_api.expect(cards).to_have_count(min(len(fires), 48))
+    wanted = [(str(cell.order[place]), f"top image {rank + 1}") for rank, place in sorted(fires)[:48]]
+    assert [tuple(card.locator(".head > *").all_text_contents()) for card in cards.all()] == wanted
+    own = cards.filter(has=reader.page.locator(f"b:text-is('{neuron}')"))
+    sync_api.expect(own.get_by_role("img", name="Heat map")).to_be_visible()
+
+
+def test_two_neurons_and_two_saes_are_compared(reader: Reader, cell: Neurons, plan: StudyPlan):
+    neuron = STEERED[0]
+    reader.open(f"#/neuron/{MATRYOSHKA}/{neuron}")
+    reader.page.get_by_role("link", name="compare", exact=True).click()
+    other = reader.page.get_by_role("spinbutton", name="Other neuron")
+    sync_api.expect(other).not_to_have_value("")
+    same = [place for place, n in enumerate(cell.order) if cell.label[n] == cell.label[neuron] and n != neuron]
+    best = cell.order[max(same, key=lambda place: (cell.purity[cell.order[place]], -place))]
+    sync_api.expect(other).to_have_value(str(best))
+    common = set(cell.top_image[neuron].tolist()) & set(cell.top_image[best].tolist()) - {-1}
+    sync_api.expect(reader.page.locator("#compared")).to_contain_text(f"{len(common)} of ")
+    rows = reader.page.locator("#compared .sides tr")
+    values = [rows.filter(has_text="MonoSemanticity").locator("td").all_text_contents()]
+    assert values == [[f"{cell.columns.ms[one]:.3f}" for one in (neuron, best)]]
+
+    reader.page.get_by_role("spinbutton", name="One neuron").fill("")
+    reader.page.keyboard.press("Tab")
+    sync_api.expect(other).to_have_value("")
+    reader.page.get_by_label("Other SAE").select_option("pooled-batch_topk-x2-k2")
+    sync_api.expect(rows.filter(has_text="neurons")).to_have_count(1)
+    by_name = {row.name: row for row in summarise(plan)}
+    wanted = [f"{by_name[name].n_neurons:,}" for name in (MATRYOSHKA, "pooled-batch_topk-x2-k2")]
+    assert rows.filter(has_text="neurons").locator("td").all_text_contents() == wanted
+    sync_api.expect(reader.page.locator("#compared .versus > *")).not_to_have_count(0)
 
 
 def test_a_neuron_is_opened_and_shows_its_images(reader: Reader, cell: Neurons):
@@ -197,9 +317,9 @@ def test_a_neuron_is_opened_and_shows_its_images(reader: Reader, cell: Neurons):
         assert reader.page.evaluate(NATURAL_WIDTH, sprite) == 280
     sync_api.expect(reader.page.get_by_role("img", name="Histogram")).to_be_visible()
     sync_api.expect(reader.page.get_by_role("img", name="Heat map")).to_have_count(len(images))
-    assert reader.page.locator("#neuron canvas").first.evaluate(IS_DRAWN)
+    assert reader.page.locator("#page canvas").first.evaluate(IS_DRAWN)
 
-    neighbour = reader.page.locator("#neuron .near .card").first
+    neighbour = reader.page.locator("#page .near .card").first
     number = neighbour.locator("b").text_content()
     neighbour.click()
     sync_api.expect(reader.page.get_by_role("heading", name=f"Neuron {number}", exact=True)).to_be_visible()
@@ -213,9 +333,9 @@ def test_a_steered_neuron_shows_the_answers(reader: Reader):
     reader.open("#steering")
     sync_api.expect(reader.page.get_by_role("heading", name="Steering")).to_be_visible()
     reader.page.get_by_role("link", name=f"neuron {STEERED[0]}", exact=True).first.click()
-    sync_api.expect(reader.page.locator("#neuron h3").first).to_have_text("A white image")
-    sync_api.expect(reader.page.locator("#neuron .answer").first).to_contain_text(f"nothing → {LABELS[0]}")
-    assert all("sprites/" in one for one in reader.pictures("#neuron .answer .thumb[data-image]"))
+    sync_api.expect(reader.page.locator("#page h3").first).to_have_text("A white image")
+    sync_api.expect(reader.page.locator("#page .answer").first).to_contain_text(f"nothing → {LABELS[0]}")
+    assert all("sprites/" in one for one in reader.pictures("#page .answer .thumb[data-image]"))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +351,7 @@ def test_a_steered_neuron_shows_the_answers(reader: Reader):
 )
 def test_what_there_is_not_is_said(reader: Reader, place: str, words: str):
     reader.open(place)
-    sync_api.expect(reader.page.locator("#neuron")).to_contain_text(words)
+    sync_api.expect(reader.page.locator("#page")).to_contain_text(words)
 
 
 @pytest.mark.parametrize("width", [390, 1400])
@@ -278,7 +398,7 @@ def test_a_point_shows_its_neuron_and_leads_to_it(reader: Reader, cell: Neurons,
     sync_api.expect(peek).to_be_visible()
     reader.page.get_by_role("link", name=f"Neuron {neuron}", exact=True).click()
     sync_api.expect(reader.page.get_by_role("heading", name=f"Neuron {neuron}", exact=True)).to_be_focused()
-    sync_api.expect(reader.page.locator("#neuron")).to_contain_text("ρ with its concept")
+    sync_api.expect(reader.page.locator("#page")).to_contain_text("ρ with its concept")
 
 
 def test_points_can_be_reached_by_keyboard(reader: Reader, cell: Neurons):
@@ -393,16 +513,23 @@ def test_saes_are_filtered_and_downloaded(reader: Reader, plan: StudyPlan):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1400])
-def test_nothing_is_wider_than_the_window(reader: Reader, width: int, scheme):
+def test_every_view_fits_and_can_be_read(reader: Reader, width: int, scheme):
+    """Nothing is wider than the window, and axe-core finds nothing that keeps people out."""
     reader.page.set_viewport_size({"width": width, "height": 844})
     reader.page.emulate_media(color_scheme=scheme)
-    for place in ("", f"#/neuron/{MATRYOSHKA}/{STEERED[0]}"):
+    neuron = f"{MATRYOSHKA}/{STEERED[0]}"
+    views = ("", f"#/neurons/{MATRYOSHKA}", f"#/neuron/{neuron}", f"#/image/{MATRYOSHKA}/0", f"#/compare/{neuron}")
+    for place in views:
         reader.open(place)
-        reader.page.locator(".card:visible").first.wait_for()
+        reader.page.locator(".thumb:visible").first.wait_for()
         reader.page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
-        assert reader.page.evaluate("document.documentElement.scrollWidth") == width
+        assert reader.page.evaluate("document.documentElement.scrollWidth") == width, place
+        if width == 1400:
+            assert barriers(reader.page, contrast_only=scheme == "dark") == [], place
     paper = reader.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (min(map(int, paper[4:-1].split(","))) > 128) == (scheme == "light")
+    reader.page.locator("#theme").click()
+    assert reader.page.evaluate("getComputedStyle(document.body).backgroundColor") != paper
 
 
 @pytest.mark.parametrize("width", [390, 1400])
@@ -412,3 +539,7 @@ def test_concepts_are_no_wider_than_the_window(reader: Reader, width: int):
     reader.page.locator("#names-table .thumb").first.wait_for()
     reader.page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
     assert reader.page.evaluate("document.documentElement.scrollWidth") == width
+    if width == 1400:
+        assert barriers(reader.page) == []
+        reader.page.locator("#theme").click()
+        assert barriers(reader.page, contrast_only=True) == []

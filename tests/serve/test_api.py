@@ -229,7 +229,7 @@ def test_features_are_found_sorted_and_shown(http, star):
     found = http.get(base, params={"search": "star", "sort": "similarity"}).json()["data"]
     assert found[0]["name"] == "star"
     assert [one["similarity"] for one in found] == sorted((one["similarity"] for one in found), reverse=True)
-    scores = [one["ms"] for one in http.get(base, params={"limit": 20}).json()["data"]]
+    scores = [one["ms"] for one in http.get(base, params={"sort": "ms", "limit": 20}).json()["data"]]
     assert scores == sorted(scores, reverse=True)
     pages = [http.get(base, params={"sort": "index", "limit": 5, "offset": offset}).json() for offset in (0, 5)]
     indices = [one["index"] for page in pages for one in page["data"]]

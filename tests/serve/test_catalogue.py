@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from sae_ray.serve.api import _summary
-from sae_ray.serve.catalogue import SaeEntry, read_catalogue
+from sae_ray.serve.catalogue import SaeEntry, _mostly, read_catalogue
 
 from sae_ray.sae.formats import LATENTS_FILE
 from sae_ray.scores.tables import ScoreTables
@@ -52,3 +53,21 @@ def test_a_search_finds_names_and_labels(entry: SaeEntry):
     label = entry.summary(NAMED).label
     assert label is not None
     assert NAMED in [one.concept.latent for one in entry.search(label.upper(), None)]
+
+
+def test_features_of_ignored_classes_come_last(entry: SaeEntry):
+    labels = entry.pictures.labels["label_name"].to_pylist()
+    ignored = _mostly(entry.top_images.image, [label == "green" for label in labels])
+    for index in entry.concepts:
+        top = [labels[image] for image in entry.top_images.image[index].tolist() if image >= 0]
+        assert (index in ignored) == (top.count("green") > len(top) / 2)
+
+    def order(of: SaeEntry, *asked) -> list[int]:
+        return [one.concept.latent for one in of.search(*asked)]
+
+    plain, ignoring = entry, replace(entry, ignored=ignored)
+    best_first = order(plain, None, None)
+    assert 0 < len(ignored & set(best_first)) < len(best_first)
+    assert order(ignoring, None, None) == sorted(best_first, key=lambda index: index in ignored)
+    assert order(ignoring, None, "ms") == order(plain, None, "ms") == best_first
+    assert order(ignoring, "green", None) == order(plain, "green", None)

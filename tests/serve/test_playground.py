@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.accessibility import barriers
 from tests.machine import PATIENCE_S
 
 from .conftest import KEY, STEERS, data_url, stored
@@ -83,9 +84,28 @@ def test_a_feature_is_pushed_by_a_share_of_the_token(page):
     assert page.locator("#problem").is_hidden()
 
 
+def test_more_features_are_shown_and_nothing_keeps_people_out(page):
+    """A newcomer sees shapes first, though blank images have the highest scores; axe-core looks at both themes."""
+    assert "blank" not in page.locator("#found .name").first.text_content()
+    names = page.locator("#found .name")
+    assert names.count() == 12
+    page.click("#more")
+    page.locator("#found li").nth(12).wait_for()
+    assert page.locator("#found li").nth(12).locator("button").evaluate("one => one === document.activeElement")
+    facts = page.locator("#found .facts-line").all_text_contents()
+    assert len(facts) == len(set(facts)) > 12
+    page.locator("#found button").first.click()
+    assert barriers(page) == []
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != paper
+    assert barriers(page, contrast_only=True) == []
+
+
 def test_the_image_itself_has_features(page):
     page.click("#inspect")
     page.locator("#found-title", has_text="Active on this image").wait_for()
+    assert page.locator("#found .seen canvas").count() == page.locator("#found li").count()
     page.locator("#found button", has_text="Where?").first.click()
     page.locator("#heat").wait_for(state="visible")
 

@@ -42,6 +42,23 @@ async function openIndex(cell) {
   return indices.get(cell);
 }
 
+const unpacked = new Map();
+
+function once(name, packed, Type) {
+  if (!unpacked.has(name)) unpacked.set(name, unpack(packed, Type));
+  return unpacked.get(name);
+}
+
+/** The scores that neurons of a cell have, by their keys. */
+const keysOf = (cell) => [...Object.keys(facts.scores).filter((key) => facts.scores[key].indexed), ...(cell.scores ?? [])];
+
+/** A score of the cell's neurons, in the order of the index. One that was measured may be known of the first only. */
+async function scoresOf(cell, key) {
+  if (facts.scores[key].indexed) return (await openIndex(cell))[key];
+  const name = `${cell}/scores/${key}`;
+  return once(name, await load(name), Float32Array);
+}
+
 /** The chunk's values for the neuron at this place of the index. */
 async function details(cell, place) {
   const chunk = await load(`${cell}/${Math.floor(place / facts.per_chunk)}`);
@@ -76,24 +93,28 @@ const METHODS = { vlm: "LLaVA, from its top images", steering: "LLaVA, steered b
 const methodTitle = (method) => METHODS[method] ?? method;
 const percent = (share) => `${Number((100 * share).toPrecision(2))} %`;
 
-// Pictures are loaded when they come near the viewport, so that a long gallery loads few sprites.
+function showPicture(target) {
+  const { side } = facts.thumbnail;
+  const [sprite, place] = [Math.floor(target.dataset.image / side ** 2), target.dataset.image % side ** 2];
+  const [row, column] = [Math.floor(place / side), place % side];
+  target.style.backgroundImage = `url("sprites/${sprite}.jpg")`;
+  target.style.backgroundPosition = `${(100 * column) / (side - 1)}% ${(100 * row) / (side - 1)}%`;
+}
+
+// Pictures are loaded when they come near the viewport, so that a long page loads few sprites.
 const watcher = new IntersectionObserver(
   (entries) => {
     for (const { target, isIntersecting } of entries) {
       if (!isIntersecting) continue;
       watcher.unobserve(target);
-      const { side } = facts.thumbnail;
-      const [sprite, place] = [Math.floor(target.dataset.image / side ** 2), target.dataset.image % side ** 2];
-      const [row, column] = [Math.floor(place / side), place % side];
-      target.style.backgroundImage = `url("sprites/${sprite}.jpg")`;
-      target.style.backgroundPosition = `${(100 * column) / (side - 1)}% ${(100 * row) / (side - 1)}%`;
+      showPicture(target);
     }
   },
   { rootMargin: "400px" },
 );
 
 /** An image by its number. Without a description it is decoration, hidden from screen readers. */
-function picture(image, description = null) {
+function picture(image, description = null, show = (made) => watcher.observe(made)) {
   const made = element("span", {
     class: image < facts.n_pictured ? "thumb" : "thumb none",
     "data-image": image,
@@ -102,7 +123,7 @@ function picture(image, description = null) {
     title: description,
     "aria-hidden": description === null ? "true" : null,
   });
-  if (image < facts.n_pictured) watcher.observe(made);
+  if (image < facts.n_pictured) show(made);
   return made;
 }
 
@@ -115,20 +136,35 @@ function labelled(index, place) {
   const label = index.label[place];
   if (label < 0) return null;
   const name = facts.labels[label];
-  return element("span", { class: "label", title: name }, element("span", {}, name), element("span", {}, percent(index.purity[place])));
+  return element("span", { class: "label", title: name }, element("span", {}, name), element("span", {}, percent(index.share[place])));
 }
 
-const address = (cell, neuron) => `${facts.home}#/neuron/${encodeURIComponent(cell)}/${neuron}`;
+const address = (cell, neuron, settings = "") => `${facts.home}#/neuron/${encodeURIComponent(cell)}/${neuron}${settings && `?${settings}`}`;
 
-async function card(cell, index, place, n_images = Infinity, note = null) {
-  const { images } = await details(cell, place);
+/** The first name, but for that of the decoder alone. */
+const nameOf = ({ names }) => names.find(([method]) => method !== "decoder_cosine")?.[1] ?? null;
+
+/** A neuron's card, but for what has to be loaded, which `complete` adds. `settings` are those of the gallery. */
+function cardOf(cell, index, place, { note = null, settings = "" } = {}) {
   const neuron = index.neuron[place];
-  const label = labelled(index, place);
   return element(
     "a",
-    { class: "card", href: address(cell, neuron) },
+    { class: "card", href: address(cell, neuron, settings) },
     element("span", { class: "head" }, element("b", {}, `${neuron}`), element("span", {}, note ?? `MS ${score(index.ms[place])}`)),
-    element("span", { class: "pictures", "aria-hidden": "true" }, ...images.slice(0, n_images).map((image) => picture(image))),
-    element("span", { class: "foot" }, label ?? element("span"), element("span", {}, `on ${percent(index.frequency[place])}`)),
+    element("span", { class: "pictures", "aria-hidden": "true" }),
+    element("span", { class: "foot" }, labelled(index, place)),
+    element("span", { class: "foot" }, element("span", {}, `on ${percent(index.frequency[place])}`)),
   );
+}
+
+/** Adds the pictures and the name. `show` says when pictures are loaded. */
+function complete(card, facets, n_images = Infinity, show = showPicture) {
+  card.children[1].append(...facets.images.slice(0, n_images).map((image) => picture(image, null, show)));
+  const name = nameOf(facets);
+  if (name !== null) card.children[3].append(element("span", { class: "name", title: name }, name));
+  return card;
+}
+
+async function card(cell, index, place, { n_images, ...rest } = {}) {
+  return complete(cardOf(cell, index, place, rest), await details(cell, place), n_images, (made) => watcher.observe(made));
 }

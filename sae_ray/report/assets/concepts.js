@@ -33,21 +33,10 @@ const complaining = (work) => async (...given) => {
 
 // Data
 
-const unpacked = new Map();
-
-function once(name, packed, Type) {
-  if (!unpacked.has(name)) unpacked.set(name, unpack(packed, Type));
-  return unpacked.get(name);
-}
-
-/** A score of the cell's neurons, in the order of the index. */
-async function scoresOf(cell, key) {
-  if (facts.scores[key].indexed) {
-    const { index, n } = await open(cell);
-    return index[key].subarray(0, n);
-  }
-  const name = `${cell}/scores/${key}`;
-  return once(name, await load(name), Float32Array);
+/** A score of the neurons on this page, in the order of the index. */
+async function shownScores(cell, key) {
+  const [values, { n }] = await Promise.all([scoresOf(cell, key), open(cell)]);
+  return values.subarray(0, n);
 }
 
 async function open(cell) {
@@ -61,7 +50,6 @@ async function open(cell) {
   return { cell: cells.get(cell), index, n: conceptOf.length, meaning, conceptOf, names, nameOf: null };
 }
 
-const keysOf = (cell) => [...Object.keys(facts.scores).filter((key) => facts.scores[key].indexed), ...cell.scores];
 const conceptAt = (place) => now.meaning.names[now.conceptOf[place]] ?? null;
 
 /** The name of the neuron at a place and its method, as it is everywhere: the first there is, but for that of its decoder alone. */
@@ -128,7 +116,7 @@ async function filter() {
   const turn = ++now.turn;
   const opened = await open(form.elements.cell.value);
   const key = form.elements.score.value;
-  const values = key ? await scoresOf(opened.cell.name, key) : null;
+  const values = key ? await shownScores(opened.cell.name, key) : null;
   if (turn !== now.turn) return;
   Object.assign(now, opened);
 
@@ -255,7 +243,7 @@ function axisOf(values, logarithmic, from, to) {
 async function drawScatter() {
   const { turn, cell } = now;
   const keys = [byId("across").value, byId("up").value];
-  const [x, y] = await Promise.all(keys.map((key) => scoresOf(cell.name, key)));
+  const [x, y] = await Promise.all(keys.map((key) => shownScores(cell.name, key)));
   if (turn !== now.turn || keys[0] !== byId("across").value || keys[1] !== byId("up").value) return;
   const scores = keys.map((key) => facts.scores[key]);
   const usable = (value, score) => Number.isFinite(value) && (value > 0 || !score.logarithmic);
@@ -278,7 +266,7 @@ function drawPoints({ width, height }) {
   Object.assign(canvas, { width: Math.round(width * ratio), height: Math.round(height * ratio) });
   const pen = canvas.getContext("2d");
   pen.scale(ratio, ratio);
-  pen.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--accent");
+  pen.fillStyle = getComputedStyle(canvas).color;
   const n = plot.places.length;
   const [radius, alpha] = n <= 500 ? [4, 0.65] : n <= 5000 ? [3, 0.5] : [2, 0.3];
   pen.globalAlpha = alpha;
@@ -373,7 +361,7 @@ const OF_WORDS = { name_score: "soft_wpmi_score", name_margin: "soft_wpmi_margin
 async function neuronFile() {
   const { cell, index } = now;
   const keys = keysOf(cell);
-  const columns = await Promise.all(keys.map((key) => scoresOf(cell.name, key)));
+  const columns = await Promise.all(keys.map((key) => shownScores(cell.name, key)));
   const rows = now.places.map((place) => [index.neuron[place], conceptAt(place), ...namedAt(place), ...columns.map((one) => one[place])]);
   save(`neurons-${cell.name}`, [["neuron", "concept", "name", "name_method", ...keys.map((key) => OF_WORDS[key] ?? key)], ...rows]);
 }
@@ -535,7 +523,7 @@ byId("more-names").addEventListener("click", complaining(moreNames));
 for (const [id, file] of Object.entries({ "concepts-csv": conceptFile, "neurons-csv": neuronFile, "names-csv": nameFile })) {
   byId(id).addEventListener("click", complaining(file));
 }
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", complaining(drawScatter));
+addEventListener("themechange", complaining(drawScatter));
 new ResizeObserver(() => now.cell && complaining(drawScatter)()).observe(scatter);
 addEventListener("scroll", complaining(() => plot.kept && point(plot.pointed)), { passive: true });
 
