@@ -135,7 +135,7 @@ def read(place: Place) -> SAE:
         )
     if not config.get("apply_b_dec_to_input", True):
         tensors["b_enc"] = of_centred(tensors["W_enc"], tensors["b_enc"], tensors["b_dec"])
-    weights = {name: tensors[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    weights: dict[str, Any] = {name: tensors[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
     threshold = tensors.get("threshold")
     return SAE(architecture=kind.name, **weights, threshold=threshold, k=k, concepts=concepts, metadata=facts)
 
