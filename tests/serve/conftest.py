@@ -113,6 +113,7 @@ def served_study(ray_cluster, tmp_path_factory) -> Path:
             "decay_start": 480,
             "threshold_beta": 0.99,
             "threshold_start_step": 150,
+            "threshold": "average",
             "dead_after_samples": 75_000,
             "auxk_select": "pre",
         },
