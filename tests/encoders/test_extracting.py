@@ -55,8 +55,9 @@ def test_images_of_any_kind(tmp_path: Path, tiny_clip: str):
     assert table["image_id"].to_pylist()[:3] == [str(paths[0]), str(paths[0]), str(paths[1])]
     assert train_sae(broken["layer1:random:2"], k=2, steps=5, batch_size=4, progress=False).d_in == 32
     # What it gives goes into a study.
+    train, heldout = table.slice(0, 6), table.slice(6)
     imported = sae_ray.import_activations(
-        tmp_path / "root", "mine", table, column="activation", images=table, heldout_fraction=0.5
+        tmp_path / "root", "mine", train, heldout, column="activation", images=train, heldout_images=heldout
     )
     assert imported.sites["mine"].rows_per_image == 2
 

@@ -321,12 +321,12 @@ LOCKED = """
 import os, sys
 from pathlib import Path
 from sae_ray.study.config import ImageSet
-from sae_ray.study.survey import _list
+from sae_ray.study.survey import list_set
 if os.geteuid() == 0:
     os.setuid(65534)  # root may read everything
 from sae_ray.errors import SaeRayError
 try:
-    print(_list("images.train", ImageSet(sys.argv[1])).manifest["image_id"].to_pylist())
+    print(list_set("images.train", ImageSet(sys.argv[1])).manifest["image_id"].to_pylist())
 except SaeRayError as error:
     print(error.exit_code, error)
 """

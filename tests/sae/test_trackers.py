@@ -63,9 +63,10 @@ def wandb_records(file: Path) -> Iterator[Any]:
 
 def wandb_curve(place: Path, name: str, key: str) -> Curve:
     """Of all attempts, in order."""
-    curve = []
-    for file in sorted(place.glob(f"wandb/offline-run-*-{name}/*.wandb")):
-        # Its own process writes the last records after the run has ended.
+    curve, logs = [], f"wandb/offline-run-*-{name}/*.wandb"
+    # Its own process makes the file, and writes the last records after the run has ended.
+    until(lambda: any(place.glob(logs)))
+    for file in sorted(place.glob(logs)):
         until(lambda file=file: any(one.WhichOneof("record_type") == "exit" for one in wandb_records(file)))
         for one in wandb_records(file):
             if one.WhichOneof("record_type") == "history":
