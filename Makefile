@@ -19,7 +19,7 @@ TWO := -n 2 --no-loadscope-reorder
 # The other tests wait for processes and faults now and then: a third process uses that time.
 THREE := -n 3 --no-loadscope-reorder
 
-.PHONY: demo photos test test-fast test-slow test-gpu test-clients test-trackers test-real soak chaos cluster-test bench bench-scale bench-serve bench-gpu bench-page bench-photos lint cluster-lint format test-pythons wheel release-check clean
+.PHONY: demo photos test test-fast test-slow test-gpu test-clients test-trackers test-real soak chaos cluster-test bench bench-scale bench-serve bench-gpu bench-page bench-photos lint cluster-lint format docs test-pythons wheel release-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
@@ -129,6 +129,10 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, to build/site. Links, anchors and everything that a page loads are checked; `python3 -m http.server -d build/site` shows it.
+docs: $(VENV)/docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs --quiet build --strict
+
 # Of the last commit, and the same bits on every machine that has the same setuptools.
 wheel: $(VENV)/release/.installed
 	$(VENV)/release/bin/python -m tools.release wheel dist
@@ -182,6 +186,14 @@ $(VENV)/.lint: $(VENV)/.test
 $(VENV)/release/.installed:
 	$(PYTHON) -m venv $(VENV)/release
 	$(VENV)/release/bin/python -m pip install --quiet 'setuptools>=77' 'twine>=6' 'check-wheel-contents>=0.6'
+	touch $@
+
+# Only what the extra `docs` names, in an environment of its own: a site needs no torch.
+$(VENV)/docs/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(VENV)/docs/requirements.txt
+	$(VENV)/docs/bin/python -m pip install --quiet -r $(VENV)/docs/requirements.txt
 	touch $@
 
 clean:
