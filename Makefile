@@ -131,7 +131,7 @@ format: $(VENV)/.lint
 
 # The site, to build/site. Links, anchors and everything that a page loads are checked; `python3 -m http.server -d build/site` shows it.
 docs: $(VENV)/docs/.installed
-	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --strict
 
 # Of the last commit, and the same bits on every machine that has the same setuptools.
 wheel: $(VENV)/release/.installed
