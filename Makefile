@@ -19,7 +19,7 @@ TWO := -n 2 --no-loadscope-reorder
 # The other tests wait for processes and faults now and then: a third process uses that time.
 THREE := -n 3 --no-loadscope-reorder
 
-.PHONY: demo photos test test-fast test-slow test-gpu test-clients test-trackers test-real soak chaos cluster-test bench bench-scale bench-serve bench-gpu bench-page bench-photos lint cluster-lint format docs test-pythons wheel release-check clean
+.PHONY: demo photos test test-fast test-slow test-gpu test-clients test-trackers test-notebooks test-real soak chaos cluster-test bench bench-scale bench-serve bench-gpu bench-page bench-photos lint cluster-lint format docs test-pythons wheel release-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
@@ -47,6 +47,10 @@ test-clients: $(VENV)/clients/.installed
 # Trackers that the tests do not need themselves; what they share is that of the tests.
 test-trackers: $(VENV)/trackers/.installed
 	$(BIN)/pytest -m clients tests/sae/test_trackers.py tests/jobs/test_tracking.py
+
+# All of the documentation's; the first is among all tests. `python -m tools.notebooks` runs them and keeps what they put out.
+test-notebooks: $(VENV)/.test
+	$(BIN)/pytest tests/test_notebooks.py
 
 # On photographs and weights that are not in the repository.
 test-real: $(VENV)/.test

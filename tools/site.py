@@ -76,7 +76,7 @@ def on_post_build(config: MkDocsConfig) -> None:
 def repository_path(source: str, target: str) -> str | None:
     """Where a link of a file leads, seen from the repository's top; None if to the file itself or to the web."""
     path = target.partition("#")[0]
-    if not path or "://" in path or path.startswith("mailto:"):
+    if not path or re.match(r"[a-z]+:", path):
         return None
     return posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
 
@@ -137,8 +137,9 @@ def notebook_page(notebook: dict[str, Any]) -> str:
 
 def _output(output: dict[str, Any]) -> str:
     data = output.get("data", {})
-    if "image/png" in data:
-        return f'<img alt="" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
+    for kind in ("image/jpeg", "image/png"):
+        if kind in data:
+            return f'<img alt="" src="data:{kind};base64,{"".join(data[kind]).strip()}">'
     if "text/html" in data:
         return "<div>" + re.sub(r"\n\s*", " ", "".join(data["text/html"])) + "</div>"
     text = "".join(data.get("text/plain", output.get("text", [])))

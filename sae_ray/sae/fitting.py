@@ -56,12 +56,12 @@ class TrainedSAE(SAE):
 
     def plot(self) -> Figure:
         """Reconstruction loss, active latents per activation and dead latents over the steps of training."""
-        from matplotlib.figure import Figure
+        from sae_ray.sae.shown_figure import ShownFigure
 
         if self.history is None:
             raise UsageError("history = None: only an SAE that train_sae has returned can be plotted")
         shown = (("reconstruction_loss", "Reconstruction loss"), ("l0", "L0"), ("n_dead", "Dead latents"))
-        figure = Figure(figsize=(11, 3), layout="constrained")
+        figure = ShownFigure(figsize=(11, 3), layout="constrained")
         for axes, (name, title) in zip(figure.subplots(1, len(shown)), shown, strict=True):
             axes.plot(self.history["step"].to_numpy(), self.history[name].to_numpy())
             axes.set(title=title, xlabel="Step")

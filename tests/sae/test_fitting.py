@@ -154,7 +154,9 @@ def test_what_is_saved_can_be_loaded(x: torch.Tensor, trained: TrainedSAE, tmp_p
 
 
 def test_the_plot_shows_the_history(trained: TrainedSAE):
-    axes = trained.plot().axes
+    figure = trained.plot()
+    assert figure._repr_png_().startswith(b"\x89PNG"), "a notebook shows it"
+    axes = figure.axes
     assert [one.get_title() for one in axes] == ["Reconstruction loss", "L0", "Dead latents"]
     assert axes[0].lines[0].get_ydata().tolist() == trained.history["reconstruction_loss"].to_pylist()
 
