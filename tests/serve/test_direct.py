@@ -24,6 +24,7 @@ from starlette.testclient import TestClient
 
 from sae_ray.editing import load_patch, make_patch, save_patch
 from tests.editing.conftest import random_sae
+from tools import http_reference
 
 from .conftest import chat, data_url
 from .direct import WORLD_LLAVA, direct_service
@@ -328,3 +329,9 @@ def test_a_crowd_gets_the_answers_that_each_gets_alone(service):
             await asyncio.sleep(0.01)
 
     asyncio.run(run())
+
+
+def test_the_page_of_paths_and_fields_is_up_to_date(service: Service):
+    page = http_reference.page(create_api(service).openapi())
+    assert http_reference.PAGE.read_text(encoding="utf-8") == page, "run python -m tools.http_reference"
+    assert "| `steering` | [Steering](#steering) |" in page
