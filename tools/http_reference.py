@@ -12,8 +12,8 @@ HEAD = """# The HTTP reference
 
 The paths of `sae-ray serve`, and the data that they take and give. A running server has the same at `/docs`, to try
 out, and at `/openapi.json`, for generators of clients. [api.md](api.md) is the introduction; it also lists the fields
-of OpenAI's API that have no effect, or of which only some values pass, which are left out here. Failures have the status
-4XX or 5XX and an [ErrorBody](#errorbody).
+of OpenAI's API that have no effect, or of which only some values pass, which are left out here. Failures have the
+status 4XX or 5XX and an [ErrorBody](#errorbody).
 
 This page is written by `python -m tools.http_reference`.
 """
