@@ -56,7 +56,7 @@ def test_a_report_is_served_and_nothing_else(port: int):
         "/data/..%2f..%2fsecret.txt",
         "/..%5csecret.txt",
     )
-    for path in (*outside, "/missing.js", "/data", "/data/", "/%00"):
+    for path in (*outside, "/missing.js", "/data", "/data/", "/%00", "//["):
         status, _, text = asked(port, path)
         assert (status, "secret" in text) == (404, False), path
     assert asked(port, "/", host="evil.example")[0] == 403, "as after DNS rebinding"
@@ -64,6 +64,14 @@ def test_a_report_is_served_and_nothing_else(port: int):
         report_server(Folder("."), port)
 
 
-def test_a_port_is_for_a_report_that_is_served():
-    refused = CliRunner().invoke(main, ["report", "--port", "1"])
-    assert (refused.exit_code, "add --serve" in refused.output) == (2, True)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--port", "1"], "add --serve"),
+        (["--serve", "--port", "99999"], "99999 is not in the range 0<=x<=65535"),
+        (["--serve", "--port", "-5"], "-5 is not in the range"),
+    ],
+)
+def test_a_port_that_cannot_be_is_refused(words: list[str], said: str):
+    refused = CliRunner().invoke(main, ["report", *words])
+    assert (refused.exit_code, said in " ".join(refused.output.split())) == (2, True), refused.output
