@@ -39,13 +39,31 @@ class Command(click.Command):
             ctx.exit(130)
 
 
+SECTIONS = {
+    "Begin": ("demo", "new", "studies", "doctor", "world"),
+    "Studies": ("run", "submit", "status", "watch", "report", "import"),
+    "Single stages": ("extract", "train", "evaluate", "score", "concepts", "pictures", "steering", "naming"),
+    "Latents and language models": ("find", "ask", "edit", "serve", "humans"),
+    "Sharing": ("export", "push"),
+}
+
+
 class Group(click.Group):
     """The commands, each of which also runs on its own: `python -m jobs.extract`."""
 
     command_class = Command
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+class Main(Group):
+    """All of them, by what they are for."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(150)) for name in names])
+
+
+@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sae-ray")
 def main() -> None:
     """Sparse autoencoders for vision-language models: from a folder of images to a scored grid of SAEs."""
@@ -90,7 +108,10 @@ def demo(context: click.Context, root: str) -> None:
     Its images and models are written to ~/.cache/sae-ray/world.
     """
     context.invoke(world, folder=os.path.expanduser("~/.cache/sae-ray/world"))
-    context.invoke(run, study="demo", root=root)
+    from sae_ray.study.shipped import shipped_studies
+
+    # By its file: a file called demo in this folder would hide the name.
+    context.invoke(run, study=str(shipped_studies()["demo"]), root=root)
 
 
 @main.command()
@@ -607,9 +628,9 @@ def push(sae: str, repository: str, folder: str | None, private: bool, license: 
     A repository may hold many SAEs. Its model card tells what the study of each has measured, and how to load it here
     and in SAELens. Log in with `hf auth login` before.
     """
-    from .sharing import push as push_to
+    from sae_ray.sae import load_sae
 
-    click.echo(push_to(sae, repository, folder, private, license))
+    click.echo(load_sae(sae).push_to_hub(repository, folder, private=private or None, license=license))
 
 
 @main.command()

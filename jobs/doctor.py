@@ -210,7 +210,8 @@ def browser() -> Finding:
         webbrowser.get()
     except webbrowser.Error:
         remedy = (
-            "copy the folder report/ to where there is one; forward the server's port: ssh -L 8000:127.0.0.1:8000 HOST"
+            "sae-ray report --serve shows the report elsewhere; forward the playground's port: "
+            "ssh -L 8000:127.0.0.1:8000 HOST"
         )
         return Finding("note", "none here to look at the report and the playground", remedy)
     return Finding("ok", "there is one to look at the report and the playground")

@@ -1,4 +1,4 @@
-"""`sae-ray export` and `sae-ray push`: SAEs for other libraries, and for the Hugging Face hub."""
+"""`sae-ray export`: SAEs for other libraries."""
 
 from __future__ import annotations
 
@@ -33,10 +33,3 @@ def export(sae: str, to: str, out: str, centred: bool) -> Folder:
     if source.exists(LATENTS_FILE):
         folder.write_copy(LATENTS_FILE, source, LATENTS_FILE)
     return folder
-
-
-def push(sae: str, repo_id: str, folder: str | None, private: bool, license: str | None) -> str:
-    """Uploads an SAE with its model card. Returns the address of the commit."""
-    from sae_ray.sae import load_sae
-
-    return load_sae(sae).push_to_hub(repo_id, folder, private=private or None, license=license)

@@ -97,6 +97,13 @@ def _order(scores: Scores, top_image: np.ndarray, min_images: int) -> np.ndarray
     return order[shown[order]]
 
 
+def names_of_labels(labels: pa.Table) -> dict[int, str]:
+    """By their numbers, some of which are missing where only the other image set has such images."""
+    found = dict(zip(labels["label"].to_pylist(), labels["label_name"].to_pylist(), strict=True))
+    found.pop(None, None)
+    return found
+
+
 def image_labels(labels: pa.Table) -> Int[np.ndarray, " images"]:
     """The label of every image of a table of labels; -1 where there is none."""
     return labels["label"].fill_null(-1).to_numpy().astype(np.int64)

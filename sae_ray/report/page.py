@@ -18,7 +18,7 @@ from sae_ray.report.album import SIDE, Album, thumbnail_size
 from sae_ray.report.data import PER_CHUNK
 from sae_ray.report.heat import caution, why_none
 from sae_ray.report.meanings import INDEXED, MEASURED, Meaning
-from sae_ray.report.neurons import Neurons
+from sae_ray.report.neurons import Neurons, names_of_labels
 from sae_ray.report.steering import SteeringResult, show
 from sae_ray.report.wording import count, duration, number, share
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
@@ -191,7 +191,7 @@ def _commands(plan: StudyPlan, steering: SteeringPlan) -> dict[str, str]:
 
 def label_names(plan: StudyPlan) -> list[str]:
     """The labels of the images that pictures come from as they are shown; empty for one that none of them has."""
-    found = _names_of_labels(plan)
+    found = names_of_labels(plan.images[plan.study.scoring.pictures].labels)
     return [label_title(found.get(label, "")) for label in range(max(found, default=-1) + 1)]
 
 
@@ -199,14 +199,8 @@ def ignored_labels(plan: StudyPlan) -> list[int]:
     """Those of them that the study ignores: a reader first sees the neurons of others."""
     study = plan.study
     names = {name for part in (study.concepts, study.steering) if part is not None for name in part.ignore_labels}
-    return [label for label, name in sorted(_names_of_labels(plan).items()) if name in names]
-
-
-def _names_of_labels(plan: StudyPlan) -> dict[int, str]:
-    labels = plan.images[plan.study.scoring.pictures].labels
-    found = dict(zip(labels["label"].to_pylist(), labels["label_name"].to_pylist(), strict=True))
-    found.pop(None, None)
-    return found
+    found = names_of_labels(plan.images[study.scoring.pictures].labels)
+    return [label for label, name in sorted(found.items()) if name in names]
 
 
 def _tiles(

@@ -14,7 +14,7 @@ from sae_ray.concepts.labelling import Concept
 from sae_ray.concepts.tables import NEURONS, NEURONS_SCHEMA
 from sae_ray.errors import UsageError, check
 from sae_ray.report.cards import NeuronCard, Pictures, TopImage
-from sae_ray.report.neurons import Neurons, read_neurons, shown_cells
+from sae_ray.report.neurons import Neurons, names_of_labels, read_neurons, shown_cells
 from sae_ray.report.pictures import finished_pictures
 from sae_ray.scores.tables import SCORES_SCHEMA
 from sae_ray.store.schemas import read_columns
@@ -76,7 +76,7 @@ class Results:
         Raises UsageError if there is no such cell.
         """
         neurons, names = self._neurons(cell)
-        classes = [*self._classes(neurons), None]  # the last one is that of -1
+        classes = self._classes(neurons)
         table = pa.table(neurons.columns._asdict(), schema=SCORES_SCHEMA)
         table = table.append_column("label", pa.array([classes[number] for number in neurons.label], pa.string()))
         table = table.append_column("purity", pa.array(neurons.purity))
@@ -173,14 +173,13 @@ class Results:
         check(0 <= number < n, "neuron", number, f"{neurons.name} has neurons 0 to {n - 1}")
 
     @staticmethod
-    def _classes(neurons: Neurons) -> list[str]:
-        """By the number of the label."""
-        labels = neurons.pictures.labels
-        return sorted({name for name in labels["label_name"].to_pylist() if name is not None})
+    def _classes(neurons: Neurons) -> dict[int, str | None]:
+        """By the number of the label; -1 is that of no label."""
+        return names_of_labels(neurons.pictures.labels) | {-1: None}
 
     def _names(self, neurons: Neurons) -> list[Name | None]:
-        classes = [*self._classes(neurons), None]
-        names = NeuronNames.read(self.plan, neurons.name, classes)
+        classes = self._classes(neurons)
+        names = NeuronNames.read(self.plan, neurons.name, [*classes.values()])
         columns = neurons.columns
         facts = zip(neurons.label, neurons.purity, columns.n_firing, columns.frequency, columns.max_token, strict=True)
         return [

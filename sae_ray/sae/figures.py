@@ -73,12 +73,14 @@ def _of_study(source: Folder) -> dict[str, Any]:
     activations = _record(root / record["config"]["activations"])
     if activations is not None:
         config, counts = activations["config"], activations["counts"]
-        found |= {"site": config["site"], "images": counts["images"], "activations": counts["rows"]}
+        # The settings of imported activations name neither site nor encoder.
+        site = config.get("site") or record["config"]["activations"].removeprefix("activations-train-")[:-_HASH]
+        found |= {"site": site, "images": counts["images"], "activations": counts["rows"]}
         encoder = models.get("encoder", {})
-        if encoder.get("revision") in config["encoder"]:
+        if "encoder" in config and encoder.get("revision") in config["encoder"]:
             found["encoder"] = _encoder(encoder["model"], encoder["revision"])
-        path = study.get("study", {}).get("images", {}).get("train", {}).get("path", "")
-        found |= {"data": PurePosixPath(address_shown(path)).name} if path else {}
+            path = study.get("study", {}).get("images", {}).get("train", {}).get("path", "")
+            found |= {"data": PurePosixPath(address_shown(path)).name} if path else {}
     for step in _judging(root, name, "fidelity-"):
         found["fidelity"] = step["counts"]
     min_images = study.get("study", {}).get("scoring", {}).get("min_images", 2)

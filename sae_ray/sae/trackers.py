@@ -35,7 +35,8 @@ class Tracker:
     """What is imported."""
 
     def __init__(self, name: str, project: str, directory: Path, config: Mapping[str, Any]):
-        self.name, self.project, self.directory, self.config = name, project, directory, dict(config)
+        # Absolute, since a process of W&B's own outlives a change of this one's working directory.
+        self.name, self.project, self.directory, self.config = name, project, directory.absolute(), dict(config)
         self._log: Callable[[dict[str, float], int], None] | None = None
 
     def __call__(self, metrics: StepMetrics) -> None:

@@ -66,7 +66,7 @@ class Vectors:
             if block.ndim != 2 or block.shape[1] != self.d:
                 raise SaeRayError(f"{self.name}: rows from {start} on are not {self.d} wide as the first is")
             with np.errstate(over="ignore"):
-                block = np.ascontiguousarray(block, dtype=self.dtype)
+                block = np.require(block, self.dtype, ["C", "W"])  # torch warns of arrays that are mapped read-only
             bad = ~np.isfinite(block).all(1)
             if bad.any():
                 row = start + int(bad.argmax())

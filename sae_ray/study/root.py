@@ -66,7 +66,9 @@ def recall(root: Folder) -> Memory | None:
             f"{root} was written by another version of sae-ray, whose steps this one cannot reuse (layout "
             f"{values.get('layout', 'unknown')} instead of {LAYOUT}); choose another --root, or delete this one"
         )
-    return Memory(Study.from_dict(values["study"]), Survey.from_dict(values["survey"]))
+    # A root that does not say how thresholds were found is older than the choice, and than its present default.
+    training = {"threshold": "average", **values["study"].get("training", {})}
+    return Memory(Study.from_dict(values["study"] | {"training": training}), Survey.from_dict(values["survey"]))
 
 
 def plan_study(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from sae_ray.jobs.cli import main
+from sae_ray.jobs.cli import SECTIONS, main
 
 from sae_ray.study.root import remember
 from tests.machine import PATIENCE_S
@@ -373,3 +373,10 @@ def test_a_judge_whose_weights_do_not_fit_fails_before_any_image_is_encoded(stud
         result = call(command, study_file, "--root", root, "--judge", f"open_clip:local-dir:{judge}")
         refused(result, 2, "judge.model = ", name)
     assert not list(root.glob("*/step.json"))
+
+
+def test_every_command_is_in_one_section_of_the_help():
+    assert sorted(name for names in SECTIONS.values() for name in names) == sorted(main.commands)
+    shown = call("--help")
+    assert all(f"{title}:" in shown.output for title in SECTIONS)
+    assert re.search(r"^  find +Find the latents whose top images best match TEXT", shown.output, re.M)
