@@ -7,10 +7,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from sae_ray.jobs.cli import main
 
+from sae_ray import import_activations
 from sae_ray.errors import UsageError
 from sae_ray.report.server import report_server
 from sae_ray.store.files import Folder
@@ -75,3 +77,13 @@ def test_a_report_is_served_and_nothing_else(port: int):
 def test_a_port_that_cannot_be_is_refused(words: list[str], said: str):
     refused = CliRunner().invoke(main, ["report", *words])
     assert (refused.exit_code, said in " ".join(refused.output.split())) == (2, True), refused.output
+
+
+def test_a_port_that_is_taken_is_found_before_the_report_is_made(port: int, tmp_path: Path):
+    """Which would be refused itself: there are no images."""
+    root = tmp_path / "root"
+    import_activations(root, "resid", np.eye(50))
+    refused = CliRunner().invoke(
+        main, ["report", "--root", str(root), "--site", "resid", "--serve", "--port", str(port)]
+    )
+    assert (refused.exit_code, f"--port {port} cannot be used" in refused.output) == (2, True), refused.output
