@@ -125,16 +125,18 @@ def studies() -> None:
 
 @main.command()
 @click.argument("file", type=click.Path())
-@click.option("--images", prompt="Folder of images", metavar="DIR", help="The images: a folder or a URI.")
-@click.option("--encoder", prompt="Model", metavar="DIR_OR_ID", help="The model to interpret, as encoder.model.")
+@click.option("--images", metavar="DIR", help="The images: a folder or a URI.")
+@click.option("--encoder", metavar="DIR_OR_ID", help="The model to interpret, as encoder.model.")
 @click.option("--revision", help="Commit, tag or branch of a model on the hub.")
-def new(file: str, images: str, encoder: str, revision: str | None) -> None:
+def new(file: str, images: str | None, encoder: str | None, revision: str | None) -> None:
     """Write a study for your images and a model to FILE, with comments on what can be chosen.
 
     The model is asked which sites it has. What is not given is asked for.
     """
-    from sae_ray.study.draft import write_draft
+    from sae_ray.study.draft import new_file, write_draft
 
+    new_file(file)  # nothing is asked in vain
+    images, encoder = images or click.prompt("Folder of images"), encoder or click.prompt("Model")
     write_draft(file, images, encoder, revision)
     click.echo(f"{file}: look at its comments, then\n  sae-ray run {file} --dry-run\n  sae-ray run {file}")
 
@@ -421,19 +423,26 @@ def watch(root: str) -> None:
 @main.command()
 @study_options
 @click.option("--serve", is_flag=True, help="Then serve it to a browser, for reports on remote machines.")
-@click.option("--port", type=int, help="For --serve; 8600 by default. Only this machine reaches it.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="For --serve; 8600 by default. Only this machine reaches it."
+)
 def report(serve: bool, port: int | None, **options: Any) -> None:
     """Make the HTML report of a study's finished steps and print its path."""
     if port is not None and not serve:
         raise UsageError("--port is for a report that is served; add --serve, or leave it out")
+    from contextlib import nullcontext
+
+    from sae_ray.report import REPORT
+    from sae_ray.report.server import PORT, report_server, serve_until_interrupted
+
     from . import study
 
-    made = study.make_report(open_plan(**options))
-    click.echo(made / "index.html")
-    if serve:
-        from sae_ray.report.server import serve_report
-
-        serve_report(made, port, click.echo)
+    plan = open_plan(**options)
+    # A port that is taken is found before the report is made.
+    with report_server(plan.root / REPORT, PORT if port is None else port) if serve else nullcontext() as server:
+        click.echo(study.make_report(plan) / "index.html")
+        if server is not None:
+            serve_until_interrupted(server, click.echo)
 
 
 @main.command()

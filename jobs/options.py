@@ -143,7 +143,8 @@ def read_study(
         return Study.from_dict({"name": "study"}, overrides), None
     empty = f" (--root {address_shown(root)} remembers none)" if root is not None else ""
     raise UsageError(
-        f"no study{empty}: give a study file, or --images, --encoder and --site, or the --root of an earlier study"
+        f"no study{empty}: give a study file or the name of one that `sae-ray studies` lists, or --images, --encoder "
+        "and --site (after `sae-ray import`, --site alone), or the --root of an earlier study"
     )
 
 

@@ -13,13 +13,17 @@ def export(sae: str, to: str, out: str, centred: bool) -> Folder:
 
     `latents.parquet` goes with it: it defines strengths in multiples of `max_token`, and no library minds it.
 
-    Raises UsageError if there is something in the folder, or the form cannot express the SAE.
+    Raises UsageError if there is something in the folder, it cannot be one, or the form cannot express the SAE.
     """
     from sae_ray.report.neuronpedia import write_neuronpedia
     from sae_ray.sae import export_sae, load_sae
     from sae_ray.sae.formats import LATENTS_FILE, sae_folder
 
+    if centred and to == NEURONPEDIA:
+        raise UsageError("--centred is for the SAE itself, and Neuronpedia takes its latents; leave it out")
     folder = Folder(out)
+    if folder.is_file():
+        raise UsageError(f"--out {folder} is a file; choose a new folder")
     if folder.files() or folder.folders():
         raise UsageError(f"--out {folder} is not empty; choose a new folder")
     if to == NEURONPEDIA:

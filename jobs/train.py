@@ -63,13 +63,15 @@ def run(plan: StudyPlan) -> None:
 
 
 def check(plan: StudyPlan) -> None:
-    """Reads what the unfinished guided SAEs are to learn, for both image sets, and opens the trackers.
+    """Reads what the unfinished guided SAEs are to learn, for both image sets, and opens the trackers if there are any.
 
     Raises as `targets_of` and `tracking_of`.
     """
-    tracking_of(plan)
+    todo = unfinished(plan.trains)
+    if todo:
+        tracking_of(plan)
     for images in plan.images.values():
-        targets_of(plan, unfinished(plan.trains), images)
+        targets_of(plan, todo, images)
 
 
 def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets], failures: Failures) -> None:

@@ -27,7 +27,7 @@ def watch(root: str, out: TextIO | None = None) -> None:
     """Shows the study that was run last under a root until nothing is left to do, or Ctrl-C.
 
     On a terminal the display is renewed in place. Elsewhere there is a line for every step that ends, and one for every
-    step at work now and then.
+    step at work now and then. Where nobody is at work, it says how the study goes on, and waits.
 
     Raises UsageError if the root has no study.
     """
@@ -67,6 +67,14 @@ def headline(plan: StudyPlan, entries: Sequence[dict[str, Any]], left: int) -> s
     return without_keys(f"{plan.study.name} under {plan.root}: {', '.join(texts)}")
 
 
+def advice(plan: StudyPlan, entries: Sequence[dict[str, Any]], left: int) -> list[str]:
+    """What to do if nobody is at work and something is left."""
+    if not left or any(entry["status"] == "running" for entry in entries):
+        return []
+    text = f"Nobody is at work on it: `sae-ray run --root {plan.root}` goes on. Ctrl-C ends this display."
+    return [without_keys(text)]
+
+
 def _unsettled(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those that there is something to say of."""
     return [entry for entry in entries if entry["status"] not in ("done", "missing")]
@@ -89,6 +97,7 @@ class _Terminal:
         done = Counter(entry["stage"] for entry in entries if entry["status"] == "done")
         lines = [
             headline(plan, entries, left),
+            *advice(plan, entries, left),
             "  ".join(f"{stage} {done[stage]}/{n}" for stage, n in stages.items()),
             "",
             *status_lines(_unsettled(entries)),
@@ -116,6 +125,7 @@ class _Log:
     def __init__(self, out: TextIO):
         self.out = out
         self._ended: set[str] | None = None
+        self._advice: list[str] = []
         self._last = 0.0
 
     def show(self, plan: StudyPlan, entries: Sequence[dict[str, Any]], left: int) -> None:
@@ -129,6 +139,8 @@ class _Log:
         if now - self._last >= LINE_SECONDS:
             self._last = now
             lines += status_lines([entry for entry in _unsettled(entries) if entry["status"] not in ENDED])
+            before, self._advice = self._advice, advice(plan, entries, left)
+            lines += self._advice if not before else []
         if not left:
             lines.append(headline(plan, entries, left))
         self.out.write("".join(f"{line}\n" for line in lines))

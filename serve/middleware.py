@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import os
-import re
 import time
 from collections.abc import Collection
 from itertools import pairwise
@@ -17,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sae_ray.errors import UsageError
+from sae_ray.loopback import names_this_machine
 
 from .config import API_KEY, ServeConfig
 from .errors import ApiError, as_api_error, invalid
@@ -25,9 +25,6 @@ from .schemas import PART_TYPES
 
 SHOWN = 60
 """Maximum number of characters of an invalid value that its error message repeats."""
-
-_LOCAL = re.compile(rb"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
-"""`Host` headers that can only mean this machine. Others may come from a web page by DNS rebinding."""
 
 
 def api_key(config: ServeConfig) -> str | None:
@@ -91,7 +88,7 @@ class ApiMiddleware:
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
         if self._key is None:
-            if not _LOCAL.fullmatch(headers.get(b"host", b"")):
+            if not names_this_machine(headers.get(b"host", b"").decode("latin-1")):
                 message = (
                     "this server has no API key, so it accepts requests to localhost or 127.0.0.1 only; "
                     f"use one of these, or set {API_KEY} on the server"

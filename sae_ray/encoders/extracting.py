@@ -105,7 +105,7 @@ def extract(
                     found[site].append(rows)
             first += len(part.accepted) + len(part.rejects)
             bar.update(first - bar.n)
-    if len(rejects) == len(ids):
+    if not any(found.values()):
         first, reason = next(iter(rejects.items()))
         raise SaeRayError(f"none of the {len(ids)} images can be read; {first}: {reason}")
     return Extracted(ids, rejects, {site: _joined(rows) for site, rows in found.items()})

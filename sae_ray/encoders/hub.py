@@ -126,12 +126,15 @@ def refusing(model: str, forms: str, of_hub: bool = False) -> Iterator[None]:
 
 
 def bad_files() -> tuple[type[Exception], ...]:
-    """What libraries raise on files that are missing, torn or malformed, which may be almost anything."""
+    """What libraries raise on files that are missing, torn or malformed, which may be almost anything, and on
+    connections that break.
+    """
     from huggingface_hub.errors import StrictDataclassError
+    from huggingface_hub.utils import httpx
     from safetensors import SafetensorError
 
     malformed = (AttributeError, EOFError, LookupError, TypeError, ValueError, StrictDataclassError)
-    return (OSError, RuntimeError, SafetensorError, *malformed)
+    return (OSError, RuntimeError, SafetensorError, httpx.HTTPError, *malformed)
 
 
 def check_tokenizer(model: str, tokenizer: Any, forms: str) -> None:

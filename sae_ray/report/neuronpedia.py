@@ -20,8 +20,8 @@ import numpy as np
 from sae_ray.encoders.sources import model_name
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.report.names import Named, read_names
-from sae_ray.report.neurons import Neurons, read_neurons, shown_cells
-from sae_ray.report.pictures import HEAT
+from sae_ray.report.neurons import Neurons, read_neurons
+from sae_ray.report.pictures import HEAT, finished_pictures
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.store.files import Folder, parent_and_name
 from sae_ray.study.plan import StudyPlan
@@ -90,11 +90,11 @@ class _Export:
 
     @cached_property
     def heat(self) -> dict[tuple[int, int], Float[np.ndarray, " patches"]]:
-        """(latent, rank) -> the values on the patches of that top image; empty where there are no pictures yet."""
-        step = self.plan.pictures_of(shown_cells(self.plan)).step
-        if not step.finished or step.failure:
+        """(latent, rank) -> the values on the patches of that top image; empty where there are no pictures."""
+        pictures = finished_pictures(self.plan)
+        if pictures is None:
             return {}
-        table = step.folder.read_parquet(HEAT)
+        table = pictures.step.folder.read_parquet(HEAT)
         rows = (row for row in table.to_pylist() if row["cell"] == self.neurons.name)
         return {(row["latent"], row["rank"]): np.array(row["map"]) for row in rows}
 

@@ -22,7 +22,7 @@ from sae_ray.images.part import READS_AT_ONCE, read_file
 from sae_ray.images.rendering import Rendering
 from sae_ray.report.album import SIDE, Album, sprite_of, thumbnail_size
 from sae_ray.report.heat import HeatCell, HeatMaker, HeatMaps, heat_cells
-from sae_ray.report.neurons import Neurons, read_neurons
+from sae_ray.report.neurons import Neurons, read_neurons, shown_cells
 from sae_ray.report.steering import SteeringResult, read_steering
 from sae_ray.store.files import Folder
 from sae_ray.study.plan import StudyPlan
@@ -40,6 +40,14 @@ HEAT_SCHEMA = pa.schema(
     [("cell", pa.string()), ("latent", pa.int32()), ("rank", pa.int16()), ("map", pa.list_(pa.float32()))]
 )
 """`map`: the latent's value on each patch of its top image of this rank, row by row."""
+
+
+def finished_pictures(plan: StudyPlan) -> PicturesPlan | None:
+    """Those of the cells that are scored; None where they are not made yet or could not be, or there are no images."""
+    if plan.imported is not None:
+        return None
+    pictures = plan.pictures_of(shown_cells(plan))
+    return pictures if pictures.step.finished and not pictures.step.failure else None
 
 
 class Shown:

@@ -15,6 +15,7 @@ from sae_ray.concepts.tables import NEURONS, NEURONS_SCHEMA
 from sae_ray.errors import UsageError, check
 from sae_ray.report.cards import NeuronCard, Pictures, TopImage
 from sae_ray.report.neurons import Neurons, names_of_labels, read_neurons, shown_cells
+from sae_ray.report.pictures import finished_pictures
 from sae_ray.scores.tables import SCORES_SCHEMA
 from sae_ray.store.schemas import read_columns
 from sae_ray.study.names import Name, NeuronNames
@@ -145,11 +146,9 @@ class Results:
 
     @cached_property
     def _pictures(self) -> Pictures | None:
-        """None where they are not made yet, or there are no images."""
-        if self.plan.imported is not None:
-            return None
-        step = self.plan.pictures_of(self.cells)
-        return Pictures(self.plan, step) if step.step.finished else None
+        """None where there are none."""
+        pictures = finished_pictures(self.plan)
+        return None if pictures is None else Pictures(self.plan, pictures)
 
     def _neurons(self, cell: str | None) -> tuple[Neurons, list[Name | None]]:
         name = self._chosen(cell)

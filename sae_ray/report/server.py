@@ -6,15 +6,13 @@ import mimetypes
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from sae_ray.errors import UsageError
+from sae_ray.loopback import LOOPBACK, names_this_machine
 from sae_ray.store.files import Folder
 
-LOOPBACK = "127.0.0.1"
 PORT = 8600
-NAMES = (LOOPBACK, "localhost", "[::1]")
-"""What a browser on this machine, or behind a tunnel to it, calls the server."""
 
 
 def report_server(report: Folder, port: int) -> ThreadingHTTPServer:
@@ -56,10 +54,9 @@ def report_server(report: Folder, port: int) -> ThreadingHTTPServer:
 
 def _found(report: Folder, path: str, host: str) -> tuple[HTTPStatus, str, bytes]:
     """Status, media type and content of a path of the report."""
-    if host.rpartition(":")[0] not in NAMES and host not in NAMES:
-        # A page of another site whose name leads to this machine would otherwise read the report.
+    if not names_this_machine(host):
         return _words(HTTPStatus.FORBIDDEN, f"open http://{LOOPBACK} instead of {host[:100]}")
-    name = unquote(urlsplit(path).path).removeprefix("/") or "index.html"
+    name = unquote(path.partition("?")[0]).removeprefix("/") or "index.html"
     if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
         return _words(HTTPStatus.NOT_FOUND, "there is no such file")
     try:
@@ -74,13 +71,12 @@ def _words(status: HTTPStatus, text: str) -> tuple[HTTPStatus, str, bytes]:
     return status, "text/plain; charset=utf-8", text.encode()
 
 
-def serve_report(report: Folder, port: int | None, say: Callable[[str], None]) -> None:
-    """Serves a report until it is interrupted, by default at `PORT`. Raises as `report_server` does."""
-    with report_server(report, PORT if port is None else port) as server:
-        port = server.server_address[1]
-        say(f"{report} is at http://{LOOPBACK}:{port}/ until you press Ctrl-C.")
-        say(f"To open it on another machine, first run there: ssh -N -L {port}:{LOOPBACK}:{port} USER@THIS_HOST")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            say("Stopped.")
+def serve_until_interrupted(server: ThreadingHTTPServer, say: Callable[[str], None]) -> None:
+    """Serves a report until Ctrl-C."""
+    port = server.server_address[1]
+    say(f"The report is at http://{LOOPBACK}:{port}/ until you press Ctrl-C.")
+    say(f"To open it on another machine, first run there: ssh -N -L {port}:{LOOPBACK}:{port} USER@THIS_HOST")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        say("Stopped.")

@@ -13,7 +13,7 @@ from sae_ray.encoders.hub import hub_problem
 from sae_ray.errors import SaeRayError, UsageError, check
 from sae_ray.sae.card import MARK, card, metadata_of
 from sae_ray.sae.figures import cell_name, figures
-from sae_ray.sae.formats.places import FIGURES_FILE, LATENTS_FILE
+from sae_ray.sae.formats.places import FIGURES_FILE, SIDECARS
 from sae_ray.store.files import Folder
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 _REPO = r"[\w.-]+/[\w.-]+"
-_SIDECARS = (LATENTS_FILE, "metrics.parquet", "weights.parquet")
 
 
 def push(
@@ -31,10 +30,14 @@ def push(
 ) -> str:
     """Uploads an SAE to the hub, as `SAE.push_to_hub` says. Returns the address of the commit."""
     from huggingface_hub import CommitOperationAdd, HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import httpx, validate_repo_id
 
     check(re.fullmatch(_REPO, repo_id) is not None, "repo_id", repo_id, "name it as owner/name")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"repo_id = {repo_id!r}: {error}") from error
     inside = (cell_name(sae.source) or "") if folder is None else folder.strip("/")
     parts = inside.split("/") if inside else []
     fits = all(re.fullmatch(r"[\w.-]*[\w-][\w.-]*", part) for part in parts)
@@ -73,7 +76,7 @@ def _write(sae: SAE, found: dict[str, Any], folder: Folder) -> None:
     """The SAE, its figures, and the tables that lie beside it."""
     sae.save(folder.path)
     folder.write_json(FIGURES_FILE, found)
-    for name in _SIDECARS:
+    for name in SIDECARS:
         if sae.source is not None and sae.source.exists(name) and not folder.exists(name):
             folder.write_copy(name, sae.source, name)
 

@@ -33,8 +33,6 @@ class Tracker:
 
     package: str
     """What is imported."""
-    extra: str
-    """Of sae-ray, that installs it."""
 
     def __init__(self, name: str, project: str, directory: Path, config: Mapping[str, Any]):
         # Absolute, since a process of W&B's own outlives a change of this one's working directory.
@@ -71,7 +69,7 @@ class Tracker:
 class TensorBoard(Tracker):
     """Event files under `directory`, a folder per SAE."""
 
-    package, extra = "torch.utils.tensorboard", "tensorboard"
+    package = "torch.utils.tensorboard"
 
     def open(self, step: int) -> Callable[[dict[str, float], int], None]:
         from torch.utils.tensorboard import SummaryWriter
@@ -92,7 +90,7 @@ class TensorBoard(Tracker):
 class Wandb(Tracker):
     """A run of Weights & Biases; its own environment variables decide where, such as WANDB_MODE=offline."""
 
-    package, extra = "wandb", "wandb"
+    package = "wandb"
 
     def open(self, step: int) -> Callable[[dict[str, float], int], None]:
         import wandb
@@ -116,7 +114,7 @@ class Wandb(Tracker):
 class MLflow(Tracker):
     """A run of MLflow, at MLFLOW_TRACKING_URI or in a database under `directory`."""
 
-    package, extra = "mlflow", "mlflow"
+    package = "mlflow"
 
     def open(self, step: int) -> Callable[[dict[str, float], int], None]:
         import mlflow  # pyright: ignore[reportMissingImports]  # an extra
@@ -150,7 +148,7 @@ class MLflow(Tracker):
 class Trackio(Tracker):
     """A run of Trackio, in its own folder (TRACKIO_DIR) or on a Space (TRACKIO_SPACE_ID)."""
 
-    package, extra = "trackio", "trackio"
+    package = "trackio"
 
     def open(self, step: int) -> Callable[[dict[str, float], int], None]:
         import trackio  # pyright: ignore[reportMissingImports]
@@ -194,5 +192,5 @@ def open_tracker(
     try:
         importlib.import_module(tracker.package)
     except ImportError as error:
-        raise UsageError(f"tracker = {kind!r}: {error}; install sae-ray[{tracker.extra}]") from error
+        raise UsageError(f"tracker = {kind!r}: {error}; install sae-ray[{kind}]") from error
     return tracker(name, project, Path(directory), config or {})

@@ -96,6 +96,10 @@ class Folder:
         path = self.path_of(name) if name else self.path
         return self.filesystem.get_file_info(path).type != fs.FileType.NotFound
 
+    def is_file(self) -> bool:
+        """Whether there is a file instead of a folder."""
+        return self.filesystem.get_file_info(self.path).type == fs.FileType.File
+
     def files(self, recursive: bool = False) -> dict[str, int]:
         """Relative path -> size in bytes of each file, sorted by path; empty if the folder does not exist."""
         prefix = len(self.path.rstrip("/")) + 1

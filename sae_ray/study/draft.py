@@ -76,6 +76,14 @@ def draft(name: str, images: str, model: str, revision: str | None = None) -> st
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
+def new_file(file: str) -> Path:
+    """The path of a file that is to be written. Raises UsageError if it is there already."""
+    path = Path(file).expanduser()
+    if path.exists():
+        raise UsageError(f"{file} is there already; give another name, or delete it")
+    return path
+
+
 def write_draft(file: str, images: str, model: str, revision: str | None) -> None:
     """Writes the draft to a new file, whose name is that of the study.
 
@@ -83,9 +91,7 @@ def write_draft(file: str, images: str, model: str, revision: str | None) -> Non
         UsageError: there is such a file already, or it cannot be written; or as `draft`.
         SaeRayError: as `draft`.
     """
-    path = Path(file).expanduser()
-    if path.exists():
-        raise UsageError(f"{file} is there already; give another name, or delete it")
+    path = new_file(file)
     text = draft(path.stem, images, model, revision)
     try:
         path.write_text(text, encoding="utf-8")

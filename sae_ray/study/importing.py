@@ -85,7 +85,8 @@ def import_activations(
         All that was imported under the root so far.
 
     Raises:
-        UsageError: these are no vectors, or vectors and images do not fit one another or what is there.
+        UsageError: these are no vectors, or vectors and images do not fit one another or what is there; the root
+            cannot be written.
         SaeRayError: a value is not finite; another process writes the same.
     """
     Site("imported", label=site)  # refuses what cannot be the name of a file
@@ -94,8 +95,9 @@ def import_activations(
     judged = None if judge is None else Vectors(judge)
     if heldout is not None:
         sets = {"train": whole, "heldout": _described(Vectors(heldout, column), heldout_images)}
+        _check_judge(judged, len(sets["heldout"].ids))
     else:
-        check(heldout_images is None, "heldout_images", heldout_images, "give heldout, too, or leave it out")
+        check(heldout_images is None, "heldout_images", heldout_images, "give heldout (--heldout), or leave it out")
         sets, judged = _split(whole, judged, heldout_fraction)
     shapes = {name: (one.vectors.d, one.rows_per_image) for name, one in sets.items()}
     if len(set(shapes.values())) > 1:
@@ -103,7 +105,10 @@ def import_activations(
         raise UsageError(f"site {site!r} has {told}; they must agree")
     lists = {name: _lists(one) for name, one in sets.items()}
     known = _known(folder, site, lists)
-    plans = {name: _listed(folder, name, sets[name], one, known) for name, one in lists.items()}
+    try:
+        plans = {name: _listed(folder, name, sets[name], one, known) for name, one in lists.items()}
+    except OSError as error:
+        raise UsageError(f"--root {folder} cannot be written ({error}); choose a directory of your own") from error
     configs = {name: _written(plans[name], f"activations-{name}-{site}", one) for name, one in sets.items()}
     facts = {name: plan.surveyed for name, plan in plans.items()}
     imported = Imported(
@@ -185,10 +190,11 @@ def _split(whole: _Set, judged: Vectors | None, fraction: float) -> tuple[dict[s
     held = is_heldout(pa.chunked_array([whole.ids]), fraction)
     if held.all() or not held.any():
         raise UsageError(
-            f"heldout_fraction = {fraction}: it leaves a set without images; give more than {len(held)}, or heldout"
+            f"heldout_fraction = {fraction}: it leaves a set without images; give more than {len(held)} images, or "
+            "held-out activations (--heldout)"
         )
+    _check_judge(judged, len(held))
     if judged is not None:
-        _check_judge(judged, len(held))
         judged = judged.only(np.flatnonzero(held))
     return {"train": whole.only(~held), "heldout": whole.only(held)}, judged
 
@@ -239,14 +245,13 @@ def _written(images: ImagePlan, label: str, one: _Set) -> dict[str, Any]:
 
 
 def _judge(images: ImagePlan, judged: Vectors) -> ImportedSite:
-    _check_judge(judged, images.n_images)
     one = _Set(judged, pa.array([]), None, 1)
     return ImportedSite(judged.d, 1, {images.name: _written(images, f"embeddings-{images.name}", one)})
 
 
-def _check_judge(judged: Vectors, n_images: int) -> None:
-    if judged.n != n_images:
+def _check_judge(judged: Vectors | None, n_images: int) -> None:
+    if judged is not None and judged.n != n_images:
         raise UsageError(
             f"the judge's embeddings {judged.name} are of {judged.n:,} images, but there are {n_images:,}; give one "
-            "row per image: of the held-out ones if heldout is given, else of all"
+            "row per image: of the held-out ones if held-out activations are given (--heldout), else of all"
         )

@@ -86,3 +86,5 @@ def test_what_cannot_be_is_named(tmp_path: Path, tiny_clip: str):
         extract([np.zeros((3, 3))], tiny_clip, "projection", **QUIET)
     with pytest.raises(SaeRayError, match=r"none of the 1 images can be read; .*x\.png: could not"):
         extract([tmp_path / "x.png"], tiny_clip, "projection", **QUIET)
+    with pytest.raises(SaeRayError, match="none of the 2 images can be read"):  # which are one file
+        extract([tmp_path / "x.png"] * 2, tiny_clip, "projection", **QUIET)

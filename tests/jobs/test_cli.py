@@ -150,7 +150,8 @@ def test_another_driver_at_work(study_file, make_plan, tmp_path):
 
 
 def test_no_study(tmp_path):
-    refused(call("run", "--root", tmp_path), 2, "no study", "--images")
+    refused(call("run", "--root", tmp_path), 2, "no study", "--images", "--site alone", "sae-ray studies")
+    refused(call("new", tmp_path), 2, "is there already")  # and nothing is asked
     refused(call("run", tmp_path / "none.toml"), 2, "none.toml", "cannot be read")
     refused(call("run", "--set", "seed"), 2, "--set seed", "FIELD=VALUE")
 

@@ -42,6 +42,9 @@ def test_an_export_opens_again(sae, library, tmp_path):
     [
         (["--to", "overcomplete", "--out", "{out}"], "with --centred the SAE is written"),
         (["--to", "sparsify", "--out", "{sae}"], "is not empty; choose a new folder"),
+        (["--to", "sparsify", "--out", "{sae}/cfg.json"], "cfg.json is a file; choose a new folder"),
+        (["--to", "sparsify", "--out", "{out}", "--centred"], "sparsify subtracts b_dec itself; leave it out"),
+        (["--to", "neuronpedia", "--out", "{out}", "--centred"], "--centred is for the SAE itself"),
         (["--to", "neuronpedia", "--out", "{out}"], "does not lie in the root of a study"),
         (["--to", "prisma", "--out", "{out}"], "'prisma' is not one of 'saelens', 'dictionary_learning'"),
     ],

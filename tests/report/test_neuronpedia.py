@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sae_ray import import_activations
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.report.neuronpedia import PATCH, write_neuronpedia
 from sae_ray.report.neurons import Neurons, read_neurons
@@ -20,9 +21,11 @@ from sae_ray.sae import load_sae, save_sae
 from sae_ray.scores.statistics import HISTOGRAM_EDGES
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.store.files import Folder
+from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import remember
 from tests.sae.test_formats import make_sae
+from tests.small_study import finish_score, finish_train
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "features": {
@@ -152,6 +155,22 @@ def test_names_are_those_of_the_study(plan: StudyPlan, cell: Neurons, written: P
                 row for row in rows if row["index"] == str(one["neuron"]) and row["notes"].startswith(one["method"])
             ]
             assert [row["description"] for row in found] == [one["name"]]
+
+
+def test_imported_activations_have_no_heat_maps(tmp_path: Path):
+    x = np.abs(np.random.default_rng(0).normal(size=(60, 8))).astype(np.float32)
+    import_activations(tmp_path / "root", "resid", x, x)
+    grid = {"name": "mine", "grid": [{"sites": ["resid"], "expansions": [2], "k": [4]}]}
+    plan = StudyPlan(Study.from_dict(grid), Folder(tmp_path / "root"))
+    for train in plan.trains:
+        finish_train(train)
+    for score in plan.scores:
+        finish_score(score)
+    remember(plan)
+    written = Path(write_neuronpedia(plan.trains[0].step.folder, Folder(tmp_path / "out")).path)
+    rows = lines(written / "activations" / "batch-0.jsonl.gz")
+    assert rows
+    assert {len(row["tokens"]) for row in rows} == {1}, "names alone"
 
 
 def test_what_is_no_sae_of_a_finished_study_is_refused(tmp_path: Path, plan: StudyPlan):

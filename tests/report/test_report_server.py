@@ -7,10 +7,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from sae_ray.jobs.cli import main
 
+from sae_ray import import_activations
 from sae_ray.errors import UsageError
 from sae_ray.report.server import report_server
 from sae_ray.store.files import Folder
@@ -56,7 +58,7 @@ def test_a_report_is_served_and_nothing_else(port: int):
         "/data/..%2f..%2fsecret.txt",
         "/..%5csecret.txt",
     )
-    for path in (*outside, "/missing.js", "/data", "/data/", "/%00"):
+    for path in (*outside, "/missing.js", "/data", "/data/", "/%00", "//["):
         status, _, text = asked(port, path)
         assert (status, "secret" in text) == (404, False), path
     assert asked(port, "/", host="evil.example")[0] == 403, "as after DNS rebinding"
@@ -64,6 +66,24 @@ def test_a_report_is_served_and_nothing_else(port: int):
         report_server(Folder("."), port)
 
 
-def test_a_port_is_for_a_report_that_is_served():
-    refused = CliRunner().invoke(main, ["report", "--port", "1"])
-    assert (refused.exit_code, "add --serve" in refused.output) == (2, True)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--port", "1"], "add --serve"),
+        (["--serve", "--port", "99999"], "99999 is not in the range 0<=x<=65535"),
+        (["--serve", "--port", "-5"], "-5 is not in the range"),
+    ],
+)
+def test_a_port_that_cannot_be_is_refused(words: list[str], said: str):
+    refused = CliRunner().invoke(main, ["report", *words])
+    assert (refused.exit_code, said in " ".join(refused.output.split())) == (2, True), refused.output
+
+
+def test_a_port_that_is_taken_is_found_before_the_report_is_made(port: int, tmp_path: Path):
+    """Which would be refused itself: there are no images."""
+    root = tmp_path / "root"
+    import_activations(root, "resid", np.eye(50))
+    refused = CliRunner().invoke(
+        main, ["report", "--root", str(root), "--site", "resid", "--serve", "--port", str(port)]
+    )
+    assert (refused.exit_code, f"--port {port} cannot be used" in refused.output) == (2, True), refused.output

@@ -141,6 +141,9 @@ def test_tables_beside_an_sae_go_with_it(hub: Hub, tmp_path: Path):
     opened = load_sae("hf://me/saes/layer22")
     assert opened.source is not None
     assert load_max_token(opened.source).tolist() == [2.0]
+    opened.push_to_hub("me/copies", "layer22")
+    copied = hub.repositories["me/copies"].commits[hub.repositories["me/copies"].refs["main"]]
+    assert {"layer22/latents.parquet", "layer22/metrics.parquet"} <= copied.keys()
 
 
 def test_a_card_that_others_wrote_is_left_alone(hub: Hub):
@@ -263,6 +266,10 @@ def test_whoever_may_not_write_is_told_how_to_log_in(hub: Hub, monkeypatch):
     [
         ("saes", None, "repo_id = 'saes': name it as owner/name"),
         ("me/saes/a", None, "repo_id = 'me/saes/a'"),
+        ("me/a--b", None, "repo_id = 'me/a--b': Cannot have -- or"),
+        ("me/x.git", None, "repo_id = 'me/x.git': "),
+        ("é/b", None, "repo_id = 'é/b': "),
+        ("a/..", None, r"repo_id = 'a/\.\.': "),
         ("me/saes", "../a", r"folder = '\.\./a': make it of letters"),
         ("me/saes", "a b", "folder = 'a b'"),
     ],

@@ -193,15 +193,22 @@ def test_a_root_remembers_what_was_imported(x: np.ndarray, tmp_path: Path):
         ("resid", {"images": "a.txt"}, "images = 'a.txt': give a .csv"),
         ("resid", {"images": "nowhere.csv"}, "images = 'nowhere.csv' cannot be read"),
         ("resid", {"judge": np.ones((3, 3))}, "are of 3 images, but there are 400"),
+        ("resid", {"heldout": np.ones((9, D)), "judge": np.ones((3, 3))}, "are of 3 images, but there are 9"),
         ("resid", {"heldout_fraction": 1.0}, "heldout_fraction = 1.0: make it more than 0 and less than 1"),
-        ("resid", {"heldout_fraction": 1e-9}, "it leaves a set without images"),
-        ("resid", {"heldout_images": {"label": []}}, "give heldout, too"),
+        ("resid", {"heldout_fraction": 1e-9}, "it leaves a set without images; .*--heldout"),
+        ("resid", {"heldout_images": {"label": []}}, "give heldout"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(x: np.ndarray, site: str, options: dict, message: str, tmp_path: Path):
     with pytest.raises(UsageError, match=message):
         import_activations(tmp_path, site, x, **options)
-    assert not (tmp_path / "imported.json").exists()
+    assert not list(tmp_path.iterdir()), "nothing is written before all is known to fit"
+
+
+def test_a_file_is_no_root(x: np.ndarray, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"--root .*file cannot be (read|written)"):
+        import_activations(tmp_path / "file", "resid", x)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,9 @@ def export_sae(sae: SAE, folder: Folder, library: str, centred: bool = False) ->
             f"architecture = {sae.architecture!r}: its codes are sigmoids of standardised activations, which no other "
             "library computes; sae-ray opens it as it is"
         )
-    check(library == "overcomplete" or not centred, "centred", centred, f"{library} subtracts b_dec itself")
+    check(
+        library == "overcomplete" or not centred, "centred", centred, f"{library} subtracts b_dec itself; leave it out"
+    )
     if library == "overcomplete":
         overcomplete.write(sae, folder, centred)
     else:

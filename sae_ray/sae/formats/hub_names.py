@@ -77,12 +77,16 @@ def downloaded(name: HubName, files: Sequence[str], forms: str) -> Folder:
     return Folder(found)
 
 
-def listed(name: HubName, snapshot: Folder) -> list[str]:
-    """The paths of all files of the repository; without a connection those in the cache."""
+def listed(name: HubName, snapshot: Folder, forms: str) -> list[str]:
+    """The paths of all files of the repository; without a connection those in the cache.
+
+    Raises UsageError if the hub does not tell; `forms` as for `downloaded`.
+    """
     from huggingface_hub import HfApi, constants
 
-    from sae_ray.encoders.hub import hub_problem
+    from sae_ray.encoders.hub import hub_problem, refusing
 
     if hub_problem():
         return list(snapshot.files(recursive=True))
-    return HfApi(endpoint=constants.ENDPOINT).list_repo_files(name.repo, revision=name.revision)
+    with refusing(f"{name.repo} on the Hugging Face hub", forms, of_hub=True):
+        return HfApi(endpoint=constants.ENDPOINT).list_repo_files(name.repo, revision=name.revision)

@@ -17,6 +17,8 @@ WEIGHTS_FILE = "sae_weights.safetensors"
 LATENTS_FILE = "latents.parquet"
 FIGURES_FILE = "figures.json"
 """What is known of an SAE that was uploaded (`sae_ray.sae.figures`)."""
+SIDECARS = (LATENTS_FILE, "metrics.parquet", "weights.parquet")
+"""Tables that go with an SAE to the hub."""
 AE_FILE = "ae.pt"
 AE_CONFIG_FILE = "config.json"
 SPARSIFY_FILE = "sae.safetensors"
@@ -29,8 +31,8 @@ FORMS = (
 _MARKS = {CONFIG_FILE, AE_FILE, "sae.pt"}
 """Files by which the folder of an SAE is recognised."""
 _OF_HUB = (
-    *(CONFIG_FILE, WEIGHTS_FILE, LATENTS_FILE, FIGURES_FILE, AE_FILE, SPARSIFY_FILE),
-    *(*OVERCOMPLETE_FILES, *OVERCOMPLETE_CONFIG_FILES),
+    *(CONFIG_FILE, WEIGHTS_FILE, FIGURES_FILE, AE_FILE, SPARSIFY_FILE),
+    *(*SIDECARS, *OVERCOMPLETE_FILES, *OVERCOMPLETE_CONFIG_FILES),
 )
 _SHOWN = 8
 _LOOKED_AT = 200
@@ -85,11 +87,10 @@ def _stands_for_folder(name: str, files: frozenset[str]) -> bool:
 def _of_hub(name: HubName) -> Place:
     snapshot = downloaded(name, _OF_HUB, FORMS)
     found = snapshot / name.inside if name.inside else snapshot
-    is_file = found.filesystem.get_file_info(found.path).type == fs.FileType.File
-    if is_file or found.files().keys() & _MARKS:
+    if found.is_file() or found.files().keys() & _MARKS:
         return place_of(found)
     within = f"{name.inside}/" if name.inside else ""
-    below = [file.removeprefix(within) for file in listed(name, snapshot) if file.startswith(within)]
+    below = [file.removeprefix(within) for file in listed(name, snapshot, FORMS) if file.startswith(within)]
     if saes := sorted({file.rpartition("/")[0] for file in below if file.rpartition("/")[2] in _MARKS}):
         raise _several(name, saes, name._replace(inside=within + saes[0]))
     if not below:
