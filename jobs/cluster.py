@@ -59,6 +59,7 @@ def connect() -> None:
     import ray
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it reports its default at every start
+    _show_messages_of_ray_on_stderr()
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
@@ -78,7 +79,6 @@ def connect() -> None:
                 logging_level=logging.WARNING,
                 log_to_driver=False,
             )
-    _show_messages_of_ray_on_stderr()
 
 
 def _set_defaults(variables: Mapping[str, str]) -> None:

@@ -93,7 +93,8 @@ def _depths(cells: Sequence[Cell]) -> list[Depths]:
 def _facts(meanings: Mapping[str, Meaning], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the main page, with what this page needs besides."""
     cells = [
-        cell | {"counts": {key: meanings[cell["name"]].counts.get(key) for key in SHOWN_COUNTS}}
+        {key: value for key, value in cell.items() if key != "steering"}
+        | {"counts": {key: meanings[cell["name"]].counts.get(key) for key in SHOWN_COUNTS}}
         for cell in facts["cells"]
         if cell["name"] in meanings
     ]
