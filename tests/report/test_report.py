@@ -67,17 +67,6 @@ MATRYOSHKA = "layer1.all-matryoshka_batch_topk-x4-k4"
 
 
 @pytest.fixture(scope="module")
-def plan(small_study: Path, plan_small_study: Plan) -> StudyPlan:
-    """Of the finished study; nothing is written to it but its report."""
-    return plan_small_study(small_study)
-
-
-@pytest.fixture(scope="module")
-def cells(plan: StudyPlan) -> dict[str, Neurons]:
-    return {cell.name: cell for cell in read_neurons(plan)}
-
-
-@pytest.fixture(scope="module")
 def report(plan: StudyPlan) -> Path:
     """The folder of the report."""
     write_report(plan)

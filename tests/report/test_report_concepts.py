@@ -17,7 +17,7 @@ from sae_ray.concepts.summary import MEASURES
 from sae_ray.concepts.tables import HIERARCHY_SCHEMA, NEURONS_SCHEMA, ConceptTables
 from sae_ray.report import write_report
 from sae_ray.report.meanings import MEASURED
-from sae_ray.report.neurons import Neurons, read_neurons
+from sae_ray.report.neurons import Neurons
 from sae_ray.store.steps import RECORD, Step
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.summary import summarise
@@ -26,17 +26,6 @@ from tests.small_study import LABELS, STEERED, make_report
 
 Plan = Callable[..., StudyPlan]
 MATRYOSHKA = "layer1.all-matryoshka_batch_topk-x4-k4"
-
-
-@pytest.fixture(scope="module")
-def plan(small_study: Path, plan_small_study: Plan) -> StudyPlan:
-    """Of the finished study; nothing is written to it but its report."""
-    return plan_small_study(small_study)
-
-
-@pytest.fixture(scope="module")
-def cells(plan: StudyPlan) -> dict[str, Neurons]:
-    return {cell.name: cell for cell in read_neurons(plan)}
 
 
 @pytest.fixture(scope="module")
