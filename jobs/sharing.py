@@ -28,8 +28,8 @@ def export(sae: str, to: str, out: str, centred: bool) -> Folder:
         raise UsageError(f"--out {folder} is not empty; choose a new folder")
     if to == NEURONPEDIA:
         return write_neuronpedia(sae_folder(sae), folder)
-    export_sae(load_sae(sae), folder, to, centred)
-    source = sae_folder(sae)
-    if source.exists(LATENTS_FILE):
-        folder.write_copy(LATENTS_FILE, source, LATENTS_FILE)
+    opened = load_sae(sae)
+    export_sae(opened, folder, to, centred)
+    if opened.source is not None and opened.source.exists(LATENTS_FILE):
+        folder.write_copy(LATENTS_FILE, opened.source, LATENTS_FILE)
     return folder
