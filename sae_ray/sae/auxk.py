@@ -96,11 +96,11 @@ def padded_auxk_loss(
     W_enc_t, b_enc, W_dec = (
         weight.index_select(0, block) for weight in (weights.W_enc_t, weights.b_enc, weights.W_dec)
     )
+    idle = ~dead[block]
     if training.dtype == "bfloat16":
-        pre = forward.pre.index_select(1, block)
+        pre = forward.pre.index_select(1, block).masked_fill_(idle, -torch.inf)
     else:
-        pre = affine(x - weights.b_dec, W_enc_t, b_enc)
-    pre = pre.masked_fill(~dead[block], -torch.inf)
+        pre = affine(x - weights.b_dec, W_enc_t, b_enc.detach().masked_fill(idle, -torch.inf))
     top = pre.topk(min(x.shape[1] // 2, capacity), dim=1, sorted=False)
     chosen = top.values > (0 if training.auxk_select == "post" else -torch.inf)
     values = top.values.where(chosen, 0.0)
@@ -113,7 +113,8 @@ def padded_auxk_loss(
         values = encode_entries(values, x, weights.W_enc_t, weights.b_enc, weights.b_dec, pattern)
         explained = decode_entries(values, weights.W_dec, pattern)
     else:
-        codes = torch.zeros_like(pre).scatter_(1, top.indices, values)
+        rounded = torch.bfloat16 if training.dtype == "bfloat16" else torch.float32
+        codes = torch.zeros_like(pre, dtype=rounded).scatter_(1, top.indices, values.to(rounded))
         explained = _Block.apply(codes, x, W_enc_t, b_enc, weights.b_dec, W_dec, training.dtype)
         assert isinstance(explained, torch.Tensor)
     return _relative_error(forward.residual, explained, split, gamma) * dead.any()
@@ -134,10 +135,13 @@ def _relative_error(
 
 
 class _Block(torch.autograd.Function):
-    """`codes @ W_dec`, where the codes that are not 0 are entries of `(x - b_dec) @ W_enc_t.T + b_enc`."""
+    """`codes @ W_dec`, where the codes that are not 0 are entries of `(x - b_dec) @ W_enc_t.T + b_enc`.
+
+    Codes have the dtype that the factors of a product are rounded to."""
 
     @staticmethod
     def forward(ctx, codes, x, W_enc_t, b_enc, b_dec, W_dec, dtype):
+        W_dec = W_dec.to(codes.dtype)
         ctx.save_for_backward(codes, x, W_enc_t, b_dec, W_dec)
         ctx.dtype = dtype
         return product(codes, W_dec, dtype)

@@ -9,6 +9,7 @@ import torch
 from torch.optim.adam import adam
 
 from sae_ray.sae.kernels import kernels_for
+from sae_ray.sae.whole_numbers import first_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -38,7 +39,7 @@ class RowGradient(NamedTuple):
     def of(cls, gradient: Tensor, ranks: Ranks) -> RowGradient:
         """From what autograd gives, sparse or dense, averaged over the ranks that split the rows."""
         if not gradient.is_sparse:
-            return cls(torch.arange(len(gradient), device=gradient.device), ranks.mean(gradient.contiguous()))
+            return cls(first_numbers(len(gradient), gradient.device), ranks.mean(gradient.contiguous()))
         gradient = gradient.coalesce()
         if kernels_for(gradient):  # they take all rows
             return cls.of(gradient.to_dense(), ranks)

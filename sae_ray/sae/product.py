@@ -68,9 +68,10 @@ def rough_affine(
     left[:, d_in:].fill_(1)
     right[:, :d_in].copy_(weight)
     right[:, d_in:].zero_()
-    for place in range(d_in, d_in + 3):
+    right[:, d_in].copy_(bias)
+    for place in (d_in + 1, d_in + 2):
+        bias = bias - right[:, place - 1]
         right[:, place].copy_(bias)
-        bias = bias - right[:, place]
     return torch.mm(left, right.T, out_dtype=torch.float32)
 
 
@@ -78,7 +79,7 @@ def product(left: Float[Tensor, "n inner"], right: Float[Tensor, "inner m"], dty
     """`left @ right`, float32, of factors that are rounded to this dtype (see `tf32`); without a gradient."""
     if dtype != "bfloat16":
         return left @ right
-    left, right = left.bfloat16(), right.bfloat16()
+    left, right = left.bfloat16(), right.bfloat16()  # themselves, where they are rounded already
     return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else (left @ right).float()
 
 

@@ -12,6 +12,7 @@ import torch
 
 from sae_ray.sae.kernels import kernels_for
 from sae_ray.sae.ranks import ALONE, Ranks, Split
+from sae_ray.sae.whole_numbers import first_numbers, sorted_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,35 +94,52 @@ def padded_largest(
             looked for among the `2 * k` that are largest in the matrix.
     """
     if exact is None:
-        flat = largest_per_row(matrix, k)
+        flat = _largest_per_row(matrix, k, signed=False)
         values = matrix.flatten()[flat]
     else:
         near = largest_per_row(matrix, min(2 * k, matrix.shape[1]))
         of_near = exact(near.flatten()).view_as(near)
-        places = _first_largest(of_near, k)
+        places = _first_largest(of_near, k, signed=False)
         flat, values = near.gather(1, places), of_near.gather(1, places)
-    flat, order = torch.where(values > 0, flat, matrix.numel()).flatten().sort()
+    missing = matrix.numel()
+    flat, order = sorted_numbers(torch.where(values > 0, flat, missing).flatten(), missing)
     return flat, values.relu().flatten()[order]
 
 
 def largest_per_row(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, "rows k"]:
     """Flat indices of the `k` largest of each row, of either sign, ascending in each row. Their number is fixed: shapes
-    depend on those of the matrix alone. The `k` largest are in the `k` blocks with the largest maxima."""
+    depend on those of the matrix alone."""
+    return _largest_per_row(matrix, k, signed=True).sort(dim=1).values
+
+
+def _largest_per_row(matrix: Float[Tensor, "rows width"], k: int, signed: bool) -> Int[Tensor, "rows k"]:
+    """The same in no order. They are in the `k` blocks with the largest maxima.
+
+    Args:
+        signed: as in `_first_largest`.
+    """
     n_rows, width = matrix.shape
-    maxima = _block_maxima(matrix, k)
-    size = width // maxima.shape[1]
-    blocks = _first_largest(maxima, min(k, maxima.shape[1]))
+    # There are width / size maxima to search, then k * size values: least where both are equally many.
+    size = math.gcd(width, 2 ** min(6, round(math.log2(width / k) / 2)))
+    maxima = _maxima(matrix, size)
+    blocks = _first_largest(maxima, min(k, maxima.shape[1]), signed)
+    blocks = sorted_numbers(blocks, width)[0]  # the first among equal values are then the first in the matrix
     near = matrix.view(n_rows, -1, size).gather(1, blocks.unsqueeze(2).expand(-1, -1, size)).flatten(1)
-    places = _first_largest(near, k)
+    places = _first_largest(near, k, signed)
     columns = blocks.gather(1, places // size) * size + places % size
-    return torch.arange(0, matrix.numel(), width, device=matrix.device).unsqueeze(1) + columns
+    return (width * first_numbers(n_rows, matrix.device)).unsqueeze(1) + columns
 
 
-def _first_largest(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, "rows k"]:
-    """Ascending places of the `k` largest of each row, the first among equal ones."""
+def _first_largest(matrix: Float[Tensor, "rows width"], k: int, signed: bool) -> Int[Tensor, "rows k"]:
+    """Places, in no order, of the `k` largest of each row, the first among equal ones.
+
+    Args:
+        signed: whether values below 0 compete as well; otherwise they are found, in no order, where others are missing.
+    """
     # A value and its place as one number: the value's bits, then what is lower for a later place.
-    keys = (_rising(matrix) << 32) - torch.arange(matrix.shape[1], device=matrix.device)
-    return keys.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    rising = _rising(matrix) if signed else matrix.view(torch.int32).long()
+    keys = (rising << 32) - first_numbers(matrix.shape[1], matrix.device)
+    return keys.topk(k, dim=1, sorted=False).indices
 
 
 def _rising(values: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -227,10 +245,16 @@ def _smallest_kept(
 
 def _block_maxima(matrix: Float[Tensor, "rows width"], count: int) -> Float[Tensor, "rows n_blocks"]:
     """The largest values of blocks of each row, at least two blocks per value looked for where there are so many."""
-    n_rows, width = matrix.shape
+    width = matrix.shape[1]
     block = math.gcd(width, 64)
     while block > 1 and width // block < 2 * count:
         block //= 2
+    return _maxima(matrix, block)
+
+
+def _maxima(matrix: Float[Tensor, "rows width"], block: int) -> Float[Tensor, "rows n_blocks"]:
+    """The largest value of each block of neighbours; `block` divides the width."""
+    n_rows, width = matrix.shape
     if block == 1:
         return matrix
     if kernels := kernels_for(matrix):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from sae_ray.sae.kernels import kernels_for
+from sae_ray.sae.whole_numbers import first_numbers, sorted_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -67,6 +68,11 @@ class Pattern:
         return self.latents.argsort(stable=True)
 
     @cached_property
+    def rows_by_latent(self) -> Int[Tensor, " nnz"]:
+        """Their rows in that order."""
+        return self.rows[self.by_latent]
+
+    @cached_property
     def used(self) -> Int[Tensor, " n_used"]:
         """The latents that have entries, ascending."""
         return self._runs[0]
@@ -86,13 +92,16 @@ class Pattern:
 
     def latent_sums(self, values: Float[Tensor, " nnz"], table: Float[Tensor, "n_rows d"]) -> Float[Tensor, "n_used d"]:
         """The rows of `M.T @ table` of the used latents, where M holds `values`; all others are 0."""
-        order = self.by_latent
-        return _bag_sums(self.rows[order], self.used_offsets, values[order], table)
+        return _bag_sums(self.rows_by_latent, self.used_offsets, values[self.by_latent], table)
 
     def of_used(self, sums: Float[Tensor, "n_used d"]) -> Float[Tensor, "n_latents d"]:
         """A sparse tensor with these rows for the used latents."""
         shape = (self.n_latents, sums.shape[1])
         return torch.sparse_coo_tensor(self.used.unsqueeze(0), sums, shape, is_coalesced=True, check_invariants=False)
+
+    def spread(self, numbers: Float[Tensor, " n_used"]) -> Float[Tensor, " n_latents"]:
+        """These for the used latents, 0 for all others."""
+        return numbers.new_zeros(self.n_latents).index_copy_(0, self.used, numbers)
 
     def dots(self, left: Float[Tensor, "n_rows d"], right: Float[Tensor, "n_latents d"]) -> Float[Tensor, " nnz"]:
         """The entries of `left @ right.T` that exist."""
@@ -119,17 +128,28 @@ class PaddedPattern(Pattern):
         return cls(rows, torch.where(rows < n_rows, flat % n_latents, n_latents), n_rows, n_latents)
 
     @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        return sorted_numbers(self.latents, self.n_latents)
+
+    @cached_property
+    def by_latent(self) -> Int[Tensor, " nnz"]:
+        return self._sorted[1]
+
+    @cached_property
     def used(self) -> Int[Tensor, " n_latents"]:
         """All latents."""
-        return torch.arange(self.n_latents, device=self.rows.device)
+        return first_numbers(self.n_latents, self.rows.device)
 
     @cached_property
     def used_offsets(self) -> Int[Tensor, " n_latents+1"]:
-        return _offsets(self.latents[self.by_latent], self.n_latents)
+        return _offsets(self._sorted[0], self.n_latents)
 
     def of_used(self, sums: Float[Tensor, "n_latents d"]) -> Float[Tensor, "n_latents d"]:
         """They are those of all latents."""
         return sums
+
+    def spread(self, numbers: Float[Tensor, " n_latents"]) -> Float[Tensor, " n_latents"]:
+        return numbers
 
 
 class _EncodeEntries(torch.autograd.Function):
@@ -146,7 +166,7 @@ class _EncodeEntries(torch.autograd.Function):
         pattern = ctx.pattern
         grad_W = pattern.latent_sums(grad, x - b_dec)
         grad_b = pattern.latent_sums(grad, grad.new_ones(len(x), 1)).squeeze(1)
-        grad_b_enc = grad.new_zeros(pattern.n_latents).index_copy_(0, pattern.used, grad_b)
+        grad_b_enc = pattern.spread(grad_b)
         # Every entry pulls b_dec against its encoder row, and grad_b_enc has already summed the entries of a latent.
         return None, None, pattern.of_used(grad_W), grad_b_enc, -(grad_b_enc @ W_enc_t), None
 
@@ -190,7 +210,7 @@ def decode_entries(
 
 
 def _offsets(ascending: Tensor, count: int) -> Tensor:
-    return torch.searchsorted(ascending, torch.arange(count + 1, device=ascending.device))
+    return torch.searchsorted(ascending, first_numbers(count + 1, ascending.device))
 
 
 def _bag_sums(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor) -> Tensor:

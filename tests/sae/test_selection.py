@@ -18,6 +18,7 @@ from sae_ray.sae.selection import (
     largest_positive_per_row,
     padded_largest,
 )
+from sae_ray.sae.whole_numbers import sorted_numbers
 from tests.sae.thread_ranks import on_ranks
 
 Select = Callable[[torch.Tensor], torch.Tensor]
@@ -116,6 +117,7 @@ def test_per_row_it_is_what_sorting_each_row_gives(matrix: torch.Tensor, k: int)
     width = matrix.shape[1]
     expected = torch.cat([sorted_selection(row, k) + number * width for number, row in enumerate(matrix)])
     assert torch.equal(largest_positive_per_row(matrix, min(k, width)), expected)
+    assert torch.equal(padded_selection(matrix, min(k, width)), expected)
     for size in (2, 4):
         assert torch.equal(rows_over_shards(size, matrix, min(k, width)), expected)
 
@@ -135,6 +137,14 @@ def test_candidates_of_a_row_compete_over_shards_with_whatever_sign(matrix: torc
             lambda split: lambda part: largest_of_rows(part, strongest(part), k, split.latents),
         )
         assert torch.equal(found, strongest(matrix))
+
+
+@pytest.mark.parametrize("highest", [3, 2**31 - 1, 2**40])
+def test_numbers_of_any_size_are_sorted(highest: int):
+    numbers = torch.tensor([[highest, 2, 2, 0], [1, highest, 0, highest]])
+    found, places = sorted_numbers(numbers, highest)
+    assert torch.equal(found, torch.tensor([[0, 2, 2, highest], [0, 1, highest, highest]]))
+    assert torch.equal(places, torch.tensor([[3, 1, 2, 0], [2, 0, 1, 3]]))
 
 
 @pytest.mark.parametrize("by", SPLITS)
