@@ -1,0 +1,89 @@
+"""Makes the pictures of the documentation: python -m tools.pictures [ROOT] [SERVER]
+
+Of a finished demo (`runs/demo`): views of its report, and the playground of its server (http://127.0.0.1:8000), which
+`sae-ray serve --root ROOT` starts.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+WIDTH, SHOWN = 1400, 1050
+"""Pixels of the window, and of a picture of it."""
+SUBJECT = """async () => {
+  const cell = (facts.cells.find(({ steering }) => steering) ?? facts.cells[0]).name;
+  const index = await openIndex(cell);
+  const neuron = index.neuron[bestOfClasses(index).get(facts.labels.indexOf("star"))];
+  const other = facts.cells.findLast(({ name }) => name !== cell).name;
+  return [cell, neuron, other, (await knownOf(cell, neuron)).facets.images[0]];
+}"""
+"""The SAE that steers, its best neuron of stars, another SAE, and the image on which the neuron fires most."""
+READY = """() => {
+  const seen = [...document.querySelectorAll(".thumb")].filter((one) => one.checkVisibility());
+  const near = seen.filter((one) => one.getBoundingClientRect().top < innerHeight);
+  return near.length > 0 && near.every((one) => one.classList.contains("white") || one.style.backgroundImage);
+}"""
+ASKED_ABOUT = Path("~/.cache/sae-ray/world/heldout/cross/040013.png").expanduser()
+
+
+def main() -> None:
+    from playwright.sync_api import sync_playwright
+
+    root, server, *_ = [*sys.argv[1:], *["runs/demo", "http://127.0.0.1:8000"][len(sys.argv) - 1 :]]
+    report = f"{Path(root).resolve().as_uri()}/report/index.html"
+    PICTURES.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": WIDTH, "height": 1060}, color_scheme="light")
+        page.goto(report)
+        cell, neuron, other, image = page.evaluate(SUBJECT)
+        views = {
+            "gallery": (f"neurons/{cell}", 1060),
+            "neuron": (f"neuron/{cell}/{neuron}", 1060),
+            "compare": (f"compare/{cell}/{neuron}/{other}", 1060),
+            "image": (f"image/{cell}/{image}", 900),
+        }
+        for name, (place, height) in views.items():
+            page.set_viewport_size({"width": WIDTH, "height": height})
+            page.goto(f"{report}#/{place}")
+            page.wait_for_function(READY)
+            page.wait_for_load_state("networkidle")
+            keep(page, name)
+        page.goto(server)
+        steer(page)
+        keep(page, "playground")
+        browser.close()
+
+
+def steer(page: Page) -> None:
+    """Asks in the playground about a cross that is made a star."""
+    page.set_input_files("#file", ASKED_ABOUT)
+    page.fill("#prompt", "Describe the image.")
+    page.fill("#search", "star")
+    page.press("#search", "Enter")
+    page.locator("#found-title", has_text="star").wait_for()
+    page.locator("#found li button").first.click()
+    page.locator("#chosen li", has_text="star").wait_for()
+    page.click("#send")
+    page.locator("#steered", has_text="background").wait_for()
+    page.wait_for_load_state("networkidle")
+
+
+def keep(page: Page, name: str) -> None:
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    image.thumbnail((SHOWN, image.height), Image.Resampling.LANCZOS)
+    image.save(PICTURES / f"{name}.webp", quality=82, method=6)
+
+
+if __name__ == "__main__":
+    main()
