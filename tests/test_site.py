@@ -43,6 +43,16 @@ def test_links_lead_somewhere(page: Path):
     assert dead == []
 
 
+def test_pictures_are_small_shown_and_described():
+    shown = {}
+    for page in (page for page in PAGES if page.suffix == ".md"):
+        for words, target in re.findall(r"!\[([^]]*)\]\(([^)]+)\)", CODE.sub("", text_of(page))):
+            shown[(page.parent / target).resolve()] = words
+    assert all(len(words.split()) >= 5 for words in shown.values()), shown
+    assert {path for path in shown if path.parent.name == "pictures"} == set((ROOT / "docs" / "pictures").iterdir())
+    assert [path.name for path in shown if path.stat().st_size > 250_000] == []
+
+
 def test_the_page_of_the_python_api_has_every_name():
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     public = re.findall(r" as (\w+)$", Path(sae_ray.__file__).read_text(encoding="utf-8"), re.MULTILINE)

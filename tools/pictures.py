@@ -23,9 +23,11 @@ SUBJECT = """async () => {
   const index = await openIndex(cell);
   const neuron = index.neuron[bestOfClasses(index).get(facts.labels.indexOf("star"))];
   const other = facts.cells.findLast(({ name }) => name !== cell).name;
-  return [cell, neuron, other, (await knownOf(cell, neuron)).facets.images[0]];
+  const onImages = await load(`${cell}/images/0`);
+  const most = Math.max(...onImages.map((fires) => fires.length));
+  return [cell, neuron, other, onImages.findIndex((fires) => fires.length === most)];
 }"""
-"""The SAE that steers, its best neuron of stars, another SAE, and the image on which the neuron fires most."""
+"""The SAE that steers, its best neuron of stars, another SAE, and an image that many neurons fire on."""
 READY = """() => {
   const seen = [...document.querySelectorAll(".thumb")].filter((one) => one.checkVisibility());
   const near = seen.filter((one) => one.getBoundingClientRect().top < innerHeight);
