@@ -16,18 +16,21 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
-WIDTH, SHOWN = 1400, 1050
-"""Pixels of the window, and of a picture of it."""
+SIZE, WIDTH = {"width": 1400, "height": 1060}, 1050
+"""Pixels of the window, and the width of a picture of it."""
 SUBJECT = """async () => {
   const cell = (facts.cells.find(({ steering }) => steering) ?? facts.cells[0]).name;
   const index = await openIndex(cell);
   const neuron = index.neuron[bestOfClasses(index).get(facts.labels.indexOf("star"))];
   const other = facts.cells.findLast(({ name }) => name !== cell).name;
-  const onImages = await load(`${cell}/images/0`);
-  const most = Math.max(...onImages.map((fires) => fires.length));
-  return [cell, neuron, other, onImages.findIndex((fires) => fires.length === most)];
+  const times = new Map();
+  for (const one of index.neuron) {
+    for (const image of (await knownOf(cell, one)).facets.images) times.set(image, (times.get(image) ?? 0) + 1);
+  }
+  const [image] = [...times.entries()].reduce((best, one) => (one[1] > best[1] ? one : best));
+  return [cell, neuron, other, image];
 }"""
-"""The SAE that steers, its best neuron of stars, another SAE, and an image that many neurons fire on."""
+"""The SAE that steers, its best neuron of stars, another SAE, and the image that is a top image of most neurons."""
 READY = """() => {
   const seen = [...document.querySelectorAll(".thumb")].filter((one) => one.checkVisibility());
   const near = seen.filter((one) => one.getBoundingClientRect().top < innerHeight);
@@ -44,17 +47,16 @@ def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": WIDTH, "height": 1060}, color_scheme="light")
+        page = browser.new_page(viewport=SIZE, color_scheme="light")
         page.goto(report)
         cell, neuron, other, image = page.evaluate(SUBJECT)
         views = {
-            "gallery": (f"neurons/{cell}", 1060),
-            "neuron": (f"neuron/{cell}/{neuron}", 1060),
-            "compare": (f"compare/{cell}/{neuron}/{other}", 1060),
-            "image": (f"image/{cell}/{image}", 900),
+            "gallery": f"neurons/{cell}",
+            "neuron": f"neuron/{cell}/{neuron}",
+            "compare": f"compare/{cell}/{neuron}/{other}",
+            "image": f"image/{cell}/{image}",
         }
-        for name, (place, height) in views.items():
-            page.set_viewport_size({"width": WIDTH, "height": height})
+        for name, place in views.items():
             page.goto(f"{report}#/{place}")
             page.wait_for_function(READY)
             page.wait_for_load_state("networkidle")
@@ -82,8 +84,9 @@ def steer(page: Page) -> None:
 def keep(page: Page, name: str) -> None:
     from PIL import Image
 
-    image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    image.thumbnail((SHOWN, image.height), Image.Resampling.LANCZOS)
+    picture = page.screenshot(style="footer { visibility: hidden }")  # it names the root
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
+    image.thumbnail((WIDTH, image.height), Image.Resampling.LANCZOS)
     image.save(PICTURES / f"{name}.webp", quality=82, method=6)
 
 
