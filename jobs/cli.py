@@ -186,12 +186,13 @@ def submit(address: str | None, detach: bool, **options: Any) -> None:
 @click.option("--heldout", metavar="FILE", help="Held-out activations. Default: a tenth of the images of FILE.")
 @click.option("--column", metavar="NAME", help="The column of a table, or the tensor of a .safetensors file.")
 @click.option(
-    "--images",
-    metavar="TABLE",
+    "--image-table",
+    "images",
+    metavar="FILE",
     help="A .csv or .parquet file with a row per row of FILE and the columns image_id, label or both. Rows with the "
     "same image_id are tokens of one image.",
 )
-@click.option("--heldout-images", metavar="TABLE", help="The same for the held-out activations.")
+@click.option("--heldout-image-table", "heldout_images", metavar="FILE", help="The same for the held-out activations.")
 @click.option(
     "--judge",
     metavar="FILE",

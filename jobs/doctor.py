@@ -117,10 +117,10 @@ def cpus() -> Finding:
 
 
 def memory() -> Finding:
-    from ray._common.utils import get_system_memory  # knows control groups; private, as of Ray 2.60
+    from ray._common.utils import get_system_memory  # both know control groups, and are private, as of Ray 2.60
+    from ray._private.utils import estimate_available_memory
 
-    total = get_system_memory()
-    free = min(total, _free_memory())
+    total, free = get_system_memory(), estimate_available_memory()
     text = f"{total / GB:.0f} GB, of which {free / GB:.0f} GB are free"
     if free >= LITTLE_MEMORY:
         return Finding("ok", text)
@@ -242,14 +242,6 @@ def _answer() -> None:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".removesuffix(": ")
-
-
-def _free_memory() -> int:
-    """Bytes that new processes may take, as the kernel says."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return sys.maxsize
 
 
 def _existing(place: Path) -> Path:

@@ -125,7 +125,7 @@ class _Log:
     def __init__(self, out: TextIO):
         self.out = out
         self._ended: set[str] | None = None
-        self._advice: list[str] = []
+        self._idle = 0
         self._last = 0.0
 
     def show(self, plan: StudyPlan, entries: Sequence[dict[str, Any]], left: int) -> None:
@@ -139,8 +139,9 @@ class _Log:
         if now - self._last >= LINE_SECONDS:
             self._last = now
             lines += status_lines([entry for entry in _unsettled(entries) if entry["status"] not in ENDED])
-            before, self._advice = self._advice, advice(plan, entries, left)
-            lines += self._advice if not before else []
+        told = advice(plan, entries, left)
+        self._idle = self._idle + 1 if told else 0
+        lines += told if self._idle == 2 else []  # between two stages nobody is at work for a moment
         if not left:
             lines.append(headline(plan, entries, left))
         self.out.write("".join(f"{line}\n" for line in lines))

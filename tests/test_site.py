@@ -9,9 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import pytest
-from sae_ray.jobs.cli import main
 
 import sae_ray
 from tools.site import CODE, links, loaded_from_elsewhere, notebook_page, repository_path, rewritten, slug
@@ -45,6 +43,16 @@ def test_links_lead_somewhere(page: Path):
     assert dead == []
 
 
+def test_pictures_are_small_shown_and_described():
+    shown = {}
+    for page in (page for page in PAGES if page.suffix == ".md"):
+        for words, target in re.findall(r"!\[([^]]*)\]\(([^)]+)\)", CODE.sub("", text_of(page))):
+            shown[(page.parent / target).resolve()] = words
+    assert all(len(words.split()) >= 5 for words in shown.values()), shown
+    assert {path for path in shown if path.parent.name == "pictures"} == set((ROOT / "docs" / "pictures").iterdir())
+    assert [path.name for path in shown if path.stat().st_size > 250_000] == []
+
+
 def test_the_page_of_the_python_api_has_every_name():
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     public = re.findall(r" as (\w+)$", Path(sae_ray.__file__).read_text(encoding="utf-8"), re.MULTILINE)
@@ -70,19 +78,3 @@ def test_what_a_page_would_load_from_elsewhere_is_seen(tmp_path: Path):
     (tmp_path / "two.css").write_text('@import "https://x.org/d"; a { src: url("https://x.org/e") }')
     found = [one.rpartition("/")[2] for one in loaded_from_elsewhere(tmp_path)]
     assert found == ["a.css", "b 2x", "three.html: mermaid", "c.js", "d", "e"]
-
-
-def test_commands_and_options_of_the_pages_exist():
-    """Of every `sae-ray …` in a block of code; their arguments are the business of other tests."""
-    unknown = []
-    for page in PAGES:
-        blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text_of(page), re.MULTILINE | re.DOTALL)
-        for line in re.findall(r"^(?:\$ )?sae-ray (.*)$", "".join(blocks).replace("\\\n", " "), re.MULTILINE):
-            words, command = line.split("  #")[0].split(), main
-            while words and isinstance(command, click.Group) and words[0] in command.commands:
-                command = command.commands[words.pop(0)]
-            known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
-            given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
-            if isinstance(command, click.Group) or given - known - {"--help"}:
-                unknown.append(f"{page.name}: {line}")
-    assert unknown == []

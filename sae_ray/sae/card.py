@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from sae_ray.encoders.sources import is_digest
+from sae_ray.sae.formats.hub_names import REPOSITORY
 from sae_ray.text_table import number
 
 MARK = "<!-- Written by sae-ray from the figures.json of each SAE; the next push writes it again. -->"
@@ -50,7 +51,7 @@ def metadata_of(text: str) -> dict[str, Any]:
 
 def _metadata(saes: Mapping[str, Mapping[str, Any]], license: str | None) -> dict[str, Any]:
     models = {one["encoder"]["model"] for one in saes.values() if "encoder" in one}
-    on_hub = sorted(model for model in models if ":" not in model and model.count("/") == 1)
+    on_hub = sorted(filter(REPOSITORY.fullmatch, models))
     found: dict[str, Any] = {"license": license} if license else {}
     if any(one.get("sae_lens") for one in saes.values()):
         found["library_name"] = "saelens"

@@ -79,8 +79,7 @@ def _of_study(source: Folder) -> dict[str, Any]:
         encoder = models.get("encoder", {})
         if "encoder" in config and encoder.get("revision") in config["encoder"]:
             found["encoder"] = _encoder(encoder["model"], encoder["revision"])
-            path = study.get("study", {}).get("images", {}).get("train", {}).get("path", "")
-            found |= {"data": PurePosixPath(address_shown(path)).name} if path else {}
+            found |= _data(root, study, config["manifest"])
     for step in _judging(root, name, "fidelity-"):
         found["fidelity"] = step["counts"]
     min_images = study.get("study", {}).get("scoring", {}).get("min_images", 2)
@@ -90,6 +89,15 @@ def _of_study(source: Folder) -> dict[str, Any]:
             found["monosemanticity"] = _scores(root / step["name"], min_images)
             found["monosemanticity"] |= {"judge": model_name(judge)} if judge else {}
     return found
+
+
+def _data(root: Folder, study: dict[str, Any], manifest: str) -> dict[str, str]:
+    """The name of the images' folder. The root's last study knows it, if it has the images of this manifest."""
+    images = _record(root / manifest)
+    known = study.get("survey", {}).get("images", {}).get("train", {}).get("manifest_digest")
+    if images is None or images["config"]["images"] != known:
+        return {}
+    return {"data": PurePosixPath(address_shown(study["study"]["images"]["train"]["path"])).name}
 
 
 def _encoder(model: str, revision: str) -> dict[str, Any]:

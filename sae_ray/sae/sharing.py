@@ -13,6 +13,7 @@ from sae_ray.encoders.hub import hub_problem
 from sae_ray.errors import SaeRayError, UsageError, check
 from sae_ray.sae.card import MARK, card, metadata_of
 from sae_ray.sae.figures import cell_name, figures
+from sae_ray.sae.formats.hub_names import REPOSITORY
 from sae_ray.sae.formats.places import FIGURES_FILE, SIDECARS
 from sae_ray.store.files import Folder
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from sae_ray.sae.model import SAE
 
 CARD = "README.md"
-_REPO = r"[\w.-]+/[\w.-]+"
 
 
 def push(
@@ -33,7 +33,7 @@ def push(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.utils import httpx, validate_repo_id
 
-    check(re.fullmatch(_REPO, repo_id) is not None, "repo_id", repo_id, "name it as owner/name")
+    check(REPOSITORY.fullmatch(repo_id) is not None, "repo_id", repo_id, "name it as owner/name")
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -114,7 +114,7 @@ def _body(text: str) -> str:
 
 def _add_licence(encoder: dict[str, Any] | None) -> None:
     """The licence of an encoder on the hub; nothing where there is none."""
-    if encoder is None or "license" in encoder or not re.fullmatch(_REPO, encoder["model"]):
+    if encoder is None or "license" in encoder or not REPOSITORY.fullmatch(encoder["model"]):
         return
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import httpx

@@ -144,6 +144,13 @@ def remove_orphans(folder: Folder, parts: Sequence[Part]) -> None:
             folder.delete(f"data/{name}")
 
 
+def discard_parts(folder: Folder) -> None:
+    """Deletes all parts of a step that will not be finished."""
+    for name in (folder / "parts").files():
+        folder.delete(f"parts/{name}")
+    remove_orphans(folder, [])
+
+
 def write_rejects(folder: Folder, parts: Sequence[Part]) -> list[tuple[str, str]]:
     """Collects what the parts could not read into `rejects.parquet`: (`image_id`, reason), in order."""
     rejects = [reject for part in parts for reject in part.rejects]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.store.activations import Part, finish_store, write_part
+from sae_ray.store.activations import Part, discard_parts, finish_store, write_part
 from sae_ray.store.casting import stored_rows
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, hold
@@ -59,10 +60,14 @@ class Vectors:
     def blocks(self, rows: int = ROWS_PER_PART) -> Iterator[Float[np.ndarray, "rows d"]]:
         """All vectors in order, in `dtype`.
 
-        Raises SaeRayError naming the first row with a value that is not finite, or that does not fit.
+        Raises SaeRayError naming the first row with a value that is not finite, that does not fit, or that cannot be
+        read.
         """
         for start in range(0, self.n, rows):
-            block = self._read(slice(start, min(start + rows, self.n)))
+            try:
+                block = self._read(slice(start, min(start + rows, self.n)))
+            except OSError as error:
+                raise SaeRayError(f"{self.name}: row {start} cannot be read ({error}); write it again") from error
             if block.ndim != 2 or block.shape[1] != self.d:
                 raise SaeRayError(f"{self.name}: rows from {start} on are not {self.d} wide as the first is")
             with np.errstate(over="ignore"):
@@ -126,7 +131,7 @@ def write_vectors(
             place there; with one row per image it has none.
         manifest: name of the step that says which images these are.
 
-    Raises SaeRayError as `Vectors.blocks` does.
+    Raises SaeRayError as `Vectors.blocks` does, or if they cannot be written; then nothing is left of them.
     """
     content = hashlib.sha256()
     for block in vectors.blocks():
@@ -142,7 +147,12 @@ def write_vectors(
     step, started = Step(root, "extract", label, config), time.monotonic()
     if not step.finished:
         with hold([step]):
-            finish_store(step, _written(vectors, step), vectors.d, time.monotonic() - started)
+            try:
+                finish_store(step, _written(vectors, step), vectors.d, time.monotonic() - started)
+            except OSError as error:
+                with suppress(OSError):
+                    discard_parts(step.folder)
+                raise SaeRayError(f"{step.folder} cannot be written ({error}); make room and try again") from error
     return step
 
 
@@ -206,7 +216,7 @@ def _column(name: str, names: list[str], column: str | None) -> str:
     if column in names:
         return column
     asked = "several columns" if column is None else f"no column {column!r}"
-    raise UsageError(f"{name} has {asked}; choose one by column=: {', '.join(names)}")
+    raise UsageError(f"{name} has {asked}; choose one as column (--column): {', '.join(names)}")
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -440,11 +440,11 @@ class Study:
     def _check_imported(self) -> None:
         has_images = self.images.train.path != IMPORTED
         check(not has_images or not self.imported, "encoder.model", IMPORTED,
-              "name the encoder of these images, or leave out [images] to train on what `sae-ray import` put under the "
-              "root")  # fmt: skip
+              f"name the encoder of these images (a directory of this name as ./{IMPORTED}), or leave out [images] to "
+              "train on what `sae-ray import` put under the root")  # fmt: skip
         check(has_images or self.imported, "images.train.path", IMPORTED,
-              "name the images, or leave out [encoder] to train on what `sae-ray import` put under the "
-              "root")  # fmt: skip
+              f"name the images (a folder of this name as ./{IMPORTED}), or leave out [encoder] to train on what "
+              "`sae-ray import` put under the root")  # fmt: skip
         for name, default in (("judge", JudgeConfig()), ("extraction", Extraction()), ("steering", None)):
             check(not self.imported or getattr(self, name) == default, name, "set",
                   "imported activations have no encoder, judge or images to load; leave it out")  # fmt: skip

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2**15 - 1
 """Of an image: their numbers are stored in 16 bits."""
 IMAGE_COLUMNS = ("image_id", "label")
+TABLE = "images (--image-table)"
 TABLES = "a .csv or .parquet file with a row per vector and the columns image_id, label or both"
 
 
@@ -107,16 +108,18 @@ def import_activations(
     known = _known(folder, site, lists)
     try:
         plans = {name: _listed(folder, name, sets[name], one, known) for name, one in lists.items()}
+        configs = {name: _written(plans[name], f"activations-{name}-{site}", one) for name, one in sets.items()}
+        facts = {name: plan.surveyed for name, plan in plans.items()}
+        imported = Imported(
+            {name: ImportedImages(one.n_images, one.manifest_digest, one.labels_digest) for name, one in facts.items()},
+            {**known.sites, site: ImportedSite(*shapes["train"], configs)},
+            known.judge if judged is None else _judge(plans["heldout"], judged),
+        )
+        imported.write(folder)
     except OSError as error:
-        raise UsageError(f"--root {folder} cannot be written ({error}); choose a directory of your own") from error
-    configs = {name: _written(plans[name], f"activations-{name}-{site}", one) for name, one in sets.items()}
-    facts = {name: plan.surveyed for name, plan in plans.items()}
-    imported = Imported(
-        {name: ImportedImages(one.n_images, one.manifest_digest, one.labels_digest) for name, one in facts.items()},
-        {**known.sites, site: ImportedSite(*shapes["train"], configs)},
-        known.judge if judged is None else _judge(plans["heldout"], judged),
-    )
-    imported.write(folder)
+        raise UsageError(
+            f"--root {folder} cannot be written ({error}); make room, or choose a directory of your own"
+        ) from error
     return imported
 
 
@@ -159,18 +162,18 @@ def _columns(vectors: Vectors, images: Any) -> dict[str, pa.Array]:
         table = pa.table(dict(table))
     there = [name for name in IMAGE_COLUMNS if name in table.column_names]
     if not there:
-        raise UsageError(f"images has the columns {', '.join(table.column_names)}; give {TABLES}")
+        raise UsageError(f"{TABLE} has the columns {', '.join(table.column_names)}; give {TABLES}")
     if table.num_rows != vectors.n:
-        raise UsageError(f"images has {table.num_rows:,} rows for the {vectors.n:,} of {vectors.name}; give {TABLES}")
+        raise UsageError(f"{TABLE} has {table.num_rows:,} rows for the {vectors.n:,} of {vectors.name}; give {TABLES}")
     found = {name: table[name].cast(pa.string()).combine_chunks() for name in there}
     if "image_id" in found and found["image_id"].null_count:
-        raise UsageError("images has rows without an image_id; give each row one, or leave the column out")
+        raise UsageError(f"{TABLE} has rows without an image_id; give each row one, or leave the column out")
     return found
 
 
 def _opened(path: str | Path) -> pa.Table:
     suffix = Path(path).suffix
-    check(suffix in (".csv", ".parquet"), "images", str(path), f"give {TABLES}")
+    check(suffix in (".csv", ".parquet"), TABLE, str(path), f"give {TABLES}")
     try:
         if suffix == ".parquet":
             from pyarrow.parquet import read_table
@@ -181,7 +184,7 @@ def _opened(path: str | Path) -> pa.Table:
         texts = ConvertOptions(column_types=dict.fromkeys(IMAGE_COLUMNS, pa.string()), strings_can_be_null=True)
         return read_csv(path, convert_options=texts)
     except (OSError, pa.ArrowInvalid) as error:
-        raise UsageError(f"images = {str(path)!r} cannot be read ({error}); give {TABLES}") from error
+        raise UsageError(f"{TABLE} = {str(path)!r} cannot be read ({error}); give {TABLES}") from error
 
 
 def _split(whole: _Set, judged: Vectors | None, fraction: float) -> tuple[dict[str, _Set], Vectors | None]:

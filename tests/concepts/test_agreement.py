@@ -196,6 +196,17 @@ def test_the_benchmark_is_read_however_it_names_the_chosen_neuron(tmp_path: Path
     assert found.ms_difference(embeddings.flip(0), "dino") > 1e-3
 
 
+def test_the_example_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (Path(__file__).parents[2] / "docs" / "concepts.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    pairs, ms, embeddings = write_benchmark(tmp_path / "benchmark")
+    scope: dict = {"embeddings": embeddings.numpy()}
+    exec(example, scope)
+    assert scope["found"].pooled == agreement(pairs, ms).pooled
+    assert scope["difference"] < 1e-9
+
+
 def test_activations_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _, _, embeddings = write_benchmark(tmp_path)
     whole = list(read_benchmark(tmp_path).activations())

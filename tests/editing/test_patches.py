@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from sae_ray.encoders import Encoder, Site, load_encoder, load_preprocess
 from sae_ray.encoders.info import site_width
 from sae_ray.encoders.sources import directory_digest
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.sae import save_sae
 from sae_ray.steering import load_llava
+from sae_ray.store.files import Folder
 
 from .conftest import FAMILIES, random_sae
 
@@ -145,6 +148,18 @@ def test_a_reader_gives_what_it_would_give_without_the_direction(tiny_llava, mod
         along = seen_by_reader(patch, sae, x).double() @ direction_of(sae, LATENT)
         mean = float(sae.b_dec.double() @ direction_of(sae, LATENT))
         torch.testing.assert_close(along, torch.full_like(along, mean), rtol=1e-5, atol=1e-5)
+
+
+def test_the_pages_example_runs(tiny_llava, tmp_path, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "editing.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    llava, image, folder = load_llava(tiny_llava), photos()[0], str(tmp_path / "sae")
+    sae = random_sae(llava.width)
+    save_sae(sae, Folder(folder))
+    exec(example.replace("54", str(LATENT)), {"model": tiny_llava, "folder": folder, "image": image})
+    with edited(llava.model, make_patch(tiny_llava, sae, LATENT, sae_name=folder)):
+        expected = llava.answer(image, "Describe the image.")
+    assert capsys.readouterr().out == f"{expected}\n"
 
 
 def test_vectors_change_columns_of_one_mlp(tiny_llava):

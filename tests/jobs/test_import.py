@@ -20,7 +20,7 @@ def test_a_study_of_imported_activations(ray_cluster, tmp_path):
     np.save(tmp_path / "judge.npy", codes + 0.01)
     pyarrow.csv.write_csv(pa.table({"label": [f"{row.argmax() % 2}" for row in codes]}), tmp_path / "images.csv")
     root, file = tmp_path / "root", tmp_path / "x.npy"
-    given = ("--images", tmp_path / "images.csv", "--judge", tmp_path / "judge.npy")
+    given = ("--image-table", tmp_path / "images.csv", "--judge", tmp_path / "judge.npy")
     imported = call("import", file, "--site", "resid", "--root", root, *given)
     assert imported.exit_code == 0, imported.output
     assert "1 row(s) each, 8 wide" in imported.output

@@ -1,4 +1,4 @@
-"""What the README says runs as it stands."""
+"""What the README and the examples for Python in docs/ say runs as it stands."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,10 @@ from sae_ray.sae import SAE, save_sae
 from sae_ray.store.files import Folder
 
 REPOSITORY = Path(__file__).parents[2]
-STEERED, STUDIED = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+[STEERED], [STUDIED] = (
+    re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / page).read_text(), re.DOTALL)
+    for page in ("steering.md", "python.md")
+)
 
 
 def test_the_example_of_a_study_runs(finished, tmp_path, monkeypatch, capsys):

@@ -81,9 +81,9 @@ def test_a_study_is_seen_until_it_is_finished(make_plan, tmp_path, kind):
 
 
 def test_nobody_is_at_work(make_plan, tmp_path, monkeypatch):
-    """Ctrl-C ends the display without a word."""
+    """Ctrl-C ends the display without a word. Advice does not wait for the lines of steps at work."""
     remember(make_plan(tmp_path))
-
+    monkeypatch.setattr(watching, "LINE_SECONDS", 1e9)
     looks = iter(range(3))
 
     def interrupt(seconds: float) -> None:

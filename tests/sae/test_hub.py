@@ -179,6 +179,7 @@ def test_the_card_tells_what_a_study_found(hub: Hub, small_study: Path, plan_sma
     assert figures["monosemanticity"]["mean"] == pytest.approx(row.mean_ms)
     assert figures["monosemanticity"]["neurons"] == row.n_scored
     assert figures["encoder"] == {"model": Path(plan.encoder.model).name, "revision": plan.encoder.revision}
+    assert figures["data"] == Path(plan.study.images.train.path).name
     assert str(tmp_path) not in json.dumps(figures)
     card = tree["README.md"].decode()
     assert f"| `{name}` | {train.grid_cell.site.name} | {train.grid_cell.cell.architecture} |" in card
@@ -189,10 +190,13 @@ def test_the_card_tells_what_a_study_found(hub: Hub, small_study: Path, plan_sma
     hub.repositories["someone/clip"].refs[plan.encoder.revision] = hub.repositories["someone/clip"].refs["main"]
     memory = plan.root.read_json("study.json")
     memory["survey"]["models"]["encoder"]["model"] = "someone/clip"
+    memory["survey"]["images"]["train"]["manifest_digest"] = "of other images"  # those of the root's last study
     plan.root.write_json("study.json", memory)
     sae.push_to_hub("me/saes")
     tree = hub.repositories["me/saes"].commits[hub.repositories["me/saes"].refs["main"]]
-    assert json.loads(tree[f"{name}/figures.json"])["encoder"]["license"] == "mit"
+    figures = json.loads(tree[f"{name}/figures.json"])
+    assert figures["encoder"]["license"] == "mit"
+    assert "data" not in figures
     assert "- Licence of the encoder: mit." in tree["README.md"].decode()
     assert tree["README.md"].startswith(b"---\nlibrary_name: saelens\nbase_model:\n- someone/clip\n")
     # It stays known of a copy in another repository, but does not hold for other weights.

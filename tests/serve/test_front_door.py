@@ -1,4 +1,4 @@
-"""What cluster/serve/local.yaml and the README say to type on a cluster runs as it stands."""
+"""What cluster/serve/local.yaml and docs/cluster.md say to type on a cluster runs as it stands."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ def lines_to_deploy() -> str:
 
 
 def lines_to_submit() -> str:
-    fences = re.findall(r"^```\w*\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    [lines] = [fence for fence in fences if "sae-ray submit" in fence]
+    page = (REPOSITORY / "docs" / "cluster.md").read_text()
+    [section] = [one for one in page.split("\n## ") if one.startswith("Submitting a study")]
+    [lines] = re.findall(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
     return lines.replace("http://127.0.0.1:8265", "$RAY_DASHBOARD_ADDRESS")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.store.activations import ActivationStore
 from sae_ray.store.files import Folder
+from sae_ray.store.vectors import Vectors, write_vectors
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import plan_study, recall, recalled_plan, remember
@@ -184,14 +186,14 @@ def test_a_root_remembers_what_was_imported(x: np.ndarray, tmp_path: Path):
     [
         ("a/b", {}, "site is 'a/b'; name imported activations by letters"),
         ("resid", {"heldout": np.ones((5, 3))}, "12 dimensions, 1 row.* in train and 3 dimensions.*they must agree"),
-        ("resid", {"images": {"labels": [0]}}, "images has the columns labels; give a .csv or .parquet file"),
-        ("resid", {"images": {"label": [0]}}, "images has 1 rows for the 400 of ndarray"),
+        ("resid", {"images": {"labels": [0]}}, r"images \(--image-table\) has the columns labels; give a .csv"),
+        ("resid", {"images": {"label": [0]}}, r"images \(--image-table\) has 1 rows for the 400 of ndarray"),
         ("resid", {"images": {"image_id": [0, 1] * 200}}, "the rows of an image do not stand together"),
         ("resid", {"images": {"image_id": [0] + [1] * 399}}, "image 0 has 1 rows, 1 has 399"),
         ("resid", {"images": {"image_id": [None] * 400}}, "rows without an image_id"),
         ("resid", {"images": {"image_id": [0] * 400, "label": [1] * 399 + [2]}}, "image 0 have several labels"),
-        ("resid", {"images": "a.txt"}, "images = 'a.txt': give a .csv"),
-        ("resid", {"images": "nowhere.csv"}, "images = 'nowhere.csv' cannot be read"),
+        ("resid", {"images": "a.txt"}, r"images \(--image-table\) = 'a.txt': give a .csv"),
+        ("resid", {"images": "nowhere.csv"}, r"images \(--image-table\) = 'nowhere.csv' cannot be read"),
         ("resid", {"judge": np.ones((3, 3))}, "are of 3 images, but there are 400"),
         ("resid", {"heldout": np.ones((9, D)), "judge": np.ones((3, 3))}, "are of 3 images, but there are 9"),
         ("resid", {"heldout_fraction": 1.0}, "heldout_fraction = 1.0: make it more than 0 and less than 1"),
@@ -205,6 +207,36 @@ def test_what_does_not_fit_is_named(x: np.ndarray, site: str, options: dict, mes
     assert not list(tmp_path.iterdir()), "nothing is written before all is known to fit"
 
 
+def test_a_disk_that_is_full_leaves_nothing_half_written(x: np.ndarray, tmp_path: Path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    wide = np.tile(x, 40) + np.random.default_rng(0).normal(size=(len(x), 40 * D))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(SaeRayError, match=r"activations-train-resid-\w+ cannot be written \(.*; make room"):
+            import_activations(tmp_path, "resid", wide)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "imported.json").exists()
+    assert [path for path in tmp_path.glob("activations-*/**/*") if path.is_file()] == []
+    assert import_activations(tmp_path, "resid", wide).sites["resid"].width == 40 * D
+
+
+def test_what_vanishes_while_it_is_read_is_named(x: np.ndarray, tmp_path: Path):
+    class Vanishing:
+        """As a dataset of h5py is once its file has gone."""
+
+        def __len__(self) -> int:
+            return 10_000
+
+        def __getitem__(self, rows: slice) -> np.ndarray:
+            if rows.start:
+                raise OSError("Can't read data")
+            return x[rows]
+
+    with pytest.raises(SaeRayError, match=r"Vanishing: row 4096 cannot be read \(Can't read data\)"):
+        write_vectors(Vectors(Vanishing()), Folder(tmp_path), "activations")
+
+
 def test_a_file_is_no_root(x: np.ndarray, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"--root .*file cannot be (read|written)"):
@@ -214,8 +246,11 @@ def test_a_file_is_no_root(x: np.ndarray, tmp_path: Path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"images.train.path": "p"}, "encoder.model = 'imported': name the encoder of these images, or leave out"),
-        ({"encoder.model": "m"}, "images.train.path = 'imported': name the images, or leave out"),
+        ({"images.train.path": "p"}, "encoder.model = 'imported': name the encoder of these images .*, or leave out"),
+        (
+            {"encoder.model": "m"},
+            r"images.train.path = 'imported': name the images \(a folder of this name as ./imported\), or",
+        ),
         ({"judge.dtype": "float16"}, "judge = 'set': imported activations have no encoder"),
         ({"steering.llava": "m"}, "steering = 'set': imported"),
         ({"grid.score_tokens": "cls"}, "imported activations are used as they are"),

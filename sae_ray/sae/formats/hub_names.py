@@ -12,7 +12,9 @@ from sae_ray.errors import UsageError
 from sae_ray.store.files import Folder
 
 SCHEME = "hf://"
-_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^/@]+))?(?:/([^@]+?))?/?(?:@([^@]+))?")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+"""What the name of a repository looks like: `owner/name`."""
+_NAME = re.compile(rf"({REPOSITORY.pattern})(?:@([^/@]+))?(?:/([^@]+?))?/?(?:@([^@]+))?")
 
 
 class HubName(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the README says about serving runs as it stands, but for address and key."""
+"""What docs/serving.md says runs as it stands, but for address and key."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import re
 import subprocess
 from pathlib import Path
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 
 
 def fence(language: str, server) -> str:
-    [example] = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    [example] = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
     return example.replace("http://127.0.0.1:8000", server.url).replace('"none"', json.dumps(server.key))
 
 
