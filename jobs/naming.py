@@ -8,16 +8,12 @@ the figures in `step.json`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from sae_ray.concepts.image_codes import image_codes
 from sae_ray.concepts.labelling import image_classes, label_concepts
 from sae_ray.concepts.naming import class_names
-from sae_ray.concepts.naming_by_answers import N_IMAGES, Trials, random_images, trials
+from sae_ray.concepts.naming_by_answers import N_IMAGES, Trials, random_images
 from sae_ray.scores.tables import ScoreTables
 from sae_ray.steering.config import ONE_WORD_FOR_ALL
 from sae_ray.steering.interventions import load_max_token
@@ -32,17 +28,19 @@ from sae_ray.steering.latent_names import (
 )
 from sae_ray.steering.protocol import WHITE, white_questions
 from sae_ray.store.activations import ActivationStore
-from sae_ray.store.files import Folder
-from sae_ray.store.steps import check_shared
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.step_plans import NamingPlan
 
-from .asking import Actor, Actors, Images
+from .asking import Actors, Images
 from .stage import at_work, unfinished
+from .steering import SteeringActor
 
 
-def run(plan: StudyPlan) -> None:
+def run(plan: StudyPlan, actors: Actors | None = None) -> None:
     """Names the latents of each SAE that are not named yet.
+
+    Args:
+        actors: those that the evaluation of steering leaves: they have loaded the LLaVA already.
 
     Raises:
         SaeRayError: an input step is missing, the disk is too full, or another driver works on the same step.
@@ -50,34 +48,10 @@ def run(plan: StudyPlan) -> None:
     todo = unfinished(plan.namings)
     if todo:
         with at_work(plan.root, "naming", todo):
-            actors = Actors(todo[0].steering, plan.study.resources.steering, NamingActor)
+            if actors is None or actors.steering != todo[0].steering:
+                actors = Actors(todo[0].steering, plan.study.resources.steering, SteeringActor)
             for one in todo:
                 _name(one, actors, plan.study.seed)
-
-
-class NamingActor(Actor):
-    """Also draws the images that names are tried on."""
-
-    def trials(self, step: Folder, sae: Folder, store: ActivationStore, latents: Sequence[int], seed: int) -> Trials:
-        """By `image_index`, from one pass over the held-out images."""
-        check_shared(step)
-        with one_thread():
-            found = image_codes(self._sae(sae), store)
-        drawn = trials(found.codes, latents, seed)
-        return Trials(*(np.where(places >= 0, found.image_index[places], -1) for places in drawn))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The last bits depend on the number of threads, and so would the images that are drawn."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _name(plan: NamingPlan, actors: Actors, seed: int) -> None:

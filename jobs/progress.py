@@ -67,12 +67,8 @@ class Progress:
         self.done += amount
 
     def board(self) -> Any:
-        """The handle of a new `Board`, for workers."""
-        import ray
-
-        from .cluster import beside_driver
-
-        self._board = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=beside_driver()).remote()
+        """The handle of an empty `Board`, for workers; the stage before had the same one."""
+        self._board = empty_board()
         return self._board
 
     def _tick(self) -> None:
@@ -132,8 +128,33 @@ class Board:
         self.done[piece] = amount
         self.cells |= cells or {}
 
+    def clear(self) -> None:
+        """Before another stage."""
+        self.done, self.cells = {}, {}
+
     def told(self) -> tuple[int, dict[str, dict[str, Any]]]:
         return sum(self.done.values()), self.cells
+
+
+_boards: dict[tuple[str, str], Any] = {}
+"""A driver's node and its job -> its board, which lives as long as this handle."""
+
+
+def empty_board() -> Any:
+    """The board of this driver, one for all stages: each takes a process to start. A new one if it was lost."""
+    import ray
+    from ray.exceptions import RayError
+
+    from .cluster import beside_driver
+
+    context = ray.get_runtime_context()
+    driver = context.get_node_id(), context.get_job_id()
+    if driver in _boards:
+        with suppress(RayError):
+            ray.get(_boards[driver].clear.remote(), timeout=2 * POLL_SECONDS)
+            return _boards[driver]
+    _boards[driver] = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=beside_driver()).remote()
+    return _boards[driver]
 
 
 def pace_of(done: int, total: int, unit: str, progressed: int, seconds: float) -> dict[str, Any]:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
+from sae_ray.concepts.image_codes import image_codes
 from sae_ray.concepts.labelling import Concept, label_concepts, mean_embeddings
 from sae_ray.concepts.naming import class_names
+from sae_ray.concepts.naming_by_answers import Trials, trials
 from sae_ray.encoders.sources import named_by
 from sae_ray.encoders.text import load_text_encoder
 from sae_ray.scores.tables import ScoreTables
@@ -52,18 +55,22 @@ PROFILES_SCHEMA = pa.schema(
 )
 
 
-def run(plan: StudyPlan) -> None:
+def run(plan: StudyPlan) -> Actors | None:
     """Evaluates steering with each SAE that can steer the study's LLaVA. Finished evaluations are skipped.
+
+    Returns the actors that answered, if there was anything to ask; they stop when nobody holds them any more.
 
     Raises:
         SaeRayError: an input step is missing, the disk is too full, or another driver works on the same step.
     """
     todo = unfinished(plan.steerings)
-    if todo:
-        with at_work(plan.root, "steering", todo):
-            actors = Actors(todo[0].steering, plan.study.resources.steering, SteeringActor)
-            for one in todo:
-                Evaluation(one, plan.study.seed).run(actors)
+    if not todo:
+        return None
+    with at_work(plan.root, "steering", todo):
+        actors = Actors(todo[0].steering, plan.study.resources.steering, SteeringActor)
+        for one in todo:
+            Evaluation(one, plan.study.seed).run(actors)
+    return actors
 
 
 class Evaluation:
@@ -191,7 +198,7 @@ class Evaluation:
 
 
 class SteeringActor(Actor):
-    """Also sums activations and codes by class, and embeds texts."""
+    """Also sums activations and codes by class, embeds texts, and draws the images that names are tried on."""
 
     def class_sums(
         self, step: Folder, activations: ActivationStore, part: int, codes: Int[np.ndarray, " images"], n_classes: int
@@ -230,6 +237,27 @@ class SteeringActor(Actor):
         with named_by("steering.scorer", self.steering.scorer):
             encoder = load_text_encoder(self.steering.scorer, self.steering.scorer_revision, self.device)
         return encoder.embed_texts(texts).double().numpy()
+
+    def trials(self, step: Folder, sae: Folder, store: ActivationStore, latents: Sequence[int], seed: int) -> Trials:
+        """By `image_index`, from one pass over the held-out images."""
+        check_shared(step)
+        with one_thread():
+            found = image_codes(self._sae(sae), store)
+        drawn = trials(found.codes, latents, seed)
+        return Trials(*(np.where(places >= 0, found.image_index[places], -1) for places in drawn))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The last bits depend on the number of threads, and so would the images that are drawn."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _embedded(actors: Actors, texts: Sequence[str]) -> Float[np.ndarray, "texts d"]:

@@ -47,8 +47,7 @@ def run(plan: StudyPlan) -> dict:
     evaluate.run(plan)
     score.run(plan)
     concepts.run(plan)
-    steering.run(plan)
-    naming.run(plan)
+    naming.run(plan, steering.run(plan))
     summary = write_summary(plan)
     if plan.imported is None:
         pictures.run(plan)

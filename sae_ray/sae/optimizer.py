@@ -70,10 +70,14 @@ class RowAdam:
         self, gradients: dict[str, RowGradient], factor: Float[Tensor, ""], number: int, learning_rate: float
     ) -> None:
         """Step `number`, counted from 1, for gradients that are first multiplied by a factor, in place."""
+        small = {}
         for name, parameter in self.weights.trained().items():
-            gradient = gradients[name]
-            gradient.values.mul_(factor)
-            self._step_blocks(name, parameter, gradient, number, learning_rate)
+            gradients[name].values.mul_(factor)
+            if parameter.numel() <= _BLOCK_ENTRIES:
+                small[name] = _dense(gradients[name], torch.empty_like(parameter, requires_grad=False))
+            else:
+                self._step_blocks(name, parameter, gradients[name], number, learning_rate)
+        self._adam({name: slice(None) for name in small}, list(small.values()), number, learning_rate)
 
     @torch.no_grad()
     def step_with_kernels(self, gradients: dict[str, RowGradient], scalars: Float[Tensor, " 4"]) -> None:
@@ -95,33 +99,44 @@ class RowAdam:
     def _step_blocks(
         self, name: str, parameter: Parameter, gradient: RowGradient, number: int, learning_rate: float
     ) -> None:
-        state, (rows, values) = self.state[parameter], gradient
+        rows, values = gradient
         n_rows = len(parameter)
-        block = min(n_rows, max(1, _BLOCK_ENTRIES * n_rows // parameter.numel()))
+        block = max(1, _BLOCK_ENTRIES * n_rows // parameter.numel())
         starts = range(0, n_rows, block)
-        ends = [0, len(rows)]
-        if len(starts) > 1:
-            ends = torch.searchsorted(rows, torch.tensor([*starts, n_rows], device=rows.device)).tolist()
-        steps_done = torch.full((), number - 1.0, device=parameter.device)
+        ends = torch.searchsorted(rows, torch.tensor([*starts, n_rows], device=rows.device)).tolist()
         scratch = torch.empty_like(parameter[:block], requires_grad=False)
-        for place, start in enumerate(starts):
-            part = slice(start, start + block)
-            own = slice(ends[place], ends[place + 1])
-            dense = scratch[: min(block, n_rows - start)].zero_().index_copy_(0, rows[own] - start, values[own])
-            adam(
-                [parameter[part]],
-                [dense],
-                [state["exp_avg"][part]],
-                [state["exp_avg_sq"][part]],
-                [],
-                [steps_done.clone()],  # the call counts it up
-                fused=True,
-                amsgrad=False,
-                beta1=0.9,
-                beta2=0.999,
-                lr=learning_rate,
-                weight_decay=0.0,
-                eps=1e-8,
-                maximize=False,
-            )
+        for start, first, end in zip(starts, ends, ends[1:], strict=False):
+            of_part = RowGradient(rows[first:end] - start, values[first:end])
+            dense = _dense(of_part, scratch[: min(block, n_rows - start)])
+            self._adam({name: slice(start, start + block)}, [dense], number, learning_rate)
+
+    def _adam(self, parts: dict[str, slice], gradients: list[Tensor], number: int, learning_rate: float) -> None:
+        """Steps some rows of weights, all in one call, and constrains them."""
+        if not parts:
+            return
+        weights = [(getattr(self.weights, name), part) for name, part in parts.items()]
+        steps_done = torch.full((len(parts),), number - 1.0, device=gradients[0].device)
+        adam(
+            [weight[part] for weight, part in weights],
+            gradients,
+            [self.state[weight]["exp_avg"][part] for weight, part in weights],
+            [self.state[weight]["exp_avg_sq"][part] for weight, part in weights],
+            [],
+            list(steps_done.unbind()),  # the call counts them up
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=learning_rate,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+        for name, part in parts.items():
             self.weights.constrain(name, part)
+
+
+def _dense(gradient: RowGradient, scratch: Tensor) -> Tensor:
+    """The gradient of all rows, in the scratch memory if some are 0."""
+    rows, values = gradient
+    return values if len(rows) == len(scratch) else scratch.zero_().index_copy_(0, rows, values)

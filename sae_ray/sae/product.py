@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Latents per block of the product on a CPU, so that each block is read into the cache once.
 _LATENTS = 2048
+# Entries of a result for which memory is at hand.
+_SMALL = 2**16
 _kept = threading.local()
 
 
@@ -24,15 +26,19 @@ def affine(
 ) -> Float[Tensor, "batch d_sae"]:
     """`x @ weight.T + bias`, without a gradient.
 
-    On a CPU the result holds until the next call in this thread: fresh memory would cost a third of the product again.
+    On a CPU a large result holds until the next call in this thread: fresh memory would cost a third of the product
+    again.
     """
     if x.device.type != "cpu":
         return torch.addmm(bias, x, weight.T)
-    out = _memory(len(x) * len(weight), x.dtype).view(len(x), len(weight))
+    n_entries = len(x) * len(weight)
     if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return torch.addmm(bias, x, weight.T, out=out)
+        return torch.addmm(bias, x, weight.T, out=_memory(n_entries, x.dtype).view(len(x), len(weight)))
     # oneDNN uses the widest vectors of every CPU, where MKL, torch's default, takes narrow ones on some. This is
     # private, as of torch 2.13.
+    if n_entries <= _SMALL:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    out = _memory(n_entries, x.dtype).view(len(x), len(weight))
     for start in range(0, len(weight), _LATENTS):
         part = slice(start, start + _LATENTS)
         out[:, part] = torch.ops.mkldnn._linear_pointwise(x, weight[part], bias[part], "none", [], "")

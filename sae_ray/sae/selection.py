@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sae_ray.sae import selection_by_numpy as by_numpy
 from sae_ray.sae.kernels import kernels_for
 from sae_ray.sae.ranks import ALONE, Ranks, Split
 from sae_ray.sae.whole_numbers import first_numbers, sorted_numbers
@@ -43,8 +44,8 @@ class BatchSelection:
         found, n_found = _candidates(pre.flatten(), count, guess, ranks)
         chosen = _largest(pre, found, n_found, count, self.split)
         kept = pre.flatten()[chosen]
-        smallest = ranks.smallest(torch.cat([kept, kept.new_full((1,), torch.inf)]).amin())
-        self._smallest = smallest.item()
+        smallest = kept.amin() if len(kept) else kept.new_full((), torch.inf)
+        self._smallest = ranks.smallest(smallest).item()
         if self._smallest < guess or n_found < 1.1 * count:
             self._margin = min(0.5, 1.5 * self._margin)
         elif n_found > 1.5 * count:
@@ -172,10 +173,19 @@ def largest_of_rows(
     return found[keys >= smallest[rows]]
 
 
+def _numpy_serves(values: Tensor, ranks: Ranks) -> bool:
+    return ranks.size == 1 and values.device.type == "cpu" and kernels_for(values) is None
+
+
 def _candidates(flat: Float[Tensor, " n"], count: int, guess: float, ranks: Ranks) -> tuple[Int[Tensor, " found"], int]:
     """Ascending indices of this rank's values that are not below a bound common to all ranks, and how many all found:
     at least `count`, or all values above 0."""
     # Where every rank has this many values that are not below a bound, there are `count` of them in all.
+    if _numpy_serves(flat, ranks) and len(flat) <= by_numpy.SMALL:
+        found = by_numpy.at_least(flat, guess) if guess > 0 else None
+        if found is None or len(found) < count:
+            found = by_numpy.at_least(flat, torch.finfo(flat.dtype).tiny)
+        return found, len(found)
     per_rank = -(-count // ranks.size)
     found = maxima = None
     if guess > 0:
@@ -199,6 +209,8 @@ def _largest(
     """Of these candidates the `count` largest of all ranks, this rank's part."""
     if n_found <= count:
         return found
+    if _numpy_serves(matrix, split.ranks):
+        return by_numpy.largest(matrix.flatten(), found, count)
     values = matrix.flatten()[found]
     smallest, n_ties = _smallest_kept(values, count, split.ranks)
     tied = values == smallest

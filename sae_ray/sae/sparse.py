@@ -11,6 +11,7 @@ import warnings
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -65,7 +66,11 @@ class Pattern:
     @cached_property
     def by_latent(self) -> Int[Tensor, " nnz"]:
         """The permutation that sorts the entries by (latent, row)."""
-        return self.latents.argsort(stable=True)
+        return stable_order(self.latents, self.n_latents)
+
+    @cached_property
+    def rows_by_latent(self) -> Int[Tensor, " nnz"]:
+        return self.rows[self.by_latent]
 
     @cached_property
     def rows_by_latent(self) -> Int[Tensor, " nnz"]:
@@ -84,7 +89,11 @@ class Pattern:
 
     @cached_property
     def _runs(self) -> tuple[Tensor, Tensor]:
-        return torch.unique_consecutive(self.latents[self.by_latent], return_counts=True)
+        if self.n_latents > len(self.latents):
+            return torch.unique_consecutive(self.latents[self.by_latent], return_counts=True)
+        counts = torch.bincount(self.latents, minlength=self.n_latents)
+        used = counts.nonzero().squeeze(1)
+        return used, counts[used]
 
     def row_sums(self, values: Float[Tensor, " nnz"], table: Float[Tensor, "n_latents d"]) -> Float[Tensor, "n_rows d"]:
         """`M @ table`, where M holds `values`."""
@@ -207,6 +216,14 @@ def decode_entries(
     result = _DecodeEntries.apply(values, W_dec, pattern)
     assert isinstance(result, torch.Tensor)
     return result
+
+
+def stable_order(numbers: Int[Tensor, " n"], most: int) -> Int[Tensor, " n"]:
+    """The permutation that sorts numbers from 0 to `most`, and leaves equal ones in order."""
+    if numbers.device.type != "cpu" or kernels_for(numbers) or most >= 2**16:
+        return numbers.argsort(stable=True)
+    # numpy sorts numbers of 16 bits digit by digit, in a tenth of the time.
+    return torch.from_numpy(numbers.numpy().astype(np.uint16).argsort(kind="stable"))
 
 
 def _offsets(ascending: Tensor, count: int) -> Tensor:

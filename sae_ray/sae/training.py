@@ -388,8 +388,8 @@ class CellTrainer:
             self.optimizer.step(gradients, factor, self.n_steps + 1, learning_rate)
 
     def _count_firing(self, forward: Forward, n_rows: int) -> None:
-        sharers = self.split.rows
-        fired = forward.fired if sharers.size == 1 else sharers.sum(forward.fired.float()) > 0
+        rows = self.split.rows
+        fired = forward.fired if rows.size == 1 else rows.sum(forward.fired.float()) > 0
         self.revivals += fired & self._dead()
         self.ever_fired |= fired
         self.samples_since_fired += n_rows

@@ -70,7 +70,7 @@ class Weights:
     @torch.no_grad()
     def constrain(self, name: str, part: slice) -> None:
         """Constrains some rows of a weight: decoder rows to unit norm, a learned threshold to 0 or more."""
-        rows = self.named()[name][part]
+        rows = getattr(self, name)[part]
         if self.of_unit_rows(name):
             rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo().tiny)
         elif name == "threshold":

@@ -109,17 +109,12 @@ class StruckSteeringActor(StruckActor, steering.SteeringActor):
     pass
 
 
-class StruckNamingActor(StruckActor, naming.NamingActor):
-    pass
-
-
 def drive() -> None:
     """The driver."""
     board_of = Progress.board
     Progress.board = lambda progress: StruckBoard(board_of(progress), progress.label.split()[0])
     extract.RUNS_PER_ACTOR = 1
-    steering.SteeringActor = StruckSteeringActor
-    naming.NamingActor = StruckNamingActor
+    steering.SteeringActor = naming.SteeringActor = StruckSteeringActor
     asking.QUESTIONS_PER_BLOCK = 64
     score.BLOCKS_PER_FOLD = 2
     scoring.IMAGES_PER_BLOCK = given()["images_per_block"]

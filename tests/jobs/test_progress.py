@@ -35,3 +35,9 @@ def test_what_workers_tell_is_shown_and_may_be_lost(
         until(lambda: shown(9))
     amounts = [int(amount) for amount in re.findall(r"work: (\d+) of 10", said)]
     assert amounts == sorted(amounts), "it never turns back"
+
+    later, last = (progress.Progress("work", 10, "images").board() for _ in range(2))
+    assert later == last != board, "stages share one, and the lost one is replaced"
+    ray.get(last.set.remote("a", 7))
+    again = progress.Progress("work", 10, "images").board()
+    assert ray.get(again.told.remote()) == (0, {}), "nothing is left of the stage before"

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -40,6 +40,21 @@ from tests.sae.thread_ranks import on_ranks
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def patch_triton_once() -> None:
+    """Triton's interpreter replaces what kernels call at every launch, and again at every `tl.sum`, on top of what it
+    has replaced before: most of the time goes into that. In this process nothing else calls it, so that it may stay."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter, "_LangPatchScope"):  # private, as of Triton 3.9
+        interpreter._patch_lang(FunctionType(patch_triton_once.__code__, {"tl": tl, "core": tl.core}))
+        interpreter._patch_lang = lambda kernel: interpreter._LangPatchScope()
+
+
+if INTERPRETED:
+    patch_triton_once()
 
 
 @pytest.fixture
@@ -347,7 +362,10 @@ def test_a_loss_that_is_not_finite_is_known_late_and_leaves_the_weights(use_kern
 class Lint(TorchDispatchMode):
     """Notes calls for which the host would wait for a GPU, or whose results have a shape that depends on numbers."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "unique", "coalesce", "lift_fresh", "equal", "masked_select", "_to_copy")
+    WAITS = (
+        *("_local_scalar_dense", "nonzero", "unique", "bincount", "coalesce", "lift_fresh", "equal", "masked_select"),
+        "_to_copy",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -373,7 +391,7 @@ def test_waits_are_noticed(use_kernels):
         trainer.advance(batch)
     with Lint() as lint:
         trainer.advance(batch)
-    assert {"nonzero", "unique_consecutive", "_local_scalar_dense"} < set(lint.found)
+    assert {"nonzero", "bincount", "_local_scalar_dense"} < set(lint.found)
 
 
 @pytest.mark.gpu

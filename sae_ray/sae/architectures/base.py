@@ -276,7 +276,7 @@ class SelectingArchitecture(Architecture):
     ) -> Float[Tensor, "n_prefixes rows d_in"]:
         import torch
 
-        from sae_ray.sae.sparse import decode_entries
+        from sae_ray.sae.sparse import decode_entries, stable_order
 
         joined = self.split.latents.joined
         if len(self.prefixes) == 1:
@@ -287,7 +287,7 @@ class SelectingArchitecture(Architecture):
         group = torch.bucketize(pattern.latents, self._ends, right=True)
         # Each group decodes into a batch of its own; a prefix is the sum of the groups up to its end.
         rows = group * pattern.n_rows + pattern.rows
-        order = rows.argsort(stable=True)
+        order = stable_order(rows, n_groups * pattern.n_rows + pattern.n_rows)
         grouped = type(pattern)(rows[order], pattern.latents[order], n_groups * pattern.n_rows, pattern.n_latents)
         parts = joined(decode_entries(values.index_select(0, order), weights.W_dec, grouped))
         return parts.view(n_groups, pattern.n_rows, -1).cumsum(0) + weights.b_dec
