@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from sae_ray.host import free_memory
+
 PACKAGE = "sae-ray"
 GB = 10**9
 LEAST_DISK = GB
@@ -120,7 +122,7 @@ def memory() -> Finding:
     from ray._common.utils import get_system_memory  # knows control groups; private, as of Ray 2.60
 
     total = get_system_memory()
-    free = min(total, _free_memory())
+    free = min(total, free_memory())
     text = f"{total / GB:.0f} GB, of which {free / GB:.0f} GB are free"
     if free >= LITTLE_MEMORY:
         return Finding("ok", text)
@@ -242,14 +244,6 @@ def _answer() -> None:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".removesuffix(": ")
-
-
-def _free_memory() -> int:
-    """Bytes that new processes may take, as the kernel says."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return sys.maxsize
 
 
 def _existing(place: Path) -> Path:
