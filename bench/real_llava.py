@@ -14,7 +14,7 @@ import torch
 
 from bench.gpu.models import make_sae
 from bench.real_models import llava
-from bench.real_sizes import COLUMNS, K, Rows, apart, finish, step, write_photos
+from bench.real_sizes import COLUMNS, K, Rows, apart, finish, here, step, write_photos
 from bench.record import Table
 from sae_ray.images import decode_image
 from sae_ray.sae import load_sae, save_sae
@@ -31,15 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.real_llava", description=__doc__)
     parser.add_argument("--scratch", type=Path, help="folder for what is written and deleted again, 15 GB at once")
     parser.add_argument("--layers", type=int, help="of the language model, for machines of less memory; 32 by default")
-    parser.add_argument("--small", action="store_true", help="a tiny model, whose figures are only printed")
+    parser.add_argument("--small", action="store_true", help="a tiny model, in this process; figures are only printed")
     given = parser.parse_args(arguments)
-    model = llava(given.small, given.layers)
+    model, run = llava(given.small, given.layers), here if given.small else apart
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
         folder, sae, photos = (Path(scratch) / name for name in ("model", "sae", "photos"))
-        apart(model.write, folder)
-        apart(write_sae, sae, model.d_in, 512 if given.small else 65_536)
+        run(model.write, folder)
+        run(write_sae, sae, model.d_in, 512 if given.small else 65_536)
         write_photos(photos, 1)
-        rows = apart(steer, folder, sae, photos / "00000.jpg")
+        rows = run(steer, folder, sae, photos / "00000.jpg")
     with_layers = f" with {given.layers} of its 32 layers" if given.layers else ""
     title = f"{model.name}{with_layers}: one image steered by an SAE of 65,536 latents"
     finish("real_llava", [Table(title=title, columns=COLUMNS, rows=rows)], given.small)

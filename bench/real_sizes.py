@@ -30,6 +30,7 @@ from sae_ray.encoders.part import encode_part
 from sae_ray.images.part import Preparation, decode_part
 from sae_ray.sae import Cell, CellTrainer, TrainingConfig, load_sae, save_sae
 from sae_ray.sae.metrics import evaluate_store
+from sae_ray.sae.product import release
 from sae_ray.scores.scoring import score_store
 from sae_ray.scores.tables import write_tables
 from sae_ray.store.activations import ActivationStore, finish_store, write_part
@@ -49,19 +50,22 @@ COLUMNS = ["work", "seconds", "peak GB", "with mapped files"]
 SAMPLE_SECONDS = 0.02
 
 Rows = list[list[Any]]
-"""A row for each step of a piece of work: what it is, and `COLUMNS` but for the first."""
+"""`COLUMNS` of each step of a piece of work."""
+Run = Callable[..., Any]
+"""Calls a function, its first argument, with the others."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.real_sizes", description=__doc__)
     parser.add_argument("--scratch", type=Path, help="folder for what is written and deleted again, 10 GB at once")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"of a part, {IMAGES} by default")
-    parser.add_argument("--small", action="store_true", help="tiny models, whose figures are only printed")
+    parser.add_argument("--small", action="store_true", help="tiny models, in this process; figures are only printed")
     given = parser.parse_args(arguments)
     tables = []
     for model in encoders(given.small):
         with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
-            rows = of_encoder(model, Path(scratch), given.images, *(SMALL if given.small else FULL))
+            sizes = (*SMALL, here) if given.small else (*FULL, apart)
+            rows = of_encoder(model, Path(scratch), given.images, *sizes)
         title = f"{model.name}: one part of {given.images} images, SAEs of 65,536 latents"
         tables.append(Table(title=title, columns=COLUMNS, rows=rows))
     finish("real_sizes", tables, given.small)
@@ -75,16 +79,18 @@ def finish(name: str, tables: list[Table], small: bool) -> None:
         record(name, tables, {"command": f"python -m bench.{name}"})
 
 
-def of_encoder(model: RealModel, scratch: Path, n_images: int, d_sae: int, tokens: int) -> Rows:
+def of_encoder(model: RealModel, scratch: Path, n_images: int, d_sae: int, tokens: int, run: Run) -> Rows:
     folder, root = scratch / "model", scratch / "root"
-    apart(model.write, folder)
+    run(model.write, folder)
     write_photos(scratch / "photos", n_images)
     everything, some = f"layer{model.layer}:all", f"layer{model.layer}:random:{tokens}"
-    rows = apart(extract, folder, scratch / "photos", root, (everything, some, "pooled"))
-    rows += apart(train, root, some, "batch_topk", d_sae)
-    for stage in (evaluate, score):
-        rows += apart(stage, root, some)
-    return rows + apart(train, root, some, "jumprelu", d_sae)
+    return [
+        *run(extract, folder, scratch / "photos", root, (everything, some, "pooled")),
+        *run(train, root, some, "batch_topk", d_sae),
+        *run(train, root, some, "jumprelu", d_sae),
+        *run(evaluate, root, some),
+        *run(score, root, some),
+    ]
 
 
 def apart(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -94,6 +100,11 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Any:
             return pool.submit(work, *arguments).result()
         except BrokenProcessPool:
             return [[f"{work.__name__}: ended, most likely for want of memory", None, None, None]]
+
+
+def here(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What it returns in this process."""
+    return work(*arguments)
 
 
 def step(rows: Rows, what: str, work: Callable[[], Any]) -> Any:
@@ -179,8 +190,9 @@ def train(root: Path, site: str, architecture: str, d_sae: int) -> Rows:
     trainer.samples_since_fired[::2] = training.dead_after_samples
     step(rows, f"train {architecture}: a step of {size:,}, half of the latents dead", lambda: trainer.step(batch(size)))
     checkpoints = Folder(root / "checkpoints")
-    step(rows, f"train {architecture}: a checkpoint", lambda: save_checkpoint(checkpoints, 1, *trainer.state()))
+    step(rows, f"train {architecture}: a checkpoint", lambda: save_checkpoint(checkpoints, 1, *trainer.state(False)))
     scale = store.root_mean_square_norm
+    release()
     step(rows, f"train {architecture}: the SAE written", lambda: save_sae(trainer.export(scale), Folder(root / "sae")))
     return rows
 

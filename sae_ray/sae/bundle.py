@@ -286,7 +286,7 @@ def _initial(job: CellJob, concepts: tuple[str, ...]) -> SAE:
 def _save(run: _Run) -> None:
     """On all ranks that hold a part of it; the first writes."""
     job, trainer, attempts, *_ = run
-    tensors, facts = trainer.state()
+    tensors, facts = trainer.state(copied=False)
     if tensors:
         tensors[_HISTORY] = run.history.tensor()
         save_checkpoint(job.step.folder / CHECKPOINTS, trainer.n_steps, tensors, facts | {"attempts": attempts})
