@@ -44,8 +44,9 @@ RUNS_PER_ACTOR = 8
 """At least, where there are as many parts: so that all actors are busy until shortly before the end."""
 ENCODER_BYTES = 3 * 2**29
 """Memory of an actor besides its parts, at least: torch, and an encoder of the size of ViT-B in float32."""
-HIDDEN_WIDTHS = 12
-"""What a forward pass holds of every token, in widths of the residual stream: above all what an MLP does."""
+HELD_WIDTHS = 16
+"""Of what a forward pass holds of every token, in widths of the residual stream: above all what its MLPs make, four
+widths each of what they read and of up to three steps of their activation."""
 START_SECONDS = 10.0
 """What starting an actor takes of a core: less work is not worth another one."""
 IMAGE_SECONDS = 2e-3
@@ -242,7 +243,7 @@ def encoder_bytes(infos: Sequence[EncoderInfo], batch_size: int, gpus: float | N
     """Memory of a process besides its parts: its encoders, in float32, and on a CPU what they make of a batch."""
     of_model = {info.model: (info, info.residual_width or 0) for info in infos}.values()
     weights = sum(4 * 12 * info.n_layers * width**2 for info, width in of_model)
-    token = max((HIDDEN_WIDTHS * 4 * info.n_tokens * width for info, width in of_model), default=0)
+    token = max((HELD_WIDTHS * 4 * info.n_tokens * width for info, width in of_model), default=0)
     return max(ENCODER_BYTES, PROCESS_BYTES + weights + (0 if gpus_or_default(gpus) else batch_size * token))
 
 
