@@ -80,9 +80,9 @@ def load_weights(
 
     if device.type == "meta":
         settings["device_map"] = "meta"
-    if device.type == "cpu":
-        _check_room(source, loader, dtype, **settings)
     with refusing(source.model, forms, of_hub=source.commit is not None):
+        if device.type == "cpu":
+            _check_room(source, loader, dtype, **settings)
         module, loading = getattr(transformers, loader).from_pretrained(
             source.path,
             revision=source.commit,
@@ -117,7 +117,7 @@ def _check_room(
 
     if dtype == source.config.dtype:
         return
-    with refusing(source.model, source.model), torch.device("meta"):
+    with torch.device("meta"):
         module = getattr(transformers, loader)(config or source.config, **arguments)
     wanted, free = dtype.itemsize * sum(weights.numel() for weights in module.parameters()), free_memory()
     if wanted > free:
