@@ -96,7 +96,8 @@ def _shards(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 def _random(name: str, like: Tensor, numbers: Tensor) -> Tensor:
     """Matrices of small numbers; vectors as a new network has them, so that activations stay finite."""
     if like.ndim < 2:
-        return torch.full(like.shape, float("norm" in name and name.endswith("weight")), dtype=like.dtype)
+        scales = "lambda" in name or ("norm" in name and name.endswith("weight"))
+        return torch.full(like.shape, float(scales), dtype=like.dtype)
     times = -(-like.numel() // len(numbers))
     return numbers.repeat(times)[: like.numel()].view(like.shape)
 
