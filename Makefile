@@ -19,7 +19,7 @@ TWO := -n 2 --no-loadscope-reorder
 # The other tests wait for processes and faults now and then: a third process uses that time.
 THREE := -n 3 --no-loadscope-reorder
 
-.PHONY: demo photos test test-fast test-slow test-gpu test-clients test-trackers test-notebooks test-real soak chaos cluster-test bench bench-scale bench-serve bench-gpu bench-page bench-photos lint cluster-lint format docs test-pythons wheel release-check clean
+.PHONY: demo photos test test-fast test-slow test-gpu test-clients test-trackers test-notebooks test-real soak chaos cluster-test bench bench-scale bench-serve bench-gpu bench-page bench-photos real-sizes lint cluster-lint format docs test-pythons wheel release-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
@@ -113,6 +113,12 @@ bench-photos: $(VENV)/.test
 # Of a finished `make demo`.
 bench-page: $(VENV)/.test
 	$(BIN)/python -m bench.page $(ROOT)/report
+	$(BIN)/python -m bench.tables
+
+# Random weights; 25 GB of disk, and 18 GB of memory for the language model. About an hour on two cores.
+real-sizes: $(VENV)/.test
+	$(BIN)/python -m bench.real_sizes
+	$(BIN)/python -m bench.real_llava
 	$(BIN)/python -m bench.tables
 
 # Needs torch with CUDA, transformers, safetensors, pyarrow and numpy, and no set-up of ours.

@@ -21,13 +21,14 @@ from sae_ray.store.files import Folder
 from sae_ray.store.steps import Step, check_shared
 from sae_ray.store.tables import StoredTable
 from sae_ray.study.concepts import Asked, asked
+from sae_ray.study.config import ExtractResources
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.step_plans import ConceptsPlan
 from sae_ray.study.survey import check_files
 
 from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share
 from .encoding import EncoderJob, job_of, preparation
-from .extract import ENCODER_BYTES
+from .extract import encoder_bytes
 from .progress import Progress, say
 from .score import active_per_token
 from .stage import at_work, unfinished
@@ -134,7 +135,7 @@ def _measure(plan: StudyPlan, todo: list[ConceptsPlan]) -> None:
     gpus, at_once = share("resources.concepts", resources)
     given = asked(plan)
     shared = ray.put(Shared(given, _embedded(plan, given), _by_name(plan, given)))
-    memory = at_most_a_node(max(map(_bytes, todo)), resources.cpus, gpus)
+    memory = at_most_a_node(max(_bytes(one, gpus) for one in todo), resources.cpus, gpus)
     task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, memory=memory, max_retries=RETRIES)(measured)
     waiting = sorted(todo, key=lambda one: one.neurons, reverse=True)  # so that none starts late and runs alone
     running: list[Any] = []
@@ -202,12 +203,16 @@ def _by_name(plan: StudyPlan, given: Asked) -> ByName | None:
     return ByName(place[given.classes.of_image], texts.numpy())
 
 
-def _bytes(one: ConceptsPlan) -> int:
+def _bytes(one: ConceptsPlan, gpus: float) -> int:
     """Memory of a task, approximately: above all three copies of the codes of all images."""
     tokens = one.rows // max(1, one.images.n_images)
     codes = 36 * one.images.n_images * min(one.neurons, tokens * active_per_token(one))
     weights = one.sae.weight_bytes if one.sae else 0
-    process = PROCESS_BYTES if one.readout is None else ENCODER_BYTES
+    process = (
+        PROCESS_BYTES
+        if one.readout is None
+        else encoder_bytes([one.activations.info], ExtractResources.batch_size, gpus)
+    )
     return process + WORKING_BYTES + codes + weights + 4 * min(PIECE_BYTES, one.activations.bytes)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any
 
+from sae_ray.encoders.info import EncoderInfo
 from sae_ray.errors import SaeRayError
 from sae_ray.store.activations import (
     Part,
@@ -32,7 +33,7 @@ from sae_ray.study.config import ExtractResources
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.step_plans import ExtractPlan, ImagePlan
 
-from .cluster import at_most_a_node, gpus_or_default, n_cpus, require, room, slots, store_bytes
+from .cluster import PROCESS_BYTES, at_most_a_node, gpus_or_default, n_cpus, require, room, slots, store_bytes
 from .encoding import EncoderJob, ImageSource, PartDecoder, RunEncoder, SitePart, job_of
 from .progress import Progress, say
 from .stage import at_work, noting_failures, unfinished
@@ -42,7 +43,10 @@ LONGEST_RUN = 64
 RUNS_PER_ACTOR = 8
 """At least, where there are as many parts: so that all actors are busy until shortly before the end."""
 ENCODER_BYTES = 3 * 2**29
-"""Memory of an actor besides its parts: torch, and an encoder of the size of ViT-L in float32."""
+"""Memory of an actor besides its parts, at least: torch, and an encoder of the size of ViT-B in float32."""
+HELD_WIDTHS = 16
+"""Of what a forward pass holds of every token, in widths of the residual stream: above all what its MLPs make, four
+widths each of what they read and of up to three steps of their activation."""
 START_SECONDS = 10.0
 """What starting an actor takes of a core: less work is not worth another one."""
 IMAGE_SECONDS = 2e-3
@@ -186,7 +190,8 @@ def _encoded(
 
     resources = plan.study.resources.extract
     part = max(_bytes_of_a_part(parts) for parts in sets)
-    memory = ENCODER_BYTES + 2 * part
+    infos = [extract.info for parts in sets for extract in parts.todo]
+    memory = encoder_bytes(infos, resources.batch_size, resources.gpus) + 2 * part
     workers, gpus, decoders = shares(resources, memory, part, sum(parts.seconds for parts in sets))
     length = run_length(sum(len(parts.missing) for parts in sets), workers)
     runs = [run for parts in sets for run in parts.runs(length)]
@@ -232,6 +237,14 @@ def _encoded(
 def run_length(n_parts: int, workers: int) -> int:
     """Parts that are handed out at once."""
     return max(1, min(LONGEST_RUN, n_parts // (RUNS_PER_ACTOR * workers)))
+
+
+def encoder_bytes(infos: Sequence[EncoderInfo], batch_size: int, gpus: float | None) -> int:
+    """Memory of a process besides its parts: its encoders, in float32, and on a CPU what they make of a batch."""
+    of_model = {info.model: (info, info.residual_width or 0) for info in infos}.values()
+    weights = sum(4 * 12 * info.n_layers * width**2 for info, width in of_model)
+    token = max((HELD_WIDTHS * 4 * info.n_tokens * width for info, width in of_model), default=0)
+    return max(ENCODER_BYTES, PROCESS_BYTES + weights + (0 if gpus_or_default(gpus) else batch_size * token))
 
 
 def _bytes_of_a_part(parts: PartsOf) -> int:

@@ -11,6 +11,8 @@ from sae_ray.study.plan import StudyPlan
 from sae_ray.study.step_plans import TrainPlan
 from sae_ray.study.weights import significance
 
+from .cluster import PROCESS_BYTES
+
 if TYPE_CHECKING:
     from sae_ray.sae.targets import Targets
 
@@ -90,6 +92,16 @@ def cell_job(train: TrainPlan, targets: Mapping[str, Targets]) -> CellJob:
         init_digest=train.step.config["init"],
         embeddings=train.embeddings and train.embeddings.step.folder,
     )
+
+
+def memory(trains: Sequence[TrainPlan], shuffle_rows: int) -> int:
+    """Bytes of a process that trains these cells as one bundle on a CPU, approximately.
+
+    Checkpoints and the SAE take no more than what a step has freed by then.
+    """
+    activations = trains[0].activations
+    rows = min(1.0, shuffle_rows / max(1, activations.rows)) * activations.bytes
+    return int(PROCESS_BYTES + rows + sum(train.training_bytes for train in trains))
 
 
 def stream(train: TrainPlan) -> tuple[str, int]:

@@ -24,9 +24,19 @@ from sae_ray.study.trained import cautions
 from sae_ray.study.weights import weights_ratio
 
 from . import score
-from .cluster import beside_driver, gpus_or_default, is_taken_away, require, slots, take_threads, user_error
+from .cluster import (
+    PROCESS_BYTES,
+    at_most_a_node,
+    beside_driver,
+    gpus_or_default,
+    is_taken_away,
+    require,
+    slots,
+    take_threads,
+    user_error,
+)
 from .metrics import count_failure
-from .placement import bundles
+from .placement import bundles, memory
 from .progress import Progress, pace_of, say
 from .stage import Failures, at_work, unfinished
 from .tracking import Trackers, Tracking, tracking_of
@@ -90,7 +100,7 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets]
     with Progress(f"train {len(todo)} SAEs", total, "steps", steps=[train.step for train in todo]) as progress:
         board = progress.board()
         telling = Telling(board, tracking_of(plan))
-        fit = _by_task(resources, gpus, telling) if most == 1 else _by_ray_train(plan, (least, most), gpus, telling)
+        fit = _by_task(plan, gpus, telling) if most == 1 else _by_ray_train(plan, (least, most), gpus, telling)
         while waiting or running:
             while waiting and len(running) < at_once:
                 bundle = waiting.pop(0)
@@ -130,9 +140,16 @@ class Telling(NamedTuple):
     tracking: Tracking
 
 
-def _by_task(resources: TrainResources, gpus: float, telling: Telling) -> Callable[[BundleJob], Any]:
+def _by_task(plan: StudyPlan, gpus: float, telling: Telling) -> Callable[[BundleJob], Any]:
     """Begins a bundle of one worker; what it returns resolves to whether the bundle is done."""
     import ray
+
+    resources, of_step = plan.study.resources.train, {train.step.name: train for train in plan.trains}
+
+    def taken(bundle: BundleJob) -> float:
+        trains = [of_step[job.step.name] for job in bundle.cells]
+        wanted = PROCESS_BYTES if gpus else memory(trains, bundle.shuffle_rows)
+        return at_most_a_node(wanted, resources.cpus, gpus)
 
     task = ray.remote(
         num_cpus=resources.cpus,
@@ -140,7 +157,7 @@ def _by_task(resources: TrainResources, gpus: float, telling: Telling) -> Callab
         max_retries=resources.max_failures,
         retry_exceptions=WORTH_ANOTHER_TRY,  # pyright: ignore[reportArgumentType]
     )(fit_bundle)
-    return lambda bundle: task.remote(bundle, "cuda" if gpus else "cpu", telling)
+    return lambda bundle: task.options(memory=taken(bundle)).remote(bundle, "cuda" if gpus else "cpu", telling)
 
 
 def fit_bundle(bundle: BundleJob, device: str, telling: Telling) -> bool:

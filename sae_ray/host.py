@@ -1,11 +1,22 @@
-"""From a device to the memory of the host."""
+"""The memory of the host: what is free of it, and what comes to it from a device."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def free_memory() -> int:
+    """Bytes that this and new processes may take, as the kernel says; a very large number where it does not."""
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return sys.maxsize
 
 
 def to_host(*tensors: Tensor) -> list[Tensor]:

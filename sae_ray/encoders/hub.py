@@ -13,6 +13,7 @@ import torch
 from sae_ray.encoders.lean import import_transformers
 from sae_ray.encoders.sources import check_revision, directory_digest, local_directory
 from sae_ray.errors import UsageError
+from sae_ray.host import free_memory
 from sae_ray.store.files import address_shown
 
 _SILENT = 100
@@ -72,13 +73,16 @@ def load_weights(
     are read.
 
     Raises:
-        UsageError: Weights are missing, do not fit the configuration or are not safetensors.
+        UsageError: Weights are missing, do not fit the configuration or are not safetensors; or they do not fit into
+            the memory of the host.
     """
     import transformers
 
     if device.type == "meta":
         settings["device_map"] = "meta"
     with refusing(source.model, forms, of_hub=source.commit is not None):
+        if device.type == "cpu":
+            _check_room(source, loader, dtype, **settings)
         module, loading = getattr(transformers, loader).from_pretrained(
             source.path,
             revision=source.commit,
@@ -100,6 +104,29 @@ def load_weights(
             f"{', '.join(problems)} ({forms})"
         )
     return module.eval().to(device)
+
+
+def _check_room(
+    source: Source, loader: str, dtype: torch.dtype, config: Any = None, key_mapping: Any = None, **arguments: Any
+) -> None:
+    """Refuses weights that do not fit into memory: the system would end the process without a word.
+
+    Weights in the dtype of their files are mapped: the system reads them again where memory is short.
+    """
+    import transformers
+
+    if dtype == source.config.dtype:
+        return
+    with torch.device("meta"):
+        module = getattr(transformers, loader)(config or source.config, **arguments)
+    wanted, free = dtype.itemsize * sum(weights.numel() for weights in module.parameters()), free_memory()
+    if wanted > free:
+        kinds = "; bfloat16 or float16 takes half of that" if dtype == torch.float32 else ""
+        raise UsageError(
+            f"{source.model} cannot be loaded: its weights take {wanted / 1e9:.1f} GB as "
+            f"{str(dtype).removeprefix('torch.')}, but {free / 1e9:.1f} GB of memory are free{kinds}; choose another "
+            "dtype, a smaller model or a larger machine, or stop other programs"
+        )
 
 
 @contextlib.contextmanager

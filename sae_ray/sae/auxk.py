@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sae_ray.sae.ranks import Split
     from sae_ray.sae.weights import Weights
 
+_COPIED = 2**24
+"""Pre-activations that are copied at once in the search for the strongest: 64 MiB."""
 _DENSE = 4096
 """Dead latents up to which dense products in float32 take less time on a GPU than sums over entries. With products on
 tensor cores they always do."""
@@ -48,18 +50,26 @@ def auxk_loss(
     k_aux = min(x.shape[1] // 2, split.latents.total(len(dead_latents), x.device))
     if k_aux == 0:
         return x.new_zeros(())
-    pre = forward.pre.index_select(1, dead_latents)
-    found = _strongest(pre, min(k_aux, len(dead_latents)))
+    flat = _strongest_dead(forward.pre, dead_latents, min(k_aux, len(dead_latents)))
     if select == "post":  # a value of 0 after the ReLU neither adds to the reconstruction nor has a gradient
-        found = found[pre.flatten()[found] > 0]
-    width = max(1, len(dead_latents))
-    flat = found // width * len(dead) + dead_latents[found % width]
+        flat = flat[forward.pre.flatten()[flat] > 0]
     flat = largest_of_rows(forward.pre, flat, k_aux, split.latents)
     pattern = Pattern.of_flat(flat, len(x), len(dead))
     b_dec = split.latents.shared(weights.b_dec)
     values = encode_entries(forward.pre.flatten()[flat], x, weights.W_enc_t, weights.b_enc, b_dec, pattern)
     explained = split.latents.joined(decode_entries(values, weights.W_dec, pattern))
     return _relative_error(forward.residual, explained, split, gamma)
+
+
+def _strongest_dead(pre: Float[Tensor, "rows latents"], dead: Int[Tensor, " dead"], k: int) -> Int[Tensor, " rows*k"]:
+    """Flat indices into `pre`, ascending, of the `k` largest dead latents of each row."""
+    width, found = max(1, len(dead)), []
+    # On a CPU some rows at a time: where many latents are dead, copies of all would be as large as `pre`.
+    rows = len(pre) if pre.is_cuda else max(1, _COPIED // width)
+    for start in range(0, len(pre), rows):
+        places = _strongest(pre[start : start + rows].index_select(1, dead), k)
+        found.append((places // width + start) * pre.shape[1] + dead[places % width])
+    return torch.cat(found)
 
 
 def _strongest(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, " rows*k"]:

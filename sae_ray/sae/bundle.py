@@ -21,6 +21,7 @@ from sae_ray.sae.formats import load_sae, save_latents, save_sae
 from sae_ray.sae.history import HISTORY_FILE, History
 from sae_ray.sae.metrics import measure_latents
 from sae_ray.sae.monosemanticity import embeddings_by_image
+from sae_ray.sae.product import release
 from sae_ray.sae.ranks import ALONE
 from sae_ray.sae.scaling import AS_THEY_ARE, Scaling
 from sae_ray.sae.second_moment import SecondMoment
@@ -200,6 +201,7 @@ def _train(
         if not running:
             break
     del batches, stream  # and the activations that they hold
+    release()  # the process may serve others next
     if workers.rank == 0:
         _write(running, given, started, waited)
 
@@ -284,7 +286,7 @@ def _initial(job: CellJob, concepts: tuple[str, ...]) -> SAE:
 def _save(run: _Run) -> None:
     """On all ranks that hold a part of it; the first writes."""
     job, trainer, attempts, *_ = run
-    tensors, facts = trainer.state()
+    tensors, facts = trainer.state(copied=False)
     if tensors:
         tensors[_HISTORY] = run.history.tensor()
         save_checkpoint(job.step.folder / CHECKPOINTS, trainer.n_steps, tensors, facts | {"attempts": attempts})

@@ -89,6 +89,11 @@ def product(left: Float[Tensor, "n inner"], right: Float[Tensor, "inner m"], dty
     return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else (left @ right).float()
 
 
+def release() -> None:
+    """Frees what `affine` keeps in this thread; what it returned is then of no use."""
+    _kept.memory = None
+
+
 def _memory(n_entries: int, dtype: torch.dtype) -> Float[Tensor, " n_entries"]:
     memory = getattr(_kept, "memory", None)
     if memory is None or len(memory) < n_entries or memory.dtype != dtype:

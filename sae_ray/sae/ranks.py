@@ -95,9 +95,7 @@ class Ranks:
         return own * self.size + self.rank
 
     def whole(self, own: Tensor, count: int, device: torch.device) -> Tensor | None:
-        """A copy, on `device`, of all `count` rows for the first rank, None for the others. Every rank calls it."""
-        if self.size == 1:
-            return own.to(device, copy=True)
+        """All `count` rows of several ranks, on `device`, for the first of them, None for the others. Each calls it."""
         missing = -(-count // self.size) - len(own)
         padded = F.pad(own, (0, 0) * (own.ndim - 1) + (0, missing))
         parts = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else None

@@ -70,10 +70,6 @@ class Pattern:
 
     @cached_property
     def rows_by_latent(self) -> Int[Tensor, " nnz"]:
-        return self.rows[self.by_latent]
-
-    @cached_property
-    def rows_by_latent(self) -> Int[Tensor, " nnz"]:
         """Their rows in that order."""
         return self.rows[self.by_latent]
 

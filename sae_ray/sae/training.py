@@ -271,10 +271,14 @@ class CellTrainer:
             metadata={"cell": _plain(self.cell), "steps": self.n_steps, "norm_scale": norm_scale},
         )
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self, copied: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that `restore` needs to continue bit-identically: tensors on the CPU, and plain JSON values.
 
         Where ranks split the latents, all of them make this call: the first gets the tensors, the others none.
+
+        Args:
+            copied: Copies stay as they are when training goes on. Otherwise tensors may be the trainer's own, to be
+                written at once: moments and weights of a wide SAE are gigabytes.
         """
         with contextlib.suppress(NonFiniteLoss):  # `failed` tells of it
             self.report()
@@ -283,7 +287,7 @@ class CellTrainer:
             facts["auxk_room"] = self._room
         if not self.starts_at_median:
             facts["starts_at_median"] = False
-        return self._whole(self._tensors(), torch.device("cpu")), facts
+        return self._whole(self._tensors(), torch.device("cpu"), copied), facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Restores a state, whatever split its entries.
@@ -311,11 +315,13 @@ class CellTrainer:
         counted = {name: getattr(self, name) for name in ("samples_since_fired", "revivals", "ever_fired")}
         return tensors | counted | {"threshold_estimate": self.threshold}
 
-    def _whole(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Copies of these tensors for all latents, one after the other; none where another rank gets them."""
+    def _whole(self, tensors: Mapping[str, Tensor], device: torch.device, copied: bool = True) -> dict[str, Tensor]:
+        """These tensors for all latents, one after the other; none where another rank gets them."""
         latents, whole = self.split.latents, {}
         for name, tensor in tensors.items():
-            if not _on_all_ranks(name):
+            if latents.size == 1:
+                whole[name] = tensor.detach().to(device, copy=copied)
+            elif not _on_all_ranks(name):
                 whole[name] = latents.whole(tensor.detach(), self.d_sae, device)
             elif latents.rank == 0:
                 whole[name] = tensor.detach().to(device, copy=True)

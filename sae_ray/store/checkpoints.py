@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load, save
-
 from sae_ray.store.files import Folder
+from sae_ray.store.tensors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +16,7 @@ KEPT = 2
 def save_checkpoint(folder: Folder, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Writes the state after `step` steps and removes all but the newest two. A half-written checkpoint is ignored."""
     name = f"step-{step:09d}"
-    folder.write_bytes(f"{name}.safetensors", save(tensors))
+    write_tensors(folder, f"{name}.safetensors", tensors)
     folder.write_json(f"{name}.json", facts)  # last: it makes the checkpoint exist
     for old in _steps(folder)[:-KEPT]:
         folder.delete(f"step-{old:09d}.json")
@@ -30,7 +29,7 @@ def newest_checkpoint(folder: Folder) -> tuple[dict[str, Tensor], dict[str, Any]
     if not steps:
         return None
     name = f"step-{steps[-1]:09d}"
-    return load(folder.read_bytes(f"{name}.safetensors")), folder.read_json(f"{name}.json")
+    return read_tensors(folder, f"{name}.safetensors"), folder.read_json(f"{name}.json")
 
 
 def _steps(folder: Folder) -> list[int]:

@@ -130,7 +130,7 @@ class Folder:
             raise SaeRayError(f"{self / name} is not JSON ({error}); {remedy}") from error
 
     @contextmanager
-    def _appearing(self, name: str) -> Iterator[str]:
+    def appearing(self, name: str) -> Iterator[str]:
         """The path to write a file to, which gets its name when the block ends."""
         path = self.path_to_write(name)
         target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if self.is_local else path
@@ -144,12 +144,12 @@ class Folder:
             raise
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        with self._appearing(name) as target, self.filesystem.open_output_stream(target) as stream:
+        with self.appearing(name) as target, self.filesystem.open_output_stream(target) as stream:
             stream.write(data)
 
     def write_copy(self, name: str, source: Folder, source_name: str) -> None:
         """Copies a file of another folder, of any size."""
-        with self._appearing(name) as target:
+        with self.appearing(name) as target:
             fs.copy_files(source.path_of(source_name), target, source.filesystem, self.filesystem)
 
     def write_json(self, name: str, value: Any) -> None:

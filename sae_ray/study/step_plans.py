@@ -21,6 +21,9 @@ from sae_ray.store.tables import StoredTable
 from sae_ray.study.config import EncoderConfig, GridCell, JudgeConfig
 from sae_ray.study.survey import SurveyedImages
 
+DENSE_COPIES = 5
+"""Matrices of the size of a batch's pre-activations that a step of an architecture without a selection holds."""
+
 
 @dataclass(frozen=True)
 class ImagePlan:
@@ -177,6 +180,14 @@ class TrainPlan:
     def weight_bytes(self) -> int:
         """Of the weights in memory."""
         return 4 * 2 * self.activations.width * self.d_sae
+
+    @property
+    def training_bytes(self) -> int:
+        """Of memory besides the activations: weights, moments, their gradients, and the pre-activations of a batch."""
+        pre = 4 * self.grid_cell.cell.training.batch_size * self.d_sae
+        # Those that do not select train densely: codes, which of them are active, and gradients of both are as large.
+        copies = 1 if self.grid_cell.cell.kind.scores_batches else DENSE_COPIES
+        return 4 * self.weight_bytes + copies * pre
 
     @property
     def bytes(self) -> int:

@@ -716,6 +716,14 @@ def test_settings_that_cannot_be_are_refused(saved):
         load_encoder(saved("clip").spec, device="cuda:99")
 
 
+def test_weights_that_memory_has_no_room_for_are_refused(saved, monkeypatch):
+    """Unless they are mapped as they lie in their files."""
+    monkeypatch.setattr("sae_ray.encoders.hub.free_memory", lambda: 1000)
+    with pytest.raises(UsageError, match=r"weights take 0\.0 GB as bfloat16, but 0\.0 GB of memory are free; choose"):
+        load_encoder(saved("clip").spec, dtype="bfloat16")
+    load_encoder(saved("clip").spec)
+
+
 def copy_of(saved_model: Model, target: Path) -> Path:
     source = Path(directory_named(saved_model.spec) or saved_model.spec)
     target.mkdir()

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_ray.jobs.placement import ALONE, PACES, bundles, work
+from sae_ray.jobs.cluster import PROCESS_BYTES
+from sae_ray.jobs.placement import ALONE, PACES, bundles, memory, work
 
-from sae_ray.sae import BundleJob
+from sae_ray.sae import BundleJob, CellTrainer
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
@@ -85,6 +87,22 @@ def test_slots_are_kept_busy(make_plan):
     for load in loads:
         heapq.heapreplace(ends, ends[0] + load)
     assert max(ends) <= 4 / 3 * max(sum(loads) / slots, max(loads))
+
+
+@pytest.mark.parametrize("kind", ["batch_topk", "jumprelu"])
+def test_a_bundle_asks_for_the_memory_of_all_that_a_step_holds(make_plan, kind):
+    own = {"k": [4]} if kind == "batch_topk" else {"sparsity": [0.1]}
+    grid = [{"sites": ["projection"], "architectures": [kind], "expansions": [64, 64.5], **own}]
+    one, two = make_plan([1], grid=grid).trains
+    cell, d_in = one.grid_cell.cell, one.activations.width
+    trainer = CellTrainer(cell, d_in)
+    trainer.step(torch.randn(cell.training.batch_size, d_in))
+    tensors, _ = trainer.state()
+    held = sum(tensor.nbytes for tensor in tensors.values())
+    pre = 4 * cell.training.batch_size * trainer.d_sae
+    assert memory([one], 0) - PROCESS_BYTES > held + pre
+    assert memory([one, two], 0) - memory([one], 0) == two.training_bytes
+    assert memory([one], one.rows) - memory([one], 0) == one.activations.bytes
 
 
 def test_little_work_is_not_spread(make_plan):

@@ -116,8 +116,11 @@ def test_jumprelu_has_the_straight_through_gradients():
     assert_same(ours, expected | {"threshold": by_threshold})
 
 
+@pytest.mark.parametrize("copied", [1, 2**24])
 @pytest.mark.parametrize("select", ["post", "pre"])
-def test_auxk_has_the_dense_gradients(select):
+def test_auxk_has_the_dense_gradients(select, copied, monkeypatch):
+    """However many rows are looked through at once."""
+    monkeypatch.setattr("sae_ray.sae.auxk._COPIED", copied)
     weights, x, forward = make("batch_topk")
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[::2] = True

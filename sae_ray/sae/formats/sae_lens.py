@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import safetensors
-import safetensors.torch
+from safetensors import SafetensorError
 
 from sae_ray.errors import SaeRayError, UsageError, check
 from sae_ray.sae.architectures import ARCHITECTURES, architecture
 from sae_ray.sae.formats.places import CONFIG_FILE, LATENTS_FILE, WEIGHTS_FILE, Place
 from sae_ray.sae.formats.tensors import not_tensors, of_centred, unwrapped
 from sae_ray.sae.model import SAE
+from sae_ray.store.tensors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ def save_sae(sae: SAE, folder: Folder) -> None:
         "metadata": {"sae_lens_version": _SAE_LENS_VERSION, "sae_ray": _facts(sae)},
         **sae.kind.sae_lens_config(sae),
     }
-    folder.write_bytes(WEIGHTS_FILE, safetensors.torch.save(tensors))
+    write_tensors(folder, WEIGHTS_FILE, tensors)
     folder.write_json(CONFIG_FILE, config)
 
 
@@ -221,11 +221,12 @@ def _read_weights(place: Place, names: list[str]) -> dict[str, Tensor]:
     where = str(place.folder / WEIGHTS_FILE)
     if WEIGHTS_FILE not in place.files:
         raise SaeRayError(f"{place} has no {WEIGHTS_FILE}; copy it again")
-    data = place.folder.read_bytes(WEIGHTS_FILE)
     try:
-        tensors = unwrapped(safetensors.torch.load(data), where)
-    except safetensors.SafetensorError as error:
-        raise not_tensors(data, where, f"is damaged ({error}); copy it again") from error
+        tensors = unwrapped(read_tensors(place.folder, WEIGHTS_FILE), where)
+    except SafetensorError as error:
+        raise not_tensors(
+            place.folder.read_bytes(WEIGHTS_FILE), where, f"is damaged ({error}); copy it again"
+        ) from error
     if "scaling_factor" in tensors and (tensors["scaling_factor"] == 1).all():
         del tensors["scaling_factor"]  # earlier versions of SAELens wrote it where it was not used
     if set(tensors) != set(names):

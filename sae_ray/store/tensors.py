@@ -1,0 +1,30 @@
+"""Tensors as safetensors files. On a local disk they are neither written nor read by way of a second copy of all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+from safetensors.torch import load, save, save_file
+
+from sae_ray.store.files import Folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_tensors(folder: Folder, name: str, tensors: dict[str, Tensor]) -> None:
+    """Writes contiguous tensors that share no memory."""
+    if folder.is_local:
+        with folder.appearing(name) as target:
+            save_file(tensors, target)
+    else:
+        folder.write_bytes(name, save(tensors))
+
+
+def read_tensors(folder: Folder, name: str) -> dict[str, Tensor]:
+    """The tensors, in memory of their own: the file may change. Raises SafetensorError if it is damaged."""
+    if not folder.is_local:
+        return load(folder.read_bytes(name))
+    with safe_open(folder.path_of(name), "pt") as file:
+        return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
