@@ -151,7 +151,7 @@ def empty_board() -> Any:
     driver = context.get_node_id(), context.get_job_id()
     if driver in _boards:
         with suppress(RayError):
-            ray.get(_boards[driver].clear.remote(), timeout=2 * POLL_SECONDS)
+            ray.get(_boards[driver].clear.remote(), timeout=SETTLING_SECONDS)
             return _boards[driver]
     _boards[driver] = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=beside_driver()).remote()
     return _boards[driver]
