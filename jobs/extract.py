@@ -19,7 +19,7 @@ from contextlib import closing
 from typing import Any
 
 from sae_ray.encoders.info import EncoderInfo
-from sae_ray.errors import SaeRayError
+from sae_ray.errors import SaeRayError, check
 from sae_ray.store.activations import (
     Part,
     finish_store,
@@ -193,12 +193,15 @@ def _encoded(
     infos = [extract.info for parts in sets for extract in parts.todo]
     memory = encoder_bytes(infos, resources.batch_size, resources.gpus) + 2 * part
     workers, gpus, decoders = shares(resources, memory, part, sum(parts.seconds for parts in sets))
+    jobs = _encoder_jobs([extract for parts in sets for extract in parts.todo])
+    if not gpus:
+        check_without_gpus(jobs)
     length = run_length(sum(len(parts.missing) for parts in sets), workers)
     runs = [run for parts in sets for run in parts.runs(length)]
     workers = min(workers, len(runs))
     decode = PartDecoder(
         {parts.images.name: parts.source for parts in sets},
-        _encoder_jobs([extract for parts in sets for extract in parts.todo]),
+        jobs,
         uuid.uuid4().hex,
         plan.study.images.rendering,
     )
@@ -232,6 +235,15 @@ def _encoded(
             for number, of_steps in written.items()
         }
         yield images, parts, dim
+
+
+def check_without_gpus(jobs: Sequence[EncoderJob]) -> None:
+    """Raises UsageError if one of them needs a GPU."""
+    for job in jobs:
+        table = job.field.partition(".")[0]
+        check(not job.compiled, f"{table}.compile", True, "encoders are compiled for GPUs alone, and here is none to "
+              "extract on; leave it out")  # fmt: skip
+        check(not job.on_gpu, "extraction.pixels", "gpu", "there is no GPU to extract on; choose exact or fast")
 
 
 def run_length(n_parts: int, workers: int) -> int:
@@ -276,10 +288,10 @@ def shares(resources: ExtractResources, memory: float, part: float, seconds: flo
 
 
 def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
-    jobs: dict[tuple[str, str | None, str, int | None], EncoderJob] = {}
+    jobs: dict[tuple[str, str | None, str, int | None, bool], EncoderJob] = {}
     for extract in todo:
         one = job_of(extract)
-        job = jobs.setdefault((one.model, one.revision, one.dtype, one.at_least), one)
+        job = jobs.setdefault((one.model, one.revision, one.dtype, one.at_least, one.compiled), one)
         part = SitePart(extract.step.folder, extract.site, extract.step.config["store_dtype"])
         job.steps.setdefault(extract.images.name, []).append(part)
     return tuple(jobs.values())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sae_ray.encoders.resizing import fast_resize, size_with_shortest
+from sae_ray.encoders.resizing import Cut, cut, fast_resize, size_with_shortest
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -23,6 +23,23 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "3 h w"]:
         return np.asarray(self.transform(image)).transpose(2, 0, 1)
+
+    def cut(self, size: tuple[int, int]) -> Cut | None:
+        """What becomes of an image of this width and height; None if that is more than torch can do on a GPU."""
+        from torchvision.transforms import CenterCrop, Resize
+        from torchvision.transforms.functional import pil_modes_mapping
+
+        # Images are RGB already.
+        match [step for step in self.transform.transforms if getattr(step, "__name__", "") != "_convert_to_rgb"]:
+            case [Resize() as resize]:
+                middle = None
+            case [Resize() as resize, CenterCrop(size=middle)]:
+                pass
+            case _:
+                return None
+        shortest = resize.size if isinstance(resize.size, int) else None
+        target = size_with_shortest(size, shortest) if shortest else (resize.size[1], resize.size[0])
+        return cut(target, pil_modes_mapping[resize.interpolation], middle, to_even=True)
 
 
 @dataclass(frozen=True)

@@ -320,6 +320,7 @@ class StudyPlan:
             "site": site.name,
             "token_seed": self.study.seed if site.tokens.startswith("random") else None,
             "dtype": encoder.dtype,
+            **({"compile": True} if encoder.compile else {}),
             **changed(self.study.images.rendering),
             **dataclasses.asdict(self.study.extraction),
             "images_per_part": images_per_part(self.study.extraction.images_per_part, images.n_images),
