@@ -30,7 +30,7 @@ class Preprocess:
         from torchvision.transforms.functional import pil_modes_mapping
 
         # Images are RGB already.
-        match [step for step in self.transform.transforms if getattr(step, "__name__", "") != "_convert_to_rgb"]:
+        match [step for step in self.transform.transforms if type(step).__name__ != "MaybeConvertMode"]:
             case [Resize() as resize]:
                 middle = None
             case [Resize() as resize, CenterCrop(size=middle)]:

@@ -31,6 +31,7 @@ from sae_ray.encoders import (
     site_width,
 )
 from sae_ray.encoders.part import encode_part
+from sae_ray.encoders.resizing import cut_tensor
 from sae_ray.encoders.sites import Site
 from sae_ray.encoders.sources import directory_named
 from sae_ray.errors import UsageError
@@ -738,6 +739,28 @@ def test_a_machine_without_a_compiler_says_so(saved, monkeypatch):
         encoder.tap(batch(saved("clip").spec, photos(2)), [Site("pooled")], ["a", "b"], 0)
     with pytest.raises(UsageError, match="has no blocks of a transformer to compile"):
         load_encoder(saved("timm:resnet").spec).compile()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["clip", "siglip", "dinov2_registers", "vit", "open_clip_vit", "open_clip_resnet", "timm:vit", "timm:dinov3"],
+)
+def test_the_cut_for_gpus_is_what_the_preprocessing_keeps(saved, kind):
+    preprocess = load_preprocess(saved(kind).spec)
+    for width, height in ((61, 37), (40, 91), (28, 28), (201, 300), (64, 64)):
+        y, x = np.mgrid[:height, :width]
+        waves = [np.sin(x / 3 + y / 7), np.cos(y / 4), np.sin((x + y) / 5)]
+        image = Image.fromarray(np.rint(np.stack(waves, 2) * 120 + 125).astype(np.uint8))
+        found = preprocess.cut((width, height))
+        ours = cut_tensor(torch.from_numpy(np.array(image)).permute(2, 0, 1), found).int()
+        theirs = torch.from_numpy(preprocess(image).copy()).int()
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["dinov3_vit", "timm:eva02"])
+def test_a_preprocessing_that_does_more_is_left_to_pillow(saved, kind):
+    assert load_preprocess(saved(kind).spec).cut((640, 480)) is None
 
 
 def test_llava_sites_read_what_the_language_model_reads(saved, loaded):
