@@ -199,9 +199,8 @@ class ExtractResources:
     __pydantic_config__ = STRICT
 
     workers: Count | None = None
-    """Number of encoder actors. Default: one per GPU, or one per two CPUs if there is no GPU, where decoding takes most
-    of the time, as far as there is work for them. With a large encoder and no GPU, take as many as there are cores:
-    each computes on `cpus` threads."""
+    """Number of encoder actors. Default: one per GPU. Without GPUs, as many as keep all CPUs busy, as far as there is
+    work for them: one per two CPUs where decoding takes as long as encoding, one per CPU if the encoder is large."""
     cpus: Amount = 1
     """CPUs per encoder actor."""
     gpus: Amount | None = None

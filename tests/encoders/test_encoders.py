@@ -759,8 +759,13 @@ def test_the_cut_for_gpus_is_what_the_preprocessing_keeps(saved, kind):
 
 
 @pytest.mark.parametrize("kind", ["dinov3_vit", "timm:eva02"])
-def test_a_preprocessing_that_does_more_is_left_to_pillow(saved, kind):
+def test_a_preprocessing_that_does_more_is_not_done_by_gpus(saved, kind):
+    from sae_ray.jobs.encoding import EncoderJob, preparation
+
     assert load_preprocess(saved(kind).spec).cut((640, 480)) is None
+    job = EncoderJob(saved(kind).spec, None, "float32", None, "judge.model", {}, on_gpu=True)
+    with pytest.raises(UsageError, match=r"judge\.model = .*does more than resize.*extraction\.pixels = 'gpu'.*choose"):
+        preparation(job)
 
 
 def test_llava_sites_read_what_the_language_model_reads(saved, loaded):
