@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,6 +30,16 @@ class Box(NamedTuple):
 
 
 WHOLE = Box(0.0, 0.0, 1.0, 1.0)
+
+
+class Preprocessing(Protocol):
+    """What an encoder does to an image, apart from its values."""
+
+    def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "3 h w"]: ...
+
+    def cut(self, size: tuple[int, int]) -> Cut | None:
+        """What becomes of an image of this width and height; None if that is more than torch can do on a GPU."""
+        ...
 
 
 class Cut(NamedTuple):

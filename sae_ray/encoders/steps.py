@@ -25,7 +25,7 @@ class Preprocess:
         return np.asarray(self.transform(image)).transpose(2, 0, 1)
 
     def cut(self, size: tuple[int, int]) -> Cut | None:
-        """What becomes of an image of this width and height; None if that is more than torch can do on a GPU."""
+        """As `Preprocessing.cut`."""
         from torchvision.transforms import CenterCrop, Resize
         from torchvision.transforms.functional import pil_modes_mapping
 

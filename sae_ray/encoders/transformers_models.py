@@ -127,7 +127,7 @@ class Preprocess:
         return Box(left / width, top / height, (left + crop.width) / width, (top + crop.height) / height)
 
     def cut(self, size: tuple[int, int]) -> Cut | None:
-        """What becomes of an image of this width and height; None if that is more than torch can do on a GPU."""
+        """As `Preprocessing.cut`."""
         if not self.plain:
             return None
         processor, crop = self.processor, self.processor.crop_size
