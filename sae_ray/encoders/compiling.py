@@ -50,7 +50,8 @@ def _compiled(block: Any, name: str) -> Any:
         try:
             return fast(*args, **settings)
         except TorchDynamoException as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            cause = getattr(error, "inner_exception", error)
+            reason = next(iter(str(cause).splitlines()), type(cause).__name__)
             raise UsageError(
                 f"compile = true, but torch cannot compile the blocks of {name} on this machine ({reason}); install a "
                 "C compiler such as gcc, or leave it out"
