@@ -119,7 +119,7 @@ def decoding_on_gpu(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         table["rows"].append([f"encoded alone, pixels on the GPU, batch {sizes.images[0]}", round(rate)])
         lock = Lock()
 
-        def through(_: int) -> None:
+        def through(_number: int) -> None:
             _, [pixels] = run()
             with lock:
                 encode(pixels)

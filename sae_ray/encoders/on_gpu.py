@@ -78,7 +78,7 @@ def decoded_on_gpu(
                     rows = [torch.from_numpy(array) for array in arrays]
             except BadImage as error:
                 kept[place] = False
-                rejects.append((image_ids[part.accepted[place]], error.reason))
+                rejects.append((image_ids[int(part.accepted[place])], error.reason))
                 continue
             for whole, row in zip(pixels, rows, strict=True):
                 whole[place] = row
@@ -116,7 +116,8 @@ def _images(files: Sequence[Jpeg], device: torch.device) -> list[UInt8[Tensor, "
 def _decode(files: Sequence[Any], device: torch.device) -> list[UInt8[Tensor, "3 h w"]]:
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    return decode_jpeg([torch.from_numpy(file) for file in files], ImageReadMode.RGB, device)
+    found: Any = decode_jpeg([torch.from_numpy(file) for file in files], ImageReadMode.RGB, device)
+    return found
 
 
 def turned(image: UInt8[Tensor, "3 h w"], orientation: int) -> UInt8[Tensor, "3 H W"]:

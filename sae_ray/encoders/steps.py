@@ -30,15 +30,15 @@ class Preprocess:
         from torchvision.transforms.functional import pil_modes_mapping
 
         # Images are RGB already.
-        match [step for step in self.transform.transforms if type(step).__name__ != "MaybeConvertMode"]:
-            case [Resize() as resize]:
-                middle = None
-            case [Resize() as resize, CenterCrop(size=middle)]:
-                pass
-            case _:
-                return None
-        shortest = resize.size if isinstance(resize.size, int) else None
-        target = size_with_shortest(size, shortest) if shortest else (resize.size[1], resize.size[0])
+        steps: list[Any] = [step for step in self.transform.transforms if type(step).__name__ != "MaybeConvertMode"]
+        if [type(step) for step in steps] not in ([Resize], [Resize, CenterCrop]):
+            return None
+        resize, middle = steps[0], steps[1].size if len(steps) > 1 else None
+        if isinstance(resize.size, int):
+            target = size_with_shortest(size, resize.size)
+        else:
+            height, width = resize.size
+            target = width, height
         return cut(target, pil_modes_mapping[resize.interpolation], middle, to_even=True)
 
 
