@@ -253,8 +253,8 @@ def extract(root: Path, images: Path, world: Path, n: int, **overrides: Any) -> 
     begun = time.perf_counter()
     stage.run_only(plan, [wanted])
     seconds = time.perf_counter() - begun
-    marked = sorted(path.stat().st_mtime for path in Path(str(wanted.step.folder / "parts")).iterdir())
-    rate = (n - SKIPPED_PARTS * IMAGES_PER_PART) / (marked[-1] - marked[SKIPPED_PARTS - 1])
+    written = sorted(path.stat().st_mtime for path in Path(str(wanted.step.folder / "data")).iterdir())
+    rate = (n - SKIPPED_PARTS * IMAGES_PER_PART) / (written[-1] - written[SKIPPED_PARTS - 1])
     return Extracted(wanted, seconds, rate)
 
 

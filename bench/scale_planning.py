@@ -197,7 +197,7 @@ def schedule(root: str, longest_run: str) -> list[list]:
 def undecoded(folder: Folder, image_ids: list[str], preparations: list, *given: Any, **named: Any) -> DecodedPart:
     """In place of `decode_part`."""
     pixels = np.zeros((len(image_ids), 0), np.uint8)
-    return DecodedPart(np.arange(len(image_ids)), [], [pixels for _ in preparations], [])
+    return DecodedPart(np.arange(len(image_ids)), [], [pixels for _ in preparations], [], {})
 
 
 def unencoded(encoder: Any, sites: list, pixels: Any, image_index: np.ndarray, *given: Any, **named: Any) -> list[Rows]:

@@ -13,16 +13,18 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from threading import Lock, Semaphore
 from typing import Any
 
 from sae_ray.encoders import Encoder, load_encoder, load_preprocess
+from sae_ray.encoders.on_gpu import check_decoder, decoded_on_gpu
 from sae_ray.encoders.part import encode_part
 from sae_ray.encoders.sites import Site
 from sae_ray.encoders.sources import named_by
-from sae_ray.errors import SaeRayError
+from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.images.part import DecodedPart, Preparation, decode_part
 from sae_ray.images.rendering import Rendering
 from sae_ray.store.activations import Part, part_name, read_part, write_part
@@ -34,6 +36,8 @@ from sae_ray.study.step_plans import ExtractPlan
 
 REPORT_SECONDS = 1.0
 """Between two reports on a part: more of them from hundreds of workers would drown the board."""
+USUAL_SIZE = (640, 480)
+"""Of a photograph."""
 MOST_TRIES = 5
 """How often a part may be begun while the driver lives."""
 
@@ -75,6 +79,10 @@ class EncoderJob:
     """Of the study, that names the encoder."""
     steps: dict[str, list[SitePart]]
     """Name of the image set -> its steps."""
+    compiled: bool = False
+    """Whether torch compiles its blocks."""
+    on_gpu: bool = False
+    """Whether the encoder's GPU decodes JPEGs."""
 
 
 class PartDecoder:
@@ -89,6 +97,7 @@ class PartDecoder:
         self.run = run
         self.rendering = rendering
         self.preparations = [preparation(job) for job in jobs]
+        self.for_gpu = any(job.on_gpu for job in jobs)
 
     def __call__(self, images: str, part: int, after_image: Callable[[int], None] = lambda done: None) -> DecodedPart:
         """Its pixels for each encoder that has steps of these images, in order.
@@ -103,8 +112,12 @@ class PartDecoder:
                 f"part {part} of images.{images} ({ids[0]} to {ids[-1]}) crashed its process {MOST_TRIES} times; if "
                 "memory ran out, lower extraction.images_per_part or resources.extract.batch_size"
             )
-        used = [one for one, job in zip(self.preparations, self.jobs, strict=True) if images in job.steps]
-        return decode_part(source.folder, ids, used, begun > 0, after_image, self.rendering, sizes)
+        used = self.preparations_of(images)
+        return decode_part(source.folder, ids, used, begun > 0, after_image, self.rendering, sizes, self.for_gpu)
+
+    def preparations_of(self, images: str) -> list[Preparation]:
+        """Those of the encoders that have steps of these images."""
+        return [one for one, job in zip(self.preparations, self.jobs, strict=True) if images in job.steps]
 
 
 def by_tasks(decode: PartDecoder) -> Callable[[str, int, Callable[[int], None]], DecodedPart]:
@@ -131,15 +144,23 @@ def _decoded(decode: PartDecoder, images: str, part: int) -> DecodedPart:
 def job_of(extract: ExtractPlan) -> EncoderJob:
     """The encoder of a step, without any steps."""
     info = extract.info
-    at_least = 2 * max(info.image_size) if extract.step.config["pixels"] == "fast" else None
+    pixels, encoder = extract.step.config["pixels"], extract.encoder
+    at_least = 2 * max(info.image_size) if pixels == "fast" else None
     # The revision resolved for the step: a branch may have moved since.
-    return EncoderJob(info.model, info.revision, extract.encoder.dtype, at_least, extract.field, {})
+    identity = info.model, info.revision, encoder.dtype, at_least
+    return EncoderJob(*identity, extract.field, {}, compiled=encoder.compile, on_gpu=pixels == "gpu")
 
 
 def preparation(job: EncoderJob) -> Preparation:
     """What the encoder does to an image."""
     with named_by(job.field, job.model):
-        return Preparation(load_preprocess(job.model, job.revision, job.at_least is not None), job.at_least)
+        preprocess = load_preprocess(job.model, job.revision, job.at_least is not None)
+        if job.on_gpu and preprocess.cut(USUAL_SIZE) is None:
+            raise UsageError(
+                "its preprocessing does more than resize, bilinearly or bicubically, and crop, which is all that "
+                "extraction.pixels = 'gpu' can do; choose exact or fast"
+            )
+        return Preparation(preprocess, job.at_least)
 
 
 def now_and_then(tell: Callable[[int], None]) -> Callable[[int], None]:
@@ -176,6 +197,7 @@ class RunEncoder:
         """`decoders`: tasks that decode for this actor at the same time; None: it decodes itself."""
         import ray
 
+        self.decoder = decode
         self.jobs = decode.jobs
         self.sources = decode.sources
         self.device = device
@@ -187,6 +209,7 @@ class RunEncoder:
         # One part is written while another one is encoded; without tasks, it is decoded meanwhile.
         self.decode = by_tasks(decode) if decoders else decode
         self.decoding = Semaphore(decoders or 2)
+        self.on_gpu = Semaphore(2) if decode.for_gpu else nullcontext()  # more parts' pixels would not speed it up
         self.parts = ThreadPoolExecutor(decoders + 2 if decoders else 2)
         self.restarted = ray.get_runtime_context().was_current_actor_reconstructed
         # The pixels are only read.
@@ -231,30 +254,45 @@ class RunEncoder:
         with self.encoding:
             encoders = [self._encoder(which) for which in wanted]
         source = self.sources[images]
-        image_index = number * source.per_part + decoded.accepted
         ids, _ = source.images(number)
-        image_ids, n = [ids[place] for place in decoded.accepted], len(decoded.accepted)
+        with self.on_gpu:
+            pixels = decoded.pixels
+            if self.decoder.for_gpu:
+                decoded, pixels = self._decoded_on_gpu(images, decoded, ids, encoders)
+            image_index = number * source.per_part + decoded.accepted
+            image_ids, n = [ids[place] for place in decoded.accepted], len(decoded.accepted)
+            batch_size = min(self.batch_size, source.per_part)
 
-        written = {}
-        for turn, (steps, encoder, pixels) in enumerate(zip(wanted.values(), encoders, decoded.pixels, strict=True)):
-            sites = [(step.site, step.store_dtype) for step in steps]
-            with self.encoding:
-                found = encode_part(
-                    *(encoder, sites, pixels, image_index, image_ids, self.seed, self.batch_size),
-                    # Decoding was the other half.
-                    after_batch=lambda coded, before=turn * n: tell((n + (before + coded) // len(wanted)) // 2),
-                )
-            for step, rows in zip(steps, found, strict=True):
-                written[step.folder.name] = write_part(step.folder, number, rows, decoded.rejects)
+            written = {}
+            for turn, (steps, encoder, shown) in enumerate(zip(wanted.values(), encoders, pixels, strict=True)):
+                sites = [(step.site, step.store_dtype) for step in steps]
+                with self.encoding:
+                    found = encode_part(
+                        *(encoder, sites, shown, image_index, image_ids, self.seed, batch_size),
+                        # Decoding was the other half.
+                        after_batch=lambda coded, before=turn * n: tell((n + (before + coded) // len(wanted)) // 2),
+                    )
+                for step, rows in zip(steps, found, strict=True):
+                    written[step.folder.name] = write_part(step.folder, number, rows, decoded.rejects)
         tell(len(ids))
         return written, decoded.dim
+
+    def _decoded_on_gpu(self, images: str, decoded: DecodedPart, ids: list[str], encoders: list[Encoder]) -> Any:
+        sizes = [encoder.info.image_size for encoder in encoders]
+        used, rendering = self.decoder.preparations_of(images), self.decoder.rendering
+        return decoded_on_gpu(decoded, ids, used, sizes, encoders[0].device, rendering)
 
     def _encoder(self, which: int) -> Encoder:
         """Loaded when it is first needed: an actor whose start fails cannot tell the driver why."""
         if which not in self.encoders:
             job = self.jobs[which]
             with named_by(job.field, job.model):
-                self.encoders[which] = load_encoder(job.model, job.revision, self.device, job.dtype)
+                encoder = load_encoder(job.model, job.revision, self.device, job.dtype)
+                if job.compiled:
+                    encoder.compile()
+            if job.on_gpu:
+                check_decoder(encoder.device)
+            self.encoders[which] = encoder
         return self.encoders[which]
 
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 import uuid
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, NamedTuple
 
 from sae_ray.encoders.info import EncoderInfo
-from sae_ray.errors import SaeRayError
+from sae_ray.errors import SaeRayError, check
 from sae_ray.store.activations import (
     Part,
     finish_store,
@@ -33,7 +34,17 @@ from sae_ray.study.config import ExtractResources
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.step_plans import ExtractPlan, ImagePlan
 
-from .cluster import PROCESS_BYTES, at_most_a_node, gpus_or_default, n_cpus, require, room, slots, store_bytes
+from .cluster import (
+    PROCESS_BYTES,
+    at_most_a_node,
+    gpus_or_default,
+    n_cpus,
+    require,
+    room,
+    slots,
+    store_bytes,
+    usable_cpus,
+)
 from .encoding import EncoderJob, ImageSource, PartDecoder, RunEncoder, SitePart, job_of
 from .progress import Progress, say
 from .stage import at_work, noting_failures, unfinished
@@ -84,6 +95,22 @@ def _write_lists(images: ImagePlan) -> None:
                 images.write(name)
 
 
+class Work(NamedTuple):
+    """Seconds of a core."""
+
+    decoding: float
+    encoding: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self)
+
+    @property
+    def at_once(self) -> float:
+        """Cores that an actor keeps busy which has no GPU: it decodes one part while it encodes another."""
+        return self.seconds / max(*self, 1e-9)
+
+
 class PartsOf:
     """The parts of one image set, and which of them some of its steps still lack."""
 
@@ -103,11 +130,12 @@ class PartsOf:
         return min(self.per_part, self.images.n_images - number * self.per_part)
 
     @property
-    def seconds(self) -> float:
+    def work(self) -> Work:
         """What is missing takes of a core, approximately."""
         encoders = {extract.info.model: extract.info for extract in self.todo}.values()
         flops = sum(24 * info.n_layers * (info.residual_width or 0) ** 2 * info.n_tokens for info in encoders)
-        return sum(map(self.n_images, self.missing)) * (IMAGE_SECONDS + flops / CORE_FLOPS)
+        n = sum(map(self.n_images, self.missing))
+        return Work(n * IMAGE_SECONDS, n * flops / CORE_FLOPS)
 
     @property
     def source(self) -> ImageSource:
@@ -192,13 +220,17 @@ def _encoded(
     part = max(_bytes_of_a_part(parts) for parts in sets)
     infos = [extract.info for parts in sets for extract in parts.todo]
     memory = encoder_bytes(infos, resources.batch_size, resources.gpus) + 2 * part
-    workers, gpus, decoders = shares(resources, memory, part, sum(parts.seconds for parts in sets))
+    work = Work(*map(sum, zip(*(parts.work for parts in sets), strict=True)))
+    workers, gpus, decoders = shares(resources, memory, part, work)
+    jobs = _encoder_jobs([extract for parts in sets for extract in parts.todo])
+    if not gpus:
+        check_without_gpus(jobs)
     length = run_length(sum(len(parts.missing) for parts in sets), workers)
     runs = [run for parts in sets for run in parts.runs(length)]
     workers = min(workers, len(runs))
     decode = PartDecoder(
         {parts.images.name: parts.source for parts in sets},
-        _encoder_jobs([extract for parts in sets for extract in parts.todo]),
+        jobs,
         uuid.uuid4().hex,
         plan.study.images.rendering,
     )
@@ -234,6 +266,15 @@ def _encoded(
         yield images, parts, dim
 
 
+def check_without_gpus(jobs: Sequence[EncoderJob]) -> None:
+    """Raises UsageError if one of them needs a GPU."""
+    for job in jobs:
+        table = job.field.partition(".")[0]
+        check(not job.compiled, f"{table}.compile", True, "encoders are compiled for GPUs alone, and here is none to "
+              "extract on; leave it out")  # fmt: skip
+        check(not job.on_gpu, "extraction.pixels", "gpu", "there is no GPU to extract on; choose exact or fast")
+
+
 def run_length(n_parts: int, workers: int) -> int:
     """Parts that are handed out at once."""
     return max(1, min(LONGEST_RUN, n_parts // (RUNS_PER_ACTOR * workers)))
@@ -254,19 +295,21 @@ def _bytes_of_a_part(parts: PartsOf) -> int:
     return int(parts.per_part * sum(sizes.values()) + share * sum(extract.bytes for extract in parts.todo))
 
 
-def shares(resources: ExtractResources, memory: float, part: float, seconds: float) -> tuple[int, float, int | None]:
+def shares(resources: ExtractResources, memory: float, part: float, work: Work) -> tuple[int, float, int | None]:
     """Encoder actors, GPUs of each, decode tasks at once; None if actors decode.
 
     Args:
         resources: what the study asks for.
         memory: bytes of an actor.
         part: bytes of a decoded part, which waits for its actor in Ray's object stores.
-        seconds: that all work takes of a core.
+        work: all that is to be done.
     """
     gpus = gpus_or_default(resources.gpus)
     at_most = int(slots(resources.cpus, gpus))
     if not gpus:
-        at_most = min(at_most, math.ceil(seconds / START_SECONDS))
+        cores = n_cpus() if os.environ.get("RAY_ADDRESS") else usable_cpus()
+        at_most = max(at_most, int(cores / (max(resources.cpus, 1) * work.at_once)))
+        at_most = min(at_most, math.ceil(work.seconds / START_SECONDS))
     workers = resources.workers or max(1, min(at_most, room(resources.cpus, gpus, memory)))
     decoders = resources.decoders
     if gpus and not decoders:
@@ -276,10 +319,10 @@ def shares(resources: ExtractResources, memory: float, part: float, seconds: flo
 
 
 def _encoder_jobs(todo: Sequence[ExtractPlan]) -> tuple[EncoderJob, ...]:
-    jobs: dict[tuple[str, str | None, str, int | None], EncoderJob] = {}
+    jobs: dict[tuple[str, str | None, str, int | None, bool], EncoderJob] = {}
     for extract in todo:
         one = job_of(extract)
-        job = jobs.setdefault((one.model, one.revision, one.dtype, one.at_least), one)
+        job = jobs.setdefault((one.model, one.revision, one.dtype, one.at_least, one.compiled), one)
         part = SitePart(extract.step.folder, extract.site, extract.step.config["store_dtype"])
         job.steps.setdefault(extract.images.name, []).append(part)
     return tuple(jobs.values())

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sae_ray.encoders.compiling import compile_blocks
 from sae_ray.encoders.info import EncoderInfo, check_site
 from sae_ray.encoders.sites import Site, select_tokens
 from sae_ray.errors import UsageError
@@ -74,8 +75,18 @@ class Encoder:
         self.tower = tower
         weights = next(tower.module.parameters())
         self.device, self.dtype = weights.device, weights.dtype
+        self.compiled = False
         # Made once: each copy of a few numbers would wait for the batch before.
         self._mean, self._std = (torch.tensor(of, device=self.device).view(3, 1, 1) for of in (tower.mean, tower.std))
+
+    def compile(self) -> None:
+        """Has torch compile the blocks when they first run, and again for every other number of images in a batch.
+
+        Raises:
+            UsageError: There are no blocks; later, in `tap`, this machine cannot compile them.
+        """
+        compile_blocks(self.tower.blocks, self.info.name)
+        self.compiled = True
 
     @torch.inference_mode()
     def tap(

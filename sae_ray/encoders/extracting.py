@@ -137,7 +137,7 @@ def _decoded(images: Sequence[tuple[str, Any]], preparation: Preparation) -> Dec
         except BadImage as error:
             rejects.append((image_id, error.reason))
     stacked = np.stack(pixels) if pixels else np.empty((0, 3, 0, 0), np.uint8)
-    return DecodedPart(np.array(accepted, np.int64), rejects, [stacked], [])
+    return DecodedPart(np.array(accepted, np.int64), rejects, [stacked], [], {})
 
 
 def _opened(image: Any) -> Any:

@@ -16,17 +16,10 @@ The forms of a specification:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 from sae_ray.encoders.base import Encoder, placement
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.encoders.lean import uncollected
-
-if TYPE_CHECKING:
-    import numpy as np
-    from jaxtyping import UInt8
-    from PIL import Image
+from sae_ray.encoders.resizing import Preprocessing
 
 
 def _backend(model: str):
@@ -50,9 +43,7 @@ def describe_encoder(model: str, revision: str | None = None) -> EncoderInfo:
 
 
 @uncollected()
-def load_preprocess(
-    model: str, revision: str | None = None, fast: bool = False
-) -> Callable[[Image.Image], UInt8[np.ndarray, "3 h w"]]:
+def load_preprocess(model: str, revision: str | None = None, fast: bool = False) -> Preprocessing:
     """The encoder's own resizing and cropping of an RGB image; it pickles, and needs no weights.
 
     Rescaling and normalisation follow on the device, in `Encoder.tap`. With `fast` images are resized by `fast_resize`,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def encode_part(
     encoder: Encoder,
     sites: Sequence[tuple[Site, str]],
-    pixels: UInt8[np.ndarray, "n 3 h w"],
+    pixels: UInt8[np.ndarray, "n 3 h w"] | UInt8[Tensor, "n 3 h w"],
     image_index: Int[np.ndarray, " n"],
     image_ids: Sequence[str],
     seed: int,
@@ -35,11 +35,11 @@ def encode_part(
 
     Args:
         sites: where to tap, and the dtype to store: `float16` or `float32`.
-        pixels: the output of `load_preprocess`, stacked.
+        pixels: the output of `load_preprocess`, stacked; a tensor if they are on the encoder's device already.
         image_index: of every image, ascending.
         image_ids: of every image; the draw of `random:n` depends on them.
         seed: the study's, for `random:n`.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass. A compiled encoder gets as many black ones as the last batch lacks.
         after_batch: called with the number of images done.
 
     Returns:
@@ -52,12 +52,17 @@ def encode_part(
     collected = [_Collected(encoder, site, dtype, len(pixels)) for site, dtype in sites]
     for start in range(0, len(pixels), batch_size):
         batch = slice(start, start + batch_size)
-        shown = torch.from_numpy(pixels[batch])
-        if on_gpu:
-            shown = shown.pin_memory()  # its copy waits for the batch before, but the host does not
-        tapped = encoder.tap(shown, [site for site, _ in sites], image_ids[batch], seed)
+        shown, ids = pixels[batch], list(image_ids[batch])
+        if isinstance(shown, np.ndarray):
+            shown = torch.from_numpy(shown)
+            if on_gpu:
+                shown = shown.pin_memory()  # its copy waits for the batch before, but the host does not
+        if encoder.compiled and (lacking := batch_size - len(ids)):
+            shown = torch.cat([shown, shown.new_zeros(lacking, *shown.shape[1:])])
+        padded = ids + [""] * (len(shown) - len(ids))
+        tapped = encoder.tap(shown, [site for site, _ in sites], padded, seed)
         for rows in collected:
-            rows.add(tapped[rows.site])
+            rows.add(tapped[rows.site], len(ids))
         after_batch(min(start + batch_size, len(pixels)))
     if on_gpu:
         torch.cuda.current_stream(encoder.device).synchronize()  # copies from the device may still be under way
@@ -84,11 +89,12 @@ class _Collected:
         )
         self._n = 0
 
-    def add(self, tapped: Tapped) -> None:
-        """Adds a batch, whose rows are sorted by image and token."""
-        place = slice(self._n, self._n + len(tapped.token))
-        self._token[place].copy_(tapped.token, non_blocking=True)
-        for column, values in zip(self._vectors, cast(tapped.activation, self._dtype), strict=True):
+    def add(self, tapped: Tapped, n_images: int) -> None:
+        """Adds the first images of a batch, whose rows are sorted by image and token."""
+        n_rows = n_images * self._per_image
+        place = slice(self._n, self._n + n_rows)
+        self._token[place].copy_(tapped.token[:n_rows], non_blocking=True)
+        for column, values in zip(self._vectors, cast(tapped.activation[:n_rows], self._dtype), strict=True):
             column[place].copy_(values, non_blocking=True)
         self._n = place.stop
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sae_ray.encoders.resizing import fast_resize, size_with_shortest
+from sae_ray.encoders.resizing import Cut, cut, fast_resize, size_with_shortest
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -23,6 +23,23 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "3 h w"]:
         return np.asarray(self.transform(image)).transpose(2, 0, 1)
+
+    def cut(self, size: tuple[int, int]) -> Cut | None:
+        """As `Preprocessing.cut`."""
+        from torchvision.transforms import CenterCrop, Resize
+        from torchvision.transforms.functional import pil_modes_mapping
+
+        # Images are RGB already.
+        steps: list[Any] = [step for step in self.transform.transforms if type(step).__name__ != "MaybeConvertMode"]
+        if [type(step) for step in steps] not in ([Resize], [Resize, CenterCrop]):
+            return None
+        resize, middle = steps[0], steps[1].size if len(steps) > 1 else None
+        if isinstance(resize.size, int):
+            target = size_with_shortest(size, resize.size)
+        else:
+            height, width = resize.size
+            target = width, height
+        return cut(target, pil_modes_mapping[resize.interpolation], middle, to_even=True)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sae_ray.encoders.base import Tower
 from sae_ray.encoders.hub import Source, find, load_weights, refusing
 from sae_ray.encoders.info import EncoderInfo
-from sae_ray.encoders.resizing import WHOLE, Box, fast_resize, size_with_shortest
+from sae_ray.encoders.resizing import WHOLE, Box, Cut, cut, fast_resize, size_with_shortest
 from sae_ray.encoders.sources import FORMS
 from sae_ray.errors import UsageError, check
 
@@ -125,6 +125,14 @@ class Preprocess:
         (width, height), crop = _target(self.processor.size, size), self.processor.crop_size
         left, top = (width - crop.width) // 2, (height - crop.height) // 2
         return Box(left / width, top / height, (left + crop.width) / width, (top + crop.height) / height)
+
+    def cut(self, size: tuple[int, int]) -> Cut | None:
+        """As `Preprocessing.cut`."""
+        if not self.plain:
+            return None
+        processor, crop = self.processor, self.processor.crop_size
+        middle = (crop.height, crop.width) if processor.do_center_crop else None
+        return cut(_target(processor.size, size), processor.resample, middle, to_even=False)
 
     def image_size(self) -> tuple[int, int]:
         """Height and width of what comes out.

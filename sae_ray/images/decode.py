@@ -61,21 +61,23 @@ def check_bytes(n_bytes: int) -> None:
         raise BadImage(f"too large: {n_bytes:,} bytes")
 
 
-def _decoded(data: bytes, max_pixels: int, at_least: int | None, rendering: Rendering) -> Image.Image:
-    def check(size: Size) -> None:
-        width, height = size
-        if width * height > max_pixels:
-            raise BadImage(f"pixel bomb: {width}x{height}")
-        if max(size) > ASPECT_LIMIT * min(size):
-            raise BadImage(f"aspect ratio: {width}x{height}")
+def check_size(size: Size, max_pixels: int) -> None:
+    """Raises BadImage for an image that is not to be decoded: it is too large, or a strip."""
+    width, height = size
+    if width * height > max_pixels:
+        raise BadImage(f"pixel bomb: {width}x{height}")
+    if max(size) > ASPECT_LIMIT * min(size):
+        raise BadImage(f"aspect ratio: {width}x{height}")
 
-    image = open_image(data, check)
+
+def _decoded(data: bytes, max_pixels: int, at_least: int | None, rendering: Rendering) -> Image.Image:
+    image = open_image(data, lambda size: check_size(size, max_pixels))
     try:
         deep = is_deep(image)
         if at_least is not None:
             image.draft(None, (at_least, at_least))
         image.load()
-        check(image.size)  # a few formats tell another size in their header
+        check_size(image.size, max_pixels)  # a few formats tell another size in their header
         _turn_upright(image)
         rgb = rendered(image, data, rendering)
         if deep and rendering.white is None and is_dim(rgb):

@@ -19,6 +19,7 @@ import numpy as np
 
 from sae_ray.errors import SaeRayError
 from sae_ray.images.decode import BadImage, check_bytes, decode_image
+from sae_ray.images.jpegs import Jpeg, usual_jpeg
 from sae_ray.images.rendering import DIM, Rendering
 from sae_ray.store.files import Folder
 
@@ -34,8 +35,8 @@ RETRY_SECONDS = (0.5, 1.0, 2.0)
 DANGLING = "a link to nothing"
 
 
-Prepared = tuple[list[np.ndarray], bool]
-"""An image's pixels, once for every preparation, and whether it is dim."""
+Prepared = tuple[list[np.ndarray] | Jpeg, bool]
+"""An image's pixels, once for every preparation, and whether it is dim; or a file that a GPU is to decode."""
 
 
 class Preparation(NamedTuple):
@@ -55,9 +56,11 @@ class DecodedPart(NamedTuple):
     rejects: list[tuple[str, str]]
     """(`image_id`, reason) of the others."""
     pixels: list[UInt8[np.ndarray, "n 3 h w"]]
-    """Of the accepted ones, once for every preparation."""
+    """Of the accepted ones without `jpegs`, once for every preparation."""
     dim: list[str]
     """`image_id` of the accepted ones that use less than an eighth of their more than 8 bits."""
+    jpegs: dict[int, Jpeg]
+    """Those that are left to a GPU, by their place among the accepted ones."""
 
 
 def decode_part(
@@ -68,6 +71,7 @@ def decode_part(
     after_image: Callable[[int], None] = lambda done: None,
     rendering: Rendering | None = None,
     sizes: Sequence[int] | None = None,
+    for_gpu: bool = False,
 ) -> DecodedPart:
     """Reads and decodes images. One that cannot be read is rejected with a short, stable reason.
 
@@ -79,26 +83,31 @@ def decode_part(
         after_image: called with the number of images done.
         rendering: how pixels become RGB, as in `decode_image`.
         sizes: bytes of the files, as far as they are known; what is too large is not read.
+        for_gpu: leave JPEGs of the usual kind to a GPU (`sae_ray.encoders.on_gpu`).
 
     Raises SaeRayError where this node does not have the folder.
     """
     accepted, rejects, dim = [], [], []
     pixels: list[list[np.ndarray]] = [[] for _ in preparations]
-    work = partial(_prepared, preparations, rendering)
+    jpegs: dict[int, Jpeg] = {}
+    work = partial(_for_gpu if for_gpu else prepared_image, preparations, rendering)
     with _apart(work) if apart else nullcontext(work) as prepared:
         for place, coming in enumerate(_read_ahead(folder, image_ids, sizes)):
             after_image(place)
             try:
-                arrays, is_dim = prepared(coming.result())
+                found, is_dim = prepared(coming.result())
             except BadImage as error:
                 rejects.append((image_ids[place], error.reason))
                 continue
             accepted.append(place)
             if is_dim:
                 dim.append(image_ids[place])
-            for column, array in zip(pixels, arrays, strict=True):
+            if isinstance(found, Jpeg):
+                jpegs[len(accepted) - 1] = found
+                continue
+            for column, array in zip(pixels, found, strict=True):
                 column.append(array)
-    return DecodedPart(np.array(accepted, np.int64), rejects, [_stacked(column) for column in pixels], dim)
+    return DecodedPart(np.array(accepted, np.int64), rejects, [_stacked(column) for column in pixels], dim, jpegs)
 
 
 @contextmanager
@@ -180,7 +189,15 @@ def _has_files(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _prepared(preparations: Sequence[Preparation], rendering: Rendering | None, data: bytes) -> Prepared:
+def _for_gpu(preparations: Sequence[Preparation], rendering: Rendering | None, data: bytes) -> Prepared:
+    jpeg = usual_jpeg(data)
+    return (jpeg, False) if jpeg else prepared_image(preparations, rendering, data)
+
+
+def prepared_image(
+    preparations: Sequence[Preparation], rendering: Rendering | None, data: bytes
+) -> tuple[list[np.ndarray], bool]:
+    """The pixels of an image, once for every preparation, and whether it is dim. Raises BadImage."""
     sizes = {one.at_least for one in preparations}
     images = {at_least: decode_image(data, at_least=at_least, rendering=rendering) for at_least in sizes}
     arrays = [preprocess(images[at_least]) for preprocess, at_least in preparations]

@@ -87,6 +87,10 @@ class EncoderConfig:
     """Commit, tag or branch of what is on the hub."""
     dtype: Dtype = "float32"
     """Dtype of the forward pass; float32 on CPU."""
+    compile: bool = False
+    """Compiles the blocks of the transformer before activations are extracted, on GPUs only, which need a C compiler:
+    CLIP ViT-L/14-336 then encodes 20 % more images per second on an H200 (`docs/speed.md`). Activations change by
+    rounding."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class JudgeConfig:
     """Which image embedding to use: the pooled output (DINOv2, timm) or the projection (CLIP)."""
     dtype: Dtype = "float32"
     """Dtype of the forward pass."""
+    compile: bool = False
+    """As `encoder.compile`."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +169,13 @@ class Extraction:
     images_per_part: Count = 512
     """Images per part at most; sets of a few thousand images have smaller parts, so that every worker gets some. After
     a kill unfinished parts are redone, up to two per encoder actor, and one per task that decodes."""
-    pixels: Literal["exact", "fast"] = "exact"
+    pixels: Literal["exact", "fast", "gpu"] = "exact"
     """`exact` gives the same pixels as the encoder's own processor (on Pillow). `fast` decodes JPEGs at a half, quarter
     or eighth of their size if both sides stay at least twice as long as the encoder's input, and resizes with a
     vectorised kernel. Activations change by less than 1 % of their distance from the mean on half of the images, and by
-    less than 2 % on 99 of 100 (measured with the embedded CLIP and JPEGs at half size; `docs/speed.md`)."""
+    less than 2 % on 99 of 100 (measured with the embedded CLIP and JPEGs at half size; `docs/speed.md`). `gpu` has the
+    encoder's GPU decode baseline JPEGs at full size, and resize and crop them; all else is decoded as by `exact`. It
+    pays where a GPU has few cores beside it, and needs torchvision with nvJPEG."""
 
 
 @dataclass(frozen=True)
@@ -191,9 +199,8 @@ class ExtractResources:
     __pydantic_config__ = STRICT
 
     workers: Count | None = None
-    """Number of encoder actors. Default: one per GPU, or one per two CPUs if there is no GPU, where decoding takes most
-    of the time, as far as there is work for them. With a large encoder and no GPU, take as many as there are cores:
-    each computes on `cpus` threads."""
+    """Number of encoder actors. Default: one per GPU. Without GPUs, as many as keep all CPUs busy, as far as there is
+    work for them: one per two CPUs where decoding takes as long as encoding, one per CPU if the encoder is large."""
     cpus: Amount = 1
     """CPUs per encoder actor."""
     gpus: Amount | None = None

@@ -47,8 +47,10 @@ SET = ("strength", "unit", "error")
 
 FEWEST_PARTS = 16
 """Of an image set, so that every worker gets some."""
-SMALLEST_PART = 64
-"""Images: a batch of the default size."""
+BATCH = 64
+"""Images, by default; larger sets have parts of whole batches."""
+SMALLEST_PART = 16
+"""Images. Smaller parts of small sets: the last one is worth waiting for, where an image takes a core long."""
 
 
 class StudyPlan:
@@ -320,6 +322,7 @@ class StudyPlan:
             "site": site.name,
             "token_seed": self.study.seed if site.tokens.startswith("random") else None,
             "dtype": encoder.dtype,
+            **({"compile": True} if encoder.compile else {}),
             **changed(self.study.images.rendering),
             **dataclasses.asdict(self.study.extraction),
             "images_per_part": images_per_part(self.study.extraction.images_per_part, images.n_images),
@@ -501,9 +504,9 @@ class StudyPlan:
 
 
 def images_per_part(at_most: int, n_images: int) -> int:
-    """Small sets have smaller parts, `FEWEST_PARTS` of them where that leaves `SMALLEST_PART` images in each."""
-    whole = -(-n_images // (FEWEST_PARTS * SMALLEST_PART))
-    return min(at_most, SMALLEST_PART * max(1, whole))
+    """Small sets have smaller parts, about `FEWEST_PARTS` of them where that leaves `SMALLEST_PART` images in each."""
+    unit = BATCH if n_images > FEWEST_PARTS * BATCH else SMALLEST_PART
+    return min(at_most, unit * max(1, -(-n_images // (FEWEST_PARTS * unit))))
 
 
 def _identity(info: EncoderInfo) -> list[str | None]:

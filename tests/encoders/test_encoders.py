@@ -31,6 +31,7 @@ from sae_ray.encoders import (
     site_width,
 )
 from sae_ray.encoders.part import encode_part
+from sae_ray.encoders.resizing import cut_tensor
 from sae_ray.encoders.sites import Site
 from sae_ray.encoders.sources import directory_named
 from sae_ray.errors import UsageError
@@ -637,6 +638,134 @@ def test_a_part_from_a_gpu_is_stored_as_from_a_cpu(saved, loaded, write_store, t
         for column, other in zip(ours[:2], theirs[:2], strict=True):
             np.testing.assert_array_equal(column, other)
         np.testing.assert_allclose(ours[2].astype("float32"), theirs[2].astype("float32"), rtol=1e-2, atol=1e-2)
+
+
+WITH_BLOCKS = [kind for kind in [*TRANSFORMERS, *OPEN_CLIP_VISION, *TIMM] if not kind.endswith(("resnet", "net"))]
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "clip" else pytest.param(kind, marks=pytest.mark.slow) for kind in WITH_BLOCKS]
+)
+def test_compiled_blocks_give_all_sites_and_are_compiled_once(saved, loaded, kind, monkeypatch):
+    """Traced as for the compiler, and then run as they are."""
+    traced: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        traced.append(graph)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, dynamic, options: compiler(forward, dynamic=dynamic, backend=backend)
+    )
+    torch.compiler.reset()
+    encoder, images = load_encoder(saved(kind).spec), photos(7)
+    info, n = encoder.info, encoder.info.n_layers
+    encoder.compile()
+    pixels, index = batch(saved(kind).spec, images).numpy(), np.arange(7)
+    point = Site("projection" if info.projection_width else "pooled")
+    sites = [point, Site("residual", n - 1, "random:3"), Site("residual", 0, "all")]
+    if info.width("mlp"):
+        sites.append(Site("mlp", 1, "mean"))
+
+    def found(encoder: Encoder, n_images: int, wanted: list[Site]) -> list[np.ndarray]:
+        stored = [(site, "float32") for site in wanted]
+        parts = encode_part(
+            encoder, stored, pixels[:n_images], index[:n_images], ids(images)[:n_images], 7, batch_size=4
+        )
+        return [rows.activation for rows in parts]
+
+    found(encoder, 4, sites)
+    n_traced = len(traced)
+    for n_images, wanted in ((7, sites), (2, sites[:3]), (7, sites[1:2])):
+        padded = -(-n_images // 4) * 4
+        whole = dict(zip(wanted, found(encoder, n_images, wanted), strict=True))
+        plain = load_encoder(saved(kind).spec)
+        shown = torch.from_numpy(np.concatenate([pixels[:n_images], np.zeros_like(pixels[: padded - n_images])]))
+        names = ids(images)[:n_images] + [""] * (padded - n_images)
+        for site, rows in whole.items():
+            expected = [
+                plain.tap(shown[start : start + 4], [site], names[start : start + 4], 7)[site].activation.numpy()
+                for start in range(0, padded, 4)
+            ]
+            np.testing.assert_allclose(rows, np.concatenate(expected)[: len(rows)], rtol=1e-5, atol=1e-6)
+    assert len(traced) == n_traced <= 2, "not for each block, nor for a last batch of fewer images"
+
+
+@pytest.mark.parametrize(
+    ("kind", "device"),
+    [
+        pytest.param("clip", "cpu", marks=pytest.mark.slow),
+        *(
+            pytest.param(kind, "cuda", marks=pytest.mark.gpu)
+            for kind in ("clip", "siglip", "dinov2_registers", "timm:dinov3")
+        ),
+    ],
+)
+def test_a_compiled_encoder_stays_near_the_other_and_repeats_itself(saved, kind, device):
+    """By the real compiler."""
+    spec, images = saved(kind).spec, photos(7)
+    pixels, sites = batch(spec, images).numpy(), [Site("residual", 1, "all"), Site("pooled")]
+
+    def found(compiled: bool) -> list[np.ndarray]:
+        encoder = load_encoder(spec, device=device)
+        if compiled:
+            encoder.compile()
+        stored = [(site, "float32") for site in sites]
+        parts = encode_part(encoder, stored, pixels, np.arange(7), ids(images), 7, batch_size=4)
+        return [rows.activation for rows in parts]
+
+    once = found(True)
+    torch.compiler.reset()
+    for ours, again, plain in zip(once, found(True), found(False), strict=True):
+        np.testing.assert_array_equal(ours, again)
+        np.testing.assert_allclose(ours, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_a_machine_without_a_compiler_says_so(saved, monkeypatch):
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        raise RuntimeError("Failed to find C compiler.")
+
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, dynamic, options: compiler(forward, dynamic=dynamic, backend=backend)
+    )
+    torch.compiler.reset()
+    encoder = load_encoder(saved("clip").spec)
+    encoder.compile()
+    with pytest.raises(
+        UsageError, match=r"compile = true, but torch cannot compile .*Failed to find C compiler.*install"
+    ):
+        encoder.tap(batch(saved("clip").spec, photos(2)), [Site("pooled")], ["a", "b"], 0)
+    with pytest.raises(UsageError, match="has no blocks of a transformer to compile"):
+        load_encoder(saved("timm:resnet").spec).compile()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["clip", "siglip", "dinov2_registers", "vit", "open_clip_vit", "open_clip_resnet", "timm:vit", "timm:dinov3"],
+)
+def test_the_cut_for_gpus_is_what_the_preprocessing_keeps(saved, kind):
+    preprocess = load_preprocess(saved(kind).spec)
+    for width, height in ((61, 37), (40, 91), (28, 28), (201, 300), (64, 64)):
+        y, x = np.mgrid[:height, :width]
+        waves = [np.sin(x / 3 + y / 7), np.cos(y / 4), np.sin((x + y) / 5)]
+        image = Image.fromarray(np.rint(np.stack(waves, 2) * 120 + 125).astype(np.uint8))
+        found = preprocess.cut((width, height))
+        ours = cut_tensor(torch.from_numpy(np.array(image)).permute(2, 0, 1), found).int()
+        theirs = torch.from_numpy(preprocess(image).copy()).int()
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["dinov3_vit", "timm:eva02"])
+def test_a_preprocessing_that_does_more_is_not_done_by_gpus(saved, kind):
+    from sae_ray.jobs.encoding import EncoderJob, preparation
+
+    assert load_preprocess(saved(kind).spec).cut((640, 480)) is None
+    job = EncoderJob(saved(kind).spec, None, "float32", None, "judge.model", {}, on_gpu=True)
+    with pytest.raises(UsageError, match=r"judge\.model = .*does more than resize.*extraction\.pixels = 'gpu'.*choose"):
+        preparation(job)
 
 
 def test_llava_sites_read_what_the_language_model_reads(saved, loaded):

@@ -4,7 +4,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -331,10 +331,30 @@ def test_actors_that_would_wait_for_ever_are_refused(ray_cluster, make_plan, tmp
 
 
 def test_little_work_starts_one_actor(ray_cluster):
-    """An actor takes ten seconds of a core to start; two of them have room."""
-    asked = [extract.shares(ExtractResources(), 1.0, 1.0, seconds)[0] for seconds in (0.1, 9, 11, 1e6)]
-    assert asked == [1, 1, 2, 2]
-    assert extract.shares(ExtractResources(workers=3), 1.0, 1.0, 0.1)[0] == 3
+    """An actor takes ten seconds of a core to start."""
+    works = [extract.Work(share * seconds, (1 - share) * seconds) for share in (0, 0.5) for seconds in (0.1, 9, 11)]
+    asked = [extract.shares(ExtractResources(), 1.0, 1.0, work)[0] for work in works]
+    assert asked == [1, 1, 2, 1, 1, 2]
+    assert extract.shares(ExtractResources(workers=3), 1.0, 1.0, works[0])[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("cores", "decoding", "expected"), [(2, 0, 2), (4, 0, 4), (4, 1e6, 2), (4, 5e5, 2), (3, 1e5, 2)]
+)
+def test_actors_keep_all_cores_busy(ray_cluster, monkeypatch, cores, decoding, expected):
+    """One that has little to decode keeps one core busy; the cluster has room for four."""
+    monkeypatch.setattr(extract, "usable_cpus", lambda: cores)
+    work = extract.Work(decoding, 1e6)
+    assert extract.shares(ExtractResources(), 1.0, 1.0, work)[0] == expected
+
+
+def test_what_needs_a_gpu_is_refused_where_there_is_none():
+    job = encoding.EncoderJob("a clip", None, "float32", None, "judge.model", {})
+    extract.check_without_gpus([job])
+    with pytest.raises(UsageError, match=r"judge\.compile = True: encoders are compiled for GPUs alone"):
+        extract.check_without_gpus([replace(job, compiled=True)])
+    with pytest.raises(UsageError, match=r"extraction\.pixels = 'gpu': there is no GPU to extract on; choose exact"):
+        extract.check_without_gpus([replace(job, on_gpu=True)])
 
 
 def test_overflow_names_the_remedy(ray_cluster, make_plan, world, tmp_path):

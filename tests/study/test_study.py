@@ -501,10 +501,14 @@ def test_a_plan_lists_the_steps_in_the_order_of_work(make_plan: MakePlan, tmp_pa
         ({"shuffle_rows": 1000}, TRAINED),
         ({"seed": 1}, TRAINED | RANDOM | RAW_RANDOM),
         ({"encoder.dtype": "bfloat16"}, ACTIVATIONS | TRAINED | RAW_SCORES),
+        ({"encoder.compile": False}, set()),
+        ({"encoder.compile": True}, ACTIVATIONS | TRAINED | RAW_SCORES),
+        ({"judge.compile": True}, EMBEDDINGS | SCORES),
         ({"judge.dtype": "bfloat16"}, EMBEDDINGS | SCORES),
         ({"judge.point": "pooled"}, EMBEDDINGS | SCORES),
         ({"extraction.store_dtype": "float32"}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
         ({"extraction.pixels": "fast"}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
+        ({"extraction.pixels": "gpu"}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
         ({"extraction.images_per_part": 7}, ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
         ({"images.heldout_fraction": 0.5}, MANIFESTS | LABELS | ACTIVATIONS | EMBEDDINGS | TRAINED | RAW_SCORES),
         ({"scoring.top_images": 4}, SCORES),
@@ -520,9 +524,11 @@ def test_a_setting_changes_the_steps_that_it_decides(make_plan: MakePlan, overri
     assert changed(names(make_plan()), names(make_plan(overrides))) == expected
 
 
-@pytest.mark.parametrize(("n_images", "expected"), [(1, 64), (1000, 64), (1025, 128), (6000, 384), (1_281_167, 512)])
+@pytest.mark.parametrize(
+    ("n_images", "expected"), [(1, 16), (256, 16), (500, 32), (1000, 64), (1025, 128), (6000, 384), (1_281_167, 512)]
+)
 def test_small_sets_have_small_parts(n_images: int, expected: int):
-    """At least 16 of them, in whole batches, where there are images enough."""
+    """Some 16 of them, in whole batches where there are images enough."""
     assert images_per_part(512, n_images) == expected
     assert images_per_part(50, n_images) == min(50, expected)
 
