@@ -46,6 +46,12 @@ class Task:
     """The image embeddings from the tower, `packed`."""
     sampling: Sampling
 
+    @property
+    def n_tokens(self) -> int:
+        """Of the prompt with its images and the longest answer."""
+        prompt = len(self.tokens) + sum(len(image) - 1 for image in self.images)
+        return prompt + self.sampling.max_tokens
+
 
 class Scored(NamedTuple):
     """A token's log probability in the model itself, before temperature and penalties."""
