@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Shaped
 
+    from .memory import Memory
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -75,6 +77,8 @@ class Step(NamedTuple):
 
 class Engine(Protocol):
     """Generates many answers at once. Closing a generator aborts its answer and frees its memory."""
+
+    memory: Memory
 
     def generate(self, task: Task) -> AsyncGenerator[Step, None]: ...
 
