@@ -39,13 +39,16 @@ class TransformersEngine:
         self._ends = set(ends if isinstance(ends, list) else [ends])
         most = config.language.max_running
         tokens = min(self.memory.tokens, most * rounded(self.memory.context))
-        self._batch = _Batch(self.model, Decoder(self.model, tokens, most), self._image_token)
+        self._decoder = Decoder(self.model, tokens, most)
+        self._batch = _Batch(self.model, self._decoder, self._image_token)
         self._waiting: list[_Answer] = []
         self._work: asyncio.Task | None = None
         self._thread = ThreadPoolExecutor(1)
 
     async def generate(self, task: Task) -> AsyncGenerator[Step, None]:
-        """Yields one token at a time."""
+        """Yields one token at a time. Raises ValueError for a task that no empty cache has room for."""
+        if not self._decoder.holds(task.n_tokens):
+            raise ValueError(f"{task.n_tokens} tokens do not fit into the cache, which has {self._decoder.n_tokens}")
         answer = _Answer(task)
         self._waiting.append(answer)
         if self._work is None or self._work.done():
@@ -99,11 +102,9 @@ class _Answer:
         seed = self.task.sampling.seed
         self.random = None if seed is None else torch.Generator().manual_seed(seed)
 
-    def choose(self, logits: Float[Tensor, " vocabulary"]) -> None:
-        sampling = self.task.sampling
-        token = choose(penalised(logits, sampling, self.task.tokens, self.said), sampling, self.random)
+    def add(self, token: int, scored: list[Scored]) -> None:
         self.said.append(token)
-        self.last = token, score(logits, token, sampling.n_top_logprobs)
+        self.last = token, scored
 
 
 class _Batch:
@@ -145,8 +146,14 @@ class _Batch:
         return waiting[n:]
 
     def _choose(self, answers: Sequence[_Answer], logits: Float[Tensor, "answers vocabulary"]) -> None:
-        for answer, one in zip(answers, logits.cpu(), strict=True):
-            answer.choose(one)
+        asked = [answer.task.sampling for answer in answers]
+        changed = [
+            penalised(one, sampling, answer.task.tokens, answer.said)
+            for answer, sampling, one in zip(answers, asked, logits, strict=True)
+        ]
+        tokens = choose(torch.stack(changed), asked, [answer.random for answer in answers])
+        for answer, sampling, one, token in zip(answers, asked, logits, tokens, strict=True):
+            answer.add(token, score(one, token, sampling.n_top_logprobs))
 
     def _embedded(self, task: Task) -> Float[Tensor, "tokens hidden"]:
         """The embedded prompt, with the images inserted."""
@@ -175,7 +182,8 @@ def penalised(
     """The logits less the penalties, as vLLM applies them."""
     if sampling.repetition_penalty == 1 and sampling.frequency_penalty == 0 and sampling.presence_penalty == 0:
         return logits
-    counts = torch.bincount(torch.tensor(said, dtype=torch.int64), minlength=len(logits))
+    generated = torch.tensor(said, dtype=torch.int64, device=logits.device)
+    counts = torch.bincount(generated, minlength=len(logits))
     seen = counts > 0
     seen[[token for token in prompt if token < len(logits)]] = True
     factor = torch.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
@@ -183,15 +191,30 @@ def penalised(
     return logits - sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
 
 
-def choose(logits: Float[Tensor, " vocabulary"], sampling: Sampling, random: torch.Generator | None) -> int:
-    """Samples the next token."""
-    if sampling.temperature < GREEDY:
-        return int(logits.argmax())
-    probability, token = (logits / sampling.temperature).softmax(0).sort(descending=True, stable=True)
-    probability = probability.where(probability >= sampling.min_p * probability[0], 0.0)
-    if sampling.top_k:
-        probability[sampling.top_k :] = 0.0
-    probability = probability / probability.sum()
-    before = probability.cumsum(0) - probability
-    probability = probability.where(before < sampling.top_p, 0.0)
-    return int(token[torch.multinomial(probability, 1, generator=random)])
+def choose(
+    logits: Float[Tensor, "answers vocabulary"],
+    samplings: Sequence[Sampling],
+    randoms: Sequence[torch.Generator | None],
+) -> list[int]:
+    """Samples the next token of each answer. Only the last draw is made on the host, where the generators are."""
+    tokens = logits.argmax(-1)
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature >= GREEDY]
+    if drawn:
+        some = [samplings[row] for row in drawn]
+
+        def column(values: Sequence[float]) -> Float[Tensor, "drawn 1"]:
+            return torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
+
+        scaled = logits[drawn] / column([one.temperature for one in some])
+        probability, token = scaled.softmax(-1).sort(descending=True, stable=True)
+        probability = probability.where(probability >= column([one.min_p for one in some]) * probability[:, :1], 0.0)
+        most = column([one.top_k or logits.shape[1] for one in some])
+        probability = probability.where(torch.arange(logits.shape[1], device=logits.device) < most, 0.0)
+        probability = probability / probability.sum(-1, keepdim=True)
+        before = probability.cumsum(-1) - probability
+        probability = probability.where(before < column([one.top_p for one in some]), 0.0).cpu()
+        places = [
+            torch.multinomial(one, 1, generator=randoms[row]) for row, one in zip(drawn, probability, strict=True)
+        ]
+        tokens[drawn] = token.gather(1, torch.stack(places).to(token.device))[:, 0]
+    return tokens.tolist()

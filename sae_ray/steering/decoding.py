@@ -69,6 +69,10 @@ class Decoder:
         self._recorded = self._device.type == "cuda" and not _looks_at_lengths(self._text)
         self._run: Callable[..., None] = Replayed() if self._recorded else lambda run, inputs, *key: run(*inputs, *key)
 
+    def holds(self, n_tokens: int) -> bool:
+        """Whether there is memory for an answer that has `n_tokens` in the end, prompt included."""
+        return rounded(n_tokens) <= self.n_tokens
+
     def room(self, n_tokens: Sequence[int]) -> int:
         """How many of the first of these answers could join, each with as many tokens, prompt included."""
         length = self._row_length if self.lengths else GRAIN

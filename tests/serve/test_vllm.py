@@ -130,8 +130,8 @@ async def smallest_gap(engine: TransformersEngine, task: Task, patch: pytest.Mon
     """Between the logits of the two likeliest tokens, over the steps of the answer."""
     gaps, choose = [], transformers_engine.choose
 
-    def noting(logits: torch.Tensor, *rest: Any) -> int:
-        first, second = logits.topk(2).values.tolist()
+    def noting(logits: torch.Tensor, *rest: Any) -> list[int]:
+        first, second = logits[0].topk(2).values.tolist()
         gaps.append(first - second)
         return choose(logits, *rest)
 
