@@ -39,11 +39,11 @@ def tower(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     """The vision tower as the tower deployment holds it: without the language model."""
     llava = _llava(sizes, device)
     billions = sum(parameter.numel() for parameter in llava.model.parameters()) / 1e9
-    memory = [["loaded", *_gigabytes(device)]]
+    memory = [["loaded whole", *_gigabytes(device)]]
     del llava.model.model.language_model, llava.model.lm_head
-    memory.append(["language model deleted, as the tower deployment does", *_gigabytes(device)])
+    memory.append(["language model deleted", *_gigabytes(device)])
     free(device)
-    memory.append(["and torch's cache emptied, as it does too", *_gigabytes(device)])
+    memory.append(["and torch's cache emptied", *_gigabytes(device)])
     if device.type == "cuda":
         yield Table(
             title=f"GPU memory of a LLaVA with {billions:.1f} billion weights in bfloat16",
