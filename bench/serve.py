@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import os
 import subprocess
 import sys
@@ -42,6 +43,8 @@ class Load(NamedTuple):
     requests_per_second: float
     median_ms: float
     p95_ms: float
+    p95_first_ms: float | None
+    """Until the first token; None for a system that does not stream."""
     answers: list[str]
 
 
@@ -69,11 +72,13 @@ def main() -> None:
             round(load.requests_per_second * N_TOKENS),
             round(load.median_ms),
             round(load.p95_ms),
+            "" if load.p95_first_ms is None else round(load.p95_first_ms),
         ]
         for name, loads in measured.items()
         for (steered, at_once), load in loads.items()
     ]
     columns = ["system", "requests are", "at a time", "requests/s", "tokens/s", "median ms", "95 % below ms"]
+    columns += ["first token, 95 % below ms"]
     record(
         "serve",
         [{"title": f"Answers of {N_TOKENS} tokens about one image each", "columns": columns, "rows": rows}],
@@ -184,21 +189,31 @@ def measure(run: Callable[[list[tuple[bytes, bool]], int], Load], images: list[b
 def over_http(jobs: list[tuple[bytes, bool]], at_once: int) -> Load:
     async def run() -> Load:
         turn, times, answers = asyncio.Semaphore(at_once), [0.0] * len(jobs), [""] * len(jobs)
+        firsts = [0.0] * len(jobs)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=600) as client:
 
             async def one(number: int) -> None:
                 async with turn:
                     begun = time.monotonic()
-                    answer = await client.post("/v1/chat/completions", json=body(*jobs[number]))
-                    answer.raise_for_status()
+                    async with client.stream("POST", "/v1/chat/completions", json=body(*jobs[number])) as answer:
+                        answer.raise_for_status()
+                        pieces, usage = [], {}
+                        async for line in answer.aiter_lines():
+                            if not line.startswith("data: {"):
+                                continue
+                            facts = json.loads(line[6:])
+                            usage = facts.get("usage") or usage
+                            text = "".join(choice["delta"].get("content") or "" for choice in facts["choices"])
+                            if text and not pieces:
+                                firsts[number] = time.monotonic() - begun
+                            pieces += [text] if text else []
                     times[number] = time.monotonic() - begun
-                facts = answer.json()
-                assert facts["usage"]["completion_tokens"] == N_TOKENS, facts
-                answers[number] = facts["choices"][0]["message"]["content"]
+                assert usage["completion_tokens"] == N_TOKENS, usage
+                answers[number] = "".join(pieces)
 
             begun = time.monotonic()
             await asyncio.gather(*map(one, range(len(jobs))))
-            return load(time.monotonic() - begun, times, answers)
+            return load(time.monotonic() - begun, times, answers, firsts)
 
     return asyncio.run(run())
 
@@ -207,6 +222,7 @@ def body(image: bytes, steered: bool) -> dict[str, Any]:
     url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
     request = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": N_TOKENS}
+    request |= {"stream": True, "stream_options": {"include_usage": True}}
     return request | ({"steering": {"features": [{"index": LATENT, "strength": STRENGTH}]}} if steered else {})
 
 
@@ -266,10 +282,13 @@ class Reference:
         return self.processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def load(seconds: float, times: list[float], answers: list[str]) -> Load:
-    ordered = sorted(times)
-    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-    return Load(len(times) / seconds, 1000 * median(times), 1000 * p95, answers)
+def load(seconds: float, times: list[float], answers: list[str], firsts: list[float] | None = None) -> Load:
+    first = None if firsts is None else 1000 * p95(firsts)
+    return Load(len(times) / seconds, 1000 * median(times), 1000 * p95(times), first, answers)
+
+
+def p95(times: list[float]) -> float:
+    return sorted(times)[min(len(times) - 1, int(0.95 * len(times)))]
 
 
 def check(measured: dict[str, dict[tuple[bool, int], Load]]) -> None:

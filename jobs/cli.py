@@ -19,6 +19,7 @@ _GARBAGE = (100_000, 50, 100)
 """Thresholds of the garbage collector. With Python's own, a fifth of a short command goes into looking through what its
 imports made, which stays."""
 
+DEMO = "demo"
 DEMO_ROOT = "runs/demo"
 
 
@@ -111,7 +112,7 @@ def demo(context: click.Context, root: str) -> None:
     from sae_ray.study.shipped import shipped_studies
 
     # By its file: a file called demo in this folder would hide the name.
-    context.invoke(run, study=str(shipped_studies()["demo"]), root=root)
+    context.invoke(run, study=str(shipped_studies()[DEMO]), root=root)
 
 
 @main.command()
@@ -665,12 +666,19 @@ def serve(
     """
     from sae_ray.serve.local import read_config, run  # pyright: ignore[reportMissingImports]  # see pyproject.toml
 
-    from sae_ray.store.files import Folder
+    from sae_ray.store.files import Folder, address_shown
+    from sae_ray.study.root import recall
 
     from .cluster import connect
 
     if of_demo:
         options["root"] = options["root"] or DEMO_ROOT
+        memory = recall(Folder(options["root"]))
+        if memory is not None and memory.study.name != DEMO:
+            raise UsageError(
+                f"--root {address_shown(options['root'])} holds the study {memory.study.name}, which is not the demo; "
+                "leave out --demo to serve it, or name another root"
+            )
         if not Folder(options["root"]).exists("report/index.html"):
             context.invoke(demo, root=options["root"])
     run(read_config(config, engine, options), host, port, connect, click.echo)

@@ -53,7 +53,8 @@ class Language(Replicas):
     max_running: int = Field(default=64, ge=1)
     """Answers that a replica generates at the same time."""
     kv_cache_mb: int | None = Field(default=None, ge=1)
-    """Size of vLLM's key-value cache in MiB. Default: most of the memory of a GPU, 1024 on a CPU."""
+    """MiB for the keys and values of the answers that run; others wait. Default: on a GPU 80 % of what is free after
+    weights and work, on a CPU 1024, but enough for one request of the longest length."""
 
 
 class Limits(Strict):

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Shaped
 
+    from .memory import Memory
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -46,6 +48,12 @@ class Task:
     """The image embeddings from the tower, `packed`."""
     sampling: Sampling
 
+    @property
+    def n_tokens(self) -> int:
+        """Of the prompt with its images and the longest answer."""
+        prompt = len(self.tokens) + sum(len(image) - 1 for image in self.images)
+        return prompt + self.sampling.max_tokens
+
 
 class Scored(NamedTuple):
     """A token's log probability in the model itself, before temperature and penalties."""
@@ -69,6 +77,8 @@ class Step(NamedTuple):
 
 class Engine(Protocol):
     """Generates many answers at once. Closing a generator aborts its answer and frees its memory."""
+
+    memory: Memory
 
     def generate(self, task: Task) -> AsyncGenerator[Step, None]: ...
 

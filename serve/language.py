@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import assert_never
@@ -11,6 +12,8 @@ from ray import serve
 from .coalescing import coalesced
 from .config import ServeConfig
 from .engine import Engine, Step, Task
+
+logger = logging.getLogger("ray.serve")
 
 HANDFUL_S = 0.03
 """Seconds between two messages of tokens of an answer. What streams faster is not read faster."""
@@ -22,6 +25,7 @@ class Language:
 
     def __init__(self, config: ServeConfig):
         self.engine = make_engine(config)
+        logger.info("memory: %s", self.engine.memory)
         self._running = 0
 
     async def generate(self, task: Task) -> AsyncGenerator[Step, None]:
@@ -32,6 +36,10 @@ class Language:
                     yield step
         finally:
             self._running -= 1
+
+    async def memory(self) -> str:
+        """What was reserved for what, and how many requests of the longest length fit at once."""
+        return str(self.engine.memory)
 
     async def running(self) -> int:
         """Number of answers that this replica is generating.

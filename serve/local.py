@@ -100,6 +100,7 @@ def run(config: ServeConfig, host: str, port: int, connect: Callable[[], None], 
         key = f", API key from {API_KEY}" if has_key else ""
         served = f"{address_shown(config.model)} steered by {address_shown(config.root)}"
         say(f"Serving {served} after {time.monotonic() - started:.0f} s{key}")
+        say(f"  memory      {serve.get_deployment_handle('Language', NAME).memory.remote().result()}")
         say(f"  playground  http://{host}:{port}/")
         say(f"  API         http://{host}:{port}/v1   (documentation: /docs)")
         while True:

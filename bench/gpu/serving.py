@@ -17,6 +17,7 @@ from bench.gpu.sizes import Sizes
 from bench.gpu.timing import in_a_row, milliseconds
 from bench.record import Table
 from sae_ray.host import to_host
+from sae_ray.steering.decoding import Decoder, rounded
 from sae_ray.steering.interventions import Intervention, LatentEdit, TowerEdit
 from sae_ray.steering.llava import Llava
 
@@ -38,11 +39,11 @@ def tower(sizes: Sizes, device: torch.device) -> Iterator[Table]:
     """The vision tower as the tower deployment holds it: without the language model."""
     llava = _llava(sizes, device)
     billions = sum(parameter.numel() for parameter in llava.model.parameters()) / 1e9
-    memory = [["loaded", *_gigabytes(device)]]
+    memory = [["loaded whole", *_gigabytes(device)]]
     del llava.model.model.language_model, llava.model.lm_head
-    memory.append(["language model deleted, as the tower deployment does", *_gigabytes(device)])
+    memory.append(["language model deleted", *_gigabytes(device)])
     free(device)
-    memory.append(["and torch's cache emptied, as it does too", *_gigabytes(device)])
+    memory.append(["and torch's cache emptied", *_gigabytes(device)])
     if device.type == "cuda":
         yield Table(
             title=f"GPU memory of a LLaVA with {billions:.1f} billion weights in bfloat16",
@@ -114,19 +115,26 @@ def language(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         table["rows"].append([what, round(ms, 1), round(ms / plain_ms, 3)])
         yield table
 
+    [image] = llava.image_embeddings(pixels, [[]])
     table = Table(
-        title=f"Answers of {NEW_TOKENS} tokens by Llava.generate, {n_prompt} tokens per prompt, {model}",
-        columns=["requests at once", "ms to the first token", "ms per further token", "tokens/s while decoding"],
+        title=f"Answers of {NEW_TOKENS} tokens, {n_prompt} tokens per prompt, {model}",
+        columns=["way", "requests at once", "ms to the first token", "ms per further token", "tokens/s while decoding"],
         rows=[],
     )
-    [image] = llava.image_embeddings(pixels, [[]])
-    for batch in sizes.requests:
-        generate = lambda n: llava.generate([image] * batch, ["?"] * batch, n)  # noqa: B023, E731
-        first = milliseconds(device, lambda: generate(1), 2, warmup=1)  # noqa: B023
-        total = milliseconds(device, lambda: generate(NEW_TOKENS), 1, warmup=0)  # noqa: B023
-        step = (total - first) / (NEW_TOKENS - 1)
-        table["rows"].append([batch, round(first, 1), round(step, 2), round(1000 * batch / step)])
-        yield table
+    prompt = llava._embedded("?", [image])
+    for what in ("Llava.generate", "transformers' own loop and cache"):
+        for batch in sizes.requests:
+            free(device)
+            if what == "Llava.generate":
+                generate = lambda n: llava.generate([image] * batch, ["?"] * batch, n)  # noqa: B023, E731
+            else:
+                generate = lambda n: _by_transformers(llava.model, prompt.expand(batch, -1, -1), n)  # noqa: B023, E731
+            first = milliseconds(device, lambda: generate(1), 2, warmup=1)  # noqa: B023
+            total = milliseconds(device, lambda: generate(NEW_TOKENS), 1, warmup=1)  # noqa: B023
+            step = (total - first) / (NEW_TOKENS - 1)
+            table["rows"].append([what, batch, round(first, 1), round(step, 2), round(1000 * batch / step)])
+            yield table
+        llava._decoder = None
 
     n_context = min(CONTEXT, sizes.text["max_position_embeddings"] - 4 * STEPS)
     table = Table(
@@ -152,21 +160,18 @@ def language(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         yield row(what, batch, in_a_row(device, step, STEPS), batch)
         del step
     for batch in sizes.requests:
+        decoder = None
         free(device)
-        step = _fixed_step(llava.model, batch, n_context)
-        what = f"decode step, {n_context} tokens in a cache of fixed size (prototype)"
-        yield row(what, batch, in_a_row(device, step, STEPS), batch)
-        if device.type == "cuda":
-            try:
-                replay = _captured(step)
-                yield row("the same as a CUDA graph", batch, in_a_row(device, replay, STEPS), batch)
-                del replay
-            except Exception as error:  # what cannot be captured depends on transformers
-                table["rows"].append(
-                    [f"the same as a CUDA graph: {type(error).__name__}: {error}"[:200], batch, "", ""]
-                )
-                yield table
-        del step
+        decoder = Decoder(llava.model, batch * rounded(n_context + 4 * STEPS), batch)
+        prompt = torch.randn(n_context, sizes.text["hidden_size"], device=device, dtype=llava.dtype)
+        decoder.join([prompt] * batch, [4 * STEPS] * batch)
+        token = torch.ones(batch, dtype=torch.int64, device=device)
+        steps = {
+            "the product's decode step": lambda: decoder.step(token),  # noqa: B023
+            "and the likeliest tokens on the host": lambda: decoder.step(token).argmax(-1).tolist(),  # noqa: B023
+        }
+        for what, step in steps.items():
+            yield row(f"{what}, {n_context} tokens", batch, in_a_row(device, step, STEPS), batch)
 
 
 def _llava(sizes: Sizes, device: torch.device) -> Llava:
@@ -251,52 +256,10 @@ def _growing_step(model: Any, prompt: Float[Tensor, "n tokens hidden"]) -> Calla
     return step
 
 
-class _FixedCache:
-    """Keys and values of as many tokens in every step, the last of which it overwrites."""
-
-    def __init__(self, model: Any, n: int, n_tokens: int):
-        config = model.config.text_config
-        shape = (n, config.num_key_value_heads, n_tokens, config.hidden_size // config.num_attention_heads)
-        make = lambda: torch.randn(shape, dtype=model.dtype, device=model.device)  # noqa: E731
-        self.layers = [(make(), make()) for _ in range(config.num_hidden_layers)]
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        for whole, new in zip(self.layers[layer], (keys, values), strict=True):
-            whole[:, :, -1:] = new
-        return self.layers[layer]
-
-
-def _fixed_step(model: Any, n: int, n_tokens: int) -> Callable[[], Any]:
-    """The same work on a cache that does not grow; no step needs anything of the host."""
-    network, cache = model.model.language_model, _FixedCache(model, n, n_tokens)
-    token = torch.ones(n, 1, dtype=torch.int64, device=model.device)
-    place = torch.full((1, 1), n_tokens - 1, device=model.device)
-
-    @torch.no_grad()
-    def step() -> Tensor:
-        x = network.embed_tokens(token)
-        rotation = network.rotary_emb(x, position_ids=place)
-        for layer in network.layers:
-            x = layer(
-                x, position_ids=place, position_embeddings=rotation, past_key_values=cache, use_cache=True
-            )  # fmt: skip
-        return model.lm_head(network.norm(x)).argmax(-1)
-
-    return step
-
-
-def _captured(step: Callable[[], Any]) -> Callable[[], None]:
-    """After a few runs on a side stream, as CUDA graphs want it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+@torch.no_grad()
+def _by_transformers(model: Any, prompts: Float[Tensor, "n tokens hidden"], n_new: int) -> Tensor:
+    mask = torch.ones(prompts.shape[:2], dtype=torch.int64, device=prompts.device)
+    return model.generate(inputs_embeds=prompts, attention_mask=mask, max_new_tokens=n_new, do_sample=False)
 
 
 tables = in_turn(tower, language)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from sae_ray.encoders.resizing import WHOLE
 from sae_ray.encoders.transformers_models import blocks_of, describe_found, resizing, scale_of
 from sae_ray.errors import UsageError
 from sae_ray.steering.config import MAX_NEW_TOKENS
+from sae_ray.steering.decoding import Decoder, greedily, rounded
 from sae_ray.steering.info import LlavaInfo
 from sae_ray.steering.interventions import Intervention, TowerEdit, edit_each
 
@@ -120,6 +122,8 @@ class Llava:
         self._rescale, *scale = scale_of(info.model, processor.image_processor)
         self._mean, self._std = (torch.tensor(of, device=self.device).view(3, 1, 1) for of in scale)
         self._tower_in_use = threading.Lock()
+        self._speaking = threading.Lock()
+        self._decoder: Decoder | None = None
 
     @property
     def width(self) -> int:
@@ -233,17 +237,23 @@ class Llava:
                 f"the longest prompt with its images and max_new_tokens = {max_new_tokens} takes {longest} tokens, but "
                 f"the language model has {context}; shorten the prompt or ask for fewer"
             )
-        tokens = self.model.generate(
-            inputs_embeds=pad_sequence(inputs, batch_first=True, padding_side="left"),
-            attention_mask=pad_sequence(
-                [torch.ones(len(row), dtype=torch.int64, device=self.device) for row in inputs],
-                batch_first=True,
-                padding_side="left",
-            ),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-        )
+        with self._speaking:
+            decoder = self._decoder_for(len(inputs), longest)
+            tokens = self.model.generate(
+                inputs_embeds=pad_sequence(inputs, batch_first=True),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                custom_generate=functools.partial(greedily, decoder=decoder, prompts=inputs),
+            )
         return [text.strip() for text in self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _decoder_for(self, n: int, longest: int) -> Decoder:
+        decoder, needed = self._decoder, n * rounded(longest)
+        if decoder is None or decoder.most_rows < n or decoder.n_tokens < needed:
+            self._decoder = None  # its memory is free before there is another
+            decoder = self._decoder = Decoder(self.model, needed, n)
+        decoder.clear()
+        return decoder
 
     def prompt(self, question: str, n_images: int = 1) -> str:
         """The question as the model is asked: in its chat template, or in LLaVA-1.5's form where it has none.

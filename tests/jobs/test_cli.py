@@ -240,6 +240,17 @@ def test_a_root_remembers_its_study(finished, make_plan, tmp_path):
     assert json.loads(result.stdout)["study"] == "small"
 
 
+def test_the_demo_is_not_served_from_another_study(make_plan, tmp_path):
+    """Nor run there."""
+    root = tmp_path / "root"
+    remember(make_plan(root))
+    before = sorted(root.rglob("*"))
+    result = call("serve", "--demo", "--root", root)
+    assert result.exit_code == 2
+    assert "holds the study small, which is not the demo; leave out --demo" in result.stderr
+    assert sorted(root.rglob("*")) == before
+
+
 def test_a_run_with_nothing_left_to_do_loads_no_model_and_starts_no_cluster(finished, make_plan, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(finished, root)

@@ -19,6 +19,10 @@ from sae_ray.steering import Llava, load_llava
 WORLD_LLAVA = Path(__file__).parents[2] / "sae_ray" / "world" / "models" / "llava"
 
 
+FEW = Language(max_running=6)
+"""So that a crowd has to wait."""
+
+
 class Answer:
     """An answer as a handle of Ray Serve returns it."""
 
@@ -62,5 +66,5 @@ class Generator:
 def direct_service(**options: Any) -> Service:
     from sae_ray.serve.transformers_engine import TransformersEngine
 
-    config = ServeConfig(root="none", llava=str(WORLD_LLAVA), without_key=True, language=Language(), **options)
+    config = ServeConfig(root="none", llava=str(WORLD_LLAVA), without_key=True, language=FEW, **options)
     return Service(config, Tower(load_llava(config.model)), Generator(TransformersEngine(config)))

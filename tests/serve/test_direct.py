@@ -7,6 +7,7 @@ import json
 import random
 import re
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -265,7 +266,10 @@ def test_penalties_count_what_they_say():
 def test_which_tokens_may_be_chosen(rest, possible):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     random = torch.Generator().manual_seed(0)
-    assert {choose(logits, Sampling(1, 1.0, **rest), random) for _ in range(300)} == possible
+    sampling = [Sampling(1, 1.0, **rest), Sampling(1), Sampling(1, 1.0, top_k=1)]
+    drawn = [choose(torch.stack([logits, -logits, logits]), sampling, [random] * 3) for _ in range(300)]
+    assert {first for first, _, _ in drawn} == possible
+    assert {tuple(others) for _, *others in drawn} == {(3, 0)}, "nobody is drawn by the rules of another"
 
 
 def test_scores_are_log_probabilities():
@@ -325,6 +329,8 @@ def test_a_crowd_gets_the_answers_that_each_gets_alone(service):
             assert mine[0] == theirs[0][:early]
             assert mine[1] == pytest.approx(theirs[1][:early], abs=1e-4)
             assert early or mine[2] == theirs[2]
+        with pytest.raises(ValueError, match="do not fit into the cache"):
+            await answer(replace(tasks[0], sampling=Sampling(100_000)))
         while engine._batch.answers or engine._waiting:
             await asyncio.sleep(0.01)
 

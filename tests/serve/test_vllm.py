@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import time
+import uuid
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,7 @@ from sae_ray.serve.engine import Engine, Sampling, Scored, Task
 from sae_ray.serve.language import Language
 from sae_ray.serve.schemas import ImagePart, ImageUrl, Message, TextPart
 from sae_ray.serve.transformers_engine import TransformersEngine
-from sae_ray.serve.vllm_engine import VllmEngine
+from sae_ray.serve.vllm_engine import VllmEngine, _parameters
 
 from sae_ray.sae import load_sae
 from sae_ray.steering import Intervention, LatentEdit, load_llava, load_max_token
@@ -129,8 +130,8 @@ async def smallest_gap(engine: TransformersEngine, task: Task, patch: pytest.Mon
     """Between the logits of the two likeliest tokens, over the steps of the answer."""
     gaps, choose = [], transformers_engine.choose
 
-    def noting(logits: torch.Tensor, *rest: Any) -> int:
-        first, second = logits.topk(2).values.tolist()
+    def noting(logits: torch.Tensor, *rest: Any) -> list[int]:
+        first, second = logits[0].topk(2).values.tolist()
         gaps.append(first - second)
         return choose(logits, *rest)
 
@@ -145,6 +146,28 @@ async def shuffled(engine: Engine, tasks: list[Task]) -> list[tuple[list[int], s
     order = random.sample(range(N), N)
     answers = dict(zip(order, await asyncio.gather(*(answer(engine, tasks[place]) for place in order)), strict=True))
     return [answers[place] for place in range(N)]
+
+
+async def found_again(engine: VllmEngine, task: Task) -> int:
+    """Tokens of the prompt that the engine need not read, since it has them."""
+    from vllm.inputs import TokensPrompt
+
+    embeddings = {"image": [engine._checked(one) for one in task.images]}
+    prompt = TokensPrompt(prompt_token_ids=list(task.tokens), multi_modal_data=embeddings)
+    outputs = [one async for one in engine._engine.generate(prompt, _parameters(task.sampling), uuid.uuid4().hex)]
+    return outputs[-1].num_cached_tokens
+
+
+async def caches_hit_where_they_can(engine: VllmEngine, tasks: list[Task], image_token: int) -> None:
+    """An image that comes again is found in the cache of prefixes, and no other takes its place."""
+    assert engine._engine.vllm_config.model_config.multimodal_config.mm_processor_cache_gb == 0
+    block = engine._engine.vllm_config.cache_config.block_size
+    images = [task.images[0] for task in tasks if len(task.images) == 1 and task.images[0].shape == engine.shape]
+    n = block // engine.shape[0] + 1
+    one = Task((1, *[image_token] * n, *tasks[1].tokens[-3:]), tuple(images[:n]), Sampling(1))
+    assert await found_again(engine, one) == 0
+    assert await found_again(engine, one) >= block
+    assert await found_again(engine, replace(one, images=(images[-1], *one.images[1:]))) == 0
 
 
 def test_engines_agree_token_for_token(config, asked, monkeypatch):
@@ -169,6 +192,7 @@ def test_engines_agree_token_for_token(config, asked, monkeypatch):
         assert len(set(expected)) > 10
 
         await same_meaning(engine, other, tokenizer, tasks, monkeypatch)
+        await caches_hit_where_they_can(engine, tasks, other._image_token)
 
         endless = Task(tasks[0].tokens, tasks[0].images, Sampling(200, temperature=2.0, seed=1))
         generation = engine.generate(endless)
