@@ -15,8 +15,6 @@ from typing import Literal, NamedTuple
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from sae_ray.host import free_memory
-
 PACKAGE = "sae-ray"
 GB = 10**9
 LEAST_DISK = GB
