@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-
-from sae_ray.sae.replay import Replayed
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
 GRAIN = 256
-"""Rows are as long as a multiple of this: so few lengths occur that a GPU's work can be recorded for each."""
+"""Rows are as long as a multiple of this, so that they seldom have to be made longer."""
 READ_TOKENS = 4096
 """Of prompts that are read at a time, unless one alone has more. A GPU is busy with fewer."""
 
@@ -41,9 +39,6 @@ def _heads(text_config: Any) -> tuple[int, int]:
 class Decoder:
     """A LLaVA's language model that generates several answers at once, one in each row of its cache.
 
-    On a GPU, where starting its many small operations takes far longer than the work itself, a step is recorded as a
-    CUDA graph, once for each number of rows (a power of two) and each length (a multiple of `GRAIN`).
-
     Args:
         model: transformers' `LlavaForConditionalGeneration`; its tower is not used.
         n_tokens: For how many tokens there is memory.
@@ -65,9 +60,6 @@ class Decoder:
         self._memory = torch.empty(layers, n_tokens * heads * dim, dtype=self._dtype, device=self._device)
         self._places = torch.zeros(most_rows, dtype=torch.int64, device=self._device)
         """Of the next token in each row."""
-        self._logits = torch.empty(most_rows, self._head.weight.shape[0], device=self._device)
-        self._recorded = self._device.type == "cuda" and not _looks_at_lengths(self._text)
-        self._run: Callable[..., None] = Replayed() if self._recorded else lambda run, inputs, *key: run(*inputs, *key)
 
     def holds(self, n_tokens: int) -> bool:
         """Whether there is memory for an answer that has `n_tokens` in the end, prompt included."""
@@ -110,20 +102,19 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocabulary"]:
-        """Adds a token to each row. Returns the logits of what follows, in float32, valid until the next step."""
-        n = len(self.lengths)
-        rows, seen = n, max(self.lengths) + 1
-        if self._recorded:
-            rows, seen = (
-                min(1 << (n - 1).bit_length(), self.n_tokens // self._row_length, self.most_rows),
-                rounded(seen),
-            )
-        given = torch.zeros(rows, dtype=torch.int64, device=self._device)
-        given[:n] = tokens
-        self._run(self._step, [given, self._places[:rows]], self._row_length, seen)
-        self._places[:n] += 1
+        """Adds a token to each row. Returns the logits of what follows, in float32."""
+        n, seen = len(self.lengths), max(self.lengths) + 1
+        places = self._places[:n]
+        output = self._network(
+            inputs_embeds=self._embed(tokens)[:, None],
+            attention_mask=self._masks(places, seen),
+            position_ids=places[:, None],
+            past_key_values=_Written(self._rows(self._row_length)[:, :n, :, :seen], places),
+            use_cache=True,
+        )
+        places += 1
         self.lengths = [length + 1 for length in self.lengths]
-        return self._logits[:n]
+        return self._head(output.last_hidden_state[:, -1]).float()
 
     @torch.no_grad()
     def drop(self, row: int) -> None:
@@ -180,18 +171,6 @@ class Decoder:
         last = output.last_hidden_state[torch.arange(len(prompts), device=self._device), lengths - 1]
         return self._head(last).float()
 
-    def _step(self, tokens: Int[Tensor, " rows"], places: Int[Tensor, " rows"], length: int, seen: int) -> None:
-        """All on the device, in tensors that are there before; `seen` places of each row are looked at."""
-        n = len(tokens)
-        output = self._network(
-            inputs_embeds=self._embed(tokens)[:, None],
-            attention_mask=self._masks(places, seen),
-            position_ids=places[:, None],
-            past_key_values=_Written(self._rows(length)[:, :n, :, :seen], places),
-            use_cache=True,
-        )
-        self._logits[:n] = self._head(output.last_hidden_state[:, -1])
-
     def _masks(self, places: Int[Tensor, " rows"], seen: int) -> Any:
         """Added to the attention of the new token to every place, in the form that its kind of model takes."""
         ages = places[:, None] - torch.arange(seen, device=self._device)
@@ -220,12 +199,6 @@ class _Written:
         for whole, new in zip(both, (keys, values), strict=True):
             whole[self._every, :, self._places] = new[:, :, 0]
         return both
-
-
-def _looks_at_lengths(text_config: Any) -> bool:
-    """Whether each step asks the device how long the answers are, to turn the positions otherwise."""
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    return rope.get("rope_type") in ("dynamic", "longrope")
 
 
 def greedily(
