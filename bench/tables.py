@@ -50,7 +50,7 @@ def faults_table(shown: list[dict[str, str]]) -> str:
 def section(results: Path, name: str, part: str | None = None) -> str:
     """The tables of one part of a benchmark; without a part those that are in none, and the machine they are from."""
     file = results / f"{name}.json"
-    command = f"python -m bench.{name.replace('_', ' ')}"
+    command = f"python -m bench.{name.replace('gpu_', 'gpu ')}"
     if not file.exists():
         return table([f"`{command}`", ""], [["unmeasured", ""]])
     result = json.loads(file.read_text(encoding="utf-8"))
