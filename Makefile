@@ -19,7 +19,7 @@ TWO := -n 2 --no-loadscope-reorder
 # The other tests wait for processes and faults now and then: a third process uses that time.
 THREE := -n 3 --no-loadscope-reorder
 
-.PHONY: demo photos test test-fast test-slow test-gpu test-clients test-trackers test-notebooks test-real soak chaos cluster-test bench bench-scale bench-serve bench-gpu bench-page bench-photos real-sizes lint cluster-lint format docs test-pythons wheel release-check clean
+.PHONY: demo photos photos-frontier test test-fast test-slow test-gpu test-clients test-trackers test-notebooks test-real soak chaos cluster-test bench bench-scale bench-serve bench-gpu bench-page bench-photos real-sizes lint cluster-lint format docs test-pythons wheel release-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sae-ray world ~/.cache/sae-ray/world
@@ -27,6 +27,9 @@ demo: $(VENV)/.demo
 
 photos: $(VENV)/.demo
 	$(BIN)/sae-ray run studies/photos.toml --root $(PHOTOS) $(FROM_REAL)
+
+photos-frontier: $(VENV)/.demo
+	$(BIN)/sae-ray run studies/photos_frontier.toml --root $(PHOTOS)_frontier $(FROM_REAL)
 
 test: $(VENV)/.test
 	$(BIN)/pytest $(TWO) -m "not slow and not gpu and not cluster and not clients and not real"

@@ -1,9 +1,9 @@
 """MonoSemanticity against R² of the methods: `python -m bench.frontier ROOT [JUDGE]`, ROOT being that of a finished
-`studies/frontier.toml`.
+`studies/frontier.toml` or `studies/photos_frontier.toml`.
 
 Some methods have seen what they are scored by: the judge, or labels. So every SAE is scored by other judges, too: by
-what images were drawn with, and by JUDGE, an encoder that knows nothing of the world; and these see no blank images,
-which are easy to be alike on. Writes `bench/results/frontier.json` and the figure, `docs/frontier.svg`.
+what images show, and by JUDGE, an encoder that nothing was trained with. In the world these see no blank images, which
+are easy to be alike on. Writes `bench/results/NAME.json`, NAME being that of the study, and a figure, `docs/NAME.svg`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from sae_ray.study.step_plans import ImagePlan
 from sae_ray.study.summary import BEST, CellSummary, summarise
 from sae_ray.world.render import attributes
 
-FIGURE = Path(__file__).parents[1] / "docs" / "frontier.svg"
+DOCS = Path(__file__).parents[1] / "docs"
 PAPER = ("BatchTopK", "Matryoshka")
 """The architectures of the paper, by the names in `NAMES`."""
 NAMES = {
@@ -49,7 +49,9 @@ NAMES = {
     "guided_batch_topk": "guided BatchTopK", "guided_matryoshka_batch_topk": "guided Matryoshka",
     "guided_topk": "guided TopK", "frozen_decoder": "frozen decoder", "random": "random",
 }  # fmt: skip
-STUDYS, SHAPES, DRAWN = "the judge", "the judge, no blanks", "what was drawn, no blanks"
+BASELINES = ("frozen decoder", "random")
+STUDYS, DRAWN, CLASS = "the judge", "what was drawn", "the class"
+NO_BLANKS = "{}, no blanks"
 STATISTICS = {"mean": "mean MS", "best": f"best {BEST}"}
 BLANK, RAW = "blank", "raw neurons"
 PARTS, BATCH = 16, 32
@@ -77,22 +79,24 @@ def main() -> None:
     plan = recalled_plan(sys.argv[1])
     stranger = sys.argv[2] if len(sys.argv) > 2 else None
     cells = measured_cells(plan, stranger)
+    name = plan.study.name
     facts = {
-        "command": "python -m bench.frontier",
+        "command": f"python -m bench.frontier runs/{name}",
         "stranger": model_name(stranger) if stranger else None,
         "cells": [one._asdict() for of_recipe in cells.values() for one in of_recipe],
     }
-    tables = [farthest(cells), verdicts(cells), everything(cells, plan.study.scoring.min_images)]
-    print(record("frontier", tables, facts))
-    FIGURE.write_text(drawn_figure(), encoding="utf-8")
+    of_images = "shape" if has_blanks(plan.images["heldout"]) else "class"
+    tables = [farthest(cells), verdicts(cells), everything(cells, plan.study.scoring.min_images, of_images)]
+    print(record(name, tables, facts))
+    (DOCS / f"{name}.svg").write_text(drawn_figure(name), encoding="utf-8")
     for table in tables:
         print(table["title"], table["columns"], *table["rows"], sep="\n")
 
 
-def drawn_figure(results: Path = RESULTS) -> str:
-    """The figure of what is recorded."""
-    facts = json.loads((results / "frontier.json").read_text(encoding="utf-8"))["facts"]
-    return figure(facts["cells"], PAPER)
+def drawn_figure(name: str, results: Path = RESULTS) -> str:
+    """The figure of what is recorded of the study of this name."""
+    facts = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))["facts"]
+    return figure([cell for cell in facts["cells"] if cell["method"] not in BASELINES], PAPER)
 
 
 # Measuring
@@ -103,12 +107,18 @@ def measured_cells(plan: StudyPlan, stranger: str | None) -> dict[str, list[Meas
     scores = {score.name: score for score in plan.scores if score.embeddings}
     trains = {train.grid_cell.name: train for train in plan.trains}
     heldout, min_images = plan.images["heldout"], plan.study.scoring.min_images
-    names, classes = heldout.manifest["image_id"].to_pylist(), image_classes(heldout.labels, (BLANK,))
+    classes = image_classes(heldout.labels, (BLANK,))
     [stores] = {(one.activations.step.folder, one.embeddings.step.folder) for one in scores.values() if one.embeddings}
     activations, judge = map(ActivationStore, stores)
-    judges = {SHAPES: embeddings_by_image(judge, activations).numpy(), DRAWN: one_hot(names)}
+    if has_blanks(heldout):
+        drawn = [attributes(int(Path(name).stem)) for name in heldout.manifest["image_id"].to_pylist()]
+        judges = {STUDYS: embeddings_by_image(judge, activations).numpy(), DRAWN: one_hot(drawn)}
+    else:
+        judges = {CLASS: one_hot([[one] for one in classes])}
     if stranger:
-        judges[f"{model_name(stranger)}, no blanks"] = embedded(heldout, stranger)
+        judges[model_name(stranger)] = embedded(heldout, stranger)
+    if has_blanks(heldout):
+        judges = {NO_BLANKS.format(name): vectors for name, vectors in judges.items()}
     kept = np.array([image for image, label in enumerate(classes) if label is not None])
     found: dict[str, list[Measured]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
@@ -152,10 +162,14 @@ def method_of(cell: Cell) -> str:
     return NAMES[cell.architecture] + weights + goal
 
 
-def one_hot(image_ids: Sequence[str]) -> np.ndarray:
-    """Shape, colour and background of images of the world: the cosine of two rows is the share of these that they have
-    in common."""
-    shown = [attributes(int(Path(name).stem)) for name in image_ids]
+def has_blanks(images: ImagePlan) -> bool:
+    """Images of the world have; photographs have none."""
+    return BLANK in image_classes(images.labels)
+
+
+def one_hot(shown: Sequence[Sequence[object]]) -> np.ndarray:
+    """What images show, such as shape, colour and background: the cosine of two rows is the share of these that they
+    have in common."""
     columns = []
     for values in zip(*shown, strict=True):
         known = sorted({str(value) for value in values})
@@ -267,7 +281,7 @@ def verdicts(cells: Mapping[str, Sequence[Measured]]) -> Table:
     )
 
 
-def everything(cells: Mapping[str, Sequence[Measured]], min_images: int) -> Table:
+def everything(cells: Mapping[str, Sequence[Measured]], min_images: int, of_images: str) -> Table:
     judges = judges_of(cells)
     rows = []
     for recipe, seeds in cells.items():
@@ -276,7 +290,7 @@ def everything(cells: Mapping[str, Sequence[Measured]], min_images: int) -> Tabl
         rows.append([*row, *(spread([one.mean[judge] for one in seeds], 3) for judge in judges)])
     return Table(
         title="Every cell, mean of two seeds, in brackets half of their difference: latents active on "
-        f"{min_images} held-out images or more; purity is the share of the commonest shape among 16 top images",
+        f"{min_images} held-out images or more; purity is the share of the commonest {of_images} among 16 top images",
         columns=["SAE", "L0", "R²", "latents", "dead", "purity", *(f"MS, {judge}" for judge in judges)],
         rows=rows,
     )

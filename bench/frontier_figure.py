@@ -16,8 +16,6 @@ LEGEND_LINE, LEGEND_COLUMNS = 18, 4
 INK, PAPER_INK = "#444", "#000"
 GOAL = "goal"
 """In the names of methods that are trained for the score; they are diamonds."""
-LEAST_R2 = 0.9
-"""Cells below it are left out: the baselines, which would take most of the width."""
 
 
 class Axes(NamedTuple):
@@ -42,7 +40,7 @@ def figure(cells: Sequence[Mapping[str, Any]], paper: Sequence[str]) -> str:
             neurons, which have no R², and at whose MS the axes begin.
         paper: the methods that are joined by lines through the means of their seeds.
     """
-    shown = [cell for cell in cells if (cell["r2"] or 0) >= LEAST_R2]
+    shown = [cell for cell in cells if cell["r2"] is not None]
     judges = list(shown[0]["mean"])
     methods = list(dict.fromkeys(cell["method"] for cell in shown))
     others = [method for method in methods if method not in paper]

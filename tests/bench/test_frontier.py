@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench.frontier import FIGURE, Measured, drawn_figure, margin, mean_r2, one_hot
+from bench.frontier import DOCS, Measured, drawn_figure, margin, mean_r2, one_hot
 from sae_ray.world.render import attributes
 
 
@@ -38,12 +38,13 @@ def test_who_does_not_reach_an_r2_is_not_compared_there():
 
 
 def test_what_was_drawn_judges_by_what_images_have_in_common():
-    names = [f"any/{number:06d}.png" for number in range(40_000, 40_200)]
-    rows = one_hot(names)
     shown = [attributes(number) for number in range(40_000, 40_200)]
+    rows = one_hot(shown)
     common = [[sum(a == b for a, b in zip(one, other, strict=True)) for other in shown] for one in shown]
     assert np.array_equal(rows @ rows.T, np.array(common, "float32"))
 
 
-def test_the_figure_is_that_of_the_results():
-    assert FIGURE.read_text(encoding="utf-8") == drawn_figure(), "run python -m bench.frontier, or draw it again"
+@pytest.mark.parametrize("study", ["frontier", "photos_frontier"])
+def test_the_figure_is_that_of_the_results(study: str):
+    drawn = (DOCS / f"{study}.svg").read_text(encoding="utf-8")
+    assert drawn == drawn_figure(study), "run python -m bench.frontier, or draw it again"

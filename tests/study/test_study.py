@@ -89,8 +89,9 @@ def test_the_demo_is_read():
     assert (demo.resources.extract.workers, demo.resources.train.checkpoint_every) == (2, 500)
 
 
-def test_the_frontier_has_seeds_and_the_papers_two_over_a_wider_range():
-    cells = Study.load(STUDIES / "frontier.toml").cells()
+@pytest.mark.parametrize("name", ["frontier", "photos_frontier"])
+def test_the_frontier_has_seeds_and_the_papers_two_over_a_wider_range(name: str):
+    cells = Study.load(STUDIES / f"{name}.toml").cells()
     assert set(Counter(cell.recipe for cell in cells).values()) == {2}
     assert {cell.cell.expansion for cell in cells} == {4}
     of_method = defaultdict(set)
