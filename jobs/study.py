@@ -24,7 +24,7 @@ from .stage import readable
 
 MANY = 30
 """From more comparisons, or folders of a kind, on not each of them is told."""
-FAR = 3
+FAR = 5
 """From so many spreads on, a mean may be worth subtracting (docs/training.md)."""
 
 
