@@ -154,11 +154,11 @@ def finish_extract(extract: ExtractPlan) -> None:
     parts = []
     for number, start in enumerate(range(0, len(ids), per_part)):
         part = ids[start : start + per_part]
-        accepted, rejects, [pixels], _ = decode_part(extract.images.folder, part, preparations)
-        kept = [part[place] for place in accepted]
+        decoded = decode_part(extract.images.folder, part, preparations)
+        kept = [part[place] for place in decoded.accepted]
         sites = [(extract.site, extract.step.config["store_dtype"])]
-        [rows] = encode_part(encoder, sites, pixels, start + accepted, kept, 0, batch_size=64)
-        parts.append(write_part(folder, number, rows, rejects))
+        [rows] = encode_part(encoder, sites, decoded.pixels[0], start + decoded.accepted, kept, 0, batch_size=64)
+        parts.append(write_part(folder, number, rows, decoded.rejects))
     write_rejects(folder, parts)
     finish_store(extract.step, parts, extract.width, 61.5)
 

@@ -117,8 +117,9 @@ def _check_room(
 
     if dtype == source.config.dtype:
         return
+    kind = getattr(transformers, loader)
     with torch.device("meta"):
-        module = getattr(transformers, loader)(config or source.config, **arguments)
+        module = getattr(kind, "from_config", kind)(config or source.config, **arguments)  # classes of kinds have it
     wanted, free = dtype.itemsize * sum(weights.numel() for weights in module.parameters()), free_memory()
     if wanted > free:
         kinds = "; bfloat16 or float16 takes half of that" if dtype == torch.float32 else ""
