@@ -74,7 +74,7 @@ def divided(language: Language, model: Any, dtype: torch.dtype, on_gpu: bool, th
         raise UsageError(
             f"the language model does not fit {where}: its weights take {weights / GB:.1f} GB, reading prompts "
             f"{work / GB:.1f} GB, and one request of {context:,} tokens {least / GB:.1f} GB, of {there / GB:.1f} GB; "
-            "use another device, or dtype = bfloat16"
+            f"use another device{', or dtype = bfloat16' if dtype.itemsize > 2 else ' or a smaller model'}"
         )
     if language.kv_cache_mb is None:
         cache = min(most, max(least, int(GPU_SHARE * left) if on_gpu else min(CPU_CACHE, left)))

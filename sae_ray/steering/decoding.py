@@ -214,13 +214,15 @@ def greedily(
     """What transformers' `generate` runs in place of its own loop, given as `custom_generate`: it has prepared all that
     the model's generation configuration wants done to logits, and when it wants an answer to end.
 
-    An answer that has ended repeats its last token until all have.
+    An answer that has ended is filled with the padding token until all have, if the model has one.
     """
+    padding = rest["generation_config"].pad_token_id
     tokens, ended = input_ids, torch.zeros(len(prompts), dtype=torch.bool, device=input_ids.device)
     logits = decoder.join(prompts, [stopping_criteria.max_length - input_ids.shape[1]] * len(prompts))
     while True:
         new = logits_processor(tokens, logits).argmax(-1)
-        new = new.where(~ended, tokens[:, -1]) if tokens.shape[1] else new
+        if tokens.shape[1]:
+            new = new.where(~ended, tokens[:, -1] if padding is None else padding)
         tokens = torch.cat([tokens, new[:, None]], dim=1)
         ended = ended | stopping_criteria(tokens, None)
         if ended.all():

@@ -250,7 +250,7 @@ class Llava:
     def _decoder_for(self, n: int, longest: int) -> Decoder:
         decoder, needed = self._decoder, n * rounded(longest)
         if decoder is None or decoder.most_rows < n or decoder.n_tokens < needed:
-            self._decoder = None  # its memory is free before there is another
+            decoder = self._decoder = None  # its memory is free before there is another
             decoder = self._decoder = Decoder(self.model, needed, n)
         decoder.clear()
         return decoder

@@ -378,8 +378,8 @@ def _is_alive(lock: _Lock, now: float) -> bool:
 
 
 def _is_housekeeping(name: str) -> bool:
-    parent = name.split("/")[0]
-    return name in (RECORD, FAILURE) or name.startswith("lock-") or name.endswith(".tmp") or parent in SCRATCH
+    parent, unfinished = name.split("/")[0], name.endswith(".tmp") or name.rpartition("/")[2].startswith(".tmp")
+    return name in (RECORD, FAILURE) or name.startswith("lock-") or unfinished or parent in SCRATCH
 
 
 def _finite(value: Any) -> Any:

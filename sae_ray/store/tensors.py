@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 
 from sae_ray.store.files import Folder
@@ -14,10 +15,17 @@ if TYPE_CHECKING:
 
 
 def write_tensors(folder: Folder, name: str, tensors: dict[str, Tensor]) -> None:
-    """Writes contiguous tensors that share no memory."""
+    """Writes contiguous tensors that share no memory. Raises OSError if they cannot be written."""
     if folder.is_local:
         with folder.appearing(name) as target:
-            save_file(tensors, target)
+            path = Path(target)
+            path.touch()
+            mode = path.stat().st_mode
+            try:
+                save_file(tensors, path)
+            except SafetensorError as error:
+                raise OSError(f"{folder.path_of(name)}: {error}") from error
+            path.chmod(mode)  # safetensors' files are their owner's alone
     else:
         folder.write_bytes(name, save(tensors))
 

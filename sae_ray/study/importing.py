@@ -98,7 +98,10 @@ def import_activations(
         sets = {"train": whole, "heldout": _described(Vectors(heldout, column), heldout_images)}
         _check_judge(judged, len(sets["heldout"].ids))
     else:
-        check(heldout_images is None, "heldout_images", heldout_images, "give heldout (--heldout), or leave it out")
+        check(
+            heldout_images is None, "heldout_images (--heldout-image-table)", heldout_images,
+            "give heldout (--heldout), or leave it out",
+        )  # fmt: skip
         sets, judged = _split(whole, judged, heldout_fraction)
     shapes = {name: (one.vectors.d, one.rows_per_image) for name, one in sets.items()}
     if len(set(shapes.values())) > 1:

@@ -48,7 +48,8 @@ def test_activations_are_those_of_the_encoder(extracted, make_plan, world):
     encoder = load_encoder(f"{world}/clip")
     preprocess = load_preprocess(f"{world}/clip")
     index, token, activation = store.read(1)
-    assert index.tolist() == list(range(50, 100))
+    per_part = chosen.step.config["images_per_part"]
+    assert index.tolist() == list(range(per_part, 2 * per_part))
     assert set(token.tolist()) == {-1}
     images = [decode_image((world / "heldout" / ids[i]).read_bytes()) for i in index]
     pixels = torch.from_numpy(np.stack([preprocess(image) for image in images]))
@@ -105,8 +106,9 @@ def test_another_site_extracts_only_that_site(ray_cluster, extracted, make_plan,
     extract.run(plan)
     store = ActivationStore(todo[0].step.folder)
     index, token, _ = store.read(0)
-    assert np.bincount(index).tolist() == [3] * 50
-    assert all(len(set(token[index == i])) == 3 for i in range(50))
+    per_part = todo[0].step.config["images_per_part"]
+    assert np.bincount(index).tolist() == [3] * per_part
+    assert all(len(set(token[index == i])) == 3 for i in range(per_part))
     assert before <= {step.name for step in plan.steps if step.finished}
 
 

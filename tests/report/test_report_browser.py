@@ -290,7 +290,7 @@ def test_two_neurons_and_two_saes_are_compared(reader: Reader, cell: Neurons, pl
     sync_api.expect(rows.filter(has_text="neurons")).to_have_count(1)
     by_name = {row.name: row for row in summarise(plan)}
     wanted = [f"{by_name[name].n_neurons:,}" for name in (MATRYOSHKA, "pooled-batch_topk-x2-k2")]
-    assert rows.filter(has_text="neurons").locator("td").all_text_contents() == wanted
+    sync_api.expect(rows.filter(has_text="neurons").locator("td")).to_have_text(wanted)
     sync_api.expect(reader.page.locator("#compared .versus > *")).not_to_have_count(0)
 
 

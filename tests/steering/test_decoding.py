@@ -111,9 +111,6 @@ def test_an_answer_that_ends_early_leaves_the_others_as_they_are():
         inputs_embeds=padded, max_new_tokens=24, do_sample=False, decoder=Decoder(model, 4 * 256, 4), prompts=prompts,
         custom_generate=decoding.greedily,
     )  # fmt: skip
-    assert found.shape == expected.shape
     lengths = [next((n for n, t in enumerate(row.tolist()) if t % 7 == 0), 24) for row in expected]
     assert len(set(lengths)) > 1
-    for one, other, n in zip(found, expected, lengths, strict=True):
-        assert one[: n + 1].tolist() == other[: n + 1].tolist()
-        assert set(one[n + 1 :].tolist()) <= {one[min(n, 23)].item()}
+    assert torch.equal(found, expected)
