@@ -52,6 +52,9 @@ class Language(Replicas):
     """`transformers` is always installed; `vllm` has continuous batching and is an optional extra."""
     max_running: int = Field(default=64, ge=1)
     """Answers that a replica generates at the same time."""
+    context: int | None = Field(default=None, ge=1)
+    """Tokens of the longest request, with its images and answer. Default: as many as the language model takes. Fewer
+    need less memory."""
     kv_cache_mb: int | None = Field(default=None, ge=1)
     """MiB for the keys and values of the answers that run; others wait. Default: on a GPU 80 % of what is free after
     weights and work, on a CPU 1024, but enough for one request of the longest length."""

@@ -51,7 +51,8 @@ def turns(messages: Sequence[Message]) -> list[Turn]:
 class Tokenizer:
     """A LLaVA's tokenizer and chat template, without its weights."""
 
-    def __init__(self, model: str, revision: str | None):
+    def __init__(self, model: str, revision: str | None, context: int | None = None):
+        """`context`: tokens of the longest request, at most those that the language model takes."""
         from transformers import AutoProcessor
 
         info = describe_llava(model, revision)
@@ -59,7 +60,7 @@ class Tokenizer:
         processor: Any = AutoProcessor.from_pretrained(source.path, revision=source.commit, backend="pil")
         self.processor, self.tokenizer = processor, processor.tokenizer
         text: Any = source.config.text_config
-        self.context: int = text.max_position_embeddings
+        self.context: int = min(context or text.max_position_embeddings, text.max_position_embeddings)
         self.n_image_tokens = info.n_image_tokens
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:

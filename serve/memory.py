@@ -64,7 +64,8 @@ def divided(language: Language, model: Any, dtype: torch.dtype, on_gpu: bool, th
         UsageError: They are too few, or `kv_cache_mb` is too little for one request of the longest length.
     """
     text = model.text_config
-    context, per_token = text.max_position_embeddings, bytes_per_token(text, dtype)
+    per_token = bytes_per_token(text, dtype)
+    context = min(language.context or text.max_position_embeddings, text.max_position_embeddings)
     wide = 4 * text.hidden_size + 3 * getattr(text, "intermediate_size", 4 * text.hidden_size)
     work = max(READ_TOKENS, context) * (per_token + wide * dtype.itemsize)
     weights = _n_weights(model) * dtype.itemsize
@@ -74,7 +75,8 @@ def divided(language: Language, model: Any, dtype: torch.dtype, on_gpu: bool, th
         raise UsageError(
             f"the language model does not fit {where}: its weights take {weights / GB:.1f} GB, reading prompts "
             f"{work / GB:.1f} GB, and one request of {context:,} tokens {least / GB:.1f} GB, of {there / GB:.1f} GB; "
-            f"use another device{', or dtype = bfloat16' if dtype.itemsize > 2 else ' or a smaller model'}"
+            f"choose a smaller language.context{', or dtype = bfloat16' if dtype.itemsize > 2 else ''}, or use another "
+            "device"
         )
     if language.kv_cache_mb is None:
         cache = min(most, max(least, int(GPU_SHARE * left) if on_gpu else min(CPU_CACHE, left)))

@@ -127,7 +127,7 @@ class Service:
     def __init__(self, config: ServeConfig, tower: Any, language: Any):
         self.config = config
         self.tower, self.language = tower, language
-        self.tokenizer = Tokenizer(config.model, config.revision)
+        self.tokenizer = Tokenizer(config.model, config.revision, config.language.context)
         self._preprocess = preprocess(config.model, config.revision)
         self._seen_by = describe_llava(config.model, config.revision).tower
         self.saes: dict[str, SaeEntry] = {}

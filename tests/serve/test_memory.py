@@ -102,7 +102,7 @@ def test_whatever_is_reserved_is_there_and_enough_for_one(tiny, there, most, mb,
         (
             None,
             16 * GB,
-            r"does not fit a GPU: .* 13\.5 GB, .* 2\.6 GB, .* 4,096 tokens 2\.1 GB, of 16\.0 GB; use another",
+            r"does not fit a GPU: .* 13\.5 GB, .* 2\.6 GB, .* 4,096 tokens 2\.1 GB, of 16\.0 GB; choose a smaller lan",
         ),
         (1024, CARD, r"kv_cache_mb is 1024; it must be at least 2048, .* at most 61\d\d\d"),
         (70_000, CARD, r"kv_cache_mb is 70000; .* leave of a GPU \(80\.0 GB\)"),
@@ -112,3 +112,12 @@ def test_what_cannot_be_is_refused(of_7b, mb, there, words):
     with pytest.raises(UsageError, match=words):
         divided(Language(kv_cache_mb=mb), of_7b, torch.bfloat16, True, there, "a GPU")
     assert rounded(of_7b.text_config.max_position_embeddings) == 4096
+
+
+def test_shorter_requests_need_less():
+    long = llava(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, max_position_embeddings=131_072)
+    with pytest.raises(UsageError, match=r"one request of 131,072 tokens 68\.7 GB"):
+        divided(Language(), long, torch.bfloat16, True, CARD, "a GPU")
+    memory = divided(Language(context=4096), long, torch.bfloat16, True, CARD, "a GPU")
+    assert memory.context == 4096
+    assert memory.at_once > 20
