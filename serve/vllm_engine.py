@@ -46,7 +46,7 @@ class VllmEngine:
                 limit_mm_per_prompt={"image": 0},
                 enable_mm_embeds=True,
                 max_num_seqs=config.language.max_running,
-                max_model_len=config.language.context,
+                max_model_len=self.memory.context,
                 kv_cache_memory_bytes=self.memory.cache,
                 # Its cache of processed images would hold embeddings, twice and up to 4 GiB: they are processed
                 # already. What can be found again, the beginning of a conversation, is in the cache of prefixes.
