@@ -124,6 +124,7 @@ class Llava:
         self._tower_in_use = threading.Lock()
         self._speaking = threading.Lock()
         self._decoder: Decoder | None = None
+        self._asked = functools.lru_cache(maxsize=256)(self._token_ids_asked)  # the same question of many images
 
     @property
     def width(self) -> int:
@@ -237,12 +238,14 @@ class Llava:
                 f"the longest prompt with its images and max_new_tokens = {max_new_tokens} takes {longest} tokens, but "
                 f"the language model has {context}; shorten the prompt or ask for fewer"
             )
+        from transformers import GenerationConfig
+
         with self._speaking:
             decoder = self._decoder_for(len(inputs), longest)
             tokens = self.model.generate(
                 inputs_embeds=pad_sequence(inputs, batch_first=True),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
+                # As an object: with arguments, transformers would make a model's default configuration at each call.
+                generation_config=GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False),
                 custom_generate=functools.partial(greedily, decoder=decoder, prompts=inputs),
             )
         return [text.strip() for text in self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
@@ -282,13 +285,16 @@ class Llava:
 
     def _embedded(self, question: str, images: Sequence[Tensor]) -> Float[Tensor, "tokens hidden"]:
         """The prompt as the language model reads it, the images in their places."""
-        token = self.processor.image_token
-        before, *between = self.prompt(question, len(images)).split(token)
-        text = before + "".join(token * len(one) + part for one, part in zip(images, between, strict=True))
-        ids = self.token_ids(text)
+        ids = self._asked(question, *map(len, images))
         embedded = self.model.get_input_embeddings()(ids)
         embedded[ids == self.processor.image_token_id] = torch.cat(list(images)).to(embedded)
         return embedded
+
+    def _token_ids_asked(self, question: str, *patches: int) -> Int[Tensor, " ids"]:
+        """Of the question about images of so many patches, an image token for each patch."""
+        token = self.processor.image_token
+        before, *between = self.prompt(question, len(patches)).split(token)
+        return self.token_ids(before + "".join(token * n + part for n, part in zip(patches, between, strict=True)))
 
     def _pixels(self, images: Sequence[Picture]) -> Float[Tensor, "n 3 height width"]:
         """The same bits that the model's own processor makes of them; scaled on the device."""
