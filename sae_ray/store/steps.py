@@ -203,9 +203,6 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
     lock = f"lock-{uuid.uuid4().hex}.json"
     owner = {**_surroundings(), "pid": os.getpid()}
     stop, lost = threading.Event(), threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        # Processes that Ray starts, such as a submitted driver, have it blocked.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
@@ -240,22 +237,47 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
                     f"{step.folder} is being written by process {others[0]['pid']} on {others[0]['host']}; "
                     "wait for it, or stop it and try again"
                 )
-        heartbeat.start()
-        yield
+        with _interruptible(lost):
+            try:
+                heartbeat.start()
+                yield
+            finally:
+                stop.set()
+                heartbeat.join()  # it interrupts nothing that comes later
     except KeyboardInterrupt:
         if lost.is_set():
             raise _lost(steps[0].root) from None
         raise
     finally:
-        stop.set()
-        if heartbeat.is_alive():
-            heartbeat.join()
         for step in held:
             _HELD.pop(step.folder, None)
             _TOLD.pop(step.folder, None)
             step.folder.delete(lock)
             if not step.folder.files(recursive=True):
                 step.root.delete(step.name)
+
+
+@contextmanager
+def _interruptible(lost: threading.Event) -> Iterator[None]:
+    """Has SIGINT interrupt the block once `lost` is set, however this process was started: by Ray, which blocks it, or
+    in the background of a script, where it is ignored, and stays so otherwise.
+    """
+
+    def interrupt(*_: object) -> None:
+        if lost.is_set():
+            raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    ignored = is_main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, interrupt)
+    if is_main:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _check_held(folder: Folder) -> None:

@@ -367,16 +367,19 @@ def test_a_step_is_not_finished_by_a_driver_whose_lock_has_vanished(step: Step):
     assert step.folder.files() == {"weights": 1}
 
 
-def test_a_driver_with_blocked_signals_stops_too(step: Step):
-    """As one that `ray job submit` starts."""
+def test_a_driver_that_gets_no_ctrl_c_stops_too(step: Step):
+    """`ray job submit` blocks it, and a script has what it starts in the background ignore it."""
     code = """
-import signal, sys, threading, time
+import os, signal, sys, time
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 from sae_ray.store import steps
 from sae_ray.store.files import Folder
 steps.HEARTBEAT_SECONDS = 0.05
 step = steps.Step(Folder(sys.argv[1]), "train", "x", {})
 with steps.hold([step]):
+    os.kill(os.getpid(), signal.SIGINT)
+    print("it is ignored", flush=True)
     for name in step.folder.files():
         step.folder.delete(name)
     time.sleep(60)
@@ -385,7 +388,7 @@ with steps.hold([step]):
     done = subprocess.run([sys.executable, "-c", code, str(step.root)], capture_output=True, text=True)
     assert done.returncode == 1
     assert "has vanished" in done.stderr
-    assert done.stdout == ""
+    assert done.stdout == "it is ignored\n"
 
 
 def test_looking_at_a_step_removes_no_lock(step: Step):
