@@ -29,7 +29,7 @@ from sae_ray.study.survey import check_files
 from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share
 from .encoding import EncoderJob, job_of, preparation
 from .extract import encoder_bytes
-from .progress import Progress, say
+from .progress import Progress, StageBoard, say
 from .score import active_per_token
 from .stage import at_work, unfinished
 
@@ -216,7 +216,7 @@ def _bytes(one: ConceptsPlan, gpus: float) -> int:
     return process + WORKING_BYTES + codes + weights + 4 * min(PIECE_BYTES, one.activations.bytes)
 
 
-def measured(job: Job, shared: Shared, device: str, board: Any) -> None:
+def measured(job: Job, shared: Shared, device: str, board: StageBoard) -> None:
     """The task: measures one SAE and finishes its step."""
     import torch
 
@@ -233,7 +233,7 @@ def measured(job: Job, shared: Shared, device: str, board: Any) -> None:
     sae = load_sae(job.sae).to(device) if job.sae else None
 
     def tell(images: int) -> None:
-        board.set.remote(job.step.name, images)
+        board.set(job.step.name, images)
 
     with shared_activations(job.activations) as place:
         store = ActivationStore(place)

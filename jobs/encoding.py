@@ -34,6 +34,8 @@ from sae_ray.store.steps import check_shared
 from sae_ray.store.tables import StoredTable
 from sae_ray.study.step_plans import ExtractPlan
 
+from .progress import StageBoard
+
 REPORT_SECONDS = 1.0
 """Between two reports on a part: more of them from hundreds of workers would drown the board."""
 USUAL_SIZE = (640, 480)
@@ -193,7 +195,9 @@ def begin_part(jobs: Sequence[EncoderJob], images: str, part: int, run: str) -> 
 class RunEncoder:
     """An actor that encodes runs of parts and writes them."""
 
-    def __init__(self, decode: PartDecoder, decoders: int | None, device: str, batch_size: int, seed: int, board: Any):
+    def __init__(
+        self, decode: PartDecoder, decoders: int | None, device: str, batch_size: int, seed: int, board: StageBoard
+    ):
         """`decoders`: tasks that decode for this actor at the same time; None: it decodes itself."""
         import ray
 
@@ -222,7 +226,7 @@ class RunEncoder:
 
         @now_and_then
         def report(total: int) -> None:
-            self.board.set.remote(piece, total)
+            self.board.set(piece, total)
 
         def tell(number: int, images_done: int) -> None:
             done[number] = images_done
@@ -241,7 +245,7 @@ class RunEncoder:
         finally:
             for part in work.values():
                 part.cancel()
-        self.board.set.remote(piece, 0)  # the driver counts it now
+        self.board.set(piece, 0)  # the driver counts it now
         return {"told": json.dumps([images, written, dim, problem], default=asdict)}
 
     def _part(self, images: str, number: int, tell: Callable[[int], None]) -> tuple[dict[str, Part], list[str]]:

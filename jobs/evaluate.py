@@ -12,7 +12,7 @@ from sae_ray.study.plan import StudyPlan
 from sae_ray.study.step_plans import EvaluatePlan
 
 from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share, take_threads
-from .progress import Progress
+from .progress import Progress, StageBoard
 from .stage import at_work, unfinished
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
             ray.get(finished)
 
 
-def evaluated(sae: Folder, activations: Folder, targets: Targets | None, step: Step, device: str, board: Any) -> None:
+def evaluated(
+    sae: Folder, activations: Folder, targets: Targets | None, step: Step, device: str, board: StageBoard
+) -> None:
     """The task: measures one SAE and finishes its step. `targets`: of the images, for a guided SAE."""
     from sae_ray.sae import load_sae, save_latents
     from sae_ray.sae.guidance import ConceptSums
@@ -77,7 +79,7 @@ def evaluated(sae: Folder, activations: Folder, targets: Targets | None, step: S
         fidelity = evaluate_store(
             opened,
             ActivationStore(place),
-            lambda rows: board.set.remote(step.name, rows),
+            lambda rows: board.set(step.name, rows),
             concepts.update if concepts else None,
         )
     save_latents(fidelity.latents(), step.folder, opened.concepts)

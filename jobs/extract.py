@@ -46,7 +46,7 @@ from .cluster import (
     usable_cpus,
 )
 from .encoding import EncoderJob, ImageSource, PartDecoder, RunEncoder, SitePart, job_of
-from .progress import Progress, say
+from .progress import Progress, StageBoard, say
 from .stage import at_work, noting_failures, unfinished
 
 LONGEST_RUN = 64
@@ -198,7 +198,7 @@ def _extract(plan: StudyPlan, todo: Sequence[ExtractPlan]) -> None:
 
 
 def _encoded(
-    sets: Sequence[PartsOf], plan: StudyPlan, board: Any
+    sets: Sequence[PartsOf], plan: StudyPlan, board: StageBoard
 ) -> Generator[tuple[str, dict[int, dict[str, Part]], list[str]]]:
     """Runs the dataset over the missing parts; yields of each run as it is written its image set, by number and name of
     the step what was written, and which of its images are dim.

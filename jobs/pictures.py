@@ -13,7 +13,7 @@ from sae_ray.study.plan import StudyPlan
 from sae_ray.study.step_plans import PicturesPlan
 
 from .cluster import RETRIES, share, take_threads
-from .progress import Progress
+from .progress import Progress, StageBoard
 from .stage import at_work, unfinished
 
 
@@ -60,13 +60,13 @@ def _make(plan: StudyPlan, pictures: PicturesPlan, resources: PicturesResources)
     finish_pictures(pictures, shown.album, time.monotonic() - started)
 
 
-def made(job: PicturesJob, sprite: Sprite, device: str, board: Any) -> None:
+def made(job: PicturesJob, sprite: Sprite, device: str, board: StageBoard) -> None:
     """The task."""
     piece = str(sprite.number)
     check_shared(job.step)
     take_threads()
-    make_sprite(job, sprite, device, lambda done: board.set.remote(piece, done))
-    board.set.remote(piece, 0)  # the driver counts it now
+    make_sprite(job, sprite, device, lambda done: board.set(piece, done))
+    board.set(piece, 0)  # the driver counts it now
 
 
 if __name__ == "__main__":

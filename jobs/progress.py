@@ -4,12 +4,13 @@ locks of its steps tell of it too, for `sae-ray status`, and so do Ray's metrics
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from tqdm import tqdm
 
@@ -28,7 +29,7 @@ class Progress:
     """Reports progress over `total` units of work on standard error, and of the `steps` that the work is for.
 
     Use as a context manager. Call `advance` with the amount done since the last call. Workers tell a `board` what they
-    have done of work that is not finished; what they tell is only for show, and may be lost.
+    have done of work that is not finished.
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, steps: Sequence[Step] = ()):
@@ -40,7 +41,7 @@ class Progress:
         self._resumed_at = self._shown = done
         self._begun = 0
         self._cells: dict[str, dict[str, Any]] = {}
-        self._board: Any = None
+        self._board: StageBoard | None = None
         self._bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}") if sys.stderr.isatty() else None
         self._started = self._last_line = time.monotonic()
         self._stop = threading.Event()
@@ -66,8 +67,8 @@ class Progress:
     def advance(self, amount: int) -> None:
         self.done += amount
 
-    def board(self) -> Any:
-        """The handle of an empty `Board`, for workers; the stage before had the same one."""
+    def board(self) -> StageBoard:
+        """An empty one, for workers."""
         self._board = empty_board()
         return self._board
 
@@ -85,7 +86,7 @@ class Progress:
         from ray.exceptions import RayError
 
         with suppress(RayError):  # lost or late: shown is what was known before
-            told = ray.get(self._board.told.remote(), timeout=2 * POLL_SECONDS)
+            told = ray.get(self._board.actor.told.remote(), timeout=2 * POLL_SECONDS)
             self._begun, self._cells = cast("tuple[int, dict[str, dict[str, Any]]]", told)
 
     def _update(self) -> dict[str, Any]:
@@ -111,50 +112,64 @@ class Progress:
 
 
 class Board:
-    """An actor that collects what workers have done of unfinished work, piece by piece."""
+    """An actor that collects what workers have done of unfinished work, piece by piece. One serves all stages of a
+    driver, since it takes a process to start; what is told late of a stage that is over is dropped.
+    """
 
-    def __init__(self):
+    def __init__(self, stage: int):
+        self.begin(stage)
+
+    def begin(self, stage: int) -> None:
+        self.stage = stage
         self.done: dict[str, int] = {}
         self.cells: dict[str, dict[str, Any]] = {}
 
+    def set(self, stage: int, piece: str, amount: int, cells: dict[str, dict[str, Any]]) -> None:
+        if stage == self.stage:
+            self.done[piece] = amount
+            self.cells |= cells
+
+    def told(self) -> tuple[int, dict[str, dict[str, Any]]]:
+        return sum(self.done.values()), self.cells
+
+
+class StageBoard(NamedTuple):
+    """The board for the workers of one stage."""
+
+    actor: Any
+    stage: int
+
     def set(self, piece: str, amount: int, cells: dict[str, dict[str, Any]] | None = None) -> None:
-        """What a worker knows.
+        """Tells what a worker knows, without waiting.
 
         Args:
             piece: names a piece of work.
             amount: what is done of it, in the units of the progress; 0 once the driver counts the piece itself.
             cells: name of a step -> its own pace, with figures of its own.
         """
-        self.done[piece] = amount
-        self.cells |= cells or {}
-
-    def clear(self) -> None:
-        """Before another stage."""
-        self.done, self.cells = {}, {}
-
-    def told(self) -> tuple[int, dict[str, dict[str, Any]]]:
-        return sum(self.done.values()), self.cells
+        self.actor.set.remote(self.stage, piece, amount, cells or {})
 
 
 _boards: dict[tuple[str, str], Any] = {}
 """A driver's node and its job -> its board, which lives as long as this handle."""
+_stages = itertools.count()
 
 
-def empty_board() -> Any:
-    """The board of this driver, one for all stages: each takes a process to start. A new one if it was lost."""
+def empty_board() -> StageBoard:
+    """The board of this driver for a new stage. A new one if it was lost."""
     import ray
     from ray.exceptions import RayError
 
     from .cluster import beside_driver
 
     context = ray.get_runtime_context()
-    driver = context.get_node_id(), context.get_job_id()
+    driver, stage = (context.get_node_id(), context.get_job_id()), next(_stages)
     if driver in _boards:
         with suppress(RayError):
-            ray.get(_boards[driver].clear.remote(), timeout=SETTLING_SECONDS)
-            return _boards[driver]
-    _boards[driver] = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=beside_driver()).remote()
-    return _boards[driver]
+            ray.get(_boards[driver].begin.remote(stage), timeout=SETTLING_SECONDS)
+            return StageBoard(_boards[driver], stage)
+    _boards[driver] = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=beside_driver()).remote(stage)
+    return StageBoard(_boards[driver], stage)
 
 
 def pace_of(done: int, total: int, unit: str, progressed: int, seconds: float) -> dict[str, Any]:

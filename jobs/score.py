@@ -29,7 +29,7 @@ from sae_ray.study.plan import StudyPlan
 from sae_ray.study.step_plans import ConceptsPlan, ScorePlan
 
 from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share
-from .progress import Progress
+from .progress import Progress, StageBoard
 from .stage import at_work, unfinished
 
 BLOCKS_PER_FOLD = 8
@@ -176,7 +176,7 @@ class Pass:
         self._folded: list = [None] * n_ranges
         self._started = time.monotonic()
 
-    def submit(self, block: Sequence[Piece], board: Any) -> list[Any]:
+    def submit(self, block: Sequence[Piece], board: StageBoard) -> list[Any]:
         """Starts one block, in image order, and sometimes folds; returns what to wait for."""
         # The parts alone: a task that opened the stores would list all of them.
         parts = {piece.part for piece in block}
@@ -217,7 +217,7 @@ def block_entries(
     activations: ActivationStore,
     embeddings: ActivationStore | None,
     block: Sequence[Piece],
-    board: Any,
+    board: StageBoard,
     piece: str,
 ) -> tuple[BlockImages | Entries | None, ...]:
     """The task: nothing, to be waited for; one block of images; its entries for every range of neurons of every SAE.
@@ -229,9 +229,9 @@ def block_entries(
     check_shared(step)
     torch.set_num_threads(1)  # the last bits depend on the number of threads
     images, entries = read_block(
-        _loaded(saes, device), activations, embeddings, block, lambda done: board.set.remote(piece, done)
+        _loaded(saes, device), activations, embeddings, block, lambda done: board.set(piece, done)
     )
-    board.set.remote(piece, 0)  # the driver counts it now
+    board.set(piece, 0)  # the driver counts it now
     return None, images, *chain(*entries)
 
 

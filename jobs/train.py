@@ -37,7 +37,7 @@ from .cluster import (
 )
 from .metrics import count_failure
 from .placement import bundles, memory
-from .progress import Progress, pace_of, say
+from .progress import Progress, StageBoard, pace_of, say
 from .stage import Failures, at_work, unfinished
 from .tracking import Trackers, Tracking, tracking_of
 
@@ -136,7 +136,7 @@ def tell_weights(train: TrainPlan) -> bool:
 class Telling(NamedTuple):
     """Whom workers tell of their cells."""
 
-    board: Any
+    board: StageBoard
     tracking: Tracking
 
 
@@ -295,7 +295,7 @@ class Teller:
         self._set(self.bundle.steps, {})
 
     def _set(self, done: int, cells: dict[str, dict[str, Any]]) -> None:
-        self.board.set.remote(self.bundle.name, done * len(self.bundle.cells), cells)
+        self.board.set(self.bundle.name, done * len(self.bundle.cells), cells)
 
 
 def most_that_divide(batch_size: int, workers: int) -> int:

@@ -81,17 +81,17 @@ def over(mark: Path) -> Path:
 
 
 class StruckBoard:
-    """A `Board` that strikes who reports to it; of scoring late, when there are sums on the nodes."""
+    """A `StageBoard` that strikes who reports to it; of scoring late, when there are sums on the nodes."""
 
     def __init__(self, board: Any, stage: str):
-        self.board, self.stage, self.set = board, stage, self
+        self.board, self.stage = board, stage
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
         encoding.REPORT_SECONDS = 0.0  # in this worker: small parts take less
 
-    def remote(self, piece: str, amount: int, *more: Any) -> None:
-        self.board.set.remote(piece, amount, *more)
+    def set(self, piece: str, amount: int, *more: Any) -> None:
+        self.board.set(piece, amount, *more)
         if amount and (self.stage != "score" or int(piece.split()[-1]) >= 6):
             strike(self.stage)
 

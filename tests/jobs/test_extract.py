@@ -69,13 +69,13 @@ class OnceDeadlyBoard:
     """Kills an actor, the first that reports to it once a part of a store is written. Notes the files of all there."""
 
     def __init__(self, store: Folder, noted: Path):
-        self.store, self.noted, self.set = store, noted, self
+        self.store, self.noted = store, noted
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
         encoding.REPORT_SECONDS = 0.0  # in this worker: small parts take less
 
-    def remote(self, piece: str, amount: int) -> None:
+    def set(self, piece: str, amount: int) -> None:
         parts = read_parts(self.store)
         if parts and not self.noted.exists():
             self.noted.write_text(json.dumps([part.file for part in parts]))

@@ -61,10 +61,7 @@ def test_a_driver_killed_in_every_stage_resumes_to_the_same_bits(run_struck, rec
 class DeadlyBoard:
     """Kills who reports to it."""
 
-    def __init__(self):
-        self.set = self
-
-    def remote(self, *told) -> None:
+    def set(self, *told) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -105,10 +105,10 @@ class BoardWithFaults:
     its disk fails."""
 
     def __init__(self, board: Any, marks: Path, root: Path, old: set[str]):
-        self.board, self.marks, self.root, self.old, self.set = board, marks, root, old, self
+        self.board, self.marks, self.root, self.old = board, marks, root, old
 
-    def remote(self, *told: Any) -> None:
-        self.board.set.remote(*told)
+    def set(self, *told: Any) -> None:
+        self.board.set(*told)
         if not {path.stem for path in checkpoints(self.root)} - self.old:
             return
         if claim(self.marks / "killed"):
