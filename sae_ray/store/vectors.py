@@ -216,7 +216,7 @@ def _column(name: str, names: list[str], column: str | None) -> str:
     if column in names:
         return column
     asked = "several columns" if column is None else f"no column {column!r}"
-    raise UsageError(f"{name} has {asked}; choose one as column (--column): {', '.join(names)}")
+    raise UsageError(f"{name} has {asked}; choose one as column (--column), or give it alone: {', '.join(names)}")
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

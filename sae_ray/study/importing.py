@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2**15 - 1
 """Of an image: their numbers are stored in 16 bits."""
 IMAGE_COLUMNS = ("image_id", "label")
-TABLE = "images (--image-table)"
 TABLES = "a .csv or .parquet file with a row per vector and the columns image_id, label or both"
 
 
@@ -92,16 +91,14 @@ def import_activations(
     """
     Site("imported", label=site)  # refuses what cannot be the name of a file
     folder = Folder(root)
-    whole = _described(Vectors(train, column), images)
+    whole = _described(Vectors(train, column), images, "images (--image-table)")
     judged = None if judge is None else Vectors(judge)
+    of_heldout = "heldout_images (--heldout-image-table)"
     if heldout is not None:
-        sets = {"train": whole, "heldout": _described(Vectors(heldout, column), heldout_images)}
+        sets = {"train": whole, "heldout": _described(Vectors(heldout, column), heldout_images, of_heldout)}
         _check_judge(judged, len(sets["heldout"].ids))
     else:
-        check(
-            heldout_images is None, "heldout_images (--heldout-image-table)", heldout_images,
-            "give heldout (--heldout), or leave it out",
-        )  # fmt: skip
+        check(heldout_images is None, of_heldout, heldout_images, "give heldout (--heldout), or leave it out")
         sets, judged = _split(whole, judged, heldout_fraction)
     shapes = {name: (one.vectors.d, one.rows_per_image) for name, one in sets.items()}
     if len(set(shapes.values())) > 1:
@@ -126,9 +123,9 @@ def import_activations(
     return imported
 
 
-def _described(vectors: Vectors, images: Any) -> _Set:
-    """The images of the rows of some vectors."""
-    columns = {} if images is None else _columns(vectors, images)
+def _described(vectors: Vectors, images: Any, field: str) -> _Set:
+    """The images of the rows of some vectors. `field`: what gave the former."""
+    columns = {} if images is None else _columns(vectors, images, field)
     if "image_id" not in columns:
         texts, padding = pa.array(np.arange(vectors.n)).cast(pa.string()), pc.PadOptions(len(str(vectors.n - 1)), "0")
         return _Set(vectors, pc.call_function("utf8_lpad", [texts], padding), columns.get("label"), 1)
@@ -145,7 +142,8 @@ def _described(vectors: Vectors, images: Any) -> _Set:
             "image as many, or each row an image_id of its own"
         )
     n = int(per_image[0])
-    check(n <= MOST_TOKENS, "images", n, f"that many rows of an image are too many; give at most {MOST_TOKENS:,}")
+    if n > MOST_TOKENS:
+        raise UsageError(f"{field} gives each image {n:,} rows of {vectors.name}; give it at most {MOST_TOKENS:,}")
     if "label" not in columns:
         return _Set(vectors, ids, None, n)
     said, none = columns["label"], "\0"
@@ -158,25 +156,25 @@ def _described(vectors: Vectors, images: Any) -> _Set:
     return _Set(vectors, ids, labels, n)
 
 
-def _columns(vectors: Vectors, images: Any) -> dict[str, pa.Array]:
+def _columns(vectors: Vectors, images: Any, field: str) -> dict[str, pa.Array]:
     """Those of `IMAGE_COLUMNS` that a table has, as texts."""
-    table = _opened(images) if isinstance(images, str | Path) else images
+    table = _opened(images, field) if isinstance(images, str | Path) else images
     if not isinstance(table, pa.Table):
         table = pa.table(dict(table))
     there = [name for name in IMAGE_COLUMNS if name in table.column_names]
     if not there:
-        raise UsageError(f"{TABLE} has the columns {', '.join(table.column_names)}; give {TABLES}")
+        raise UsageError(f"{field} has the columns {', '.join(table.column_names)}; give {TABLES}")
     if table.num_rows != vectors.n:
-        raise UsageError(f"{TABLE} has {table.num_rows:,} rows for the {vectors.n:,} of {vectors.name}; give {TABLES}")
+        raise UsageError(f"{field} has {table.num_rows:,} rows for the {vectors.n:,} of {vectors.name}; give {TABLES}")
     found = {name: table[name].cast(pa.string()).combine_chunks() for name in there}
     if "image_id" in found and found["image_id"].null_count:
-        raise UsageError(f"{TABLE} has rows without an image_id; give each row one, or leave the column out")
+        raise UsageError(f"{field} has rows without an image_id; give each row one, or leave the column out")
     return found
 
 
-def _opened(path: str | Path) -> pa.Table:
+def _opened(path: str | Path, field: str) -> pa.Table:
     suffix = Path(path).suffix
-    check(suffix in (".csv", ".parquet"), TABLE, str(path), f"give {TABLES}")
+    check(suffix in (".csv", ".parquet"), field, str(path), f"give {TABLES}")
     try:
         if suffix == ".parquet":
             from pyarrow.parquet import read_table
@@ -187,7 +185,7 @@ def _opened(path: str | Path) -> pa.Table:
         texts = ConvertOptions(column_types=dict.fromkeys(IMAGE_COLUMNS, pa.string()), strings_can_be_null=True)
         return read_csv(path, convert_options=texts)
     except (OSError, pa.ArrowInvalid) as error:
-        raise UsageError(f"{TABLE} = {str(path)!r} cannot be read ({error}); give {TABLES}") from error
+        raise UsageError(f"{field} = {str(path)!r} cannot be read ({error}); give {TABLES}") from error
 
 
 def _split(whole: _Set, judged: Vectors | None, fraction: float) -> tuple[dict[str, _Set], Vectors | None]:
