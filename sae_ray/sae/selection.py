@@ -13,7 +13,7 @@ import torch
 from sae_ray.sae import selection_by_numpy as by_numpy
 from sae_ray.sae.kernels import kernels_for
 from sae_ray.sae.ranks import ALONE, Ranks, Split
-from sae_ray.sae.whole_numbers import first_numbers, sorted_numbers
+from sae_ray.sae.whole_numbers import first_numbers, stable_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,8 +103,9 @@ def padded_largest(
         places = _first_largest(of_near, k, signed=False)
         flat, values = near.gather(1, places), of_near.gather(1, places)
     missing = matrix.numel()
-    flat, order = sorted_numbers(torch.where(values > 0, flat, missing).flatten(), missing)
-    return flat, values.relu().flatten()[order]
+    flat = torch.where(values > 0, flat, missing).flatten()
+    order = stable_order(flat, missing)
+    return flat[order], values.relu().flatten()[order]
 
 
 def largest_per_row(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, "rows k"]:
@@ -124,7 +125,9 @@ def _largest_per_row(matrix: Float[Tensor, "rows width"], k: int, signed: bool) 
     size = math.gcd(width, 2 ** min(6, round(math.log2(width / k) / 2)))
     maxima = _maxima(matrix, size)
     blocks = _first_largest(maxima, min(k, maxima.shape[1]), signed)
-    blocks = sorted_numbers(blocks, width)[0]  # the first among equal values are then the first in the matrix
+    blocks = blocks.gather(
+        1, stable_order(blocks, width)
+    )  # the first among equal values are then the first in the matrix
     near = matrix.view(n_rows, -1, size).gather(1, blocks.unsqueeze(2).expand(-1, -1, size)).flatten(1)
     places = _first_largest(near, k, signed)
     columns = blocks.gather(1, places // size) * size + places % size

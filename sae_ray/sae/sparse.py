@@ -11,12 +11,11 @@ import warnings
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from sae_ray.sae.kernels import kernels_for
-from sae_ray.sae.whole_numbers import first_numbers, sorted_numbers
+from sae_ray.sae.whole_numbers import first_numbers, stable_order
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -133,21 +132,13 @@ class PaddedPattern(Pattern):
         return cls(rows, torch.where(rows < n_rows, flat % n_latents, n_latents), n_rows, n_latents)
 
     @cached_property
-    def _sorted(self) -> tuple[Tensor, Tensor]:
-        return sorted_numbers(self.latents, self.n_latents)
-
-    @cached_property
-    def by_latent(self) -> Int[Tensor, " nnz"]:
-        return self._sorted[1]
-
-    @cached_property
     def used(self) -> Int[Tensor, " n_latents"]:
         """All latents."""
         return first_numbers(self.n_latents, self.rows.device)
 
     @cached_property
     def used_offsets(self) -> Int[Tensor, " n_latents+1"]:
-        return _offsets(self._sorted[0], self.n_latents)
+        return _offsets(self.latents[self.by_latent], self.n_latents)
 
     def of_used(self, sums: Float[Tensor, "n_latents d"]) -> Float[Tensor, "n_latents d"]:
         """They are those of all latents."""
@@ -212,14 +203,6 @@ def decode_entries(
     result = _DecodeEntries.apply(values, W_dec, pattern)
     assert isinstance(result, torch.Tensor)
     return result
-
-
-def stable_order(numbers: Int[Tensor, " n"], most: int) -> Int[Tensor, " n"]:
-    """The permutation that sorts numbers from 0 to `most`, and leaves equal ones in order."""
-    if numbers.device.type != "cpu" or kernels_for(numbers) or most >= 2**16:
-        return numbers.argsort(stable=True)
-    # numpy sorts numbers of 16 bits digit by digit, in a tenth of the time.
-    return torch.from_numpy(numbers.numpy().astype(np.uint16).argsort(kind="stable"))
 
 
 def _offsets(ascending: Tensor, count: int) -> Tensor:

@@ -1,11 +1,14 @@
-"""Numbers that count or name things: constants that are made once, and sorting."""
+"""Numbers that count or name things: constants that are made once, and their order."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+
+from sae_ray.sae.kernels import kernels_for
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -26,10 +29,10 @@ def _power_of_two(bits: int, device: torch.device) -> Int[Tensor, " 2**bits"]:
         return torch.arange(2**bits, device=device)
 
 
-def sorted_numbers(numbers: Int[Tensor, "... n"], highest: int) -> tuple[Int[Tensor, "... n"], Int[Tensor, "... n"]]:
-    """Ascending numbers from 0 to `highest`, and where each was; equal ones stay in order.
-
-    A GPU sorts digit by digit: 32 bits take it half as many passes as 64.
-    """
-    found = numbers.to(torch.int32 if highest < 2**31 else torch.int64).sort(stable=True)
-    return found.values.to(numbers.dtype), found.indices
+def stable_order(numbers: Int[Tensor, "... n"], highest: int) -> Int[Tensor, "... n"]:
+    """The permutation that sorts numbers from 0 to `highest` along the last axis, and leaves equal ones in order."""
+    if numbers.device.type == "cpu" and kernels_for(numbers) is None and highest < 2**16:
+        # numpy sorts numbers of 16 bits digit by digit, in a tenth of the time.
+        return torch.from_numpy(numbers.numpy().astype(np.uint16).argsort(kind="stable"))
+    # A GPU sorts digit by digit: 32 bits take it half as many passes as 64.
+    return numbers.to(torch.int32 if highest < 2**31 else torch.int64).argsort(stable=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from sae_ray.sae.ranks import Ranks, Split
 from sae_ray.sae.selection import (
@@ -18,7 +20,7 @@ from sae_ray.sae.selection import (
     largest_positive_per_row,
     padded_largest,
 )
-from sae_ray.sae.whole_numbers import sorted_numbers
+from sae_ray.sae.whole_numbers import stable_order
 from tests.sae.thread_ranks import on_ranks
 
 Select = Callable[[torch.Tensor], torch.Tensor]
@@ -112,6 +114,25 @@ def test_it_is_what_sorting_gives_however_many_ranks_there_are(matrix: torch.Ten
             assert torch.equal(over_ranks(size, matrix, count, guess, by), expected)
 
 
+near_one = st.integers(-3, 3).map(lambda ulps: 1 + ulps * 2**-52)
+
+
+@given(
+    st.sampled_from([np.float32, np.float64]).flatmap(
+        lambda dtype: arrays(
+            dtype, st.integers(1, 40), elements=st.sampled_from([-1.0, 0.0, 1e-30, 1e30]) | near_one.map(dtype)
+        )
+    ),
+    st.integers(1, 20),
+    near_one | st.sampled_from([0.0, 1e-30, 1e30]),
+)
+@example(np.zeros(3), 1, 0.0)
+def test_in_any_precision_it_is_what_numpy_sorts(values: np.ndarray, count: int, guess: float):
+    largest = np.argsort(-values, kind="stable")[:count]
+    expected = np.sort(largest[values[largest] > 0])
+    assert largest_positive(torch.from_numpy(values).view(1, -1), count, guess).tolist() == expected.tolist()
+
+
 @given(matrices, st.integers(1, 60))
 def test_per_row_it_is_what_sorting_each_row_gives(matrix: torch.Tensor, k: int):
     width = matrix.shape[1]
@@ -139,12 +160,10 @@ def test_candidates_of_a_row_compete_over_shards_with_whatever_sign(matrix: torc
         assert torch.equal(found, strongest(matrix))
 
 
-@pytest.mark.parametrize("highest", [3, 2**31 - 1, 2**40])
+@pytest.mark.parametrize("highest", [3, 2**16 - 1, 2**16, 2**31 - 1, 2**31, 2**40])
 def test_numbers_of_any_size_are_sorted(highest: int):
     numbers = torch.tensor([[highest, 2, 2, 0], [1, highest, 0, highest]])
-    found, places = sorted_numbers(numbers, highest)
-    assert torch.equal(found, torch.tensor([[0, 2, 2, highest], [0, 1, highest, highest]]))
-    assert torch.equal(places, torch.tensor([[3, 1, 2, 0], [2, 0, 1, 3]]))
+    assert torch.equal(stable_order(numbers, highest), torch.tensor([[3, 1, 2, 0], [2, 0, 1, 3]]))
 
 
 @pytest.mark.parametrize("by", SPLITS)

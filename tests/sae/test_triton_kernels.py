@@ -30,6 +30,7 @@ from sae_ray.sae import (
     selection,
     sparse,
     training,
+    whole_numbers,
 )
 from sae_ray.sae.optimizer import RowAdam, RowGradient, adam_scalars
 from sae_ray.sae.ranks import Ranks, Split
@@ -63,7 +64,7 @@ def use_kernels(monkeypatch) -> Callable[[], None]:
     from sae_ray.sae import triton_kernels
 
     def choose(chosen: ModuleType | None) -> None:
-        for module in (kernels, guidance, optimizer, selection, sparse, training):
+        for module in (kernels, guidance, optimizer, selection, sparse, training, whole_numbers):
             monkeypatch.setattr(module, "kernels_for", lambda tensor: chosen)
 
     choose(None)

@@ -276,7 +276,8 @@ class SelectingArchitecture(Architecture):
     ) -> Float[Tensor, "n_prefixes rows d_in"]:
         import torch
 
-        from sae_ray.sae.sparse import decode_entries, stable_order
+        from sae_ray.sae.sparse import decode_entries
+        from sae_ray.sae.whole_numbers import stable_order
 
         joined = self.split.latents.joined
         if len(self.prefixes) == 1:
