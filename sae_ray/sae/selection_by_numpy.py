@@ -19,7 +19,7 @@ SMALL = 2**23
 
 def at_least(flat: Float[Tensor, " n"], bound: float) -> Int[Tensor, " found"]:
     """Ascending indices of the values that are not below a bound."""
-    return torch.from_numpy(np.flatnonzero(flat.numpy() >= np.float32(bound)))
+    return torch.from_numpy(np.flatnonzero(flat.numpy() >= bound))
 
 
 def largest(flat: Float[Tensor, " n"], found: Int[Tensor, " found"], count: int) -> Int[Tensor, " count"]:
