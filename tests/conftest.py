@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -37,6 +38,8 @@ from tests.machine import PATIENCE_S, cluster
 
 # What imports and collected tests made stays; looking through it again and again took a fifth of the time.
 gc.set_threshold(100_000, 50, 100)
+# Tests send it to what they start, which would ignore it if a script had started them in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "sae-ray", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True
