@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sae_ray.encoders.sources import directory_named, model_name
+from sae_ray.encoders.sources import directory_named, is_digest, model_name
 from sae_ray.errors import SaeRayError
 from sae_ray.sae.card import metadata_of
 from sae_ray.sae.formats.places import FIGURES_FILE
@@ -102,7 +102,8 @@ def _data(root: Folder, study: dict[str, Any], manifest: str) -> dict[str, str]:
 
 def _encoder(model: str, revision: str) -> dict[str, Any]:
     """Its name, without the path of a directory; revision; and the licence that the card in a directory tells."""
-    found = {"model": model_name(model), "revision": revision}
+    name = PurePosixPath(address_shown(directory_named(model) or model)).name if is_digest(revision) else model
+    found = {"model": name, "revision": revision}
     card = Path(directory_named(model) or model).expanduser() / "README.md"
     licence = metadata_of(card.read_text(encoding="utf-8")).get("license") if card.exists() else None
     return found | ({"license": licence} if isinstance(licence, str) else {})

@@ -16,6 +16,7 @@ import torch
 from sae_ray.encoders.hub import hub_problem
 from sae_ray.errors import UsageError
 from sae_ray.sae import load_sae, save_sae
+from sae_ray.sae.figures import figures as figures_of
 from sae_ray.sae.formats.hub_names import HubName
 from sae_ray.steering.interventions import load_max_token
 from sae_ray.store.files import Folder
@@ -185,11 +186,17 @@ def test_the_card_tells_what_a_study_found(hub: Hub, small_study: Path, plan_sma
     assert f"| `{name}` | {train.grid_cell.site.name} | {train.grid_cell.cell.architecture} |" in card
     assert f"mean {row.mean_ms:.3f}, best {row.best_ms:.3f}, of the {row.n_scored} latents" in card
     assert f"L0 {row.l0:.4f}, R² {row.r2:.4f}" in card
-    # An encoder on the hub is named as there, with its licence.
-    hub.repositories["someone/clip"] = Repository()
-    hub.repositories["someone/clip"].refs[plan.encoder.revision] = hub.repositories["someone/clip"].refs["main"]
+    # An encoder on the hub is named as there, with its licence; a directory that is named alike is not on the hub.
     memory = plan.root.read_json("study.json")
-    memory["survey"]["models"]["encoder"]["model"] = "someone/clip"
+    memory["survey"]["models"]["encoder"]["model"] = "models/clip"
+    plan.root.write_json("study.json", memory)
+    assert figures_of(sae)["encoder"]["model"] == "clip"
+    hub.repositories["someone/clip"] = Repository()
+    commit = hub.repositories["someone/clip"].refs["main"]
+    activations = train.activations.step.folder
+    record = activations.read_bytes("step.json").decode()
+    activations.write_bytes("step.json", record.replace(plan.encoder.revision, commit).encode())
+    memory["survey"]["models"]["encoder"] |= {"model": "someone/clip", "revision": commit}
     memory["survey"]["images"]["train"]["manifest_digest"] = "of other images"  # those of the root's last study
     plan.root.write_json("study.json", memory)
     sae.push_to_hub("me/saes")
