@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from sae_ray.jobs.cluster import SHARES, directory_for_ray, loss, quota_of, require, share, usable_cpus, user_error
+from sae_ray.jobs.cluster import SHARES, directory_for_ray, loss, require, share, usable_cpus, user_error
 from sae_ray.jobs.stage import at_work
 
 from sae_ray.errors import SaeRayError, UsageError
@@ -185,25 +185,6 @@ def test_cpus_are_those_that_a_scheduler_has_given(monkeypatch, name):
     for given, expected in (("1", 1), ("100000", free), ("0", free), ("", free), ("2(x3)", free)):
         monkeypatch.setenv(name, given)
         assert usable_cpus() == expected
-
-
-@pytest.mark.parametrize(
-    ("limits", "expected"),
-    [
-        ({"": "max 100000"}, None),
-        ({}, None),
-        ({"user.slice/job.scope": "200000 100000"}, 2),
-        ({"user.slice": "350000 100000", "user.slice/job.scope": "max 100000"}, 4),
-        ({"user.slice": "100000 100000", "user.slice/job.scope": "800000 100000"}, 1),
-        ({"": "50000 100000"}, 1),
-        ({"other.slice": "100000 100000"}, None),
-    ],
-)
-def test_cpus_are_those_of_every_control_group_around(tmp_path, limits, expected):
-    for group, limit in limits.items():
-        (tmp_path / group).mkdir(parents=True, exist_ok=True)
-        (tmp_path / group / "cpu.max").write_text(f"{limit}\n")
-    assert quota_of("1:cpu:/x\n0::/user.slice/job.scope\n", tmp_path) == expected
 
 
 def test_there_are_as_many_tasks_that_compute_as_cores(ray_cluster, monkeypatch):
