@@ -198,6 +198,25 @@ def test_there_are_as_many_tasks_that_compute_as_cores(ray_cluster, monkeypatch)
     assert share("resources.score", ScoreResources())[1] == 4
 
 
+LESS_MEMORY = """
+from sae_ray.jobs import cluster
+
+cluster.free_memory = lambda: 2 * 10**9
+cluster.connect()
+import ray
+
+there = ray.cluster_resources()
+print(there["memory"] + there["object_store_memory"])
+"""
+
+
+@pytest.mark.ray
+def test_ray_gives_tasks_no_more_memory_than_control_groups_leave():
+    """Ray looks at the outermost group alone, which here leaves more."""
+    done = subprocess.run([sys.executable, "-c", LESS_MEMORY], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.stdout == f"{2e9}\n", done.stderr
+
+
 MESSAGES = """
 import time
 from sae_ray.jobs.cluster import connect
