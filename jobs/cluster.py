@@ -104,7 +104,7 @@ def usable_cpus() -> int:
     return min(limits)
 
 
-def memory_for_ray() -> dict[str, int]:
+def memory_for_ray() -> dict[str, Any]:
     """What to tell Ray of this machine's memory. Of the control groups it only sees the outermost; where those within
     leave less, it would give tasks more than there is."""
     from ray._private.utils import estimate_available_memory, resolve_object_store_memory  # as of Ray 2.60

@@ -43,8 +43,7 @@ def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
     gpus, at_once = share("resources.evaluate", resources)
 
     def needs(one: EvaluatePlan) -> Needs:
-        read = 4 * min(PIECE_BYTES, one.activations.bytes)
-        return Needs(PROCESS_BYTES + one.sae.weight_bytes + read, resources.cpus, gpus)
+        return Needs(memory_of(one.sae.weight_bytes, one.activations.bytes), resources.cpus, gpus)
 
     task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, max_retries=RETRIES)(evaluated)
     targets = targets_of(plan, (one.sae for one in todo), plan.images["heldout"])
@@ -62,6 +61,12 @@ def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
 
         for _, finished in ended("evaluate", list(todo), at_once, needs, begin):
             ray.get(finished)
+
+
+def memory_of(weights: int, activations: int) -> int:
+    """Bytes of a task, by those of its SAE's weights, which are there twice while they are loaded, and of all
+    activations: pieces of them, in the stored dtype and in float32."""
+    return PROCESS_BYTES + weights + max(weights, 4 * min(PIECE_BYTES, activations))
 
 
 def evaluated(sae: Folder, activations: Folder, targets: Targets | None, step: Step, device: str, board: Any) -> None:
