@@ -151,11 +151,11 @@ def test_a_gpu_without_room_for_an_image_names_the_setting(tmp_path: Path, monke
     def decode(files: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 429.00 MiB")
 
-    part, *given = a_camera_s([(500, 375), (15_000, 10_000)], tmp_path)
+    part, names, preparations = a_camera_s([(500, 375), (15_000, 10_000)], tmp_path)
     monkeypatch.setattr(on_gpu, "_decode", decode)
     words = r"extraction\.pixels = 'gpu': the memory of cpu on .* up to 15000 x 10000 pixels .* choose exact or"
     with pytest.raises(UsageError, match=words):
-        decoded_on_gpu(part, *given, [(56, 56)], torch.device("cpu"))
+        decoded_on_gpu(part, names, preparations, [(56, 56)], torch.device("cpu"))
 
 
 def test_a_torchvision_that_cannot_decode_on_gpus_is_named():
