@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import os
 import random
 import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sae_ray.control_groups import cpu_quota, own_groups
 from sae_ray.errors import SaeRayError, UsageError
+from sae_ray.host import free_memory
 from sae_ray.store.files import without_keys
 
 from .progress import say
@@ -71,6 +72,7 @@ def connect() -> None:
         _set_defaults({"RAY_AUTH_TOKEN": secrets.token_hex(32)})
         _start_less()
         with _held_back_stderr():
+            memory = memory_for_ray()
             # Logical CPUs: readers and actors that mostly wait need more than two of them to run at once.
             ray.init(
                 address="local",
@@ -79,6 +81,7 @@ def connect() -> None:
                 _temp_dir=directory_for_ray(),
                 logging_level=logging.WARNING,
                 log_to_driver=False,
+                **memory,
             )
         atexit.register(ray.shutdown)  # before Ray's own, which first waits for half a second
 
@@ -96,26 +99,21 @@ def usable_cpus() -> int:
 
     limits = [joblib.cpu_count()]
     limits += [int(given) for name in SHARES if (given := os.environ.get(name, "")).isdigit() and int(given)]
-    groups = Path("/proc/self/cgroup")
-    if groups.exists() and (quota := quota_of(groups.read_text(), Path("/sys/fs/cgroup"))):
+    if quota := cpu_quota(own_groups()):
         limits.append(quota)
     return min(limits)
 
 
-def quota_of(groups: str, mounted: Path) -> int | None:
-    """The smallest quota of a process's control group and those around it, in CPUs; joblib sees the outermost alone.
+def memory_for_ray() -> dict[str, Any]:
+    """What to tell Ray of this machine's memory. Of the control groups it only sees the outermost; where those within
+    leave less, it would give tasks more than there is."""
+    from ray._private.utils import estimate_available_memory, resolve_object_store_memory  # as of Ray 2.60
 
-    Args:
-        groups: what `/proc/<pid>/cgroup` says.
-        mounted: where control groups of version 2 are.
-    """
-    own = next((line.removeprefix("0::/") for line in groups.splitlines() if line.startswith("0::/")), "")
-    around = [mounted / own, *(mounted / own).parents]
-    files = [folder / "cpu.max" for folder in around if folder.is_relative_to(mounted)]
-    quotas = [file.read_text().split() for file in files if file.is_file()]
-    return min(
-        (max(1, math.ceil(int(quota) / int(period))) for quota, period in quotas if quota != "max"), default=None
-    )
+    free = free_memory()
+    if free >= estimate_available_memory():
+        return {}
+    store = resolve_object_store_memory(free)
+    return {"object_store_memory": store, "_memory": free - store}
 
 
 def directory_for_ray() -> str:
@@ -284,24 +282,44 @@ def gpus_or_default(gpus: float | None) -> float:
 
 def room(cpus: float, gpus: float, memory: float = 0) -> int:
     """How many workers of these resources the cluster's nodes hold. `memory`: bytes of each."""
+    return sum(_places(node, cpus, gpus, memory) for node in _nodes())
+
+
+def at_most_a_node(memory: float, cpus: float, gpus: float, workers: int = 1) -> int:
+    """Bytes to ask Ray for, for each of the workers that run at once: more than the nodes have that can run them would
+    never be given."""
+    return min(int(memory), most_memory(_nodes(), cpus, gpus, workers))
+
+
+def most_memory(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float, workers: int = 1) -> int:
+    """Bytes that each of the workers can have at most. As if there were nodes for all, where only some find a place;
+    0 where none does.
+
+    Args:
+        nodes: the resources of each, as Ray names them.
+    """
+    shares = {
+        node.get("memory", 0.0) / number
+        for node in nodes
+        for number in range(1, min(workers, _places(node, cpus, gpus)) + 1)
+    }
+    for each in sorted(shares, reverse=True):
+        if sum(_places(node, cpus, gpus, each) for node in nodes) >= workers:
+            return int(each)
+    return int(min(shares, default=0))
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of those that are alive."""
     import ray
 
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _places(node: Mapping[str, float], cpus: float, gpus: float, memory: float = 0) -> int:
     wanted = {"CPU": cpus, "GPU": gpus, "memory": memory}
-
-    def places(node: dict) -> int:
-        found = (int(node.get(kind, 0) / each + 1e-6) for kind, each in wanted.items() if each)
-        return min(found, default=sys.maxsize)
-
-    return sum(places(node["Resources"]) for node in ray.nodes() if node["Alive"])
-
-
-def at_most_a_node(memory: float, cpus: float, gpus: float) -> float:
-    """Bytes to ask Ray for: more than the largest node has that can run the task would never be given."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    able = [node for node in nodes if node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus]
-    return min(memory, max((node.get("memory", 0.0) for node in able), default=0.0))
+    found = (int(node.get(kind, 0) / each + 1e-6) for kind, each in wanted.items() if each)
+    return min(found, default=sys.maxsize)
 
 
 def share(field: str, resources: Any) -> tuple[float, int]:

@@ -26,12 +26,13 @@ from sae_ray.study.plan import StudyPlan
 from sae_ray.study.step_plans import ConceptsPlan
 from sae_ray.study.survey import check_files
 
-from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share
+from .cluster import PROCESS_BYTES, RETRIES, share
 from .encoding import EncoderJob, job_of, preparation
 from .extract import encoder_bytes
 from .progress import Progress, StageBoard, say
 from .score import active_per_token
 from .stage import at_work, unfinished
+from .tasks import Needs, ended
 
 if TYPE_CHECKING:
     from sae_ray.sae import SAE
@@ -135,18 +136,20 @@ def _measure(plan: StudyPlan, todo: list[ConceptsPlan]) -> None:
     gpus, at_once = share("resources.concepts", resources)
     given = asked(plan)
     shared = ray.put(Shared(given, _embedded(plan, given), _by_name(plan, given)))
-    memory = at_most_a_node(max(_bytes(one, gpus) for one in todo), resources.cpus, gpus)
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, memory=memory, max_retries=RETRIES)(measured)
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, max_retries=RETRIES)(measured)
     waiting = sorted(todo, key=lambda one: one.neurons, reverse=True)  # so that none starts late and runs alone
-    running: list[Any] = []
     total = sum(one.images.n_images * (2 if _spliced(one, given) else 1) for one in todo)
     with Progress(f"concepts of {len(todo)} cells", total, "images", steps=[one.step for one in todo]) as progress:
         board = progress.board()
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                job = _job(waiting.pop(0), given, plan.study.seed)
-                running.append(task.remote(job, shared, "cuda" if gpus else "cpu", board))
-            finished, running = ray.wait(running)
+
+        def needs(one: ConceptsPlan) -> Needs:
+            return Needs(_bytes(one, gpus), resources.cpus, gpus)
+
+        def begin(one: ConceptsPlan, memory: int) -> Any:
+            job, device = _job(one, given, plan.study.seed), "cuda" if gpus else "cpu"
+            return task.options(memory=memory).remote(job, shared, device, board)
+
+        for _, finished in ended("concepts", waiting, at_once, needs, begin):
             ray.get(finished)
 
 

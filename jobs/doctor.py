@@ -117,10 +117,11 @@ def cpus() -> Finding:
 
 
 def memory() -> Finding:
-    from ray._common.utils import get_system_memory  # both know control groups, and are private, as of Ray 2.60
-    from ray._private.utils import estimate_available_memory
+    from ray._private.utils import estimate_available_memory  # private, as of Ray 2.60
 
-    total, free = get_system_memory(), estimate_available_memory()
+    from sae_ray.host import free_memory, total_memory
+
+    total, free = total_memory(), min(estimate_available_memory(), free_memory())
     text = f"{total / GB:.0f} GB, of which {free / GB:.0f} GB are free"
     if free >= LITTLE_MEMORY:
         return Finding("ok", text)
@@ -130,12 +131,12 @@ def memory() -> Finding:
 
 
 def shared_memory() -> Finding:
-    from ray._common.utils import get_system_memory  # private, as of Ray 2.60
+    from sae_ray.host import total_memory
 
     place = Path("/dev/shm")
     if not place.is_dir():  # macOS
         return Finding("ok", "there is no /dev/shm, and Ray does not need it here")
-    free, wanted = shutil.disk_usage(place).free, SHARE_OF_STORE * get_system_memory()
+    free, wanted = shutil.disk_usage(place).free, SHARE_OF_STORE * total_memory()
     text = f"{free / GB:.1f} GB are free in /dev/shm"
     if free >= wanted:
         return Finding("ok", text)

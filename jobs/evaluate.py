@@ -11,9 +11,10 @@ from sae_ray.study.guidance import targets_of
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.step_plans import EvaluatePlan
 
-from .cluster import PROCESS_BYTES, RETRIES, at_most_a_node, share, take_threads
+from .cluster import PROCESS_BYTES, RETRIES, share, take_threads
 from .progress import Progress, StageBoard
 from .stage import at_work, unfinished
+from .tasks import Needs, ended
 
 if TYPE_CHECKING:
     from sae_ray.sae.targets import Targets
@@ -40,24 +41,32 @@ def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
 
     resources = plan.study.resources.evaluate
     gpus, at_once = share("resources.evaluate", resources)
-    sizes = (one.sae.weight_bytes + 4 * min(PIECE_BYTES, one.activations.bytes) for one in todo)
-    memory = at_most_a_node(PROCESS_BYTES + max(sizes), resources.cpus, gpus)
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, memory=memory, max_retries=RETRIES)(evaluated)
+
+    def needs(one: EvaluatePlan) -> Needs:
+        return Needs(memory_of(one.sae.weight_bytes, one.activations.bytes), resources.cpus, gpus)
+
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, max_retries=RETRIES)(evaluated)
     targets = targets_of(plan, (one.sae for one in todo), plan.images["heldout"])
     shared: dict[str, Any] = {source: ray.put(found) for source, found in targets.items()}
-    waiting, running = list(todo), []
     total = sum(one.rows for one in todo)
     with Progress(f"evaluate {len(todo)} SAEs", total, "activations", steps=[one.step for one in todo]) as progress:
         board = progress.board()
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                one = waiting.pop(0)
-                folders = (one.sae.step.folder, one.activations.step.folder)
-                cell = one.sae.grid_cell.cell
-                learnt = shared[cell.settings.concepts] if cell.guided else None
-                running.append(task.remote(*folders, learnt, one.step, "cuda" if gpus else "cpu", board))
-            finished, running = ray.wait(running)
+
+        def begin(one: EvaluatePlan, memory: int) -> Any:
+            folders = (one.sae.step.folder, one.activations.step.folder)
+            cell = one.sae.grid_cell.cell
+            learnt = shared[cell.settings.concepts] if cell.guided else None
+            device = "cuda" if gpus else "cpu"
+            return task.options(memory=memory).remote(*folders, learnt, one.step, device, board)
+
+        for _, finished in ended("evaluate", list(todo), at_once, needs, begin):
             ray.get(finished)
+
+
+def memory_of(weights: int, activations: int) -> int:
+    """Bytes of a task, by those of its SAE's weights, which are there twice while they are loaded, and of all
+    activations: pieces of them, in the stored dtype and in float32."""
+    return PROCESS_BYTES + weights + max(weights, 4 * min(PIECE_BYTES, activations))
 
 
 def evaluated(

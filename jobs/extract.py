@@ -19,6 +19,8 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sae_ray.encoders.info import EncoderInfo
 from sae_ray.errors import SaeRayError, check
 from sae_ray.store.activations import (
@@ -289,10 +291,20 @@ def encoder_bytes(infos: Sequence[EncoderInfo], batch_size: int, gpus: float | N
 
 
 def _bytes_of_a_part(parts: PartsOf) -> int:
-    """Of its pixels for every encoder, and of its rows."""
+    """Of its pixels for every encoder, of its files where a GPU decodes them, and of its rows."""
     sizes = {extract.info.model: 3 * math.prod(extract.info.image_size) for extract in parts.todo}
+    on_gpu = any(extract.step.config["pixels"] == "gpu" for extract in parts.todo)
+    files = most_bytes(parts.source.manifest, parts.per_part) if on_gpu else 0
     share = parts.per_part / parts.images.n_images
-    return int(parts.per_part * sum(sizes.values()) + share * sum(extract.bytes for extract in parts.todo))
+    return int(parts.per_part * sum(sizes.values()) + files + share * sum(extract.bytes for extract in parts.todo))
+
+
+def most_bytes(manifest: StoredTable, per_part: int) -> int:
+    """Of the files of a part."""
+    totals = np.zeros(-(-manifest.num_rows // per_part), np.int64)
+    for group in manifest.groups(["image_index", "n_bytes"]):
+        np.add.at(totals, group["image_index"].to_numpy() // per_part, group["n_bytes"].to_numpy())
+    return int(totals.max(initial=0))
 
 
 def shares(resources: ExtractResources, memory: float, part: float, work: Work) -> tuple[int, float, int | None]:

@@ -94,14 +94,23 @@ def cell_job(train: TrainPlan, targets: Mapping[str, Targets]) -> CellJob:
     )
 
 
-def memory(trains: Sequence[TrainPlan], shuffle_rows: int) -> int:
-    """Bytes of a process that trains these cells as one bundle on a CPU, approximately.
+def memory(trains: Sequence[TrainPlan], shuffle_rows: int, device: str = "cpu", shards: int = 1) -> int:
+    """Bytes of the host's memory that a worker takes which trains these cells as one bundle, approximately.
 
-    Checkpoints and the SAE take no more than what a step has freed by then.
+    Cells are stepped, restored and saved one after the other. A checkpoint is whole in memory when it is read, and when
+    it is written from a GPU or from several shards.
+
+    Args:
+        device: `cpu` or `cuda`.
+        shards: workers that share the latents. Each has all activations.
     """
     activations = trains[0].activations
     rows = min(1.0, shuffle_rows / max(1, activations.rows)) * activations.bytes
-    return int(PROCESS_BYTES + rows + sum(train.training_bytes for train in trains))
+    judged = {train.embeddings.step.name: train.embeddings.bytes for train in trains if train.embeddings is not None}
+    held = 0 if device == "cuda" else sum(train.held_bytes for train in trains) / shards
+    step = 0 if device == "cuda" else max(train.step_bytes for train in trains) / shards
+    checkpoint = max(train.held_bytes for train in trains)
+    return int(PROCESS_BYTES + rows + sum(judged.values()) + held + max(step, checkpoint))
 
 
 def stream(train: TrainPlan) -> tuple[str, int]:

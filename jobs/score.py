@@ -164,9 +164,10 @@ class Pass:
         self._blocks_per_fold = max(1, min(BLOCKS_PER_FOLD, FOLD_BYTES // max(1, entries)))
         # The vectors in the stored dtype and in float32, and what an encoder makes of them.
         read = 4 * min(PIECE_BYTES, self._activations.n_rows * self._activations.row_bytes)
-        # SAEs pass through the host's memory one by one on their way to a GPU.
-        weights = (max if gpus else sum)(score.weight_bytes for score in scores)
-        memory = at_most_a_node(PROCESS_BYTES + weights + entries + read, cpus, gpus)
+        # SAEs are there twice while they are loaded, and pass through the host's memory one by one on their way to a GPU.
+        largest = max(score.weight_bytes for score in scores)
+        weights = largest if gpus else sum(score.weight_bytes for score in scores)
+        memory = at_most_a_node(PROCESS_BYTES + weights + max(largest, entries + read), cpus, gpus)
         # Blocks and sums that are lost with their node are made again by Ray, from the first block on if need be.
         task = ray.remote(num_cpus=cpus, max_retries=RETRIES)
         self._block = task(block_entries).options(num_gpus=gpus, memory=memory, num_returns=2 + n_ranges)

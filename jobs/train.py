@@ -25,8 +25,6 @@ from sae_ray.study.weights import weights_ratio
 
 from . import score
 from .cluster import (
-    PROCESS_BYTES,
-    at_most_a_node,
     beside_driver,
     gpus_or_default,
     is_taken_away,
@@ -39,6 +37,7 @@ from .metrics import count_failure
 from .placement import bundles, memory
 from .progress import Progress, StageBoard, pace_of, say
 from .stage import Failures, at_work, unfinished
+from .tasks import Needs, ended
 from .tracking import Trackers, Tracking, tracking_of
 
 if TYPE_CHECKING:
@@ -92,8 +91,15 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets]
     least, most = (number * resources.shards for number in resources.workers_span)
     require("resources.train", least, resources.cpus, gpus)
     at_once = resources.bundles or max(1, int(slots(resources.cpus, gpus) / most))
-    waiting = bundles(plan, todo, at_once, "cuda" if gpus else "cpu", targets)
-    running: dict[Any, BundleJob] = {}
+    device = "cuda" if gpus else "cpu"
+    waiting = bundles(plan, todo, at_once, device, targets)
+    of_step = {train.step.name: train for train in todo}
+
+    def needs(bundle: BundleJob) -> Needs:
+        trains = [of_step[job.step.name] for job in bundle.cells]
+        wanted = memory(trains, bundle.shuffle_rows, device, resources.shards)
+        return Needs(wanted, resources.cpus, gpus, least)
+
     total = sum(bundle.steps * len(bundle.cells) for bundle in waiting)
     problems: list[Exception] = []
     told_early = {train.step.name for train in todo if tell_weights(train)}
@@ -101,12 +107,7 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets]
         board = progress.board()
         telling = Telling(board, tracking_of(plan))
         fit = _by_task(plan, gpus, telling) if most == 1 else _by_ray_train(plan, (least, most), gpus, telling)
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                bundle = waiting.pop(0)
-                running[fit(bundle)] = bundle
-            [finished], _ = ray.wait(list(running), num_returns=1)
-            bundle = running.pop(finished)
+        for bundle, finished in ended("train", waiting, at_once, needs, fit):
             try:
                 if not ray.get(finished):
                     waiting.insert(0, bundle)
@@ -140,24 +141,18 @@ class Telling(NamedTuple):
     tracking: Tracking
 
 
-def _by_task(plan: StudyPlan, gpus: float, telling: Telling) -> Callable[[BundleJob], Any]:
-    """Begins a bundle of one worker; what it returns resolves to whether the bundle is done."""
+def _by_task(plan: StudyPlan, gpus: float, telling: Telling) -> Callable[[BundleJob, int], Any]:
+    """Begins a bundle of one worker with so many bytes; what it returns resolves to whether the bundle is done."""
     import ray
 
-    resources, of_step = plan.study.resources.train, {train.step.name: train for train in plan.trains}
-
-    def taken(bundle: BundleJob) -> float:
-        trains = [of_step[job.step.name] for job in bundle.cells]
-        wanted = PROCESS_BYTES if gpus else memory(trains, bundle.shuffle_rows)
-        return at_most_a_node(wanted, resources.cpus, gpus)
-
+    resources = plan.study.resources.train
     task = ray.remote(
         num_cpus=resources.cpus,
         num_gpus=gpus,
         max_retries=resources.max_failures,
         retry_exceptions=WORTH_ANOTHER_TRY,  # pyright: ignore[reportArgumentType]
     )(fit_bundle)
-    return lambda bundle: task.options(memory=taken(bundle)).remote(bundle, "cuda" if gpus else "cpu", telling)
+    return lambda bundle, memory: task.options(memory=memory).remote(bundle, "cuda" if gpus else "cpu", telling)
 
 
 def fit_bundle(bundle: BundleJob, device: str, telling: Telling) -> bool:
@@ -193,20 +188,33 @@ class _Leaves(Exception):
 
 def _by_ray_train(
     plan: StudyPlan, workers: tuple[int, int], gpus: float, telling: Telling
-) -> Callable[[BundleJob], Any]:
+) -> Callable[[BundleJob, int], Any]:
     """As `_by_task`, with at least and at most so many workers."""
     import ray
 
     # The trainer blocks its caller: one task per bundle keeps this process free to be interrupted. It restarts workers
     # that are lost with their node, so it must not be lost itself.
     task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=beside_driver())(fit_together)
-    return lambda bundle: task.remote(bundle, plan.study.resources.train, workers, gpus, plan.root, telling)
+    resources, root = plan.study.resources.train, plan.root
+    return lambda bundle, memory: task.remote(bundle, resources, workers, gpus, memory, root, telling)
 
 
 def fit_together(
-    bundle: BundleJob, resources: TrainResources, workers: tuple[int, int], gpus: float, root: Folder, telling: Telling
+    bundle: BundleJob,
+    resources: TrainResources,
+    workers: tuple[int, int],
+    gpus: float,
+    memory: int,
+    root: Folder,
+    telling: Telling,
 ) -> bool:
-    """Runs one bundle as a `TorchTrainer`; it resumes from the newest checkpoints when a worker is lost."""
+    """Runs one bundle as a `TorchTrainer`; it resumes from the newest checkpoints when a worker is lost.
+
+    Args:
+        workers: at least, and at most.
+        gpus: of each.
+        memory: bytes of each.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -217,7 +225,7 @@ def fit_together(
         scaling_config=ScalingConfig(
             num_workers=workers if least < most else most,
             use_gpu=gpus > 0,
-            resources_per_worker={"CPU": resources.cpus, "GPU": gpus},
+            resources_per_worker={"CPU": resources.cpus, "GPU": gpus, "memory": memory},
         ),
         run_config=RunConfig(
             name=bundle.name,

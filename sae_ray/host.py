@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sae_ray import control_groups
+from sae_ray.control_groups import own_groups
+
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
-def free_memory() -> int:
-    """Bytes that this and new processes may take, as the kernel says; a very large number where it does not."""
+def free_memory(device: torch.device | None = None) -> int:
+    """Bytes that this and new processes may take: of a GPU, if that is the device, else of the host, as the kernel and
+    the control groups of this process say; a very large number where neither does."""
+    if device is None or device.type != "cuda":
+        return min(_available(), control_groups.memory(own_groups()).left)
+    import torch
+
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to be used again
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def total_memory() -> int:
+    """Bytes of the host's memory that its control groups leave to this process and those beside it."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(there, control_groups.memory(own_groups()).limit)
+
+
+def _available() -> int:
     meminfo = Path("/proc/meminfo")
     for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
         if line.startswith("MemAvailable:"):

@@ -9,6 +9,7 @@ import torch
 from sae_ray.encoders.base import DTYPES
 from sae_ray.encoders.hub import find
 from sae_ray.errors import UsageError
+from sae_ray.host import total_memory
 from sae_ray.steering.decoding import READ_TOKENS, bytes_per_token, rounded
 from sae_ray.steering.llava import FORMS
 
@@ -98,9 +99,7 @@ def language_memory(config: ServeConfig) -> Memory:
     if device.type == "cuda":
         there, where = torch.cuda.mem_get_info(device)[0], f"what is free of {config.device}"
     else:
-        from ray._common.utils import get_system_memory  # knows control groups; private, as of Ray 2.60
-
-        there, where = get_system_memory(), "this machine's memory"
+        there, where = total_memory(), "this machine's memory"
     return divided(config.language, model, dtype, device.type == "cuda", there, where)
 
 

@@ -74,15 +74,15 @@ def load_weights(
 
     Raises:
         UsageError: Weights are missing, do not fit the configuration or are not safetensors; or they do not fit into
-            the memory of the host.
+            the memory of the host or of the device.
     """
     import transformers
 
     if device.type == "meta":
         settings["device_map"] = "meta"
     with refusing(source.model, forms, of_hub=source.commit is not None):
-        if device.type == "cpu":
-            _check_room(source, loader, dtype, **settings)
+        if device.type != "meta":
+            _check_room(source, loader, device, dtype, **settings)
         module, loading = getattr(transformers, loader).from_pretrained(
             source.path,
             revision=source.commit,
@@ -107,27 +107,40 @@ def load_weights(
 
 
 def _check_room(
-    source: Source, loader: str, dtype: torch.dtype, config: Any = None, key_mapping: Any = None, **arguments: Any
+    source: Source,
+    loader: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: Any = None,
+    key_mapping: Any = None,
+    **arguments: Any,
 ) -> None:
-    """Refuses weights that do not fit into memory: the system would end the process without a word.
+    """Refuses weights that do not fit into memory: the system would end the process without a word, a GPU's library
+    without a remedy.
 
-    Weights in the dtype of their files are mapped: the system reads them again where memory is short.
+    Weights in the dtype of their files are mapped: the system reads them again where memory is short. Those for a GPU
+    pass through the memory of the host.
     """
     import transformers
 
-    if dtype == source.config.dtype:
+    converted = dtype != source.config.dtype
+    if device.type == "cpu" and not converted:
         return
     kind = getattr(transformers, loader)
     with torch.device("meta"):
         module = getattr(kind, "from_config", kind)(config or source.config, **arguments)  # classes of kinds have it
-    wanted, free = dtype.itemsize * sum(weights.numel() for weights in module.parameters()), free_memory()
-    if wanted > free:
-        kinds = "; bfloat16 or float16 takes half of that" if dtype == torch.float32 else ""
-        raise UsageError(
-            f"{source.model} cannot be loaded: its weights take {wanted / 1e9:.1f} GB as "
-            f"{str(dtype).removeprefix('torch.')}, but {free / 1e9:.1f} GB of memory are free{kinds}; choose another "
-            "dtype, a smaller model or a larger machine, or stop other programs"
-        )
+    wanted = dtype.itemsize * sum(weights.numel() for weights in module.parameters())
+    rooms = {"memory": free_memory()} if converted else {}
+    if device.type == "cuda":
+        rooms[f"the memory of {device}"] = free_memory(device)
+    for where, free in rooms.items():
+        if wanted > free:
+            kinds = "; bfloat16 or float16 takes half of that" if dtype == torch.float32 else ""
+            raise UsageError(
+                f"{source.model} cannot be loaded: its weights take {wanted / 1e9:.1f} GB as "
+                f"{str(dtype).removeprefix('torch.')}, but {free / 1e9:.1f} GB of {where} are free{kinds}; choose "
+                "another dtype, a smaller model or a larger machine, or stop other programs"
+            )
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
 
 AT_ONCE = 64
-"""Files that are decoded by one call."""
+"""Files that are decoded by one call, at most."""
+PIXELS_AT_ONCE = 2**26
+"""Of the files of one call, unless a single one has more: 200 MB of a GPU once they are decoded."""
 
 
 def check_decoder(device: torch.device) -> None:
@@ -51,7 +54,8 @@ def decoded_on_gpu(
 ) -> tuple[DecodedPart, list[UInt8[Tensor, "n 3 h w"]]]:
     """The part with all images decoded, and their pixels on the device, once for every preparation.
 
-    A file that cannot be decoded or cut there is decoded exactly, and rejected if that fails, too.
+    A file that cannot be decoded or cut there is decoded exactly, and rejected if that fails, too. Rejects are in the
+    order of the images.
 
     Args:
         part: as `decode_part` gives it with `for_gpu`.
@@ -59,7 +63,28 @@ def decoded_on_gpu(
         preparations: those that it was decoded with; their `preprocess` has a `cut`.
         image_sizes: height and width that they yield.
         rendering: how other pixels become RGB, as in `decode_part`.
+
+    Raises UsageError where the memory of the GPU does not suffice.
     """
+    try:
+        return _decoded(part, image_ids, preparations, image_sizes, device, rendering)
+    except torch.OutOfMemoryError as error:
+        width, height = max((file.size for file in part.jpegs.values()), key=math.prod, default=(0, 0))
+        raise UsageError(
+            f"extraction.pixels = 'gpu': the memory of {device} on {socket.gethostname()} does not suffice to decode "
+            f"images of up to {width} x {height} pixels beside the encoder; choose exact or fast, or lower "
+            "extraction.images_per_part or resources.extract.batch_size"
+        ) from error
+
+
+def _decoded(
+    part: DecodedPart,
+    image_ids: Sequence[str],
+    preparations: Sequence[Preparation],
+    image_sizes: Sequence[tuple[int, int]],
+    device: torch.device,
+    rendering: Rendering | None,
+) -> tuple[DecodedPart, list[UInt8[Tensor, "n 3 h w"]]]:
     n, kept = len(part.accepted), np.ones(len(part.accepted), bool)
     pixels = [torch.empty(n, 3, *size, dtype=torch.uint8, device=device) for size in image_sizes]
     exact = [place for place in range(n) if place not in part.jpegs]
@@ -67,9 +92,7 @@ def decoded_on_gpu(
         for whole, some in zip(pixels, part.pixels, strict=True):
             whole[torch.tensor(exact, device=device)] = torch.from_numpy(some).to(device)
     rejects = list(part.rejects)
-    places = sorted(part.jpegs)
-    for start in range(0, len(places), AT_ONCE):
-        chunk = places[start : start + AT_ONCE]
+    for chunk in _chunks(part.jpegs):
         for place, image in zip(chunk, _images([part.jpegs[one] for one in chunk], device), strict=True):
             try:
                 rows = _cut(image, preparations)
@@ -84,9 +107,26 @@ def decoded_on_gpu(
                 whole[place] = row
     if not kept.all():
         pixels = [whole[torch.from_numpy(kept).to(device)] for whole in pixels]
+    place_of = {image_id: place for place, image_id in enumerate(image_ids)}
+    rejects.sort(key=lambda reject: place_of[reject[0]])
     dropped = {image_id for image_id, _ in rejects}
     dim = [image_id for image_id in part.dim if image_id not in dropped]
     return DecodedPart(part.accepted[kept], rejects, [], dim, {}), pixels
+
+
+def _chunks(files: Mapping[int, Jpeg]) -> Iterator[list[int]]:
+    """Their places, as many as are decoded by one call."""
+    chunk: list[int] = []
+    pixels = 0
+    for place in sorted(files):
+        own = math.prod(files[place].size)
+        if chunk and (len(chunk) == AT_ONCE or pixels + own > PIXELS_AT_ONCE):
+            yield chunk
+            chunk, pixels = [], 0
+        chunk.append(place)
+        pixels += own
+    if chunk:
+        yield chunk
 
 
 def _cut(image: Tensor | None, preparations: Sequence[Preparation]) -> list[Tensor] | None:

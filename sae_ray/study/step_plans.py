@@ -182,12 +182,17 @@ class TrainPlan:
         return 4 * 2 * self.activations.width * self.d_sae
 
     @property
-    def training_bytes(self) -> int:
-        """Of memory besides the activations: weights, moments, their gradients, and the pre-activations of a batch."""
+    def held_bytes(self) -> int:
+        """Of memory from step to step: weights and moments."""
+        return 3 * self.weight_bytes
+
+    @property
+    def step_bytes(self) -> int:
+        """Of memory within a step besides: gradients, and the pre-activations of a batch."""
         pre = 4 * self.grid_cell.cell.training.batch_size * self.d_sae
         # Those that do not select train densely: codes, which of them are active, and gradients of both are as large.
         copies = 1 if self.grid_cell.cell.kind.scores_batches else DENSE_COPIES
-        return 4 * self.weight_bytes + copies * pre
+        return self.weight_bytes + copies * pre
 
     @property
     def bytes(self) -> int:

@@ -25,6 +25,7 @@ from sae_ray.encoders import (
     Encoder,
     check_site,
     describe_encoder,
+    hub,
     load_encoder,
     load_preprocess,
     rows_per_image,
@@ -851,6 +852,14 @@ def test_weights_that_memory_has_no_room_for_are_refused(saved, monkeypatch):
     with pytest.raises(UsageError, match=r"weights take 0\.0 GB as bfloat16, but 0\.0 GB of memory are free; choose"):
         load_encoder(saved("clip").spec, dtype="bfloat16")
     load_encoder(saved("clip").spec)
+
+
+def test_weights_that_a_gpu_has_no_room_for_are_refused(saved, monkeypatch):
+    """Also those in the dtype of their files."""
+    source = hub.find(saved("clip").spec, None, "a model")
+    monkeypatch.setattr("sae_ray.encoders.hub.free_memory", lambda device=None: 10**12 if device is None else 1000)
+    with pytest.raises(UsageError, match=r"float32, but 0\.0 GB of the memory of cuda:0 are free; bfloat16 or"):
+        hub.load_weights(source, "AutoModel", torch.device("cuda:0"), torch.float32, "a model")
 
 
 def copy_of(saved_model: Model, target: Path) -> Path:

@@ -15,7 +15,7 @@ from sae_ray.encoders import load_preprocess, on_gpu
 from sae_ray.encoders.on_gpu import check_decoder, decoded_on_gpu
 from sae_ray.errors import UsageError
 from sae_ray.images.jpegs import ORIENTATION, usual_jpeg
-from sae_ray.images.part import Preparation, decode_part
+from sae_ray.images.part import DecodedPart, Preparation, decode_part
 from sae_ray.store.files import Folder
 from sae_ray.world.write import MODELS
 
@@ -90,7 +90,7 @@ def test_a_part_from_a_gpu_has_the_images_and_rejects_of_the_exact_one(files, tm
     part = decode_part(folder, names, preparations, for_gpu=True)
     finished, pixels = decoded_on_gpu(part, names, preparations, [(56, 56)] * 2, decoding_device)
     assert finished.accepted.tolist() == exact.accepted.tolist()
-    assert sorted(finished.rejects) == sorted(exact.rejects)
+    assert finished.rejects == exact.rejects
     assert len(exact.rejects) == 3
     for ours, theirs in zip(pixels, exact.pixels, strict=True):
         assert ours.device.type == decoding_device.type
@@ -109,16 +109,53 @@ def test_a_part_from_a_gpu_has_the_images_and_rejects_of_the_exact_one(files, tm
 
 
 def test_a_file_that_neither_decodes_is_a_reject(tmp_path: Path, decoding_device):
+    """In its turn, whoever noticed."""
     data = encoded(photograph((80, 60)))
-    names, preparations = ["a.jpg", "b.jpg", "c.jpg"], [Preparation(load_preprocess(str(MODELS / "clip")))]
+    names, preparations = ["a.jpg", "b.jpg", "c.jpg", "d.jpg"], [Preparation(load_preprocess(str(MODELS / "clip")))]
     for name in names:
-        (tmp_path / name).write_bytes(data)
+        (tmp_path / name).write_bytes(BROKEN if name == "c.jpg" else data)
     part = decode_part(Folder(tmp_path), names, preparations, for_gpu=True)
     part.jpegs[1] = part.jpegs[1]._replace(data=part.jpegs[1].data[:100])
     finished, [pixels] = decoded_on_gpu(part, names, preparations, [(56, 56)], decoding_device)
-    assert finished.accepted.tolist() == [0, 2]
+    assert finished.accepted.tolist() == [0, 3]
     assert len(pixels) == 2
-    assert [name for name, _ in finished.rejects] == ["b.jpg"]
+    assert [name for name, _ in finished.rejects] == ["b.jpg", "c.jpg"]
+
+
+def a_camera_s(sizes: Sequence[tuple[int, int]], folder: Path) -> tuple[DecodedPart, list[str], list[Preparation]]:
+    """A part of images of these sizes, by their headers."""
+    names, preparation = [f"{n:03}.jpg" for n in range(len(sizes))], Preparation(load_preprocess(str(MODELS / "clip")))
+    for name in names:
+        (folder / name).write_bytes(encoded(photograph((40, 30))))
+    part = decode_part(Folder(folder), names, [preparation], for_gpu=True)
+    jpegs = {place: part.jpegs[place]._replace(size=size) for place, size in enumerate(sizes)}
+    return part._replace(jpegs=jpegs), names, [preparation]
+
+
+def test_a_gpu_decodes_as_many_files_at_once_as_it_has_room_for(tmp_path: Path, monkeypatch):
+    camera, usual, huge = (6000, 4000), (500, 375), (15_000, 10_000)
+    part, names, preparations = a_camera_s([camera] * 5 + [huge] + [usual] * 100, tmp_path)
+    at_once = []
+
+    def decode(files: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+        at_once.append(len(files))
+        return by_pillow(files, device)
+
+    monkeypatch.setattr(on_gpu, "_decode", decode)
+    finished, [pixels] = decoded_on_gpu(part, names, preparations, [(56, 56)], torch.device("cpu"))
+    assert at_once == [2, 2, 1, 1, 64, 36]
+    assert len(finished.accepted) == len(pixels) == 106
+
+
+def test_a_gpu_without_room_for_an_image_names_the_setting(tmp_path: Path, monkeypatch):
+    def decode(files: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 429.00 MiB")
+
+    part, names, preparations = a_camera_s([(500, 375), (15_000, 10_000)], tmp_path)
+    monkeypatch.setattr(on_gpu, "_decode", decode)
+    words = r"extraction\.pixels = 'gpu': the memory of cpu on .* up to 15000 x 10000 pixels .* choose exact or"
+    with pytest.raises(UsageError, match=words):
+        decoded_on_gpu(part, names, preparations, [(56, 56)], torch.device("cpu"))
 
 
 def test_a_torchvision_that_cannot_decode_on_gpus_is_named():

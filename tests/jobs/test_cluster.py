@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from sae_ray.jobs.cluster import SHARES, directory_for_ray, loss, quota_of, require, share, usable_cpus, user_error
+from sae_ray.jobs.cluster import SHARES, directory_for_ray, loss, require, share, usable_cpus, user_error
 from sae_ray.jobs.stage import at_work
 
 from sae_ray.errors import SaeRayError, UsageError
@@ -187,25 +187,6 @@ def test_cpus_are_those_that_a_scheduler_has_given(monkeypatch, name):
         assert usable_cpus() == expected
 
 
-@pytest.mark.parametrize(
-    ("limits", "expected"),
-    [
-        ({"": "max 100000"}, None),
-        ({}, None),
-        ({"user.slice/job.scope": "200000 100000"}, 2),
-        ({"user.slice": "350000 100000", "user.slice/job.scope": "max 100000"}, 4),
-        ({"user.slice": "100000 100000", "user.slice/job.scope": "800000 100000"}, 1),
-        ({"": "50000 100000"}, 1),
-        ({"other.slice": "100000 100000"}, None),
-    ],
-)
-def test_cpus_are_those_of_every_control_group_around(tmp_path, limits, expected):
-    for group, limit in limits.items():
-        (tmp_path / group).mkdir(parents=True, exist_ok=True)
-        (tmp_path / group / "cpu.max").write_text(f"{limit}\n")
-    assert quota_of("1:cpu:/x\n0::/user.slice/job.scope\n", tmp_path) == expected
-
-
 def test_there_are_as_many_tasks_that_compute_as_cores(ray_cluster, monkeypatch):
     """Of this machine, whose four logical CPUs may be more; on a cluster of others, as many as it says it has."""
     at_once = {cpus: share("resources.score", ScoreResources(cpus=cpus))[1] for cpus in (0.5, 1, 2)}
@@ -215,6 +196,25 @@ def test_there_are_as_many_tasks_that_compute_as_cores(ray_cluster, monkeypatch)
     assert share("resources.score", ScoreResources(workers=3))[1] == 3
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert share("resources.score", ScoreResources())[1] == 4
+
+
+LESS_MEMORY = """
+from sae_ray.jobs import cluster
+
+cluster.free_memory = lambda: 2 * 10**9
+cluster.connect()
+import ray
+
+there = ray.cluster_resources()
+print(there["memory"] + there["object_store_memory"])
+"""
+
+
+@pytest.mark.ray
+def test_ray_gives_tasks_no_more_memory_than_control_groups_leave():
+    """Ray looks at the outermost group alone, which here leaves more."""
+    done = subprocess.run([sys.executable, "-c", LESS_MEMORY], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.stdout == f"{2e9}\n", done.stderr
 
 
 MESSAGES = """

@@ -26,7 +26,7 @@ from sae_ray.store.activations import ActivationStore, read_parts
 from sae_ray.store.attempts import begin
 from sae_ray.store.files import Folder
 from sae_ray.store.steps import check_shared, hold
-from sae_ray.store.tables import spooled
+from sae_ray.store.tables import StoredTable, spooled
 from sae_ray.study.config import ExtractResources
 
 
@@ -348,6 +348,16 @@ def test_actors_keep_all_cores_busy(ray_cluster, monkeypatch, cores, decoding, e
     monkeypatch.setattr(extract, "usable_cpus", lambda: cores)
     work = extract.Work(decoding, 1e6)
     assert extract.shares(ExtractResources(), 1.0, 1.0, work)[0] == expected
+
+
+def test_the_files_that_a_gpu_decodes_are_planned_for_by_the_largest_part(tmp_path):
+    """Whatever row groups they are in."""
+    sizes = [1, 2, 3, 10_000_000, 5, 6, 7]
+    images = [{"image_index": n, "image_id": str(n), "n_bytes": size} for n, size in enumerate(sizes)]
+    pq.write_table(pa.Table.from_pylist(images, MANIFEST_SCHEMA), tmp_path / "manifest.parquet", row_group_size=3)
+    manifest = StoredTable(Folder(tmp_path), "manifest.parquet")
+    found = [extract.most_bytes(manifest, per_part) for per_part in (1, 2, 4, 100)]
+    assert found == [10_000_000, 10_000_003, 10_000_006, sum(sizes)]
 
 
 def test_what_needs_a_gpu_is_refused_where_there_is_none():

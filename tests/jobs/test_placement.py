@@ -1,6 +1,7 @@
 """Which SAEs are trained together, and in what order."""
 
 import heapq
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_ray.jobs.cluster import PROCESS_BYTES
+from sae_ray.jobs.evaluate import memory_of
 from sae_ray.jobs.placement import ALONE, PACES, bundles, memory, work
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sae_ray.sae import BundleJob, CellTrainer
 from sae_ray.store.files import Folder
 from sae_ray.study.config import Study
 from sae_ray.study.plan import StudyPlan
 
+WIDTHS = {"CLIP ViT-L/14": 1024, "DINOv2-B": 768, "SigLIP so400m": 1152}
 WIDEST = 2**22
 """As many times the 16 dimensions of the projection: the work of 65,536 latents of 1,024 dimensions."""
 
@@ -89,20 +95,71 @@ def test_slots_are_kept_busy(make_plan):
     assert max(ends) <= 4 / 3 * max(sum(loads) / slots, max(loads))
 
 
+class Made(TorchDispatchMode):
+    """What torch makes within, as far as it is still in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for one in tree_leaves(result):
+            if isinstance(one, torch.Tensor) and one.layout is torch.strided:
+                storage = one.untyped_storage()
+                self.made[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def bytes(self) -> int:
+        return sum(size for storage, size in self.made.values() if not storage.expired())
+
+
 @pytest.mark.parametrize("kind", ["batch_topk", "jumprelu"])
 def test_a_bundle_asks_for_the_memory_of_all_that_a_step_holds(make_plan, kind):
+    """Between its steps a cell holds weights and moments, and the pre-activations that the next cell overwrites."""
     own = {"k": [4]} if kind == "batch_topk" else {"sparsity": [0.1]}
     grid = [{"sites": ["projection"], "architectures": [kind], "expansions": [64, 64.5], **own}]
     one, two = make_plan([1], grid=grid).trains
     cell, d_in = one.grid_cell.cell, one.activations.width
     trainer = CellTrainer(cell, d_in)
-    trainer.step(torch.randn(cell.training.batch_size, d_in))
+    x = torch.randn(cell.training.batch_size, d_in)
+    with Made() as made:
+        trainer.step(x)
     tensors, _ = trainer.state()
     held = sum(tensor.nbytes for tensor in tensors.values())
     pre = 4 * cell.training.batch_size * trainer.d_sae
+    assert one.held_bytes == pytest.approx(held, rel=0.1)
+    assert made.bytes() < 1.1 * pre + x.nbytes
     assert memory([one], 0) - PROCESS_BYTES > held + pre
-    assert memory([one, two], 0) - memory([one], 0) == two.training_bytes
+    assert memory([one, two], 0) - memory([one], 0) == two.held_bytes + two.step_bytes - one.step_bytes
     assert memory([one], one.rows) - memory([one], 0) == one.activations.bytes
+
+
+def test_every_worker_asks_for_the_activations_that_it_reads(make_plan):
+    """On a GPU weights only pass through the memory of the host."""
+    one, two = make_plan([64, 64.5], **{"training.batch_size": 4}).trains[:2]
+    on_gpu = memory([one, two], one.rows, "cuda")
+    assert on_gpu - memory([one, two], 0, "cuda") == one.activations.bytes
+    assert on_gpu == PROCESS_BYTES + one.activations.bytes + two.held_bytes
+    shared = memory([one, two], one.rows, shards=2)
+    assert shared == PROCESS_BYTES + one.activations.bytes + (one.held_bytes + two.held_bytes) // 2 + two.held_bytes
+
+
+def test_an_evaluation_asks_for_what_was_measured():
+    """Of SAEs of 65,536 latents, on few activations."""
+    measured = json.loads((Path(__file__).parents[2] / "bench/results/real_sizes.json").read_text())
+    for table in measured["tables"]:
+        [width] = [width for name, width in WIDTHS.items() if table["title"].startswith(name)]
+        peaks = [row[2] * 1e9 for row in table["rows"] if row[0].startswith("evaluate")]
+        assert max(peaks) <= memory_of(8 * 65_536 * width, 0)
+
+
+def test_the_embeddings_of_a_goal_count_once(make_plan):
+    grid = [{"sites": ["layer1:cls"], "expansions": [64], "k": [4], "monosemanticity": [0.0, 0.5, 1.0]}]
+    plain, *judged = make_plan([1], grid=grid).trains
+    assert [one.embeddings is None for one in (plain, *judged)] == [True, False, False]
+    extra = memory(judged, 0) - memory([plain, plain], 0)
+    assert extra == judged[0].embeddings.bytes > 0
 
 
 def test_little_work_is_not_spread(make_plan):
