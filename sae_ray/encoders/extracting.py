@@ -29,7 +29,7 @@ IMAGES_PER_PART = 512
 """As in a study, so that batches are formed alike."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Extracted:
     """Activations of some images at some sites. `extracted["layer11:cls"]` is an array [rows, d]."""
 
@@ -41,12 +41,20 @@ class Extracted:
     """By site, as it was asked for; sorted by image and token."""
 
     def __getitem__(self, site: str) -> Float[np.ndarray, "rows d"]:
-        return self.rows[site].activation
+        return self._rows(site).activation
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{site!r}: {list(self[site].shape)}" for site in self.rows)
+        return f"Extracted({len(self.image_ids)} images, {len(self.rejects)} rejects, {{{shapes}}})"
 
     def table(self, site: str) -> pa.Table:
         """`image_id`, and the columns of an activation store: `image_index`, `token`, `activation`."""
-        rows = self.rows[site]
+        rows = self._rows(site)
         return rows.table().add_column(0, "image_id", pa.array(self.image_ids).take(pa.array(rows.image_index)))
+
+    def _rows(self, site: str) -> Rows:
+        check(site in self.rows, "site", site, f"choose one that was asked for: {', '.join(self.rows)}")
+        return self.rows[site]
 
 
 def extract(
