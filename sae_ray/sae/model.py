@@ -20,6 +20,7 @@ from sae_ray.store.tensors import as_tensor
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     from jaxtyping import Float
     from torch import Tensor
 
@@ -139,12 +140,12 @@ class SAE:
 
         return push(self, repo_id, folder, private=private, license=license)
 
-    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+    def encode(self, x: Float[Tensor | np.ndarray, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """Dense codes of a tensor or array. Raises UsageError when x is neither, or has another width than `d_in`."""
         return self.kind.codes(self._pre(x), self)
 
     @torch.no_grad()
-    def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
+    def encode_sparse(self, x: Float[Tensor | np.ndarray, "n d_in"]) -> SparseCodes:
         """The active latents of each row. Memory grows with their number: the dense codes of all rows are never formed.
 
         Raises UsageError when x is not [n, d_in]: tokens of several images are flattened into rows first.
@@ -169,7 +170,9 @@ class SAE:
         )
 
     def decode(
-        self, codes: SparseCodes | Float[Tensor, "... d_sae"], x: Float[Tensor, "... d_in"] | None = None
+        self,
+        codes: SparseCodes | Float[Tensor | np.ndarray, "... d_sae"],
+        x: Float[Tensor | np.ndarray, "... d_in"] | None = None,
     ) -> Float[Tensor, "... d_in"]:
         """Reconstructions, [n_rows, d_in] for sparse codes.
 
@@ -190,7 +193,7 @@ class SAE:
         return self.restored(decoded, x)
 
     def restored(
-        self, decoded: Float[Tensor, "... d_in"], x: Float[Tensor, "... d_in"] | None
+        self, decoded: Float[Tensor, "... d_in"], x: Float[Tensor | np.ndarray, "... d_in"] | None
     ) -> Float[Tensor, "... d_in"]:
         """What was decoded, with the mean and the spread of the rows x where the architecture standardises them.
 
@@ -216,7 +219,7 @@ class SAE:
     def _dtype(self) -> torch.dtype:
         return torch.promote_types(self.W_enc.dtype, torch.float32)
 
-    def _pre(self, x: Tensor) -> Tensor:
+    def _pre(self, x: Tensor | np.ndarray) -> Tensor:
         W_enc, b_enc = self.W_enc.to(self._dtype), self.b_enc.to(self._dtype)
         return self._centred(x) @ W_enc + b_enc
 
@@ -229,7 +232,7 @@ class SAE:
             torch.addmm(b_enc, rows, W_enc, out=out)
         return pre[: len(centred)]
 
-    def _centred(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+    def _centred(self, x: Float[Tensor | np.ndarray, "... d_in"]) -> Float[Tensor, "... d_in"]:
         x = as_tensor(x)
         if x.ndim == 0:
             raise UsageError(f"the input is a single number; give [..., {self.d_in}]")

@@ -296,7 +296,7 @@ class NeuronStats:
 
 
 def monosemanticity(
-    activations: Float[Tensor, "images neurons"], embeddings: Float[Tensor, "images d"]
+    activations: Float[Tensor | np.ndarray, "images neurons"], embeddings: Float[Tensor | np.ndarray, "images d"]
 ) -> Float[Tensor, " neurons"]:
     """MonoSemanticity score of each neuron (Pach et al., arXiv 2504.02821, eq. 5-9).
 

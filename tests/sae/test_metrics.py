@@ -91,7 +91,7 @@ def test_activations_come_in_every_form(tmp_path: Path):
     sae, x = make_sae(), inputs()
     np.save(tmp_path / "x.npy", x.numpy())
     whole = evaluate(sae, [x]).summary()
-    for given in (x, x.numpy(), tmp_path / "x.npy", [x.numpy()], torch.utils.data.DataLoader(x, batch_size=100)):  # pyright: ignore[reportArgumentType]
+    for given in (x, x.numpy(), tmp_path / "x.npy", [x.numpy()], torch.utils.data.DataLoader(x, batch_size=100)):
         assert evaluate(sae, given).summary() == whole
     assert repr(evaluate(sae, x)).startswith("Fidelity(n_samples=100, l0=")
     x[7] = torch.nan
