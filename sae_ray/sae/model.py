@@ -93,8 +93,11 @@ class SAE:
     def device(self) -> torch.device:
         return self.W_enc.device
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
-        """The same SAE on another device or with weights of another dtype; the threshold stays float32."""
+    def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> SAE:
+        """The same SAE on another device or with weights of another dtype, which may also come first, as in torch; the
+        threshold stays float32."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         weights = {name: getattr(self, name).to(device, dtype) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
         threshold = None if self.threshold is None else self.threshold.to(device)
         return dataclasses.replace(self, **weights, threshold=threshold)

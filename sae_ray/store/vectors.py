@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 ROWS_PER_PART = 4096
-FORMS = "a tensor, an array, a .npy, .parquet or .safetensors file, a table or a Hugging Face dataset"
+FORMS = "a tensor, an array, a .npy, .parquet or .safetensors file, a table, a data frame or a Hugging Face dataset"
 
 
 class Vectors:

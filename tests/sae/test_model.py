@@ -121,7 +121,7 @@ def test_topk_keeps_fewer_than_k_where_fewer_are_positive():
 
 def test_bfloat16_weights_keep_a_float32_threshold_and_float32_codes(device):
     exact = make_sae("batch_topk").to(device)
-    sae = exact.to(dtype=torch.bfloat16)
+    sae = exact.to(torch.bfloat16)
     assert sae.W_enc.dtype == sae.b_dec.dtype == torch.bfloat16
     assert torch.equal(sae.threshold, exact.threshold)
     codes = sae.encode(inputs(9).bfloat16())
