@@ -186,8 +186,8 @@ def _cell(d: int, given: dict[str, Any], settings: Any, training: dict[str, Any]
     name, expansion = given["architecture"], given["expansion"]
     kind = named_architecture(name)
     check(not kind.guided, "architecture", name, "guided SAEs learn labels: train them in a study")
-    number = isinstance(expansion, int | float | np.number)
-    check(number and 0 < expansion < math.inf, "expansion", expansion, "make it a number above 0")
+    fits = isinstance(expansion, int | float | np.number) and bool(0 < expansion < math.inf)
+    check(fits, "expansion", expansion, "make it a number above 0")
     if given["k"] is None and kind.tuned_by == "k":
         given = {**given, "k": max(1, min(K, int(expansion * d) // 4))}
     arguments = [*inspect.signature(train_sae).parameters][1:-1]
@@ -218,7 +218,7 @@ def _made(kind: type, what: str, values: Mapping[str, Any], also: Sequence[str] 
         known = ", ".join(dict.fromkeys([*also, *own])) or "none"
         raise UsageError(f"{what} has no setting {unknown[0]!r}; known: {known}")
     try:
-        made = TypeAdapter(kind).validate_python(values)
+        made: Any = TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         [problem, *_] = error.errors()
         name = ".".join(map(str, problem["loc"]))
