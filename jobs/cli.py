@@ -346,7 +346,7 @@ def pictures(**options: Any) -> None:
 @click.argument("text")
 @study_options
 @_sae_option
-@click.option("-n", "n", default=10, show_default=True, help="Latents to show.")
+@click.option("-n", "n", type=click.IntRange(min=1), default=10, show_default=True, help="Latents to show.")
 @_json_option
 def find(text: str, sae: str | None, n: int, as_json: bool, **options: Any) -> None:
     """Find the latents whose top images best match TEXT, such as "star"."""

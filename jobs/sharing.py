@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sae_ray.errors import UsageError
-from sae_ray.store.files import Folder
+from sae_ray.store.files import Folder, writing
 
 NEURONPEDIA = "neuronpedia"
 
@@ -13,7 +13,9 @@ def export(sae: str, to: str, out: str, centred: bool) -> Folder:
 
     `latents.parquet` goes with it: it defines strengths in multiples of `max_token`, and no library minds it.
 
-    Raises UsageError if there is something in the folder, it cannot be one, or the form cannot express the SAE.
+    Raises:
+        UsageError: there is something in the folder, it cannot be one, or the form cannot express the SAE.
+        SaeRayError: the folder cannot be written.
     """
     from sae_ray.report.neuronpedia import write_neuronpedia
     from sae_ray.sae import export_sae, load_sae
@@ -27,9 +29,11 @@ def export(sae: str, to: str, out: str, centred: bool) -> Folder:
     if folder.files() or folder.folders():
         raise UsageError(f"--out {folder} is not empty; choose a new folder")
     if to == NEURONPEDIA:
-        return write_neuronpedia(sae_folder(sae), folder)
+        with writing(folder):
+            return write_neuronpedia(sae_folder(sae), folder)
     opened = load_sae(sae)
-    export_sae(opened, folder, to, centred)
-    if opened.source is not None and opened.source.exists(LATENTS_FILE):
-        folder.write_copy(LATENTS_FILE, opened.source, LATENTS_FILE)
+    with writing(folder):
+        export_sae(opened, folder, to, centred)
+        if opened.source is not None and opened.source.exists(LATENTS_FILE):
+            folder.write_copy(LATENTS_FILE, opened.source, LATENTS_FILE)
     return folder

@@ -29,7 +29,7 @@ IMAGES_PER_PART = 512
 """As in a study, so that batches are formed alike."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Extracted:
     """Activations of some images at some sites. `extracted["layer11:cls"]` is an array [rows, d]."""
 
@@ -41,17 +41,25 @@ class Extracted:
     """By site, as it was asked for; sorted by image and token."""
 
     def __getitem__(self, site: str) -> Float[np.ndarray, "rows d"]:
-        return self.rows[site].activation
+        return self._rows(site).activation
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{site!r}: {list(self[site].shape)}" for site in self.rows)
+        return f"Extracted({len(self.image_ids)} images, {len(self.rejects)} rejects, {{{shapes}}})"
 
     def table(self, site: str) -> pa.Table:
         """`image_id`, and the columns of an activation store: `image_index`, `token`, `activation`."""
-        rows = self.rows[site]
+        rows = self._rows(site)
         return rows.table().add_column(0, "image_id", pa.array(self.image_ids).take(pa.array(rows.image_index)))
+
+    def _rows(self, site: str) -> Rows:
+        check(site in self.rows, "site", site, f"choose one that was asked for: {', '.join(self.rows)}")
+        return self.rows[site]
 
 
 def extract(
     images: Any,
-    model: str,
+    model: str | Path,
     sites: str | Sequence[str],
     *,
     revision: str | None = None,
@@ -82,8 +90,13 @@ def extract(
         SaeRayError: no image can be read; an activation is not finite or does not fit into `store_dtype`.
     """
     check(store_dtype in ("float16", "float32"), "store_dtype", store_dtype, "choose float16 or float32")
-    asked = {sites: Site.parse(sites)} if isinstance(sites, str) else {site: Site.parse(site) for site in sites}
-    check(bool(asked), "sites", [], "name at least one")
+    check(bool(sites), "sites", sites, "name at least one")
+    asked = {site: Site.parse(site) for site in ([sites] if isinstance(sites, str) else sites)}
+    check(
+        isinstance(model, str | Path) and bool(str(model)), "model", model, "name the encoder: a hub id or a directory"
+    )
+    check(batch_size >= 1, "batch_size", batch_size, "make it at least 1")
+    model = str(model)
     encoder = load_encoder(model, revision, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
     for site in asked.values():
         check_site(encoder.info, site)
@@ -117,8 +130,10 @@ def _parts(images: Any, preparation: Preparation) -> tuple[list[str], Iterator[D
         folder = Folder(images)
         ids: list[str] = list_images(folder, "none").manifest["image_id"].to_pylist()
         return ids, (decode_part(folder, [ids[one] for one in part], [preparation]) for part in _ranges(len(ids)))
+    if hasattr(images, "iloc"):  # a column of pandas, whose numbers need not count its places
+        images = images.tolist()
     n = len(images) if hasattr(images, "__len__") else 0
-    check(n > 0, "images", type(images).__name__, "give a folder or some images")
+    check(n > 0, "images", type(images).__name__, "give a folder, or a list of paths or Pillow images")
     named = isinstance(images[0], str | Path)
     ids = [str(one) for one in images] if named else [f"{place:0{len(str(n - 1))}}" for place in range(n)]
     return ids, (_decoded([(ids[one], images[one]) for one in part], preparation) for part in _ranges(n))
@@ -145,7 +160,9 @@ def _opened(image: Any) -> Any:
     if hasattr(image, "convert"):
         return image.convert("RGB")
     if not isinstance(image, str | Path):
-        raise UsageError(f"images: {type(image).__name__} is no Pillow image and no path; convert it")
+        raise UsageError(
+            f"images: {type(image).__name__} is no Pillow image and no path; convert it, as Image.fromarray does"
+        )
     try:
         return decode_image(Path(image).expanduser().read_bytes())
     except OSError as error:

@@ -39,6 +39,8 @@ def local_directory(path: str, revision: str | None, forms: str) -> Path | None:
         UsageError: `path` can only be that of a directory, and there is none; or as `local_copy`.
         SaeRayError: There was one where the work was planned, but this node has none; or as `local_copy`.
     """
+    if not path:
+        raise UsageError(f"the name of a model is empty; {forms}")
     if "://" in path:
         folder = Folder(path)
         if not folder.is_local:

@@ -40,7 +40,7 @@ class TopImage(NamedTuple):
     """The latent's value on each patch; None where the report has none."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NeuronCard:
     """One neuron of a cell."""
 
@@ -52,6 +52,10 @@ class NeuronCard:
     """The columns of `SCORES_SCHEMA`."""
     images: Sequence[TopImage]
     """Strongest first."""
+
+    def __repr__(self) -> str:
+        named = f" {self.name.name!r}," if self.name else ""
+        return f"NeuronCard({self.cell}, neuron {self.neuron},{named} {len(self.images)} images)"
 
     def _repr_html_(self) -> str:
         """What a notebook shows. It needs no other file."""

@@ -91,20 +91,21 @@ class Results:
                         table = table.append_column(name, measured[name])
         return table
 
-    def top_images(self, cell: str | None = None, neurons: Sequence[int] | None = None) -> pa.Table:
+    def top_images(self, cell: str | None = None, neurons: int | Sequence[int] | None = None) -> pa.Table:
         """A row per neuron and top image, strongest first: `neuron`, `rank`, `image_index`, `image_id`, `label`,
         `activation`.
 
         Args:
             cell: one of `cells`; by default the only SAE.
-            neurons: only of these.
+            neurons: only of these, or of this one.
 
         Raises UsageError if there is no such cell or neuron.
         """
         read, _ = self._neurons(cell)
-        chosen = np.arange(len(read.top_image)) if neurons is None else np.array(neurons, np.int64)
-        for number in chosen:
-            self._check_neuron(read, int(number))
+        wanted = range(len(read.top_image)) if neurons is None else np.atleast_1d(neurons).tolist()
+        for number in wanted:
+            self._check_neuron(read, number)
+        chosen = np.array(wanted, np.int64)
         place, rank = np.nonzero(read.top_image[chosen] >= 0)
         neuron = chosen[place]
         index = read.top_image[neuron, rank].astype(np.int64)
@@ -170,7 +171,12 @@ class Results:
     @staticmethod
     def _check_neuron(neurons: Neurons, number: int) -> None:
         n = neurons.score.neurons
-        check(0 <= number < n, "neuron", number, f"{neurons.name} has neurons 0 to {n - 1}")
+        check(
+            isinstance(number, int | np.integer) and 0 <= number < n,
+            "neuron",
+            number,
+            f"{neurons.name} has neurons 0 to {n - 1}",
+        )
 
     @staticmethod
     def _classes(neurons: Neurons) -> dict[int, str | None]:

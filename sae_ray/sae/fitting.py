@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from sae_ray.encoders.base import placement
 from sae_ray.errors import SaeRayError, UsageError, check
 from sae_ray.sae.architectures import architecture as named_architecture
 from sae_ray.sae.bundle import BundleJob, CellJob, train_cells
@@ -20,7 +24,7 @@ from sae_ray.sae.config import Cell, TrainingConfig
 from sae_ray.sae.formats import LATENTS_FILE, load_sae, save_sae
 from sae_ray.sae.history import HISTORY_FILE
 from sae_ray.sae.model import SAE
-from sae_ray.store.files import Folder
+from sae_ray.store.files import Folder, writing
 from sae_ray.store.steps import Step, hold
 from sae_ray.store.vectors import Vectors, write_vectors
 
@@ -37,7 +41,7 @@ K = 20
 MOST_DEAD_AFTER = 10_000_000
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TrainedSAE(SAE):
     """An SAE that `train_sae` has trained, and how its training went."""
 
@@ -49,10 +53,11 @@ class TrainedSAE(SAE):
     def save(self, directory: str | Path) -> None:
         """Writes the SAE as `SAE.save` does, and beside it `latents.parquet` and `metrics.parquet`."""
         folder = Folder(directory)
-        for name, table in ((LATENTS_FILE, self.latents), (HISTORY_FILE, self.history)):
-            if table is not None:
-                folder.write_parquet(name, table)
-        save_sae(self, folder)
+        with writing(folder):
+            for name, table in ((LATENTS_FILE, self.latents), (HISTORY_FILE, self.history)):
+                if table is not None:
+                    folder.write_parquet(name, table)
+            save_sae(self, folder)
 
     def plot(self) -> Figure:
         """Reconstruction loss, active latents per activation and dead latents over the steps of training."""
@@ -109,29 +114,25 @@ def train_sae(
             most 10 million.
 
     Raises:
-        UsageError: a setting is unknown or out of range; the activations are none (`Vectors`).
+        UsageError: a setting is unknown or out of range; the activations are none (`Vectors`); this machine does not
+            have the device.
         SaeRayError: a value of the activations is not finite; all of them are 0 or equal; the loss became infinite;
-            another process trains the same SAE in the same directory.
+            the directory cannot be written, or another process trains the same SAE there.
     """
-    kind = named_architecture(architecture)
-    check(not kind.guided, "architecture", architecture, "guided SAEs learn labels: train them in a study")
+    check(callback is None or callable(callback), "callback", callback, "give a function of the metrics of a step")
+    on, _ = placement(device or ("cuda" if torch.cuda.is_available() else "cpu"), "float32")
     vectors = Vectors(activations, column)
-    if k is None and kind.tuned_by == "k":
-        k = max(1, min(K, int(expansion * vectors.d) // 4))
-    training.setdefault("dead_after_samples", max(1, min(MOST_DEAD_AFTER, steps * batch_size // 10)))
-    config = _made(TrainingConfig, "train_sae", steps=steps, batch_size=batch_size, **training)
-    own = _made(kind.Settings, f"settings of {architecture}", **(settings or {}))
-    cell = Cell(architecture, expansion, k, sparsity, seed, config, own)
-    check(config.init is None, "init", config.init, "start from an SAE in a study")
-    cell.check(vectors.d)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    given = {"architecture": architecture, "expansion": expansion, "k": k, "sparsity": sparsity, "seed": seed}
+    cell = _cell(vectors.d, given, settings, {"steps": steps, "batch_size": batch_size, **training})
     with ExitStack() as stack:
-        root = Folder(directory or stack.enter_context(tempfile.TemporaryDirectory(prefix="sae-ray-")))
+        if directory is None:
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="sae-ray-"))
+        root = Folder(directory)
         stored = write_vectors(vectors, root, "activations")
         step = Step(root, "train", "sae", {"activations": stored.name, "cell": cell.identity()})
         if not step.finished:
             with hold([step]):
-                _train(step, cell, stored, device, progress, callback)
+                _train(step, cell, stored, on, progress, callback)
         if step.failure:
             raise SaeRayError(step.failure)
         return _trained(step.folder)
@@ -141,7 +142,7 @@ def _train(
     step: Step,
     cell: Cell,
     stored: Step,
-    device: str,
+    device: torch.device,
     progress: bool,
     callback: Callable[[StepMetrics], None] | None,
 ) -> None:
@@ -175,9 +176,52 @@ def _trained(folder: Folder) -> TrainedSAE:
     return TrainedSAE(**fields, history=history, latents=latents)
 
 
-def _made(kind: type, what: str, **settings: Any) -> Any:
-    known = [field.name for field in dataclasses.fields(kind)]
-    unknown = sorted(settings.keys() - known)
+def _cell(d: int, given: dict[str, Any], settings: Any, training: dict[str, Any]) -> Cell:
+    """The SAE that is asked for, of activations of width d.
+
+    Args:
+        given: fields of the cell itself.
+        settings: the architecture's own.
+    """
+    name, expansion = given["architecture"], given["expansion"]
+    kind = named_architecture(name)
+    check(not kind.guided, "architecture", name, "guided SAEs learn labels: train them in a study")
+    fits = isinstance(expansion, int | float | np.number) and bool(0 < expansion < math.inf)
+    check(fits, "expansion", expansion, "make it a number above 0")
+    if given["k"] is None and kind.tuned_by == "k":
+        given = {**given, "k": max(1, min(K, int(expansion * d) // 4))}
+    arguments = [*inspect.signature(train_sae).parameters][1:-1]
+    config = _made(TrainingConfig, "train_sae", training, arguments)
+    check(config.init is None, "init", config.init, "start from an SAE in a study")
+    if "dead_after_samples" not in training:
+        dead_after = max(1, min(MOST_DEAD_AFTER, config.steps * config.batch_size // 10))
+        config = dataclasses.replace(config, dead_after_samples=dead_after)
+    check(isinstance(settings, Mapping | None), "settings", settings, f"give those of {name} by name")
+    own = _made(kind.Settings, f"settings of {name}", settings or {})
+    cell = _made(Cell, "train_sae", {**given, "training": config, "settings": own})
+    cell.check(d)
+    return cell
+
+
+def _made(kind: type, what: str, values: Mapping[str, Any], also: Sequence[str] = ()) -> Any:
+    """A configuration, as a study makes it from its file: values of another type are converted or refused.
+
+    Args:
+        what: is configured, for errors.
+        also: what else may be given there.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    own = [field.name for field in dataclasses.fields(kind)]
+    unknown = sorted(values.keys() - {*own})
     if unknown:
-        raise UsageError(f"{what} has no setting {unknown[0]!r}; known: {', '.join(known)}")
-    return kind(**settings)
+        known = ", ".join(dict.fromkeys([*also, *own])) or "none"
+        raise UsageError(f"{what} has no setting {unknown[0]!r}; known: {known}")
+    try:
+        made: Any = TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        [problem, *_] = error.errors()
+        name = ".".join(map(str, problem["loc"]))
+        raise UsageError(f"{name} = {problem['input']!r}: {problem['msg']}") from None
+    # A whole number stays one: 4.0 in place of 4 would be the name of another step.
+    return dataclasses.replace(made, **{name: value for name, value in values.items() if type(value) is int})

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+from sae_ray.errors import SaeRayError
+from sae_ray.store.tensors import as_tensor
+from sae_ray.store.vectors import Vectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -127,13 +132,38 @@ class Fidelity:
     def latents(self) -> LatentStatistics:
         return self.latent_sums.statistics()
 
+    def __repr__(self) -> str:
+        return repr(self.summary()).replace(FidelitySummary.__name__, type(self).__name__)
 
-def evaluate(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) -> Fidelity:
-    """Fidelity on activations that are not normalised, with inference-threshold codes."""
+
+def evaluate(sae: SAE, activations: Any, column: str | None = None) -> Fidelity:
+    """Fidelity on activations that are not normalised, with inference-threshold codes.
+
+    Args:
+        activations: what `train_sae` takes, a [n, d_in] tensor or a file say; or an iterable of such tensors or arrays,
+            such as a DataLoader.
+        column: as for `train_sae`.
+
+    Raises:
+        UsageError: these are no vectors, or of another width than `d_in`.
+        SaeRayError: a value is not finite.
+    """
     fidelity = Fidelity(sae.d_in, sae.d_sae)
-    for batch in batches:
-        _measure(sae, batch.to(sae.device), fidelity)
+    for number, batch in enumerate(_given(activations, column)):
+        x = as_tensor(batch)
+        if x.is_floating_point() and not x.isfinite().all():
+            raise SaeRayError(f"batch {number} of the activations has values that are not finite; leave their rows out")
+        _measure(sae, x.to(sae.device), fidelity)
     return fidelity
+
+
+def _given(activations: Any, column: str | None) -> Iterable[Any]:
+    """Batches of [n, d_in]."""
+    if isinstance(activations, torch.Tensor) and activations.ndim == 2:
+        return activations.split(ROWS_PER_BATCH)
+    if isinstance(activations, str | Path) or hasattr(activations, "shape") or hasattr(activations, "column_names"):
+        return Vectors(activations, column).blocks(ROWS_PER_BATCH)
+    return activations
 
 
 def evaluate_store(

@@ -14,11 +14,13 @@ from sae_ray.sae.architectures import architecture
 from sae_ray.sae.rows import standardised
 from sae_ray.sae.screening import pays, screening
 from sae_ray.sae.sparse import Pattern, SparseCodes
-from sae_ray.store.files import Folder
+from sae_ray.store.files import Folder, writing
+from sae_ray.store.tensors import as_tensor
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     from jaxtyping import Float
     from torch import Tensor
 
@@ -33,7 +35,7 @@ _PRE_ENTRIES_ON_GPU = 2**26
 _ROWS_ON_GPU = 256
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SAE:
     """A sparse autoencoder for inference.
 
@@ -70,6 +72,10 @@ class SAE:
                 raise UsageError(f"{name} has shape {tuple(tensor.shape)}; W_enc [{d_in}, {d_sae}] needs {shape}")
         self.kind.check_sae(self)
 
+    def __repr__(self) -> str:
+        sizes = f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", k={self.k}" if self.k is not None else "")
+        return f"{type(self).__name__}({self.architecture}, {sizes}, {self.W_enc.dtype} on {self.device})"
+
     @property
     def kind(self) -> type[Architecture]:
         """The class of its architecture."""
@@ -87,17 +93,25 @@ class SAE:
     def device(self) -> torch.device:
         return self.W_enc.device
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
-        """The same SAE on another device or with weights of another dtype; the threshold stays float32."""
+    def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> SAE:
+        """The same SAE on another device or with weights of another dtype, which may also come first, as in torch; the
+        threshold stays float32."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         weights = {name: getattr(self, name).to(device, dtype) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
         threshold = None if self.threshold is None else self.threshold.to(device)
         return dataclasses.replace(self, **weights, threshold=threshold)
 
     def save(self, directory: str | Path) -> None:
-        """Writes it, in float32, as a directory that `load_sae` and SAELens open; a local path or a URI."""
+        """Writes it, in float32, as a directory that `load_sae` and SAELens open; a local path or a URI.
+
+        Raises SaeRayError if it cannot be written.
+        """
         from sae_ray.sae.formats import save_sae
 
-        save_sae(self, Folder(directory))
+        folder = Folder(directory)
+        with writing(folder):
+            save_sae(self, folder)
 
     def push_to_hub(
         self,
@@ -129,16 +143,17 @@ class SAE:
 
         return push(self, repo_id, folder, private=private, license=license)
 
-    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        """Dense codes. Raises UsageError when x has another width than `d_in`."""
+    def encode(self, x: Float[Tensor | np.ndarray, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        """Dense codes of a tensor or array. Raises UsageError when x is neither, or has another width than `d_in`."""
         return self.kind.codes(self._pre(x), self)
 
     @torch.no_grad()
-    def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
+    def encode_sparse(self, x: Float[Tensor | np.ndarray, "n d_in"]) -> SparseCodes:
         """The active latents of each row. Memory grows with their number: the dense codes of all rows are never formed.
 
         Raises UsageError when x is not [n, d_in]: tokens of several images are flattened into rows first.
         """
+        x = as_tensor(x)
         if x.ndim != 2:
             raise UsageError(f"the input has shape {list(x.shape)}; flatten it to [n, {self.d_in}] first")
         if self.device.type == "cuda":
@@ -158,25 +173,30 @@ class SAE:
         )
 
     def decode(
-        self, codes: SparseCodes | Float[Tensor, "... d_sae"], x: Float[Tensor, "... d_in"] | None = None
+        self,
+        codes: SparseCodes | Float[Tensor | np.ndarray, "... d_sae"],
+        x: Float[Tensor | np.ndarray, "... d_in"] | None = None,
     ) -> Float[Tensor, "... d_in"]:
         """Reconstructions, [n_rows, d_in] for sparse codes.
 
         Args:
             x: what was encoded; for architectures that standardise rows, whose mean and spread it gives back.
 
-        Raises UsageError when such an architecture is not given x.
+        Raises UsageError when such an architecture is not given x, or the codes are not `d_sae` wide.
         """
         W_dec, b_dec = self.W_dec.to(self._dtype), self.b_dec.to(self._dtype)
         if isinstance(codes, SparseCodes):
             pattern = Pattern(codes.rows, codes.latents, codes.n_rows, codes.d_sae)
             decoded = pattern.row_sums(codes.values.to(self._dtype), W_dec) + b_dec
         else:
-            decoded = codes.to(self._dtype) @ W_dec + b_dec
+            codes = as_tensor(codes)
+            if codes.ndim == 0 or codes.shape[-1] != self.d_sae:
+                raise UsageError(f"the codes have shape {list(codes.shape)}; give [..., {self.d_sae}], as encode does")
+            decoded = codes.to(self.device, self._dtype) @ W_dec + b_dec
         return self.restored(decoded, x)
 
     def restored(
-        self, decoded: Float[Tensor, "... d_in"], x: Float[Tensor, "... d_in"] | None
+        self, decoded: Float[Tensor, "... d_in"], x: Float[Tensor | np.ndarray, "... d_in"] | None
     ) -> Float[Tensor, "... d_in"]:
         """What was decoded, with the mean and the spread of the rows x where the architecture standardises them.
 
@@ -186,7 +206,7 @@ class SAE:
             return decoded
         if x is None:
             raise UsageError(f"a {self.architecture} SAE decodes to rows of mean 0; give what was encoded, too")
-        _, mean, spread = standardised(x.to(decoded))
+        _, mean, spread = standardised(as_tensor(x).to(decoded))
         return decoded * spread + mean
 
     def added(self, x: Float[Tensor, "... d_in"], change: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
@@ -202,7 +222,7 @@ class SAE:
     def _dtype(self) -> torch.dtype:
         return torch.promote_types(self.W_enc.dtype, torch.float32)
 
-    def _pre(self, x: Tensor) -> Tensor:
+    def _pre(self, x: Tensor | np.ndarray) -> Tensor:
         W_enc, b_enc = self.W_enc.to(self._dtype), self.b_enc.to(self._dtype)
         return self._centred(x) @ W_enc + b_enc
 
@@ -215,7 +235,10 @@ class SAE:
             torch.addmm(b_enc, rows, W_enc, out=out)
         return pre[: len(centred)]
 
-    def _centred(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+    def _centred(self, x: Float[Tensor | np.ndarray, "... d_in"]) -> Float[Tensor, "... d_in"]:
+        x = as_tensor(x)
+        if x.ndim == 0:
+            raise UsageError(f"the input is a single number; give [..., {self.d_in}]")
         if x.shape[-1] != self.d_in:
             raise UsageError(
                 f"the input is {x.shape[-1]} wide, this SAE takes {self.d_in}; use the site it was trained on"

@@ -296,12 +296,12 @@ class NeuronStats:
 
 
 def monosemanticity(
-    activations: Float[Tensor, "images neurons"], embeddings: Float[Tensor, "images d"]
+    activations: Float[Tensor | np.ndarray, "images neurons"], embeddings: Float[Tensor | np.ndarray, "images d"]
 ) -> Float[Tensor, " neurons"]:
     """MonoSemanticity score of each neuron (Pach et al., arXiv 2504.02821, eq. 5-9).
 
     Args:
-        activations: one value per image and neuron, any scale and sign.
+        activations: one value per image and neuron, any scale and sign; a tensor or an array, like the embeddings.
         embeddings: of the same images by a judge (DINOv2, say); normalised to unit length here.
 
     Returns:
@@ -314,6 +314,9 @@ def monosemanticity(
     """
     import torch
 
+    from sae_ray.store.tensors import as_tensor
+
+    activations, embeddings = as_tensor(activations), as_tensor(embeddings)
     if activations.ndim != 2 or embeddings.ndim != 2 or len(activations) != len(embeddings):
         raise UsageError(
             f"activations {tuple(activations.shape)} and embeddings {tuple(embeddings.shape)} must be two matrices "

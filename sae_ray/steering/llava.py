@@ -25,6 +25,8 @@ from sae_ray.steering.info import LlavaInfo
 from sae_ray.steering.interventions import Intervention, TowerEdit, edit_each
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jaxtyping import Float, Int, UInt8
     from PIL import Image
     from torch import Tensor
@@ -38,7 +40,7 @@ FORMS = (
 )
 
 
-def load_llava(model: str, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> Llava:
+def load_llava(model: str | Path, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> Llava:
     """Loads a `LlavaForConditionalGeneration` with a CLIP, SigLIP, DINOv2 or ViT tower.
 
     Args:
@@ -54,6 +56,7 @@ def load_llava(model: str, revision: str | None = None, device: str = "cpu", dty
             once; or the device or dtype is not available.
     """
     target, kind = placement(device, dtype)
+    model = str(model)
     source = find(model, revision, FORMS)
     info = _describe(model, source)
     from transformers import AutoProcessor

@@ -34,7 +34,9 @@ class Folder:
     """
 
     def __init__(self, uri: str | Path):
-        """Raises UsageError if the URI's filesystem is not supported or cannot be reached."""
+        """Raises UsageError if it is no path, or the URI's filesystem is not supported or cannot be reached."""
+        if not isinstance(uri, str | Path) or not str(uri):
+            raise UsageError(f"{uri!r:.100} names no folder; give a path or a URI such as s3://bucket/folder")
         self.uri = str(uri)
         if "://" in self.uri:
             try:
@@ -199,7 +201,16 @@ def parent_and_name(uri: str) -> tuple[Folder, str]:
     """The folder and the name of a file, from a local path or a URI."""
     path, mark, query = _without_query(uri)
     parent, slash, name = path.rpartition("/")
-    return Folder(parent + slash + mark + query), name
+    return Folder((parent + slash or ".") + mark + query), name
+
+
+@contextmanager
+def writing(folder: Folder) -> Iterator[None]:
+    """Raises SaeRayError, which names the folder, where something cannot be written in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise SaeRayError(f"{folder} cannot be written ({error}); make room, or choose another folder") from error
 
 
 def _opened(uri: str) -> tuple[fs.FileSystem, str]:

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 
+from sae_ray.errors import UsageError
 from sae_ray.store.files import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def as_tensor(values: Any) -> Tensor:
+    """What users give as numbers: a tensor as it is, an array or lists as a tensor of the same dtype.
+
+    Raises UsageError if it is neither.
+    """
+    if isinstance(values, torch.Tensor):
+        return values
+    try:
+        return torch.from_numpy(np.require(values, requirements=["C", "W"]))  # torch warns of what is read-only
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{type(values).__name__} is no tensor and no array of numbers ({error}); give one") from error
 
 
 def write_tensors(folder: Folder, name: str, tensors: dict[str, Tensor]) -> None:

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.store.activations import Part, discard_parts, finish_store, write_part
 from sae_ray.store.casting import stored_rows
-from sae_ray.store.files import Folder
+from sae_ray.store.files import Folder, writing
 from sae_ray.store.steps import Step, hold
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 ROWS_PER_PART = 4096
-FORMS = "a tensor, an array, a .npy, .parquet or .safetensors file, a table or a Hugging Face dataset"
+FORMS = "a tensor, an array, a .npy, .parquet or .safetensors file, a table, a data frame or a Hugging Face dataset"
 
 
 class Vectors:
@@ -31,15 +32,16 @@ class Vectors:
 
     Args:
         source: a [n, d] torch tensor or numpy array; the path of a `.npy`, `.parquet` or `.safetensors` file, of a
-            folder of parquet files, or of a Hugging Face dataset that was saved to disk; a pyarrow table; a Hugging
-            Face dataset or a column of one; or anything else of length n whose slices numpy makes [rows, d] of, such as
-            a dataset of h5py or zarr.
-        column: the column of a table or dataset, or the tensor of a `.safetensors` file; needed where there are
-            several.
+            folder of parquet files, or of a Hugging Face dataset that was saved to disk; a pyarrow table, a data frame
+            of pandas or polars, a Hugging Face dataset, or a column of one; or anything else of length n whose slices
+            numpy makes [rows, d] of, such as a dataset of h5py or zarr.
+        column: the column of a table, data frame or dataset, or the tensor of a `.safetensors` file; needed where there
+            are several. Without it, a data frame of numbers alone is a matrix.
 
     Raises:
         UsageError: it is none of these, not [n, d] with n and d of at least 1, or not of real numbers; there is no such
             column.
+        SaeRayError: numpy masks some of its values.
     """
 
     def __init__(self, source: Any, column: str | None = None):
@@ -68,8 +70,11 @@ class Vectors:
                 block = self._read(slice(start, min(start + rows, self.n)))
             except OSError as error:
                 raise SaeRayError(f"{self.name}: row {start} cannot be read ({error}); write it again") from error
-            if block.ndim != 2 or block.shape[1] != self.d:
-                raise SaeRayError(f"{self.name}: rows from {start} on are not {self.d} wide as the first is")
+            if block.shape != (wanted := (min(rows, self.n - start), self.d)):
+                raise SaeRayError(
+                    f"{self.name}: rows from {start} on are {list(block.shape)}, not {list(wanted)}; give every row "
+                    "the width of the first"
+                )
             with np.errstate(over="ignore"):
                 block = np.require(block, self.dtype, ["C", "W"])  # torch warns of arrays that are mapped read-only
             bad = ~np.isfinite(block).all(1)
@@ -91,7 +96,7 @@ class Vectors:
 
     def _reader(self, source: Any, column: str | None) -> tuple[Callable[[slice], np.ndarray], int]:
         if isinstance(source, str | Path):
-            path = Path(source)
+            path = _path(source)
             source = _opened(path, column)
             if path.suffix == ".safetensors":
                 column = None  # it named the tensor
@@ -102,18 +107,29 @@ class Vectors:
                 source, rows = source.with_format("numpy", columns=[name]), len(source)
                 return lambda some: np.asarray(source[some][name]), rows
             source = source[name]
+        elif hasattr(source, "columns") and hasattr(source, "to_numpy"):
+            source = _of_frame(self.name, source, column)
         elif column is not None:
             raise UsageError(f"column = {column!r}, but {self.name} has no columns; leave column out")
         if isinstance(source, torch.Tensor):
+            if source.layout != torch.strided or source.is_meta:
+                kind = "without values" if source.is_meta else f"of layout {source.layout}"
+                raise UsageError(f"{self.name} is a tensor {kind}; give a dense one, as x.to_dense() makes it")
             return lambda some: _array(source[some]), len(source) if source.ndim else 0
-        if hasattr(source, "to_numpy") and hasattr(source, "chunks"):  # a column of a pyarrow table
+        if isinstance(source, pa.Array):
+            source = pa.chunked_array([source])
+        if isinstance(source, pa.ChunkedArray):
             return lambda some: _lists(source[some]), len(source)
+        if hasattr(source, "to_numpy"):  # a series of pandas or polars; numpy's slices are places, whatever its index
+            source = source.to_numpy()
+        if np.ma.is_masked(source):
+            raise SaeRayError(f"{self.name} has masked values, which are no numbers; leave their rows out")
         try:
             n = len(source)
             np.asarray(source[:1])
         except (TypeError, KeyError, ValueError, IndexError) as error:
             raise UsageError(f"cannot read vectors from {self.name} ({error}); give {FORMS}") from error
-        return lambda some: np.asarray(source[some]), n
+        return lambda some: _stacked(source[some]), n
 
 
 def write_vectors(
@@ -145,14 +161,15 @@ def write_vectors(
         **({"manifest": manifest} if manifest is not None else {}),
     }
     step, started = Step(root, "extract", label, config), time.monotonic()
-    if not step.finished:
-        with hold([step]):
-            try:
-                finish_store(step, _written(vectors, step), vectors.d, time.monotonic() - started)
-            except OSError as error:
-                with suppress(OSError):
-                    discard_parts(step.folder)
-                raise SaeRayError(f"{step.folder} cannot be written ({error}); make room and try again") from error
+    with writing(step.folder):
+        if not step.finished:
+            with hold([step]):
+                try:
+                    finish_store(step, _written(vectors, step), vectors.d, time.monotonic() - started)
+                except OSError:
+                    with suppress(OSError):
+                        discard_parts(step.folder)
+                    raise
     return step
 
 
@@ -166,6 +183,13 @@ def _written(vectors: Vectors, step: Step) -> list[Part]:
         rows = stored_rows(image_index, token.astype(np.int16), block, vectors.dtype)
         parts.append(write_part(step.folder, number, rows, []))
     return parts
+
+
+def _path(name: str | Path) -> Path:
+    if not str(name) or "://" in str(name):
+        what = "is not on this machine; copy it here" if str(name) else "is no file"
+        raise UsageError(f"{str(name)!r} {what}, and give its path")
+    return Path(name).expanduser()
 
 
 def _opened(path: Path, column: str | None) -> Any:
@@ -191,7 +215,10 @@ def _opened(path: Path, column: str | None) -> Any:
         raise
     except Exception as error:  # each library has errors of its own
         raise UsageError(f"{path} cannot be read ({error}); write it again") from error
-    raise UsageError(f"{path} is not a .npy, .parquet or .safetensors file; save the vectors as one of these")
+    raise UsageError(
+        f"{path} is not a .npy, .parquet or .safetensors file; save the vectors as one of these, or load them in "
+        "Python and give the array itself"
+    )
 
 
 def _dataset(path: Path) -> Any:
@@ -206,7 +233,13 @@ def _table(path: Path, column: str | None) -> Any:
     """The column of a file or of a folder of files, as a table."""
     from pyarrow.dataset import dataset
 
-    found = dataset(path, format="parquet")
+    files = path
+    if path.is_dir():  # others may lie beside them, such as checkpoints of Jupyter
+        below = (file for file in path.rglob("*.parquet") if file.is_file())
+        files = [str(file) for file in sorted(below) if not _hidden(file.relative_to(path))]
+        if not files:
+            raise UsageError(f"{path} holds no .parquet files; name the file that has the vectors")
+    found = dataset(files, format="parquet")
     return found.to_table(columns=[_column(str(path), found.schema.names, column)])
 
 
@@ -216,7 +249,30 @@ def _column(name: str, names: list[str], column: str | None) -> str:
     if column in names:
         return column
     asked = "several columns" if column is None else f"no column {column!r}"
-    raise UsageError(f"{name} has {asked}; choose one as column (--column), or give it alone: {', '.join(names)}")
+    choices = ", ".join(map(str, names))
+    raise UsageError(f"{name} has {asked}; choose one as column (--column), or give it alone: {choices}")
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
+
+
+def _of_frame(name: str, frame: Any, column: str | None) -> Any:
+    """A column of a data frame, or all of them as a matrix."""
+    if column is None and (matrix := frame.to_numpy()).dtype.kind in "fiu":
+        return matrix
+    return frame[_column(name, list(frame.columns), column)]
+
+
+def _stacked(rows: Any) -> np.ndarray:
+    """Rows as a matrix, also where each is an object of its own, as in a column of a data frame."""
+    block = np.asarray(rows)
+    if block.dtype != object or block.ndim != 1:
+        return block
+    try:
+        return np.array([np.asarray(row) for row in block])
+    except ValueError:  # they differ in width
+        return block
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -227,6 +283,8 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 def _lists(column: Any) -> np.ndarray:
     """Rows of a column of lists, of fixed size or not."""
     values = column.combine_chunks()
+    if isinstance(values, pa.ExtensionArray):  # of tensors
+        values = values.storage
     if values.null_count:
         raise SaeRayError("the column has rows without a vector; leave them out")
     if not hasattr(values, "flatten") or not hasattr(values.type, "value_type"):

@@ -819,6 +819,7 @@ def test_sites_that_do_not_exist_are_refused_with_what_there_is(loaded):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
+        ("", "the name of a model is empty; an encoder is named by"),
         ("/no/such/directory", "there is no directory /no/such/directory"),
         ("~/no/such/directory", "there is no directory"),
         ("nobody/no-such-model", "nobody/no-such-model cannot be loaded"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -46,9 +47,13 @@ def test_images_of_any_kind(tmp_path: Path, tiny_clip: str):
         image.save(path)
     expected = extract(tmp_path, tiny_clip, "projection", **QUIET)["projection"]
     column = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
-    for some in (images, paths, [str(path) for path in paths], column["image"], [images[0], *paths[1:]]):
-        assert np.array_equal(extract(some, tiny_clip, "projection", **QUIET)["projection"], expected)
+    series = pd.Series(paths, index=range(5, 10))
+    for some in (images, paths, [str(path) for path in paths], column["image"], [images[0], *paths[1:]], series):
+        assert np.array_equal(extract(some, Path(tiny_clip), "projection", **QUIET)["projection"], expected)
     broken = extract([tmp_path / "nowhere.png", *paths], tiny_clip, "layer1:random:2", **QUIET)
+    assert repr(broken) == "Extracted(6 images, 1 rejects, {'layer1:random:2': [10, 32]})"
+    with pytest.raises(UsageError, match="site = 'projection': choose one that was asked for: layer1:random:2"):
+        broken["projection"]
     assert broken.rejects == {str(tmp_path / "nowhere.png"): "could not be read: No such file or directory"}
     table = broken.table("layer1:random:2")
     assert table["image_index"].to_pylist() == [one for one in range(1, 6) for _ in range(2)]
@@ -76,10 +81,16 @@ def test_the_pages_example_runs(small_study: Path, tiny_clip: str):
 def test_what_cannot_be_is_named(tmp_path: Path, tiny_clip: str):
     with pytest.raises(UsageError, match="there is no image folder"):
         extract(tmp_path / "nowhere", tiny_clip, "projection", **QUIET)
-    with pytest.raises(UsageError, match="images = 'list': give a folder or some images"):
+    with pytest.raises(UsageError, match="images = 'list': give a folder, or a list of paths"):
         extract([], tiny_clip, "projection", **QUIET)
     with pytest.raises(UsageError, match="layer is 7, but"):
         extract(tmp_path, tiny_clip, "layer7:cls", **QUIET)
+    with pytest.raises(UsageError, match="batch_size = 0: make it at least 1"):
+        extract(tmp_path, tiny_clip, "projection", batch_size=0)
+    with pytest.raises(UsageError, match="model = '': name the encoder"):
+        extract(tmp_path, "", "projection")
+    with pytest.raises(UsageError, match=r"sites = \[\]: name at least one"):
+        extract(tmp_path, tiny_clip, [])
     with pytest.raises(UsageError, match="store_dtype = 'bfloat16'"):
         extract(tmp_path, tiny_clip, "projection", store_dtype="bfloat16", **QUIET)
     with pytest.raises(UsageError, match="ndarray is no Pillow image and no path"):

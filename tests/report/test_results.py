@@ -70,6 +70,7 @@ def test_a_row_per_top_image(results: Results):
     whole = results.top_images(CELL)
     some = results.top_images(CELL, [7, 3])
     assert some["neuron"].unique().to_pylist() == [7, 3]
+    assert results.top_images(CELL, 7).equals(results.top_images(CELL, [7]))
     assert (
         some.slice(0, 3).to_pylist() == whole.filter(pa.array(whole["neuron"].to_numpy() == 7)).slice(0, 3).to_pylist()
     )
@@ -149,6 +150,8 @@ def test_imported_activations_have_tables(tmp_path: Path):
         (lambda results: results.neurons("x"), "cell = 'x': choose one"),
         (lambda results: results.neuron(999, CELL), f"neuron = 999: {CELL} has neurons 0 to"),
         (lambda results: results.top_images(CELL, [-1]), "neuron = -1"),
+        (lambda results: results.top_images(CELL, [1.5]), "neuron = 1.5"),
+        (lambda results: results.neuron("7", CELL), "neuron = '7'"),
     ],
 )
 def test_what_is_not_there_is_named(results: Results, ask: Callable, message: str):

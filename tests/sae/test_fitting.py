@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -59,7 +61,25 @@ def sources(x: torch.Tensor, directory: Path) -> dict[str, tuple[Any, str | None
     pq.write_table(pa.table({"vector": lists}), directory / "lists.parquet")
     save_file({"x": x, "y": x + 1}, directory / "x.safetensors")
     dataset = datasets.Dataset.from_dict({"label": list(range(len(x))), "vector": x.tolist()})
+    frame = pd.DataFrame({"name": range(len(x)), "vector": list(x.numpy())}, index=np.linspace(0, 1, len(x)))
+    polar = polars.DataFrame({"name": range(len(x)), "vector": x.tolist()})
+    parts = directory / "parts"
+    (parts / ".ipynb_checkpoints").mkdir(parents=True)
+    (parts / ".ipynb_checkpoints" / "a.parquet").write_text("no parquet")
+    (parts / "notes.txt").write_text("notes")
+    for name, some in (("a", lists[:100]), ("b", lists[100:])):
+        pq.write_table(pa.table({"vector": some}), parts / f"{name}.parquet")
     return {
+        "data frame": (frame, "vector"),
+        "column of a data frame": (frame["vector"], None),
+        "data frame of numbers": (pd.DataFrame(x.numpy(), index=frame.index), None),
+        "polars": (polar, "vector"),
+        "column of polars": (polar["vector"], None),
+        "numbers of polars": (polars.DataFrame(x.numpy()), None),
+        "arrow array": (fixed, None),
+        "arrow tensors": (pa.table({"x": pa.FixedShapeTensorArray.from_numpy_ndarray(x.numpy())}), None),
+        "folder": (parts, None),
+        "home": ("~/x.npy", None),
         "array": (x.numpy(), None),
         "float64": (x.double().numpy(), None),
         "lists": (x.tolist(), None),
@@ -77,12 +97,14 @@ def sources(x: torch.Tensor, directory: Path) -> dict[str, tuple[Any, str | None
     }
 
 
-def test_any_source_gives_the_same_sae(x: torch.Tensor, tmp_path: Path):
-    for name, (source, column) in sources(x, tmp_path).items():
+def test_any_source_gives_the_same_sae(x: torch.Tensor, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = sources(x, tmp_path)
+    for name, (source, column) in given.items():
         vectors = Vectors(source, column)
         assert (vectors.n, vectors.d, vectors.dtype) == (300, 8, "float32"), name
         assert np.array_equal(np.concatenate(list(vectors.blocks(70))), x.numpy()), name
-    source, column = sources(x, tmp_path)["dataset"]
+    source, column = given["dataset"]
     assert same(train_sae(source, column=column, **SMALL), train_sae(x.numpy(), **SMALL))
 
 
@@ -183,12 +205,27 @@ def test_many_rows_are_many_parts(tmp_path: Path):
         (3, {}, "cannot read vectors from int"),
         ("nowhere.npy", {}, "there is no file nowhere.npy"),
         (__file__, {}, "is not a .npy, .parquet or .safetensors file"),
+        ("", {}, "'' is no file"),
+        ("s3://bucket/x.npy", {}, "is not on this machine; copy it here"),
+        (torch.eye(4).to_sparse(), {}, "is a tensor of layout torch.sparse_coo; give a dense one"),
+        (torch.ones(4, 3, device="meta"), {}, "is a tensor without values"),
+        (pd.DataFrame({"a": ["x"], "b": [1.0]}), {}, "has several columns; choose one as column .*: a, b"),
         (torch.ones(4, 3), {"column": "x"}, "column = 'x', but Tensor has no columns"),
         (pa.table({"a": [1.0], "b": [2.0]}), {}, r"several columns; choose one as column \(--column\), or .*: a, b"),
         (pa.table({"a": [1.0], "b": [2.0]}), {"column": "c"}, "has no column 'c'; choose one as column"),
         (torch.ones(4, 3), {"architecture": "batchtopk"}, "did you mean 'batch_topk'"),
         (torch.ones(4, 3), {"architecture": "guided_topk"}, "guided SAEs learn labels"),
         (torch.ones(4, 3), {"lr": 1e-3}, "train_sae has no setting 'lr'; known: .*learning_rate"),
+        (torch.ones(4, 3), {"d_sae": 12}, "train_sae has no setting 'd_sae'; known: architecture, expansion, .*steps"),
+        (torch.ones(4, 3), {"settings": 3}, "settings = 3: give those of batch_topk by name"),
+        (torch.ones(4, 3), {"k": 2.5}, "k = 2.5: Input should be a valid integer"),
+        (torch.ones(4, 3), {"seed": "a"}, "seed = 'a': Input should be a valid integer"),
+        (torch.ones(4, 3), {"steps": 2.5}, "steps = 2.5: Input should be a valid integer"),
+        (torch.ones(4, 3), {"learning_rate": "fast"}, "learning_rate = 'fast': Input should be a valid number"),
+        (torch.ones(4, 3), {"expansion": "wide"}, "expansion = 'wide': make it a number above 0"),
+        (torch.ones(4, 3), {"device": "gpu"}, "device is 'gpu', which this machine does not offer"),
+        (torch.ones(4, 3), {"callback": 3}, "callback = 3: give a function"),
+        (torch.ones(4, 3), {"directory": ""}, "'' names no folder"),
         (torch.ones(4, 3), {"settings": {"levels": 2}}, "settings of batch_topk has no setting 'levels'"),
         (torch.ones(4, 3), {"k": 200}, "k = 200: make it at most d_sae = 24"),
         (torch.ones(4, 3), {"steps": 0}, "training.steps = 0: make it at least 1"),
@@ -210,6 +247,27 @@ def test_bad_values_are_named(x: torch.Tensor):
     ragged = pa.table({"x": pa.array([[1.0, 2.0], [3.0, 4.0, 5.0]])})
     with pytest.raises(SaeRayError, match="differ in width"):
         list(Vectors(ragged).blocks())
+    with pytest.raises(SaeRayError, match=r"rows from 0 on are \[2\], not \[2, 2\]; give every row the width"):
+        list(Vectors(pd.Series([[1.0, 2.0], [3.0]])).blocks())
+    with pytest.raises(SaeRayError, match="has masked values, which are no numbers"):
+        train_sae(np.ma.masked_greater(x.numpy(), 1), **SMALL)
+
+
+def test_numbers_of_numpy_are_numbers(x: torch.Tensor, trained: TrainedSAE):
+    options = {name: np.array(value)[()] for name, value in SMALL.items() if name != "progress"}
+    assert same(train_sae(x, **options, progress=False), trained)
+
+
+def test_a_folder_that_cannot_be_written_is_named(x: torch.Tensor, trained: TrainedSAE, tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SaeRayError, match=r"file cannot be written .*; make room, or choose another folder"):
+        trained.save(tmp_path / "file")
+    with pytest.raises(SaeRayError, match=r"file/activations-.* cannot be written"):
+        train_sae(x, **SMALL, directory=tmp_path / "file")
+
+
+def test_it_is_shown_by_what_it_is(trained: TrainedSAE):
+    assert repr(trained) == "TrainedSAE(batch_topk, d_in=8, d_sae=32, k=2, torch.float32 on cpu)"
 
 
 def test_few_latents_have_a_k_of_their_own(x: torch.Tensor):

@@ -326,6 +326,12 @@ def test_what_is_no_name_is_refused(text):
         HubName.parse(text)
 
 
+@pytest.mark.parametrize("text", ["https://huggingface.co/a/b", "HF://a/b", "hf:a/b"])
+def test_an_address_of_another_form_is_answered_with_the_form(text):
+    with pytest.raises(UsageError, match=r"is not how an SAE is named; .*hf://owner/name/folder@revision"):
+        load_sae(text)
+
+
 def test_a_folder_is_saved_as_it_was(tmp_path):
     """What was opened knows where, and what is made of it can be saved."""
     save_sae(make_sae("topk"), Folder(tmp_path))

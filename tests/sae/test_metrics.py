@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae_ray.errors import SaeRayError
 from sae_ray.sae import SAE, Fidelity, SparseCodes, evaluate, evaluate_store, measure_latents
 from sae_ray.sae.architectures import ARCHITECTURES
 
@@ -84,6 +85,18 @@ def test_parts_merge_into_the_whole():
     assert merged.summary() == pytest.approx(whole.summary(), abs=1e-6)
     for left, right in zip(merged.latents(), whole.latents(), strict=True):
         torch.testing.assert_close(left, right)
+
+
+def test_activations_come_in_every_form(tmp_path: Path):
+    sae, x = make_sae(), inputs()
+    np.save(tmp_path / "x.npy", x.numpy())
+    whole = evaluate(sae, [x]).summary()
+    for given in (x, x.numpy(), tmp_path / "x.npy", [x.numpy()], torch.utils.data.DataLoader(x, batch_size=100)):
+        assert evaluate(sae, given).summary() == whole
+    assert repr(evaluate(sae, x)).startswith("Fidelity(n_samples=100, l0=")
+    x[7] = torch.nan
+    with pytest.raises(SaeRayError, match="batch 0 of the activations has values that are not finite"):
+        evaluate(sae, x)
 
 
 def test_perfect_and_mean_reconstructions_have_known_values():

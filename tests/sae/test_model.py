@@ -121,7 +121,7 @@ def test_topk_keeps_fewer_than_k_where_fewer_are_positive():
 
 def test_bfloat16_weights_keep_a_float32_threshold_and_float32_codes(device):
     exact = make_sae("batch_topk").to(device)
-    sae = exact.to(dtype=torch.bfloat16)
+    sae = exact.to(torch.bfloat16)
     assert sae.W_enc.dtype == sae.b_dec.dtype == torch.bfloat16
     assert torch.equal(sae.threshold, exact.threshold)
     codes = sae.encode(inputs(9).bfloat16())
@@ -129,6 +129,27 @@ def test_bfloat16_weights_keep_a_float32_threshold_and_float32_codes(device):
     assert sae.encode_sparse(inputs(9)).values.dtype == torch.float32
     rounded = exact.to(dtype=torch.bfloat16).to(dtype=torch.float32)
     assert torch.equal(rounded.encode(inputs(9)), sae.encode(inputs(9)))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_arrays_are_taken_like_tensors(name):
+    sae, x = make_sae(name), torch.randn(5, D_IN)
+    codes = sae.encode(x)
+    array = x.numpy()
+    array.flags.writeable = False
+    assert torch.equal(sae.encode(array), codes)
+    assert torch.equal(sae.encode_sparse(array).values, sae.encode_sparse(x).values)
+    assert torch.equal(sae.decode(codes.numpy(), array), sae.decode(codes, x))
+
+
+def test_what_is_no_matrix_of_numbers_is_named():
+    sae = make_sae("batch_topk")
+    with pytest.raises(UsageError, match="the input is a single number; give"):
+        sae.encode(torch.tensor(1.0))
+    with pytest.raises(UsageError, match="str is no tensor and no array of numbers"):
+        sae.encode("x.npy")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match=rf"the codes have shape \[5, 3\]; give \[..., {D_SAE}\]"):
+        sae.decode(torch.zeros(5, 3))
 
 
 def test_inputs_of_another_width_are_refused_with_both_widths():

@@ -131,6 +131,12 @@ def test_too_few_images_or_no_neurons_are_no_error(shape: tuple[int, int]):
     assert scores.isnan().all()
 
 
+def test_arrays_are_taken_like_tensors():
+    activations, embeddings = torch.rand(9, 4), torch.randn(9, 3)
+    expected = monosemanticity(activations, embeddings)
+    assert torch.equal(monosemanticity(activations.numpy(), embeddings.numpy()), expected)
+
+
 def test_tensors_of_any_dtype_are_taken():
     activations, embeddings = torch.randint(-4, 4, (12, 3)), torch.randn(12, 4)
     scores = monosemanticity(activations.double(), embeddings.bfloat16())

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -137,6 +138,12 @@ def test_paths_are_shown_without_keys(tmp_path: Path):
 def test_a_uri_of_no_filesystem_is_refused(uri: str):
     with pytest.raises(UsageError, match=r"cannot be opened \(.*\); give a local path or a URI such as s3://"):
         Folder(uri)
+
+
+@pytest.mark.parametrize("path", ["", None, 3, [1] * 1000])
+def test_what_is_no_path_is_refused(path: Any):
+    with pytest.raises(UsageError, match="names no folder; give a path or a URI"):
+        Folder(path)
 
 
 def test_a_torn_json_file_is_named(tmp_path: Path):

@@ -236,7 +236,7 @@ def test_what_vanishes_while_it_is_read_is_named(x: np.ndarray, tmp_path: Path):
         def __getitem__(self, rows: slice) -> np.ndarray:
             if rows.start:
                 raise OSError("Can't read data")
-            return x[rows]
+            return np.resize(x, (len(range(len(self))[rows]), D))
 
     with pytest.raises(SaeRayError, match=r"Vanishing: row 4096 cannot be read \(Can't read data\)"):
         write_vectors(Vectors(Vanishing()), Folder(tmp_path), "activations")

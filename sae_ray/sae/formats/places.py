@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from pyarrow import fs
 
 from sae_ray.encoders.sources import is_path
 from sae_ray.errors import UsageError
-from sae_ray.sae.formats.hub_names import HubName, downloaded, listed
+from sae_ray.sae.formats.hub_names import SCHEME, HubName, downloaded, listed
 from sae_ray.store.files import Folder, parent_and_name
 
 CONFIG_FILE = "cfg.json"
@@ -58,8 +59,10 @@ def place_of(path: str | Path | Folder) -> Place:
     Raises:
         UsageError: there is nothing, no SAE or more than one; or the hub cannot be reached and its cache lacks the SAE.
     """
-    if isinstance(path, str) and path.startswith("hf://"):
+    if isinstance(path, str) and path.startswith(SCHEME):
         return _of_hub(HubName.parse(path))
+    if isinstance(path, str) and re.match(r"(https?|hf):", path, re.IGNORECASE):
+        raise UsageError(f"{path} is not how an SAE is named; {FORMS}")
     folder = path if isinstance(path, Folder) else Folder(path)
     kind = folder.filesystem.get_file_info(folder.path).type
     if kind == fs.FileType.NotFound:
