@@ -164,7 +164,7 @@ class Pass:
         self._blocks_per_fold = max(1, min(BLOCKS_PER_FOLD, FOLD_BYTES // max(1, entries)))
         # The vectors in the stored dtype and in float32, and what an encoder makes of them.
         read = 4 * min(PIECE_BYTES, self._activations.n_rows * self._activations.row_bytes)
-        # SAEs are there twice while they are loaded, and pass through the host's memory one by one on their way to a GPU.
+        # An SAE is there twice while it is loaded. On the way to a GPU they pass through the host's memory one by one.
         largest = max(score.weight_bytes for score in scores)
         weights = largest if gpus else sum(score.weight_bytes for score in scores)
         memory = at_most_a_node(PROCESS_BYTES + weights + max(largest, entries + read), cpus, gpus)
