@@ -203,9 +203,16 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
     lock = f"lock-{uuid.uuid4().hex}.json"
     owner = {**_surroundings(), "pid": os.getpid()}
     stop, lost = threading.Event(), threading.Event()
+
+    def interrupt(*_: Any) -> None:
+        if lost.is_set():
+            raise KeyboardInterrupt
+
     if threading.current_thread() is threading.main_thread():
         # Processes that Ray starts, such as a submitted driver, have it blocked.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a script starts in the background
+            signal.signal(signal.SIGINT, interrupt)
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
@@ -250,6 +257,8 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
         stop.set()
         if heartbeat.is_alive():
             heartbeat.join()
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         for step in held:
             _HELD.pop(step.folder, None)
             _TOLD.pop(step.folder, None)

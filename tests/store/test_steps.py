@@ -367,16 +367,28 @@ def test_a_step_is_not_finished_by_a_driver_whose_lock_has_vanished(step: Step):
     assert step.folder.files() == {"weights": 1}
 
 
-def test_a_driver_with_blocked_signals_stops_too(step: Step):
-    """As one that `ray job submit` starts."""
-    code = """
-import signal, sys, threading, time
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+@pytest.mark.parametrize(
+    "as_started",
+    [
+        pytest.param("signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})", id="by ray job submit"),
+        pytest.param("signal.signal(signal.SIGINT, signal.SIG_IGN)", id="by a script in the background"),
+    ],
+)
+def test_a_driver_that_signals_do_not_reach_stops_too(step: Step, as_started: str):
+    code = f"""
+import os, signal, sys, time
+{as_started}
 from sae_ray.store import steps
 from sae_ray.store.files import Folder
 steps.HEARTBEAT_SECONDS = 0.05
-step = steps.Step(Folder(sys.argv[1]), "train", "x", {})
+step = steps.Step(Folder(sys.argv[1]), "train", "x", {{}})
+ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 with steps.hold([step]):
+    pass  # not the first of this driver
+with steps.hold([step]):
+    if ignored:
+        os.kill(os.getpid(), signal.SIGINT)
+    print("at work", flush=True)
     for name in step.folder.files():
         step.folder.delete(name)
     time.sleep(60)
@@ -385,7 +397,7 @@ with steps.hold([step]):
     done = subprocess.run([sys.executable, "-c", code, str(step.root)], capture_output=True, text=True)
     assert done.returncode == 1
     assert "has vanished" in done.stderr
-    assert done.stdout == ""
+    assert done.stdout == "at work\n"
 
 
 def test_looking_at_a_step_removes_no_lock(step: Step):
