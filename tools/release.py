@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -97,9 +96,9 @@ def try_out(scripts: Path) -> None:
     with subprocess.Popen([command, "serve", "--demo", "--port", str(port)], **place) as server:
         try:
             answer = ask(f"http://127.0.0.1:{port}/v1", server)
+            print(f"sae-ray serve --demo: {answer} after {time.monotonic() - began:.1f} s", flush=True)
         finally:
-            server.send_signal(signal.SIGINT)
-    print(f"sae-ray serve --demo: {answer} after {time.monotonic() - began:.1f} s")
+            server.terminate()  # an interrupt is ignored by what a script starts in the background
 
 
 def ask(api: str, server: subprocess.Popen) -> str:
