@@ -71,12 +71,15 @@ def connect() -> None:
         # Without one, Ray would write a token to ~/.ray, and every later `ray start` of this user would ask for it.
         _set_defaults({"RAY_AUTH_TOKEN": secrets.token_hex(32)})
         _start_less()
+        # Logical CPUs: readers and actors that mostly wait need more than two of them to run at once.
+        cpus = max(4, usable_cpus())
+        # Ray ends idle processes beyond one per CPU, though the next stage needs what they have loaded.
+        _set_defaults({"RAY_num_workers_soft_limit": str(3 * cpus)})
         with _held_back_stderr():
             memory = memory_for_ray()
-            # Logical CPUs: readers and actors that mostly wait need more than two of them to run at once.
             ray.init(
                 address="local",
-                num_cpus=max(4, usable_cpus()),
+                num_cpus=cpus,
                 include_dashboard=False,
                 _temp_dir=directory_for_ray(),
                 logging_level=logging.WARNING,
