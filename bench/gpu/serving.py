@@ -121,7 +121,7 @@ def language(sizes: Sizes, device: torch.device) -> Iterator[Table]:
         columns=["way", "requests at once", "ms to the first token", "ms per further token", "tokens/s while decoding"],
         rows=[],
     )
-    prompt = llava._embedded("?", [image])
+    prompt = llava._embedded(llava._asked("?", len(image)), [image])
     for what in ("Llava.generate", "transformers' own loop and cache"):
         for batch in sizes.requests:
             free(device)

@@ -125,9 +125,8 @@ def _largest_per_row(matrix: Float[Tensor, "rows width"], k: int, signed: bool) 
     size = math.gcd(width, 2 ** min(6, round(math.log2(width / k) / 2)))
     maxima = _maxima(matrix, size)
     blocks = _first_largest(maxima, min(k, maxima.shape[1]), signed)
-    blocks = blocks.gather(
-        1, stable_order(blocks, width)
-    )  # the first among equal values are then the first in the matrix
+    # In order, so that the first among equal values are the first in the matrix.
+    blocks = blocks.gather(1, stable_order(blocks, width))
     near = matrix.view(n_rows, -1, size).gather(1, blocks.unsqueeze(2).expand(-1, -1, size)).flatten(1)
     places = _first_largest(near, k, signed)
     columns = blocks.gather(1, places // size) * size + places % size

@@ -127,7 +127,6 @@ class Llava:
         self._tower_in_use = threading.Lock()
         self._speaking = threading.Lock()
         self._decoder: Decoder | None = None
-        self._asked = functools.lru_cache(maxsize=256)(self._token_ids_asked)  # the same question of many images
 
     @property
     def width(self) -> int:
@@ -230,9 +229,11 @@ class Llava:
             raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         if not prompts:
             return []
+        asked = functools.cache(self._asked)  # often the same question about many images
+        shown = [[one] if isinstance(one, torch.Tensor) else one for one in embeddings]
         inputs = [
-            self._embedded(prompt, [one] if isinstance(one, torch.Tensor) else one)
-            for one, prompt in zip(embeddings, prompts, strict=True)
+            self._embedded(asked(prompt, *map(len, images)), images)
+            for prompt, images in zip(prompts, shown, strict=True)
         ]
         longest = max(len(row) for row in inputs) + max_new_tokens
         context = self.model.config.text_config.max_position_embeddings
@@ -286,14 +287,13 @@ class Llava:
         ids = tokenizer(prompt, add_special_tokens=not starts_itself, return_tensors="pt")["input_ids"][0]
         return ids.to(self.device)
 
-    def _embedded(self, question: str, images: Sequence[Tensor]) -> Float[Tensor, "tokens hidden"]:
-        """The prompt as the language model reads it, the images in their places."""
-        ids = self._asked(question, *map(len, images))
+    def _embedded(self, ids: Int[Tensor, " ids"], images: Sequence[Tensor]) -> Float[Tensor, "tokens hidden"]:
+        """A prompt as the language model reads it, the images in their places."""
         embedded = self.model.get_input_embeddings()(ids)
         embedded[ids == self.processor.image_token_id] = torch.cat(list(images)).to(embedded)
         return embedded
 
-    def _token_ids_asked(self, question: str, *patches: int) -> Int[Tensor, " ids"]:
+    def _asked(self, question: str, *patches: int) -> Int[Tensor, " ids"]:
         """Of the question about images of so many patches, an image token for each patch."""
         token = self.processor.image_token
         before, *between = self.prompt(question, len(patches)).split(token)

@@ -243,7 +243,8 @@ def hold(steps: Sequence[Step]) -> Iterator[None]:
                 yield
             finally:
                 stop.set()
-                heartbeat.join()  # it interrupts nothing that comes later
+                if heartbeat.is_alive():
+                    heartbeat.join()  # it interrupts nothing that comes later
     except KeyboardInterrupt:
         if lost.is_set():
             raise _lost(steps[0].root) from None
