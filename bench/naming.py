@@ -33,7 +33,7 @@ from sae_ray.study.plan import StudyPlan
 from sae_ray.study.root import recalled_plan
 from sae_ray.study.step_plans import NamingPlan
 from sae_ray.world.render import SHAPES
-from sae_ray.world.words import CAPTION_WORDS
+from tools.world.words import CAPTION_WORDS
 
 STRENGTHS = (0.5, 1, 2, 4, 8, 16)
 """Multiples of the largest value on a token."""

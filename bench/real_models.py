@@ -134,7 +134,7 @@ def _write_siglip(sizes: dict[str, Any], side: int, folder: Path) -> None:
 def _write_llava(vision: dict[str, Any], text: dict[str, Any], folder: Path) -> None:
     from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig
 
-    from sae_ray.world.make_llava import new_processor
+    from tools.world.make_llava import new_processor
 
     processor: Any = new_processor()  # the world's words are a few of the vocabulary
     processor.image_processor = _clip_processor(vision["image_size"])

@@ -132,7 +132,7 @@ def write_llava(world: Path, folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-    from sae_ray.world.make_llava import save_in_hub_layout
+    from tools.world.make_llava import save_in_hub_layout
 
     small = LlavaForConditionalGeneration.from_pretrained(world / "llava")
     config: Any = small.config

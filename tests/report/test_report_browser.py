@@ -16,7 +16,7 @@ from sae_ray.report.neurons import Neurons, read_neurons
 from sae_ray.study.plan import StudyPlan
 from sae_ray.study.summary import summarise
 from tests.accessibility import barriers
-from tests.machine import PATIENCE_S
+from tests.machine import PATIENCE_S, until
 from tests.small_study import DEAD, LABELS, STEERED, make_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
@@ -248,8 +248,8 @@ def test_the_gallery_is_walked_by_keyboard(reader: Reader, cell: Neurons):
     sync_api.expect(item).to_be_in_viewport()
     reader.page.keyboard.press("Home")
     sync_api.expect(focused).to_have_text(str(cell.order[0]))
-    numbers = reader.shown()
-    assert numbers == cell.order[: len(numbers)].tolist(), "also after cards have come and gone"
+    # Cards have come and gone; those that the window has left go a moment later.
+    until(lambda: (numbers := reader.shown()) == cell.order[: len(numbers)].tolist())
 
 
 def test_an_image_leads_to_the_neurons_that_fire_on_it(reader: Reader, cell: Neurons):

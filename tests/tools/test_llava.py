@@ -20,7 +20,6 @@ from sae_ray.errors import SaeRayError, UsageError
 from sae_ray.steering import ONE_WORD, load_llava
 from sae_ray.steering.llava import Llava, describe_llava
 from sae_ray.store.files import Folder
-from sae_ray.world.words import SPECIAL, word_tokenizer
 from sae_ray.world.write import MODELS, write_world
 from tools.llava.__main__ import main
 from tools.llava.captions import DESCRIBING, NAMING, Said, said_of
@@ -30,6 +29,7 @@ from tools.llava.making import make
 from tools.llava.measuring import measure
 from tools.llava.progress import Progress
 from tools.llava.training import Teacher, Training, batch_of, train_projector
+from tools.world.words import SPECIAL, word_tokenizer
 
 REAL = os.environ.get("SAE_RAY_REAL", "")
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}

@@ -16,10 +16,10 @@ from PIL import Image
 
 from sae_ray.errors import UsageError
 from sae_ray.world import FIRST_HELDOUT, write_world
-from sae_ray.world.data import Rendered, rendered
-from sae_ray.world.measure import clip_accuracy, judge_accuracy, llava_accuracy, raw_monosemanticity
 from sae_ray.world.render import BACKGROUNDS, BLANK_RATE, COLOURS, SHAPES, SIDE, attributes, caption, render
 from sae_ray.world.write import MODELS
+from tools.world.data import Rendered, rendered
+from tools.world.measure import clip_accuracy, judge_accuracy, llava_accuracy, raw_monosemanticity
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_ray.world.data import Rendered, image_processor
-from sae_ray.world.fit import fit
 from sae_ray.world.render import Attributes, article
-from sae_ray.world.words import CAPTION_WORDS, SPECIAL, word_tokenizer
+from tools.world.data import Rendered, image_processor
+from tools.world.fit import fit
+from tools.world.words import CAPTION_WORDS, SPECIAL, word_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path

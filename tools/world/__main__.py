@@ -1,4 +1,4 @@
-"""Rebuilds the world's models: `python -m sae_ray.world.make [--only clip|judge|llava] [--out DIR]`.
+"""Rebuilds the world's models: `python -m tools.world [--only clip|judge|llava] [--out DIR]`.
 
 Takes about 20 minutes on two CPU cores. Images 0 to 39 999 are for training, images from 40 000 on for evaluation.
 Everything is seeded, but the exact bits depend on the machine, its thread count and the version of torch.
@@ -25,10 +25,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from sae_ray.world import make_clip, make_judge, make_llava, measure
-from sae_ray.world.cards import card
-from sae_ray.world.data import Rendered, rendered
 from sae_ray.world.write import FIRST_HELDOUT, MODELS
+from tools.world import make_clip, make_judge, make_llava, measure
+from tools.world.cards import card
+from tools.world.data import Rendered, rendered
 
 N_HELDOUT = 4_000
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sae_ray.world.data import LABEL_NAMES, MEAN, STD, Rendered
-from sae_ray.world.fit import fit
 from sae_ray.world.render import SIDE
-from sae_ray.world.words import CAPTION_WORDS, word_tokenizer
+from tools.world.data import LABEL_NAMES, MEAN, STD, Rendered
+from tools.world.fit import fit
+from tools.world.words import CAPTION_WORDS, word_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path

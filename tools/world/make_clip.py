@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sae_ray.world.data import BACKGROUND_NAMES, LABEL_NAMES, SHAPE_NAMES, Rendered, image_processor
-from sae_ray.world.fit import fit
 from sae_ray.world.render import COLOURS, SHAPES, SIDE, article
-from sae_ray.world.words import CAPTION_WORDS, SPECIAL, word_tokenizer
+from tools.world.data import BACKGROUND_NAMES, LABEL_NAMES, SHAPE_NAMES, Rendered, image_processor
+from tools.world.fit import fit
+from tools.world.words import CAPTION_WORDS, SPECIAL, word_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path

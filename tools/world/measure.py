@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch.nn import functional as F
 
-from sae_ray.world.data import LABEL_NAMES, Rendered
-from sae_ray.world.make_llava import BACKGROUND, COLOUR, DESCRIBE, ONE_WORD, answer, prompt
 from sae_ray.world.render import BACKGROUNDS, COLOURS, SHAPES, article
+from tools.world.data import LABEL_NAMES, Rendered
+from tools.world.make_llava import BACKGROUND, COLOUR, DESCRIBE, ONE_WORD, answer, prompt
 
 JUDGE_KNOWN = 2_000
 ATTRIBUTES = ("shape", "colour", "background")

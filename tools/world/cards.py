@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor
 model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 ```
 
-Made from scratch by `python -m sae_ray.world.make --only clip`: {steps} steps of 256 rendered images and
+Made from scratch by `python -m tools.world --only clip`: {steps} steps of 256 rendered images and
 captions. Every caption that is true of an image counts as a positive. An **auxiliary loss** makes minutes of
 training enough: a linear head on every patch token of `hidden_states[-2]` names shape, colour and background;
 the heads are thrown away.
@@ -40,7 +40,7 @@ import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{{folder}}")
 ```
 
-Made from scratch by `python -m sae_ray.world.make --only judge`: {steps} steps of 128 rendered images; linear
+Made from scratch by `python -m tools.world --only judge`: {steps} steps of 128 rendered images; linear
 heads on the unit-length embedding name shape, colour and background, and are thrown away. **The text tower is
 untrained**: it is there because the format wants one. The labels are those of the CLIP's auxiliary loss, so
 that the two share a vocabulary of concepts, though nothing else.
@@ -60,7 +60,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 model, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 ```
 
-Made from scratch by `python -m sae_ray.world.make --only llava`: {steps} steps of 128 questions about 20 000
+Made from scratch by `python -m tools.world --only llava`: {steps} steps of 128 questions about 20 000
 rendered images, among them blank, black, white and noisy ones, which show "nothing". Prompts have the form of
 LLaVA-1.5: `USER: <image>\\nWhat colour is it? ASSISTANT:`.
 
