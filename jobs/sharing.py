@@ -29,8 +29,9 @@ def export(sae: str, to: str, out: str, centred: bool) -> Folder:
     if folder.files() or folder.folders():
         raise UsageError(f"--out {folder} is not empty; choose a new folder")
     if to == NEURONPEDIA:
+        source = sae_folder(sae)
         with writing(folder):
-            return write_neuronpedia(sae_folder(sae), folder)
+            return write_neuronpedia(source, folder)
     opened = load_sae(sae)
     with writing(folder):
         export_sae(opened, folder, to, centred)

@@ -130,6 +130,7 @@ def _parts(images: Any, preparation: Preparation) -> tuple[list[str], Iterator[D
         folder = Folder(images)
         ids: list[str] = list_images(folder, "none").manifest["image_id"].to_pylist()
         return ids, (decode_part(folder, [ids[one] for one in part], [preparation]) for part in _ranges(len(ids)))
+    check(not hasattr(images, "columns"), "images", type(images).__name__, "give one of its columns")
     if hasattr(images, "iloc"):  # a column of pandas, whose numbers need not count its places
         images = images.tolist()
     n = len(images) if hasattr(images, "__len__") else 0

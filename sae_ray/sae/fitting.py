@@ -212,6 +212,7 @@ def _made(kind: type, what: str, values: Mapping[str, Any], also: Sequence[str] 
     """
     from pydantic import TypeAdapter, ValidationError
 
+    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
     own = [field.name for field in dataclasses.fields(kind)]
     unknown = sorted(values.keys() - {*own})
     if unknown:

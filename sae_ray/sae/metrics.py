@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from sae_ray.store.tensors import as_tensor
 from sae_ray.store.vectors import Vectors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor
@@ -140,30 +140,40 @@ def evaluate(sae: SAE, activations: Any, column: str | None = None) -> Fidelity:
     """Fidelity on activations that are not normalised, with inference-threshold codes.
 
     Args:
-        activations: what `train_sae` takes, a [n, d_in] tensor or a file say; or an iterable of such tensors or arrays,
-            such as a DataLoader.
+        activations: what `train_sae` takes, a [n, d_in] tensor or a file say; or such tensors or arrays one after the
+            other: a list of them, an iterator, a DataLoader.
         column: as for `train_sae`.
 
     Raises:
         UsageError: these are no vectors, or of another width than `d_in`.
-        SaeRayError: a value is not finite.
+        SaeRayError: a value is not finite; the message names its row, counted over all batches.
     """
     fidelity = Fidelity(sae.d_in, sae.d_sae)
-    for number, batch in enumerate(_given(activations, column)):
-        x = as_tensor(batch)
-        if x.is_floating_point() and not x.isfinite().all():
-            raise SaeRayError(f"batch {number} of the activations has values that are not finite; leave their rows out")
+    done = 0
+    for batch in _given(activations, column):
+        x = as_tensor(_alone(batch))
+        if x.is_floating_point() and not (finite := x.isfinite()).all():
+            row = done + int((~finite).nonzero()[0, 0])
+            raise SaeRayError(f"row {row} of the activations has values that are not finite; leave it out")
         _measure(sae, x.to(sae.device), fidelity)
+        done += len(x)
     return fidelity
 
 
 def _given(activations: Any, column: str | None) -> Iterable[Any]:
-    """Batches of [n, d_in]."""
+    """Batches of [n, d_in]: what gives them one after the other, without a place for each row, is of batches."""
     if isinstance(activations, torch.Tensor) and activations.ndim == 2:
         return activations.split(ROWS_PER_BATCH)
-    if isinstance(activations, str | Path) or hasattr(activations, "shape") or hasattr(activations, "column_names"):
-        return Vectors(activations, column).blocks(ROWS_PER_BATCH)
-    return activations
+    if isinstance(activations, list | tuple):
+        of_batches = bool(activations) and getattr(_alone(activations[0]), "ndim", 0) == 2
+    else:
+        of_batches = isinstance(activations, Iterable) and not hasattr(activations, "__getitem__")
+    return activations if of_batches else Vectors(activations, column).blocks(ROWS_PER_BATCH)
+
+
+def _alone(batch: Any) -> Any:
+    """The tensor of a batch of a TensorDataset, which is a list."""
+    return batch[0] if isinstance(batch, list | tuple) and len(batch) == 1 else batch
 
 
 def evaluate_store(

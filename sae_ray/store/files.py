@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import uuid
@@ -33,11 +34,11 @@ class Folder:
     written under a temporary name and renamed; object stores show an object only when its upload is complete.
     """
 
-    def __init__(self, uri: str | Path):
+    def __init__(self, uri: str | os.PathLike[str]):
         """Raises UsageError if it is no path, or the URI's filesystem is not supported or cannot be reached."""
-        if not isinstance(uri, str | Path) or not str(uri):
+        if not isinstance(uri, str | os.PathLike) or not os.fspath(uri):
             raise UsageError(f"{uri!r:.100} names no folder; give a path or a URI such as s3://bucket/folder")
-        self.uri = str(uri)
+        self.uri = os.fspath(uri)
         if "://" in self.uri:
             try:
                 self.filesystem, self.path = _opened(self.uri)

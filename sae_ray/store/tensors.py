@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 def as_tensor(values: Any) -> Tensor:
     """What users give as numbers: a tensor as it is, an array or lists as a tensor of the same dtype.
 
-    Raises UsageError if it is neither.
+    Raises UsageError if it is neither, or numpy masks some of its values.
     """
     if isinstance(values, torch.Tensor):
         return values
+    if np.ma.is_masked(values):
+        raise UsageError(f"{type(values).__name__} has masked values, which are no numbers; leave their rows out")
     try:
         return torch.from_numpy(np.require(values, requirements=["C", "W"]))  # torch warns of what is read-only
     except (TypeError, ValueError) as error:

@@ -70,11 +70,17 @@ class Vectors:
                 block = self._read(slice(start, min(start + rows, self.n)))
             except OSError as error:
                 raise SaeRayError(f"{self.name}: row {start} cannot be read ({error}); write it again") from error
+            except ValueError as error:
+                raise SaeRayError(
+                    f"{self.name}: rows from {start} on are no vectors ({error}); give every row {self.d} numbers"
+                ) from error
             if block.shape != (wanted := (min(rows, self.n - start), self.d)):
                 raise SaeRayError(
                     f"{self.name}: rows from {start} on are {list(block.shape)}, not {list(wanted)}; give every row "
                     "the width of the first"
                 )
+            if block.dtype.kind not in "fiu":
+                raise SaeRayError(f"{self.name}: rows from {start} on hold {block.dtype}; give every row real numbers")
             with np.errstate(over="ignore"):
                 block = np.require(block, self.dtype, ["C", "W"])  # torch warns of arrays that are mapped read-only
             bad = ~np.isfinite(block).all(1)
@@ -189,7 +195,10 @@ def _path(name: str | Path) -> Path:
     if not str(name) or "://" in str(name):
         what = "is not on this machine; copy it here" if str(name) else "is no file"
         raise UsageError(f"{str(name)!r} {what}, and give its path")
-    return Path(name).expanduser()
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise UsageError(f"{str(name)!r} is no file ({error}); give its whole path") from error
 
 
 def _opened(path: Path, column: str | None) -> Any:

@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from sae_ray.errors import SaeRayError
 from sae_ray.sae import SAE, Fidelity, SparseCodes, evaluate, evaluate_store, measure_latents
@@ -91,12 +94,19 @@ def test_activations_come_in_every_form(tmp_path: Path):
     sae, x = make_sae(), inputs()
     np.save(tmp_path / "x.npy", x.numpy())
     whole = evaluate(sae, [x]).summary()
-    for given in (x, x.numpy(), tmp_path / "x.npy", [x.numpy()], torch.utils.data.DataLoader(x, batch_size=100)):
-        assert evaluate(sae, given).summary() == whole
+    fixed = pa.FixedSizeListArray.from_arrays(pa.array(x.numpy().reshape(-1)), 6)
+    loader = DataLoader(TensorDataset(x), batch_size=100)
+    of_rows = (x, x.numpy(), tmp_path / "x.npy", x.tolist(), [*x], fixed, pa.chunked_array([fixed]))
+    of_batches = ([x.numpy()], (x,), iter([x]), DataLoader(x, batch_size=100), loader, list(loader))
+    for given in (*of_rows, Dataset.from_dict({"x": x.tolist()})["x"], *of_batches):
+        assert evaluate(sae, given).summary() == whole, type(given)
     assert repr(evaluate(sae, x)).startswith("Fidelity(n_samples=100, l0=")
     x[7] = torch.nan
-    with pytest.raises(SaeRayError, match="batch 0 of the activations has values that are not finite"):
-        evaluate(sae, x)
+    with pytest.raises(SaeRayError, match="row 7 of the activations has values that are not finite"):
+        evaluate(sae, x.split(5))
+    for masked in (np.ma.masked_invalid(x.numpy()), [np.ma.masked_invalid(x.numpy())]):
+        with pytest.raises(SaeRayError, match="has masked values"):
+            evaluate(sae, masked)
 
 
 def test_perfect_and_mean_reconstructions_have_known_values():
