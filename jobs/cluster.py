@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_ray.control_groups import cpu_quota, own_groups
+from sae_ray import control_groups
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.host import free_memory
 from sae_ray.store.files import without_keys
 
 from .progress import say
@@ -102,7 +101,7 @@ def usable_cpus() -> int:
 
     limits = [joblib.cpu_count()]
     limits += [int(given) for name in SHARES if (given := os.environ.get(name, "")).isdigit() and int(given)]
-    if quota := cpu_quota(own_groups()):
+    if quota := control_groups.cpu_quota():
         limits.append(quota)
     return min(limits)
 
@@ -112,11 +111,11 @@ def memory_for_ray() -> dict[str, Any]:
     leave less, it would give tasks more than there is."""
     from ray._private.utils import estimate_available_memory, resolve_object_store_memory  # as of Ray 2.60
 
-    free = free_memory()
-    if free >= estimate_available_memory():
+    left = control_groups.memory().left
+    if left >= estimate_available_memory():
         return {}
-    store = resolve_object_store_memory(free)
-    return {"object_store_memory": store, "_memory": free - store}
+    store = resolve_object_store_memory(left)
+    return {"object_store_memory": store, "_memory": left - store}
 
 
 def directory_for_ray() -> str:

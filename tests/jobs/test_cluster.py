@@ -201,7 +201,7 @@ def test_there_are_as_many_tasks_that_compute_as_cores(ray_cluster, monkeypatch)
 LESS_MEMORY = """
 from sae_ray.jobs import cluster
 
-cluster.free_memory = lambda: 2 * 10**9
+cluster.control_groups.memory = lambda: cluster.control_groups.Memory(limit=4 * 10**9, left=2 * 10**9)
 cluster.connect()
 import ray
 
