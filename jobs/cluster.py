@@ -284,13 +284,13 @@ def gpus_or_default(gpus: float | None) -> float:
 
 def room(cpus: float, gpus: float, memory: float = 0) -> int:
     """How many workers of these resources the cluster's nodes hold. `memory`: bytes of each."""
-    return sum(_places(node, cpus, gpus, memory) for node in _nodes())
+    return sum(_places(node, cpus, gpus, memory) for node in nodes_alive())
 
 
-def at_most_a_node(memory: float, cpus: float, gpus: float, workers: int = 1) -> int:
-    """Bytes to ask Ray for, for each of the workers that run at once: more than the nodes have that can run them would
-    never be given."""
-    return min(int(memory), most_memory(_nodes(), cpus, gpus, workers))
+def at_most_a_node(memory: float, cpus: float, gpus: float) -> int:
+    """Bytes to ask Ray for, for a worker: more than the nodes have that can run it would never be given. All, where
+    there is no such node yet."""
+    return min(int(memory), most_memory(nodes_alive(), cpus, gpus) or int(memory))
 
 
 def most_memory(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float, workers: int = 1) -> int:
@@ -311,8 +311,8 @@ def most_memory(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float, 
     return int(min(shares, default=0))
 
 
-def _nodes() -> list[dict[str, float]]:
-    """The resources of those that are alive."""
+def nodes_alive() -> list[dict[str, float]]:
+    """The resources of each."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -10,7 +10,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from sae_ray.jobs.cluster import SHARES, directory_for_ray, loss, require, share, usable_cpus, user_error
+from sae_ray.jobs.cluster import (
+    SHARES,
+    at_most_a_node,
+    directory_for_ray,
+    loss,
+    require,
+    share,
+    usable_cpus,
+    user_error,
+)
 from sae_ray.jobs.stage import at_work
 
 from sae_ray.errors import SaeRayError, UsageError
@@ -175,6 +184,12 @@ def test_cpus_are_those_that_may_be_used(monkeypatch):
         assert usable_cpus() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_work_that_no_node_can_run_yet_asks_for_all_of_its_memory(ray_cluster):
+    """None at all would be no limit."""
+    assert at_most_a_node(1e15, 99, 0) == 10**15
+    assert 0 < at_most_a_node(1e15, 1, 0) < 10**15
 
 
 @pytest.mark.parametrize("name", SHARES)
