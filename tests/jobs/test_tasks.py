@@ -75,10 +75,8 @@ def lose():
     cluster.remove_node(large, allow_graceful=False)
 
 threading.Thread(target=lose, daemon=True).start()
-began_at = time.monotonic()
 ended = tasks.ended("train", ["a bundle"], 1, tasks.Workers(1, 0), lambda what: 5e9, begin)
-found = [[what, ray.get(task)] for what, task in ended]
-print(json.dumps(found + asked + [time.monotonic() - began_at >= tasks.WAIT_SECONDS]))
+print(json.dumps([[what, ray.get(task)] for what, task in ended] + asked))
 """
 
 
@@ -89,7 +87,7 @@ def test_work_whose_node_is_lost_goes_on_with_the_memory_of_those_that_are_left(
         command = [sys.executable, "-c", LOSES_ITS_NODE, scratch]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [["a bundle", "done"], 3 * 10**9, 10**9, True]
+    assert json.loads(done.stdout.splitlines()[-1]) == [["a bundle", "done"], 3 * 10**9, 10**9]
     said = [line for line in done.stderr.splitlines() if line.startswith("train: no node")]
     assert ["is left that has the 3 GB" in said[0], "begun again with 1 GB" in said[1], len(said)] == [True, True, 2]
     record_fault("the only node with enough memory is lost", "train", "goes on with the most that another one has")
