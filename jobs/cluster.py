@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_ray.control_groups import cpu_quota, own_groups
+from sae_ray import control_groups
 from sae_ray.errors import SaeRayError, UsageError
-from sae_ray.host import free_memory
 from sae_ray.store.files import without_keys
 
 from .progress import say
@@ -102,7 +101,7 @@ def usable_cpus() -> int:
 
     limits = [joblib.cpu_count()]
     limits += [int(given) for name in SHARES if (given := os.environ.get(name, "")).isdigit() and int(given)]
-    if quota := cpu_quota(own_groups()):
+    if quota := control_groups.cpu_quota():
         limits.append(quota)
     return min(limits)
 
@@ -112,11 +111,11 @@ def memory_for_ray() -> dict[str, Any]:
     leave less, it would give tasks more than there is."""
     from ray._private.utils import estimate_available_memory, resolve_object_store_memory  # as of Ray 2.60
 
-    free = free_memory()
-    if free >= estimate_available_memory():
+    left = control_groups.memory().left
+    if left >= estimate_available_memory():
         return {}
-    store = resolve_object_store_memory(free)
-    return {"object_store_memory": store, "_memory": free - store}
+    store = resolve_object_store_memory(left)
+    return {"object_store_memory": store, "_memory": left - store}
 
 
 def directory_for_ray() -> str:
@@ -285,13 +284,13 @@ def gpus_or_default(gpus: float | None) -> float:
 
 def room(cpus: float, gpus: float, memory: float = 0) -> int:
     """How many workers of these resources the cluster's nodes hold. `memory`: bytes of each."""
-    return sum(_places(node, cpus, gpus, memory) for node in _nodes())
+    return sum(_places(node, cpus, gpus, memory) for node in nodes_alive())
 
 
-def at_most_a_node(memory: float, cpus: float, gpus: float, workers: int = 1) -> int:
-    """Bytes to ask Ray for, for each of the workers that run at once: more than the nodes have that can run them would
-    never be given."""
-    return min(int(memory), most_memory(_nodes(), cpus, gpus, workers))
+def at_most_a_node(memory: float, cpus: float, gpus: float) -> int:
+    """Bytes to ask Ray for, for a worker: more than the nodes have that can run it would never be given. All, where
+    there is no such node yet."""
+    return min(int(memory), most_memory(nodes_alive(), cpus, gpus) or int(memory))
 
 
 def most_memory(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float, workers: int = 1) -> int:
@@ -312,8 +311,8 @@ def most_memory(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float, 
     return int(min(shares, default=0))
 
 
-def _nodes() -> list[dict[str, float]]:
-    """The resources of those that are alive."""
+def nodes_alive() -> list[dict[str, float]]:
+    """The resources of each."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

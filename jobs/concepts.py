@@ -32,7 +32,7 @@ from .extract import encoder_bytes
 from .progress import Progress, StageBoard, say
 from .score import active_per_token
 from .stage import at_work, unfinished
-from .tasks import Needs, ended
+from .tasks import Workers, ended
 
 if TYPE_CHECKING:
     from sae_ray.sae import SAE
@@ -142,14 +142,12 @@ def _measure(plan: StudyPlan, todo: list[ConceptsPlan]) -> None:
     with Progress(f"concepts of {len(todo)} cells", total, "images", steps=[one.step for one in todo]) as progress:
         board = progress.board()
 
-        def needs(one: ConceptsPlan) -> Needs:
-            return Needs(_bytes(one, gpus), resources.cpus, gpus)
-
         def begin(one: ConceptsPlan, memory: int) -> Any:
             job, device = _job(one, given, plan.study.seed), "cuda" if gpus else "cpu"
             return task.options(memory=memory).remote(job, shared, device, board)
 
-        for _, finished in ended("concepts", waiting, at_once, needs, begin):
+        workers = Workers(resources.cpus, gpus)
+        for _, finished in ended("concepts", waiting, at_once, workers, lambda one: _bytes(one, gpus), begin):
             ray.get(finished)
 
 

@@ -117,11 +117,9 @@ def cpus() -> Finding:
 
 
 def memory() -> Finding:
-    from ray._private.utils import estimate_available_memory  # private, as of Ray 2.60
-
     from sae_ray.host import free_memory, total_memory
 
-    total, free = total_memory(), min(estimate_available_memory(), free_memory())
+    total, free = total_memory(), free_memory()
     text = f"{total / GB:.0f} GB, of which {free / GB:.0f} GB are free"
     if free >= LITTLE_MEMORY:
         return Finding("ok", text)

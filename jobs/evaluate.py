@@ -14,7 +14,7 @@ from sae_ray.study.step_plans import EvaluatePlan
 from .cluster import PROCESS_BYTES, RETRIES, share, take_threads
 from .progress import Progress, StageBoard
 from .stage import at_work, unfinished
-from .tasks import Needs, ended
+from .tasks import Workers, ended
 
 if TYPE_CHECKING:
     from sae_ray.sae.targets import Targets
@@ -42,8 +42,8 @@ def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
     resources = plan.study.resources.evaluate
     gpus, at_once = share("resources.evaluate", resources)
 
-    def needs(one: EvaluatePlan) -> Needs:
-        return Needs(memory_of(one.sae.weight_bytes, one.activations.bytes), resources.cpus, gpus)
+    def memory(one: EvaluatePlan) -> int:
+        return memory_of(one.sae.weight_bytes, one.activations.bytes)
 
     task = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, max_retries=RETRIES)(evaluated)
     targets = targets_of(plan, (one.sae for one in todo), plan.images["heldout"])
@@ -52,14 +52,15 @@ def _evaluate(plan: StudyPlan, todo: list[EvaluatePlan]) -> None:
     with Progress(f"evaluate {len(todo)} SAEs", total, "activations", steps=[one.step for one in todo]) as progress:
         board = progress.board()
 
-        def begin(one: EvaluatePlan, memory: int) -> Any:
+        def begin(one: EvaluatePlan, asked: int) -> Any:
             folders = (one.sae.step.folder, one.activations.step.folder)
             cell = one.sae.grid_cell.cell
             learnt = shared[cell.settings.concepts] if cell.guided else None
             device = "cuda" if gpus else "cpu"
-            return task.options(memory=memory).remote(*folders, learnt, one.step, device, board)
+            return task.options(memory=asked).remote(*folders, learnt, one.step, device, board)
 
-        for _, finished in ended("evaluate", list(todo), at_once, needs, begin):
+        workers = Workers(resources.cpus, gpus)
+        for _, finished in ended("evaluate", list(todo), at_once, workers, memory, begin):
             ray.get(finished)
 
 

@@ -221,7 +221,8 @@ def _encoded(
     resources = plan.study.resources.extract
     part = max(_bytes_of_a_part(parts) for parts in sets)
     infos = [extract.info for parts in sets for extract in parts.todo]
-    memory = encoder_bytes(infos, resources.batch_size, resources.gpus) + 2 * part
+    wanted = encoder_bytes(infos, resources.batch_size, resources.gpus) + 2 * part
+    memory = at_most_a_node(wanted, resources.cpus, gpus_or_default(resources.gpus))
     work = Work(*map(sum, zip(*(parts.work for parts in sets), strict=True)))
     workers, gpus, decoders = shares(resources, memory, part, work)
     jobs = _encoder_jobs([extract for parts in sets for extract in parts.todo])
@@ -255,7 +256,7 @@ def _encoded(
         ),
         num_cpus=resources.cpus,
         num_gpus=gpus,
-        memory=at_most_a_node(memory, resources.cpus, gpus),
+        memory=memory,
     )
     for row in dataset.iter_rows():
         images, written, dim, problem = json.loads(row["told"])

@@ -37,7 +37,7 @@ from .metrics import count_failure
 from .placement import bundles, memory
 from .progress import Progress, StageBoard, pace_of, say
 from .stage import Failures, at_work, unfinished
-from .tasks import Needs, ended
+from .tasks import Workers, ended
 from .tracking import Trackers, Tracking, tracking_of
 
 if TYPE_CHECKING:
@@ -95,10 +95,9 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets]
     waiting = bundles(plan, todo, at_once, device, targets)
     of_step = {train.step.name: train for train in todo}
 
-    def needs(bundle: BundleJob) -> Needs:
+    def wanted(bundle: BundleJob) -> int:
         trains = [of_step[job.step.name] for job in bundle.cells]
-        wanted = memory(trains, bundle.shuffle_rows, device, resources.shards)
-        return Needs(wanted, resources.cpus, gpus, least)
+        return memory(trains, bundle.shuffle_rows, device, resources.shards)
 
     total = sum(bundle.steps * len(bundle.cells) for bundle in waiting)
     problems: list[Exception] = []
@@ -107,7 +106,8 @@ def _fit(plan: StudyPlan, todo: Sequence[TrainPlan], targets: dict[str, Targets]
         board = progress.board()
         telling = Telling(board, tracking_of(plan))
         fit = _by_task(plan, gpus, telling) if most == 1 else _by_ray_train(plan, (least, most), gpus, telling)
-        for bundle, finished in ended("train", waiting, at_once, needs, fit):
+        workers = Workers(resources.cpus, gpus, least)
+        for bundle, finished in ended("train", waiting, at_once, workers, wanted, fit, moves=most == 1):
             try:
                 if not ray.get(finished):
                     waiting.insert(0, bundle)

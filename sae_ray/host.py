@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_ray import control_groups
-from sae_ray.control_groups import own_groups
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +18,7 @@ def free_memory(device: torch.device | None = None) -> int:
     """Bytes that this and new processes may take: of a GPU, if that is the device, else of the host, as the kernel and
     the control groups of this process say; a very large number where neither does."""
     if device is None or device.type != "cuda":
-        return min(_available(), control_groups.memory(own_groups()).left)
+        return min(_available(), control_groups.memory().left)
     import torch
 
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to be used again
@@ -29,7 +28,7 @@ def free_memory(device: torch.device | None = None) -> int:
 def total_memory() -> int:
     """Bytes of the host's memory that its control groups leave to this process and those beside it."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(there, control_groups.memory(own_groups()).limit)
+    return min(there, control_groups.memory().limit)
 
 
 def _available() -> int:

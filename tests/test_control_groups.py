@@ -29,8 +29,8 @@ def test_cpus_are_those_of_every_control_group_around(tmp_path, limits, expected
     assert cpu_quota("1:cpu:/x\n0::/user.slice/job.scope\n", tmp_path) == expected
 
 
-V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+V2 = ("memory.max", "memory.current", "")
 UNLIMITED = {V1: 2**63 - 4096, V2: "max"}
 
 
@@ -38,7 +38,9 @@ def show(folder: Path, names: tuple[str, str, str], limit: int | None, used: int
     folder.mkdir(parents=True, exist_ok=True)
     (folder / names[0]).write_text(f"{UNLIMITED[names] if limit is None else limit}\n")
     (folder / names[1]).write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"cache {cached + 1}\n{names[2]} {cached}\nactive_file 1\n")
+    active = cached // 3
+    lines = [f"cache {cached + 1}", f"{names[2]}inactive_file {cached - active}", f"{names[2]}active_file {active}"]
+    (folder / "memory.stat").write_text("".join(f"{line}\n" for line in lines))
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,13 @@ def test_in_a_container_the_groups_around_it_are_named_but_not_there(tmp_path):
     show(tmp_path, V2, 2 * GB, GB, 0)
     assert memory("0::/docker/abc\n", tmp_path) == (2 * GB, GB)
     assert memory("", tmp_path) == (sys.maxsize, sys.maxsize)
+
+
+def test_a_group_that_cannot_be_read_is_left_out(tmp_path):
+    """A sandbox may lack some of the files, and a group may go away while it is read."""
+    show(tmp_path, V2, 8 * GB, GB, 0)
+    show(tmp_path / "job", V2, 2 * GB, GB, 0)
+    (tmp_path / "job/memory.stat").unlink()
+    (tmp_path / "job/cpu.max").mkdir()
+    assert memory("0::/job\n", tmp_path) == (8 * GB, 7 * GB)
+    assert cpu_quota("0::/job\n", tmp_path) is None

@@ -36,16 +36,18 @@ def embeddings_by_image(judge: ActivationStore, activations: ActivationStore) ->
             f"{judge.folder} has embeddings of {judge.n_images} images, {activations.folder} activations of "
             f"{activations.n_images}; delete both and run the extract stage again"
         )
-    parts = [judge.read(number) for number in judge.parts]
-    image_index = np.concatenate([part[0] for part in parts])
-    vectors = np.concatenate([part[2] for part in parts])
-    if not (lengths := np.abs(vectors).max(1)).all():
-        raise SaeRayError(
-            f"the judge gives the image with image_index {image_index[lengths == 0][0]} an embedding of length zero, "
-            "which has no direction; remove the image or choose another judge"
-        )
-    found = np.zeros((image_index.max(initial=-1) + 1, judge.d), vectors.dtype)
-    found[image_index] = vectors
+    # Part by part: of large sets the vectors must not be there twice.
+    indices = [judge.images_of_groups(number, range(len(judge.group_rows(number)))) for number in judge.parts]
+    n = max((int(index.max(initial=-1)) for index in indices), default=-1) + 1
+    found = np.zeros((n, judge.d), judge.config["store_dtype"])
+    for number in judge.parts:
+        image_index, _, vectors = judge.read(number)
+        if not (lengths := np.abs(vectors).max(1)).all():
+            raise SaeRayError(
+                f"the judge gives the image with image_index {image_index[lengths == 0][0]} an embedding of length "
+                "zero, which has no direction; remove the image or choose another judge"
+            )
+        found[image_index] = vectors
     return torch.from_numpy(found)
 
 

@@ -10,7 +10,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from sae_ray.jobs.cluster import SHARES, directory_for_ray, loss, require, share, usable_cpus, user_error
+from sae_ray.jobs.cluster import (
+    SHARES,
+    at_most_a_node,
+    directory_for_ray,
+    loss,
+    require,
+    share,
+    usable_cpus,
+    user_error,
+)
 from sae_ray.jobs.stage import at_work
 
 from sae_ray.errors import SaeRayError, UsageError
@@ -177,6 +186,12 @@ def test_cpus_are_those_that_may_be_used(monkeypatch):
         os.sched_setaffinity(0, before)
 
 
+def test_work_that_no_node_can_run_yet_asks_for_all_of_its_memory(ray_cluster):
+    """None at all would be no limit."""
+    assert at_most_a_node(1e15, 99, 0) == 10**15
+    assert 0 < at_most_a_node(1e15, 1, 0) < 10**15
+
+
 @pytest.mark.parametrize("name", SHARES)
 def test_cpus_are_those_that_a_scheduler_has_given(monkeypatch, name):
     for other in SHARES:
@@ -201,7 +216,7 @@ def test_there_are_as_many_tasks_that_compute_as_cores(ray_cluster, monkeypatch)
 LESS_MEMORY = """
 from sae_ray.jobs import cluster
 
-cluster.free_memory = lambda: 2 * 10**9
+cluster.control_groups.memory = lambda: cluster.control_groups.Memory(limit=4 * 10**9, left=2 * 10**9)
 cluster.connect()
 import ray
 

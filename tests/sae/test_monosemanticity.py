@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,6 +211,20 @@ def test_embeddings_travel_with_the_activations_of_their_images(stores, tmp_path
             judged = torch.stack([of_image[image] for image in images.tolist()]).float()
             trainer.step(rows.float() / scale, embeddings=judged if cell.monosemanticity else None)
         torch.testing.assert_close(trainer.export(scale).W_dec, load_sae(job.step.folder).W_dec, rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_are_held_once_while_they_are_read(write_store, tmp_path: Path):
+    rows, d = 500, 256
+    parts = [
+        (np.arange(rows * n, rows * (n + 1)), np.zeros(rows), np.full((rows, d), 1 + n, np.float32)) for n in range(8)
+    ]
+    judge = write_store(tmp_path / "judge", parts)
+    tracemalloc.start()
+    found = embeddings_by_image(judge, judge)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * found.nbytes
+    assert found[:, 0].tolist() == [1 + n for n in range(8) for _ in range(rows)]
 
 
 def test_a_judge_that_has_not_seen_all_images_is_refused(stores, write_store, tmp_path: Path):
