@@ -70,10 +70,14 @@ def directory_named(model: str) -> str | None:
     return next((model.removeprefix(prefix) for prefix in _LOCAL_DIRS if model.startswith(prefix)), None)
 
 
-def model_name(model: str) -> str:
-    """A short name to show: a model id unchanged, the last part of a path or URI."""
+def model_name(model: str, revision: str | None = None) -> str:
+    """A short name to show: a model id unchanged, the last part of a path or URI.
+
+    The revision tells a relative path from an id.
+    """
     path = directory_named(model) or model
-    return PurePath(address_shown(path)).name if path != model or is_path(path) else model
+    of_directory = path != model or is_path(path) or is_digest(revision)
+    return PurePath(address_shown(path)).name if of_directory else model
 
 
 @contextmanager

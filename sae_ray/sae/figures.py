@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sae_ray.encoders.sources import directory_named, is_digest
+from sae_ray.encoders.sources import directory_named, model_name
 from sae_ray.errors import SaeRayError
 from sae_ray.sae.card import metadata_of
 from sae_ray.sae.formats.places import FIGURES_FILE
@@ -85,9 +85,9 @@ def _of_study(source: Folder) -> dict[str, Any]:
     min_images = study.get("study", {}).get("scoring", {}).get("min_images", 2)
     for step in _judging(root, name, "scores-heldout-"):
         if step["config"].get("embeddings") is not None:
-            judge = models.get("judge", {})
+            judge = models.get("judge")
             found["monosemanticity"] = _scores(root / step["name"], min_images)
-            found["monosemanticity"] |= {"judge": _shown(judge["model"], judge.get("revision"))} if judge else {}
+            found["monosemanticity"] |= {"judge": model_name(judge["model"], judge["revision"])} if judge else {}
     return found
 
 
@@ -101,16 +101,11 @@ def _data(root: Folder, study: dict[str, Any], manifest: str) -> dict[str, str]:
 
 
 def _encoder(model: str, revision: str) -> dict[str, Any]:
-    """Its name, revision, and the licence that the card in a directory tells."""
-    found = {"model": _shown(model, revision), "revision": revision}
+    """Its name, without the path of a directory; revision; and the licence that the card in a directory tells."""
+    found = {"model": model_name(model, revision), "revision": revision}
     card = Path(directory_named(model) or model).expanduser() / "README.md"
     licence = metadata_of(card.read_text(encoding="utf-8")).get("license") if card.exists() else None
     return found | ({"license": licence} if isinstance(licence, str) else {})
-
-
-def _shown(model: str, revision: str | None) -> str:
-    """The name of a model, without the path of a directory, which a relative one does not show by itself."""
-    return PurePosixPath(address_shown(directory_named(model) or model)).name if is_digest(revision) else model
 
 
 def _judging(root: Folder, sae: str, prefix: str) -> list[dict[str, Any]]:

@@ -188,9 +188,11 @@ def test_the_card_tells_what_a_study_found(hub: Hub, small_study: Path, plan_sma
     assert f"L0 {row.l0:.4f}, R² {row.r2:.4f}" in card
     # An encoder on the hub is named as there, with its licence; a directory that is named alike is not on the hub.
     memory = plan.root.read_json("study.json")
-    memory["survey"]["models"]["encoder"]["model"] = "models/clip"
+    for model in ("encoder", "judge"):
+        memory["survey"]["models"][model]["model"] = f"models/{model}"
     plan.root.write_json("study.json", memory)
-    assert figures_of(sae)["encoder"]["model"] == "clip"
+    found = figures_of(sae)
+    assert (found["encoder"]["model"], found["monosemanticity"]["judge"]) == ("encoder", "judge")
     hub.repositories["someone/clip"] = Repository()
     commit = hub.repositories["someone/clip"].refs["main"]
     activations = train.activations.step.folder
