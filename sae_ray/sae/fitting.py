@@ -212,17 +212,19 @@ def _made(kind: type, what: str, values: Mapping[str, Any], also: Sequence[str] 
     """
     from pydantic import TypeAdapter, ValidationError
 
-    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
     own = [field.name for field in dataclasses.fields(kind)]
     unknown = sorted(values.keys() - {*own})
     if unknown:
         known = ", ".join(dict.fromkeys([*also, *own])) or "none"
         raise UsageError(f"{what} has no setting {unknown[0]!r}; known: {known}")
+    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
     try:
         made: Any = TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         [problem, *_] = error.errors()
         name = ".".join(map(str, problem["loc"]))
         raise UsageError(f"{name} = {problem['input']!r}: {problem['msg']}") from None
+    for name, value in values.items():
+        check(not isinstance(value, bool) or isinstance(getattr(made, name), bool), name, value, "give a number")
     # A whole number stays one: 4.0 in place of 4 would be the name of another step.
     return dataclasses.replace(made, **{name: value for name, value in values.items() if type(value) is int})

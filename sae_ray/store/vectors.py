@@ -32,9 +32,10 @@ class Vectors:
 
     Args:
         source: a [n, d] torch tensor or numpy array; the path of a `.npy`, `.parquet` or `.safetensors` file, of a
-            folder of parquet files, or of a Hugging Face dataset that was saved to disk; a pyarrow table, a data frame
-            of pandas or polars, a Hugging Face dataset, or a column of one; or anything else of length n whose slices
-            numpy makes [rows, d] of, such as a dataset of h5py or zarr.
+            folder with `.parquet` files in it or below, read in the order of their paths, folder by folder, or of a
+            Hugging Face dataset that was saved to disk; a pyarrow table, a data frame of pandas or polars, a Hugging
+            Face dataset, or a column of one; or anything else of length n whose slices numpy makes [rows, d] of, such
+            as a dataset of h5py or zarr.
         column: the column of a table, data frame or dataset, or the tensor of a `.safetensors` file; needed where there
             are several. Without it, a data frame of numbers alone is a matrix.
 
@@ -66,28 +67,28 @@ class Vectors:
         read.
         """
         for start in range(0, self.n, rows):
-            try:
-                block = self._read(slice(start, min(start + rows, self.n)))
-            except OSError as error:
-                raise SaeRayError(f"{self.name}: row {start} cannot be read ({error}); write it again") from error
-            except ValueError as error:
-                raise SaeRayError(
-                    f"{self.name}: rows from {start} on are no vectors ({error}); give every row {self.d} numbers"
-                ) from error
-            if block.shape != (wanted := (min(rows, self.n - start), self.d)):
-                raise SaeRayError(
-                    f"{self.name}: rows from {start} on are {list(block.shape)}, not {list(wanted)}; give every row "
-                    "the width of the first"
-                )
-            if block.dtype.kind not in "fiu":
-                raise SaeRayError(f"{self.name}: rows from {start} on hold {block.dtype}; give every row real numbers")
-            with np.errstate(over="ignore"):
-                block = np.require(block, self.dtype, ["C", "W"])  # torch warns of arrays that are mapped read-only
+            block = self._block(start, min(start + rows, self.n))
             bad = ~np.isfinite(block).all(1)
             if bad.any():
                 row = start + int(bad.argmax())
                 raise SaeRayError(f"{self.name}: row {row} is not finite as {self.dtype}; leave it out")
             yield block
+
+    def _block(self, start: int, stop: int) -> Float[np.ndarray, "rows d"]:
+        try:
+            block = self._read(slice(start, stop))
+            if block.shape != (wanted := (stop - start, self.d)):
+                raise ValueError(f"it has shape {list(block.shape)}, not {list(wanted)}")
+            if block.dtype.kind not in "fiu":
+                raise ValueError(f"it holds {block.dtype}, not real numbers")
+            with np.errstate(over="ignore"):
+                return np.require(block, self.dtype, ["C", "W"])  # torch warns of arrays that are mapped read-only
+        except (OSError, TypeError, ValueError) as error:
+            for row in range(start, stop) if stop - start > 1 else ():
+                self._block(row, row + 1)  # the first one that is at fault is named
+            raise SaeRayError(
+                f"{self.name}: row {start} cannot be read ({error}); write it again or leave it out"
+            ) from error
 
     def only(self, rows: Int[np.ndarray, " rows"]) -> Vectors:
         """The vectors of some rows, which are ascending."""
@@ -197,8 +198,8 @@ def _path(name: str | Path) -> Path:
         raise UsageError(f"{str(name)!r} {what}, and give its path")
     try:
         return Path(name).expanduser()
-    except RuntimeError as error:  # there is no such user
-        raise UsageError(f"{str(name)!r} is no file ({error}); give its whole path") from error
+    except RuntimeError as error:  # of a user whom this machine does not know
+        raise UsageError(f"{str(name)!r} is no path here ({error}); write the folder out") from error
 
 
 def _opened(path: Path, column: str | None) -> Any:

@@ -206,6 +206,7 @@ def test_many_rows_are_many_parts(tmp_path: Path):
         ("nowhere.npy", {}, "there is no file nowhere.npy"),
         (__file__, {}, "is not a .npy, .parquet or .safetensors file"),
         ("", {}, "'' is no file"),
+        ("~nobody-at-all/x.npy", {}, "is no path here .*; write the folder out"),
         ("s3://bucket/x.npy", {}, "is not on this machine; copy it here"),
         (torch.eye(4).to_sparse(), {}, "is a tensor of layout torch.sparse_coo; give a dense one"),
         (torch.ones(4, 3, device="meta"), {}, "is a tensor without values"),
@@ -219,6 +220,8 @@ def test_many_rows_are_many_parts(tmp_path: Path):
         (torch.ones(4, 3), {"d_sae": 12}, "train_sae has no setting 'd_sae'; known: architecture, expansion, .*steps"),
         (torch.ones(4, 3), {"settings": 3}, "settings = 3: give those of batch_topk by name"),
         (torch.ones(4, 3), {"k": 2.5}, "k = 2.5: Input should be a valid integer"),
+        (torch.ones(4, 3), {"k": True}, "k = True: give a number"),
+        (torch.ones(4, 3), {"learning_rate": np.True_}, "learning_rate = True: give a number"),
         (torch.ones(4, 3), {"seed": "a"}, "seed = 'a': Input should be a valid integer"),
         (torch.ones(4, 3), {"steps": 2.5}, "steps = 2.5: Input should be a valid integer"),
         (torch.ones(4, 3), {"learning_rate": "fast"}, "learning_rate = 'fast': Input should be a valid number"),
@@ -247,15 +250,19 @@ def test_bad_values_are_named(x: torch.Tensor):
     ragged = pa.table({"x": pa.array([[1.0, 2.0], [3.0, 4.0, 5.0]])})
     with pytest.raises(SaeRayError, match="differ in width"):
         list(Vectors(ragged).blocks())
-    with pytest.raises(SaeRayError, match=r"rows from 0 on are \[2\], not \[2, 2\]; give every row the width"):
-        list(Vectors(pd.Series([[1.0, 2.0], [3.0]])).blocks())
+    for odd, why in (([3.0], r"shape \[1, 1\], not \[1, 2\]"), (["a", "b"], "it holds <U"), (None, "shape")):
+        rows = [[1.0, 2.0], [5.0, 6.0], odd, [7.0, 8.0]]
+        for source in (pd.Series(rows), rows):
+            with pytest.raises(SaeRayError, match=rf": row 2 cannot be read \(.*{why}.*\); write it again"):
+                list(Vectors(source).blocks())
     with pytest.raises(SaeRayError, match="has masked values, which are no numbers"):
         train_sae(np.ma.masked_greater(x.numpy(), 1), **SMALL)
 
 
-def test_numbers_of_numpy_are_numbers(x: torch.Tensor, trained: TrainedSAE):
+def test_numbers_of_numpy_are_numbers(x: torch.Tensor, trained: TrainedSAE, tmp_path: Path):
     options = {name: np.array(value)[()] for name, value in SMALL.items() if name != "progress"}
-    assert same(train_sae(x, **options, progress=False), trained)
+    assert same(train_sae(x, **options, progress=False, directory=tmp_path), trained)
+    train_sae(x, **SMALL, directory=tmp_path, callback=lambda metrics: pytest.fail("it is the same step"))
 
 
 def test_a_folder_that_cannot_be_written_is_named(x: torch.Tensor, trained: TrainedSAE, tmp_path: Path):
