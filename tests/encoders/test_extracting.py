@@ -83,6 +83,8 @@ def test_what_cannot_be_is_named(tmp_path: Path, tiny_clip: str):
         extract(tmp_path / "nowhere", tiny_clip, "projection", **QUIET)
     with pytest.raises(UsageError, match="images = 'list': give a folder, or a list of paths"):
         extract([], tiny_clip, "projection", **QUIET)
+    with pytest.raises(UsageError, match="images = 'DataFrame': give one of its columns"):
+        extract(pd.DataFrame({"path": ["a.png"]}), tiny_clip, "projection", **QUIET)
     with pytest.raises(UsageError, match="layer is 7, but"):
         extract(tmp_path, tiny_clip, "layer7:cls", **QUIET)
     with pytest.raises(UsageError, match="batch_size = 0: make it at least 1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import resource
 import signal
@@ -144,6 +145,12 @@ def test_a_uri_of_no_filesystem_is_refused(uri: str):
 def test_what_is_no_path_is_refused(path: Any):
     with pytest.raises(UsageError, match="names no folder; give a path or a URI"):
         Folder(path)
+
+
+def test_any_object_that_is_a_path_names_a_folder(tmp_path: Path):
+    with os.scandir(tmp_path.parent) as entries:
+        [entry] = [entry for entry in entries if entry.name == tmp_path.name]
+    assert Folder(entry) == Folder(tmp_path)
 
 
 def test_a_torn_json_file_is_named(tmp_path: Path):
