@@ -87,7 +87,7 @@ def _of_study(source: Folder) -> dict[str, Any]:
         if step["config"].get("embeddings") is not None:
             judge = models.get("judge")
             found["monosemanticity"] = _scores(root / step["name"], min_images)
-            found["monosemanticity"] |= {"judge": model_name(judge["model"], judge["revision"])} if judge else {}
+            found["monosemanticity"] |= {"judge": model_name(judge["model"], judge.get("revision"))} if judge else {}
     return found
 
 
